@@ -1,0 +1,396 @@
+"""Every op in plain PyTorch: the specification, the eager baseline, the backend that runs anywhere.
+
+Shapes: B sequences, T steps, N tokens (packed), H hidden, V vocabulary, M completions of P prompts.
+Bytes are per element (token or logit) of size s, with fp32 outputs; what PyTorch's temporaries read
+and write on top is what the fused backends save. Sequences come packed, `[N]` with `cu_seqlens`
+`[B+1]`, or padded, `[B, T]` with an optional `mask`. Maths is fp32, or fp64 where an input is fp64.
+Nothing is checked here: `fastrlhf.ops` does that first. Leaf module: imports torch alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+WHITEN_EPS = 1e-8  # added to the variance
+LOG_RATIO_LIMIT = 20.0  # |log rho| and |log ratio of k3| are clamped here: exp stays finite
+K3_LIMIT = 10.0  # largest value of the k3 estimator
+_CHUNK_BYTES = {"compact": 2**28, "fast": 2**30}  # fp32 logits held at a time
+
+
+class KLGAEOutput(NamedTuple):
+    """Outputs of `kl_gae`, each in the layout of the inputs and 0 where the mask is 0."""
+
+    advantages: Tensor
+    returns: Tensor
+    rewards: Tensor
+    kl: Tensor
+
+
+class PPOLossOutput(NamedTuple):
+    """`loss` is a 0-d differentiable tensor, `metrics` a dict of 0-d detached fp32 tensors."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# ---------------------------------------------------------------------------------------------
+# log-probabilities
+
+
+def token_logprob(
+    logits,
+    targets,
+    *,
+    temperature=1.0,
+    softcap=None,
+    mask=None,
+    return_entropy=False,
+    inplace_backward=False,
+):
+    """log softmax(z)[target] with z = softcap * tanh(logits / softcap) / temperature.
+
+    Reads V*s per row, writes 4 (8 with the entropy); the backward reads and writes V*s per row.
+    """
+    del inplace_backward  # a licence to reuse the logits' memory, which autograd cannot take
+    z = _upcast(logits)
+    targets = targets.long()
+    if mask is not None:
+        mask = mask.bool()
+        z = z.masked_fill(~mask.unsqueeze(-1), 0.0)
+        targets = targets.masked_fill(~mask, 0)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if isinstance(temperature, Tensor):
+        z = z / temperature.to(z.dtype).expand(targets.shape).unsqueeze(-1)
+    elif temperature != 1.0:
+        z = z / temperature
+    lse = torch.logsumexp(z, dim=-1)
+    logprob = z.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - lse
+    if mask is not None:
+        logprob = logprob.masked_fill(~mask, 0.0)
+    if not return_entropy:
+        return logprob
+    # A logit of -inf has p = 0 and adds nothing; its z is replaced so that 0 * inf never appears.
+    p = torch.exp(z - lse.unsqueeze(-1))
+    entropy = lse - (p * z.masked_fill(z == -torch.inf, 0.0)).sum(-1)
+    if mask is not None:
+        entropy = entropy.masked_fill(~mask, 0.0)
+    return logprob, entropy
+
+
+def linear_logprob(
+    hidden,
+    weight,
+    targets,
+    *,
+    bias=None,
+    temperature=1.0,
+    softcap=None,
+    mask=None,
+    return_entropy=False,
+    process_group=None,
+    workspace="fast",
+):
+    """`token_logprob` of hidden @ weight.T + bias, by chunks of rows that the backward recomputes.
+
+    Never holds more than one chunk of fp32 logits; dX and dW are summed in fp32 and rounded once.
+    Reads H*s + 4 per row, V*H*s per chunk, writes 4 (8) per row; 2*N*H*V FLOP, 8*N*H*V trained.
+    """
+    if process_group is not None:
+        raise ValueError("process_group: a vocab-sharded weight is not supported; expected None")
+    shape, (vocab, width) = targets.shape, weight.shape
+    x, w = _upcast(hidden).reshape(-1, width), _upcast(weight)
+    b = None if bias is None else _upcast(bias)
+    rows = [x, targets.reshape(-1)]
+    rows.append(mask.reshape(-1) if mask is not None else None)
+    if isinstance(temperature, Tensor):
+        rows.append(temperature.expand(shape).reshape(-1))
+        temperature = None
+    else:
+        rows.append(None)
+
+    def chunk_logprob(x, targets, mask, row_temperature, w, b):
+        logits = F.linear(x, w, b)
+        return token_logprob(
+            logits,
+            targets,
+            temperature=temperature if row_temperature is None else row_temperature,
+            softcap=softcap,
+            mask=mask,
+            return_entropy=return_entropy,
+        )
+
+    size = max(1, _CHUNK_BYTES[workspace] // (w.element_size() * vocab))
+    outputs = []
+    for start in range(0, max(x.shape[0], 1), size):
+        chunk = [None if row is None else row[start : start + size] for row in rows]
+        if torch.is_grad_enabled():
+            out = checkpoint(
+                chunk_logprob, *chunk, w, b, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            out = chunk_logprob(*chunk, w, b)
+        outputs.append(out if return_entropy else (out,))
+    joined = [torch.cat(parts).reshape(shape) for parts in zip(*outputs, strict=True)]
+    return tuple(joined) if return_entropy else joined[0]
+
+
+def linear_cross_entropy(
+    hidden,
+    weight,
+    targets,
+    *,
+    bias=None,
+    ignore_index=-100,
+    reduction="mean",
+    temperature=1.0,
+    softcap=None,
+    process_group=None,
+    workspace="fast",
+):
+    """-`linear_logprob`, 0 at `ignore_index`; "mean" is over the tokens that count (0 if none).
+
+    Bytes and FLOP as `linear_logprob`.
+    """
+    counted = targets != ignore_index
+    loss = -linear_logprob(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        mask=counted,
+        process_group=process_group,
+        workspace=workspace,
+    )
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / counted.sum().clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# sequences
+
+
+class _Padded:
+    """Packed tensors as [B, T] and back; padded ones pass through. Makes the mask explicit."""
+
+    def __init__(self, like: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None):
+        self.index = None
+        if cu_seqlens is None:
+            self.mask = torch.ones_like(like, dtype=torch.bool) if mask is None else mask.bool()
+            return
+        start, length = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        steps = int(length.max()) if length.numel() else 0
+        position = torch.arange(steps, device=like.device)
+        self.mask = position < length.unsqueeze(1)
+        self.index = (start.unsqueeze(1) + position).clamp(max=max(like.numel() - 1, 0))
+
+    def pad(self, x: Tensor) -> Tensor:
+        x = _upcast(x)
+        if self.index is not None:
+            x = x[self.index] if x.numel() else x.new_zeros(self.index.shape)
+        return x.masked_fill(~self.mask, 0.0)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        x = x.masked_fill(~self.mask, 0.0)
+        return x if self.index is None else x[self.mask]
+
+
+def _kl(logprob: Tensor, ref_logprob: Tensor, estimator: str) -> Tensor:
+    d = logprob - ref_logprob
+    if estimator == "k1":
+        return d
+    if estimator == "abs":
+        return d.abs()
+    if estimator == "k2":
+        return 0.5 * d * d
+    log_ratio = (-d).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return (torch.expm1(log_ratio) - log_ratio).clamp(max=K3_LIMIT)
+
+
+def kl_reward(logprob, ref_logprob, score, *, beta, estimator="k1", cu_seqlens=None, mask=None):
+    """r_t = -beta * kl_t, plus score[b] on the last unmasked token of sequence b -> (rewards, kl).
+
+    Reads 2*s (+1 for the mask), writes 8 per token.
+    """
+    layout = _Padded(logprob, cu_seqlens, mask)
+    kl = _kl(layout.pad(logprob), layout.pad(ref_logprob), estimator)
+    # The last unmasked step is the one with no unmasked step after it.
+    after = layout.mask.flip(1).cumsum(1).flip(1)
+    last = layout.mask & (after == 1)
+    rewards = -beta * kl
+    rewards = torch.where(last, rewards + _upcast(score).unsqueeze(1), rewards)
+    return layout.unpad(rewards), layout.unpad(kl)
+
+
+def gae(
+    rewards,
+    values,
+    *,
+    gamma=1.0,
+    lam=0.95,
+    cu_seqlens=None,
+    mask=None,
+    bootstrap=None,
+    whiten=False,
+):
+    """A_t = r_t + gamma * V_{t+1} - V_t + gamma * lam * A_{t+1}, R_t = A_t + V_t -> (A, R).
+
+    A masked step is carried through: t+1 is the next *unmasked* step; after the last one stands
+    `bootstrap[b]` (default 0). Reads 2*s (+1), writes 8 per token; whitening 8 more.
+    """
+    layout = _Padded(rewards, cu_seqlens, mask)
+    r, v = layout.pad(rewards), layout.pad(values)
+    next_advantage = r.new_zeros(r.shape[0])
+    next_value = next_advantage if bootstrap is None else bootstrap.to(r.dtype)
+    steps = []
+    for t in reversed(range(r.shape[1])):
+        real = layout.mask[:, t]
+        delta = r[:, t] + gamma * next_value - v[:, t]
+        advantage = delta + (gamma * lam) * next_advantage
+        steps.append(advantage)
+        next_advantage = torch.where(real, advantage, next_advantage)
+        next_value = torch.where(real, v[:, t], next_value)
+    advantages = torch.stack(steps[::-1], dim=1) if steps else torch.zeros_like(r)
+    returns = layout.unpad(advantages + v)
+    advantages = layout.unpad(advantages)
+    if whiten:
+        advantages = masked_whiten(advantages, cu_seqlens=cu_seqlens, mask=mask)
+    return advantages, returns
+
+
+def kl_gae(
+    logprob,
+    ref_logprob,
+    score,
+    values,
+    *,
+    beta,
+    estimator="k1",
+    gamma=1.0,
+    lam=0.95,
+    whiten=False,
+    cu_seqlens=None,
+    mask=None,
+):
+    """`kl_reward`, then `gae` of its rewards. Reads 3*s (+1), writes 16 per token."""
+    layout = {"cu_seqlens": cu_seqlens, "mask": mask}
+    rewards, kl = kl_reward(logprob, ref_logprob, score, beta=beta, estimator=estimator, **layout)
+    advantages, returns = gae(rewards, values, gamma=gamma, lam=lam, whiten=whiten, **layout)
+    return KLGAEOutput(advantages, returns, rewards, kl)
+
+
+def masked_whiten(x, *, cu_seqlens=None, mask=None, shift_mean=True, unbiased=True):
+    """(x - mean) * rsqrt(var + 1e-8) over all unmasked elements (+ mean if not `shift_mean`).
+
+    The unbiased variance divides by n - 1, and by 1 where n < 2. Reads s (+1) twice, writes 4.
+    """
+    del cu_seqlens  # a packed tensor has no padding: every element counts
+    x = _upcast(x)
+    keep = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
+    count = keep.sum()
+    mean = x.masked_fill(~keep, 0.0).sum() / count.clamp(min=1)
+    centered = (x - mean).masked_fill(~keep, 0.0)
+    variance = (centered * centered).sum() / (count - int(unbiased)).clamp(min=1)
+    out = centered * torch.rsqrt(variance + WHITEN_EPS)
+    return out if shift_mean else (out + mean).masked_fill(~keep, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# losses
+
+
+def ppo_loss(
+    logprob,
+    old_logprob,
+    advantages,
+    *,
+    values=None,
+    old_values=None,
+    returns=None,
+    entropy=None,
+    mask=None,
+    clip=0.2,
+    dual_clip=None,
+    value_clip=0.2,
+    value_coef=0.5,
+    entropy_coef=0.0,
+):
+    """Clipped policy loss + value_coef * clipped value loss - entropy_coef * mean entropy.
+
+    Gradients flow to `logprob`, `values` and `entropy`; everything else is a constant.
+    Reads up to 7*s (+1), writes up to 12 (the gradients) per token.
+    """
+    keep = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask.bool()
+    count = keep.sum().clamp(min=1)
+
+    def load(x):
+        return _upcast(x).masked_fill(~keep, 0.0)
+
+    def mean(x):
+        return x.masked_fill(~keep, 0.0).sum() / count
+
+    a = load(advantages.detach())
+    log_ratio = load(logprob) - load(old_logprob.detach())
+    log_ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio = torch.exp(log_ratio)
+    unclipped, clipped = -a * ratio, -a * ratio.clamp(1 - clip, 1 + clip)
+    token_loss = torch.where(clipped > unclipped, clipped, unclipped)
+    if dual_clip is not None:
+        bound = -a * dual_clip
+        token_loss = torch.where((a < 0) & (bound < token_loss), bound, token_loss)
+    policy_loss = mean(token_loss)
+    loss = policy_loss
+    metrics = {
+        "policy_loss": policy_loss,
+        "approx_kl": mean(torch.expm1(log_ratio) - log_ratio),
+        "clip_fraction": mean((clipped > unclipped).to(ratio.dtype)),
+        "ratio_mean": mean(ratio),
+        "ratio_max": ratio.masked_fill(~keep, 0.0).max() if ratio.numel() else ratio.sum(),
+    }
+    if values is not None:
+        v, target = load(values), load(returns.detach())
+        error = v - target
+        square = error * error
+        value_clipped = torch.zeros_like(keep)
+        if value_clip is not None:
+            old = load(old_values.detach())
+            clipped_error = v.clamp(old - value_clip, old + value_clip) - target
+            value_clipped = clipped_error * clipped_error > square
+            square = torch.where(value_clipped, clipped_error * clipped_error, square)
+        value_loss = mean(0.5 * square)
+        loss = loss + value_coef * value_loss
+        noise, spread = mean((error - mean(error)) ** 2), mean((target - mean(target)) ** 2)
+        metrics["value_loss"] = value_loss
+        metrics["value_clip_fraction"] = mean(value_clipped.to(v.dtype))
+        metrics["explained_variance"] = torch.where(spread > 0, 1 - noise / spread, 0.0)
+    if entropy is not None:
+        mean_entropy = mean(load(entropy))
+        loss = loss - entropy_coef * mean_entropy
+        metrics["entropy"] = mean_entropy
+    return PPOLossOutput(loss, {name: x.detach().float() for name, x in metrics.items()})
+
+
+def ranking_loss(scores, ranks, cu_groups):
+    """Mean over prompts of mean over strict pairs of -log sigmoid(s_better - s_worse).
+
+    Ties are dropped; a prompt without a strict pair is not counted; 0 if no prompt has one.
+    Reads 8 + s, writes 4 (the gradient) per completion.
+    """
+    layout = _Padded(scores, cu_groups, None)
+    s, rank = layout.pad(scores), layout.pad(ranks)
+    both = layout.mask.unsqueeze(2) & layout.mask.unsqueeze(1)
+    pairs = both & (rank.unsqueeze(2) < rank.unsqueeze(1))  # [P, better, worse]
+    pair_loss = -F.logsigmoid(s.unsqueeze(2) - s.unsqueeze(1)).masked_fill(~pairs, 0.0)
+    pair_count = pairs.sum((1, 2))
+    prompt_loss = pair_loss.sum((1, 2)) / pair_count.clamp(min=1)
+    return prompt_loss.sum() / (pair_count > 0).sum().clamp(min=1)

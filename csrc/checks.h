@@ -1,0 +1,99 @@
+// Argument checks and small tensor helpers on the LibTorch Stable ABI, for csrc/cpu and csrc/cuda.
+//
+// Users meet their mistakes in fastrlhf/ops (TypeError, ValueError with names); these checks guard
+// the raw ops.
+#pragma once
+
+#include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace rl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#define RL_CHECK(cond, ...) STD_TORCH_CHECK(cond, __VA_ARGS__)
+
+// A message without function name and line: for conditions that a user can cause and read about.
+[[noreturn]] inline void user_error(const std::string& message) {
+  throw std::runtime_error(message);
+}
+
+inline bool is_float_dtype(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half ||
+         t == ScalarType::BFloat16;
+}
+
+// The dtype of sums and of per-token outputs: fp64 for fp64 inputs, else fp32.
+inline ScalarType acc_dtype(ScalarType t) {
+  return t == ScalarType::Double ? t : ScalarType::Float;
+}
+
+inline Tensor contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor empty_like_device(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
+}
+
+// Leading dimensions of a [..., V] tensor as at most two strides, without a copy: row r starts at
+// (r / inner) * outer_stride + (r % inner) * inner_stride. A slice logits[:, :-1] of [B, T, V] is
+// such a layout.
+struct Rows {
+  int64_t count = 1;         // N
+  int64_t inner = 1;         // rows per outer step
+  int64_t inner_stride = 0;  // elements
+  int64_t outer_stride = 0;  // elements
+  int64_t width = 0;         // V
+
+  inline int64_t offset(int64_t row) const {
+    return inner == count ? row * inner_stride
+                          : (row / inner) * outer_stride + (row % inner) * inner_stride;
+  }
+};
+
+// False when the layout needs a copy (last stride not 1, or three independent leading strides).
+inline bool rows_of(const Tensor& t, Rows& rows) {
+  const int64_t dim = t.dim();
+  RL_CHECK(dim >= 1, "logits must have at least one dimension");
+  rows = Rows{};
+  rows.width = t.size(dim - 1);
+  if (rows.width > 1 && t.stride(dim - 1) != 1) return false;
+  for (int64_t d = 0; d < dim - 1; ++d) rows.count *= t.size(d);
+  if (rows.count == 0) return true;
+  int64_t sizes[2] = {1, 1};
+  int64_t strides[2] = {0, 0};
+  int groups = 0;  // groups of leading dimensions that collapse into one stride, innermost first
+  for (int64_t d = dim - 2; d >= 0; --d) {
+    const int64_t size = t.size(d);
+    if (size == 1) continue;
+    if (groups > 0 && t.stride(d) == strides[groups - 1] * sizes[groups - 1]) {
+      sizes[groups - 1] *= size;
+    } else if (groups < 2) {
+      sizes[groups] = size;
+      strides[groups] = t.stride(d);
+      ++groups;
+    } else {
+      return false;
+    }
+  }
+  rows.inner = groups < 2 ? rows.count : sizes[0];
+  rows.inner_stride = strides[0];
+  rows.outer_stride = strides[1];
+  return true;
+}
+
+}  // namespace rl

@@ -1,0 +1,1 @@
+"""One file an op: equation, checks, registration, autograd, choice of backend."""

@@ -1,0 +1,78 @@
+"""Argument checks shared by the ops: TypeError or ValueError with the argument's name, what was expected, what came."""
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(value).__name__}")
+
+
+def float_tensor(op: str, name: str, value: object) -> None:
+    tensor(op, name, value)
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float32, bfloat16, float16 or float64; got {value.dtype}"
+        )
+
+
+def index_tensor(op: str, name: str, value: object) -> None:
+    tensor(op, name, value)
+    if value.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{op}: {name} must be int32 or int64; got {value.dtype}")
+
+
+def shape(op: str, name: str, value: torch.Tensor, expected: tuple) -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(
+            f"{op}: {name} must have shape {tuple(expected)}; got {tuple(value.shape)}"
+        )
+
+
+def same_device(op: str, name: str, value: torch.Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}; got {value.device}")
+
+
+def number(op: str, name: str, value: object, *, low: float | None = None, strict=False) -> float:
+    """A finite Python number, at least (or, if strict, above) `low`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number; got {type(value).__name__}")
+    bound = "" if low is None else (f" above {low:g}" if strict else f" of at least {low:g}")
+    finite = value == value and value not in (float("inf"), float("-inf"))
+    if not finite or (low is not None and (value < low or (strict and value == low))):
+        raise ValueError(f"{op}: {name} must be a finite number{bound}; got {value}")
+    return float(value)
+
+
+def mask(op: str, value: object, expected: tuple, device: torch.device) -> torch.Tensor | None:
+    """The mask as bool (True = counts), or None. Bool and integer or float masks of 0 and 1 are taken."""
+    if value is None:
+        return None
+    tensor(op, "mask", value)
+    shape(op, "mask", value, expected)
+    same_device(op, "mask", value, device)
+    return value if value.dtype == torch.bool else value != 0
+
+
+def cu_seqlens(op: str, value: object, tokens: int, device: torch.device) -> torch.Tensor:
+    """int32 [B + 1]. On CPU the values are checked too: from 0 to the number of tokens, never falling."""
+    tensor(op, "cu_seqlens", value)
+    if value.dtype != torch.int32:
+        raise TypeError(f"{op}: cu_seqlens must be int32; got {value.dtype}")
+    if value.dim() != 1 or value.numel() < 1:
+        raise ValueError(
+            f"{op}: cu_seqlens must have shape (B + 1,) with B >= 0; got {tuple(value.shape)}"
+        )
+    same_device(op, "cu_seqlens", value, device)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        first, last = int(value[0]), int(value[-1])
+        if first != 0 or last != tokens or bool((value[1:] < value[:-1]).any()):
+            raise ValueError(
+                f"{op}: cu_seqlens must rise from 0 to the {tokens} tokens; got {value.tolist()[:8]}"
+                f"{' ...' if value.numel() > 8 else ''}"
+            )
+    return value.contiguous()

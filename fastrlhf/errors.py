@@ -7,8 +7,8 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Bad input to a stage or a command: the CLI prints it as one line and exits with status 2.
 
-    The message names what was wrong, what was expected and what came. Programming errors must not use it: they keep
-    their traceback.
+    The message names what was wrong, what was expected and what came. Programming errors must not
+    use it: they keep their traceback.
     """
 
 

@@ -1,0 +1,1 @@
+"""The embedded default: restaurant records, their labeler, and the whole run on two CPU cores."""

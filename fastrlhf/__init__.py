@@ -1,31 +1,39 @@
 """Fused kernels for RLHF, and a thin PyTorch trainer that runs InstructGPT on them.
 
-Importing this package loads neither Triton nor transformers and touches no GPU.
+Importing this package loads neither torch nor Triton nor transformers and touches no GPU: a public
+name is imported from its op on first use, so that `fastrlhf --help` answers at once.
 """
 
 import importlib
 
-from fastrlhf.ops._backend import backends
-
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "backends"]
+# Public name -> the module that defines it.
+_HOME = {
+    "KLGAEOutput": "fastrlhf.ops.kl_gae",
+    "PPOLossOutput": "fastrlhf.ops.ppo_loss",
+    "backends": "fastrlhf.ops._backend",
+    "gae": "fastrlhf.ops.gae",
+    "kl_gae": "fastrlhf.ops.kl_gae",
+    "kl_reward": "fastrlhf.ops.kl_reward",
+    "linear_cross_entropy": "fastrlhf.ops.linear_cross_entropy",
+    "linear_logprob": "fastrlhf.ops.linear_logprob",
+    "masked_whiten": "fastrlhf.ops.masked_whiten",
+    "ppo_loss": "fastrlhf.ops.ppo_loss",
+    "ranking_loss": "fastrlhf.ops.ranking_loss",
+    "token_logprob": "fastrlhf.ops.token_logprob",
+}
 
-for _op, _names in {
-    "token_logprob": ("token_logprob",),
-    "linear_logprob": ("linear_logprob",),
-    "linear_cross_entropy": ("linear_cross_entropy",),
-    "kl_reward": ("kl_reward",),
-    "gae": ("gae",),
-    "kl_gae": ("kl_gae", "KLGAEOutput"),
-    "masked_whiten": ("masked_whiten",),
-    "ppo_loss": ("ppo_loss", "PPOLossOutput"),
-    "ranking_loss": ("ranking_loss",),
-}.items():
-    try:
-        _module = importlib.import_module(f"fastrlhf.ops.{_op}")
-    except ModuleNotFoundError:
-        continue
-    for _name in _names:
-        globals()[_name] = getattr(_module, _name)
-        __all__.append(_name)
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastrlhf' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -7,6 +7,7 @@ is immediate.
 
 import dataclasses
 import importlib
+import os
 import sys
 import typing
 from typing import NamedTuple
@@ -111,3 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{prefix}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader of our output left (`fastrlhf doctor | head`); nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

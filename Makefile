@@ -1,0 +1,113 @@
+# Every target works alone on a fresh machine: it makes .venv, installs and compiles what it needs. Stamps in
+# .venv make a second run quick; a change of csrc/ or setup.py compiles again, of pyproject.toml installs again.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Installed first, and only where .venv holds no torch yet. The extension is then built against that torch.
+TORCH ?= torch==2.13.0
+PREFLIGHT_TORCH ?= torch==2.11.0
+FASTRLHF_BUILD ?= auto
+# Results of `make gpu`, and more arguments for the command or pytest behind a target.
+OUT ?= build/gpu
+ARGS ?=
+
+export FASTRLHF_BUILD
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_NO_INPUT = 1
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet
+# The extras' lists in pyproject.toml are the one place where versions stand.
+extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',"')
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
+PREFLIGHT := build/preflight
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test bench gpu preflight check fmt clean
+
+help:
+	@echo "make demo       align the shipped tiny model end to end and write its report (minutes, 2 CPU cores)"
+	@echo "make test       the whole test suite"
+	@echo "make bench      time the ops against eager PyTorch; writes benchmarks/results/"
+	@echo "make gpu        on a CUDA machine: build, test, bench; results in OUT=$(OUT)"
+	@echo "make preflight  build the CUDA extension against $(PREFLIGHT_TORCH) in a venv of its own, no GPU needed"
+	@echo "make check      formatting and lint; edits nothing (make fmt does)"
+	@echo "make clean      remove build outputs; keeps .venv and runs/"
+
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "fastrlhf: $(PYTHON) is missing or older than 3.10: install one and set PYTHON=python3.x" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "fastrlhf: $(PYTHON) cannot make a virtual environment: install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.stamp-deps: $(VENV)/.stamp-venv pyproject.toml
+	$(PIP) "setuptools>=77" wheel ninja pybind11
+	@$(PY) -c 'import torch' 2>/dev/null || { echo "$(PIP) $(TORCH)"; $(PIP) $(TORCH); }
+	FASTRLHF_BUILD=none $(PIP) --no-build-isolation -e .
+	@touch $@
+
+# In place and through ninja, so that only changed files compile; the editable install above finds the result.
+$(VENV)/.stamp-build-$(FASTRLHF_BUILD): $(VENV)/.stamp-deps setup.py $(CPP)
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-deps
+	$(PIP) $(call extra,test)
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml
+	$(PIP) $(call extra,dev)
+	@touch $@
+
+install: $(VENV)/.stamp-build-$(FASTRLHF_BUILD)
+
+demo: install
+	$(VENV)/bin/fastrlhf demo $(ARGS)
+
+test: install $(VENV)/.stamp-test
+	$(PY) -m pytest $(ARGS)
+
+bench: install
+	$(PY) benchmarks/run.py $(ARGS)
+
+# Uses the Python that holds the machine's own CUDA torch (.venv if there is one), and no network.
+gpu: PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+gpu: export FASTRLHF_BUILD = cuda
+gpu: export PYTHONPATH = $(CURDIR)
+gpu:
+	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || \
+	  { echo "make gpu: $(PY) has no torch that finds a CUDA device" >&2; exit 1; }
+	mkdir -p $(OUT)
+	$(PY) setup.py --quiet build_ext --inplace
+	$(PY) -m fastrlhf doctor --json > $(OUT)/doctor.json
+	$(PY) -m pytest --junitxml=$(OUT)/tests.xml $(ARGS)
+	$(PY) benchmarks/run.py --out $(OUT)/bench.json
+
+# A copy of the tracked tree, so that the CUDA build does not replace the checkout's own extension.
+preflight: $(VENV)/.stamp-venv
+	rm -rf $(PREFLIGHT) && mkdir -p $(PREFLIGHT)
+	git ls-files -z | tar --null -T - -cf - | tar -xf - -C $(PREFLIGHT)
+	test -x $(VENV)-preflight/bin/python || $(PYTHON) -m venv $(VENV)-preflight
+	$(VENV)-preflight/bin/python -m pip install --quiet "setuptools>=77" wheel ninja pybind11 $(PREFLIGHT_TORCH)
+	cd $(PREFLIGHT) && FASTRLHF_BUILD=none $(abspath $(VENV))-preflight/bin/python -m pip install --quiet \
+	  --no-build-isolation -e . $(call extra,test)
+	cd $(PREFLIGHT) && FASTRLHF_BUILD=cuda $(abspath $(VENV))-preflight/bin/python setup.py --quiet build_ext --inplace
+	cd $(PREFLIGHT) && $(abspath $(VENV))-preflight/bin/python -m fastrlhf doctor
+	cd $(PREFLIGHT) && $(abspath $(VENV))-preflight/bin/python -m pytest -m "not slow" $(ARGS)
+
+check: $(VENV)/.stamp-dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+
+fmt: $(VENV)/.stamp-dev
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV)/.stamp-build-*
+	rm -f fastrlhf/_C*.so
+	find fastrlhf kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -89,9 +89,8 @@ def run(name: str, arguments: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of the `fastrlhf` command; returns the exit status."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
+def dispatch(arguments: list[str]) -> int:
+    """Answer --help and --version, or run the command that `arguments` begin with."""
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "help"):
         print(usage())
@@ -101,11 +100,20 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"fastrlhf {__version__}")
         return 0
-    prefix = f"fastrlhf {name}" if name in COMMANDS else "fastrlhf"
+    if name not in COMMANDS:
+        raise UserError(f"unknown command '{name}'{did_you_mean(name, COMMANDS)}")
+    return run(name, arguments[1:])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the `fastrlhf` command; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+    prefix = f"fastrlhf {command}".rstrip()
     try:
-        if name not in COMMANDS:
-            raise UserError(f"unknown command '{name}'{did_you_mean(name, COMMANDS)}")
-        return run(name, arguments[1:])
+        status = dispatch(arguments)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"{prefix}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

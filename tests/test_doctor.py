@@ -1,0 +1,112 @@
+"""fastrlhf doctor: honest about what is here, why the rest is not, and red only when broken."""
+
+import importlib.metadata
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+
+import fastrlhf
+from fastrlhf import cli, doctor
+from fastrlhf.ops import _backend
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+
+def report_of(capsys, status=0):
+    assert cli.main(["doctor", "--json"]) == status
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_agrees_with_the_package(capsys):
+    report = report_of(capsys)
+    assert report["problems"] == []
+    assert report["fastrlhf"] == fastrlhf.__version__
+    assert report["torch"]["version"] == torch.__version__
+    assert report["versions"]["torch"] == importlib.metadata.version("torch")
+    table = fastrlhf.backends()
+    assert set(report["ops"]) == set(table)
+    for op, row in report["ops"].items():
+        assert {b: row[b] for b in BACKENDS} == table[op]
+        assert row[row["auto"]] == "available"
+        assert all(row.values())
+    assert report["attention"]["path"]
+
+
+def test_text_names_every_op_and_reason(capsys):
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for op, row in fastrlhf.backends().items():
+        assert op in text
+        for state in row.values():
+            assert state == "available" or state in text
+
+
+@pytest.mark.skipif(bool(_backend._extension_error), reason="the extension is not built")
+def test_extension_facts(capsys):
+    from fastrlhf import _C
+
+    extension = report_of(capsys)["extension"]
+    assert extension == {"present": True, **_C.build_info()}
+
+
+def find_spec_without(*missing):
+    original = importlib.util.find_spec
+    return lambda name, *rest: None if name in missing else original(name, *rest)
+
+
+def test_missing_extension_is_no_broken_install(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec_without("fastrlhf._C"))
+    extension = report_of(capsys)["extension"]
+    assert extension["present"] is False
+    assert "the reference backend serves every op" in extension["reason"]
+    assert cli.main(["doctor"]) == 0
+    assert "absent: not built" in capsys.readouterr().out
+
+
+def test_extension_that_does_not_load_is_a_broken_install(capsys, monkeypatch):
+    real = importlib.util.find_spec
+    present = importlib.util.spec_from_loader("fastrlhf._C", loader=None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *r: present if n == "fastrlhf._C" else real(n, *r)
+    )
+    monkeypatch.delattr(fastrlhf, "_C", raising=False)
+    monkeypatch.setitem(sys.modules, "fastrlhf._C", None)
+    report = report_of(capsys, status=1)
+    assert len(report["problems"]) == 1
+    assert "built, but does not load" in report["problems"][0]
+
+
+def test_missing_requirement_is_a_broken_install(capsys, monkeypatch):
+    version = importlib.metadata.version
+
+    def without_safetensors(name):
+        if name == "safetensors":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_safetensors)
+    assert report_of(capsys, status=1)["problems"] == ["safetensors is not installed"]
+    assert cli.main(["doctor"]) == 1
+    assert "broken install: safetensors is not installed" in capsys.readouterr().out
+
+
+def test_old_torch_is_a_broken_install(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "OLDEST_TORCH", (99, 0))
+    assert "is older than 99.0" in report_of(capsys, status=1)["problems"][0]
+
+
+def test_flash_attention_is_looked_for(capsys, monkeypatch):
+    assert report_of(capsys)["attention"]["flash_attention"] == [
+        label
+        for module, label in doctor.FLASH_ATTENTION.items()
+        if importlib.util.find_spec(module) is not None
+    ]
+    real = importlib.util.find_spec
+    spec = importlib.util.spec_from_loader("flash_attn", loader=None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *r: spec if n == "flash_attn" else real(n, *r)
+    )
+    assert "flash-attn 2" in report_of(capsys)["attention"]["flash_attention"]

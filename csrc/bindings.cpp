@@ -26,7 +26,8 @@ STABLE_TORCH_LIBRARY(fastrlhf, m) {
   m.def(
       "token_logprob_fwd(Tensor logits, Tensor targets, Tensor? row_temperature, float "
       "temperature, "
-      "float softcap, Tensor? mask) -> (Tensor logprob, Tensor entropy, Tensor stats)");
+      "float softcap, Tensor? mask, bool inplace_backward) -> (Tensor logprob, Tensor entropy, "
+      "Tensor stats)");
   m.def(
       "token_logprob_bwd(Tensor? grad_logprob, Tensor? grad_entropy, Tensor logits, Tensor "
       "targets, "
@@ -37,7 +38,29 @@ STABLE_TORCH_LIBRARY(fastrlhf, m) {
       "Tensor targets, Tensor entropy, Tensor stats, Tensor? row_temperature, float temperature, "
       "float softcap, Tensor? mask) -> ()");
 
-  // Schemas of kl_reward, gae, kl_gae, masked_whiten, ppo_loss and ranking_loss go below this line.
+  // Sequence ops: tokens [B, T], or [N] with cu_seqlens [B + 1]; estimator 0..3 = k1, k2, k3, abs.
+  m.def(
+      "kl_reward(Tensor logprob, Tensor ref_logprob, Tensor score, float beta, int estimator, "
+      "Tensor? cu_seqlens, Tensor? mask) -> (Tensor rewards, Tensor kl)");
+  m.def(
+      "gae(Tensor rewards, Tensor values, float gamma, float lam, Tensor? cu_seqlens, "
+      "Tensor? mask, Tensor? bootstrap, bool whiten) -> (Tensor advantages, Tensor returns)");
+  m.def(
+      "kl_gae(Tensor logprob, Tensor ref_logprob, Tensor score, Tensor values, float beta, "
+      "int estimator, float gamma, float lam, bool whiten, Tensor? cu_seqlens, Tensor? mask) "
+      "-> (Tensor advantages, Tensor returns, Tensor rewards, Tensor kl)");
+  m.def("masked_whiten(Tensor x, Tensor? mask, bool shift_mean, bool unbiased) -> Tensor");
+
+  // Losses: no dual clip, or no value clip, is infinity; gradients are empty unless with_grad.
+  m.def(
+      "ppo_loss_fwd(Tensor logprob, Tensor old_logprob, Tensor advantages, Tensor? values, "
+      "Tensor? old_values, Tensor? returns, Tensor? entropy, Tensor? mask, float clip, "
+      "float dual_clip, float value_clip, float value_coef, float entropy_coef, bool with_grad) "
+      "-> (Tensor loss, Tensor metrics, Tensor grad_logprob, Tensor grad_values, "
+      "Tensor grad_entropy)");
+  m.def(
+      "ranking_loss_fwd(Tensor scores, Tensor ranks, Tensor cu_groups, bool with_grad) "
+      "-> (Tensor loss, Tensor grad)");
 }
 
 namespace {

@@ -41,7 +41,7 @@ inline ScalarType acc_dtype(ScalarType t) {
   return t == ScalarType::Double ? t : ScalarType::Float;
 }
 
-inline Tensor contiguous(const Tensor& t) {
+inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 

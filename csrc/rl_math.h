@@ -32,51 +32,119 @@ using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 // never meets 0 * inf.
 template <typename A>
 RL_HD constexpr A exp_floor() {
-  return std::is_same_v<A, double> ? A(-746) : A(-104);
+  return std::is_same_v<A, double> ? A(-746) : A(-88);
 }
 
-// ---- exp, log, tanh
-// ------------------------------------------------------------------------------------------------
+#ifndef __CUDACC__
+// 16-bit floats on the host, by their bits; conversions are branch-free and round to nearest even.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
-#ifndef __CUDA_ARCH__
-RL_INLINE float bits_to_float(int32_t bits) {
+RL_INLINE float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
-RL_INLINE int32_t float_to_bits(float value) {
-  int32_t bits;
+RL_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
+
+RL_INLINE double load(const double& x) { return x; }
+RL_INLINE float load(const float& x) { return x; }
+RL_INLINE float load(const bf16& x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+RL_INLINE float load(const f16& x) {
+  const uint32_t half = x.bits;
+  const uint32_t sign = (half & 0x8000u) << 16;
+  // The exponent is rebiased by a multiplication with 2^112, which also normalises subnormal
+  // halves.
+  const uint32_t finite = float_to_bits(bits_to_float((half & 0x7fffu) << 13) * 0x1p112f);
+  const uint32_t special = ((half & 0x7fffu) << 13) | 0x7f800000u;
+  return bits_to_float(((half & 0x7c00u) == 0x7c00u ? special : finite) | sign);
+}
+
+RL_INLINE void store(double& out, double x) { out = x; }
+RL_INLINE void store(float& out, float x) { out = x; }
+RL_INLINE void store(bf16& out, float x) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+RL_INLINE void store(f16& out, float x) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // Normal halves: rebias and round. Subnormal halves: adding 0.5 aligns the mantissa. The rest:
+  // inf or NaN.
+  const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t small = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t half = magnitude < 0x38800000u ? small : magnitude < 0x47800000u ? normal : large;
+  out.bits = static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
+}
 #endif
 
-// e^x. Host fp32: relative error < 1.2e-7 for -87.3 <= x <= 88.3; results below FLT_MIN are 0,
-// above the range inf; NaN stays NaN.
+// ---- exp, log, tanh
+// ------------------------------------------------------------------------------------------------
+
+// e^x for exp_floor <= x <= 88: callers clamp. Host fp32: relative error < 1.2e-7, exactly 0 below
+// -87.7; NaN stays NaN.
+RL_HD float exp_clamped(float x) {
+#ifdef __CUDA_ARCH__
+  return ::expf(x);
+#else
+  // x log2(e) = n + r with |r| <= 1/2; adding and taking away 1.5 * 2^23 rounds to the nearest
+  // integer.
+  const float shifted = x * 1.44269504088896341f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  const float r = x * 1.44269504088896341f - n;
+  // 2^r, minimax of degree 6: relative error 2e-9 before rounding.
+  float p = 1.5353258640971035e-4f;
+  p = p * r + 1.3399003073573112e-3f;
+  p = p * r + 9.61843878030777e-3f;
+  p = p * r + 5.5503319948911667e-2f;
+  p = p * r + 0.24022647738456726f;
+  p = p * r + 0.6931471824645996f;
+  p = p * r + 1.0f;
+  // 2^n from its bits; n = -127 gives the bits of 0.
+  return p * bits_to_float((float_to_bits(shifted) + 127) << 23);
+#endif
+}
+
+RL_HD double exp_clamped(double x) { return ::exp(x); }
+
+// Clamps from below and keeps NaN.
+template <typename A>
+RL_HD A at_least(A floor, A x) {
+  return floor > x ? floor : x;
+}
+
+// A value that the optimiser cannot see through. A constant floor would let it split loops by
+// predicate.
+template <typename A>
+RL_INLINE A opaque(A x) {
+  asm volatile("" : "+m"(x));
+  return x;
+}
+
+// e^x for x <= 88; 0 below -87.7; NaN stays NaN.
+template <typename A>
+RL_HD A exp_nonpositive(A x) {
+  return exp_clamped(at_least(exp_floor<A>(), x));
+}
+
+// e^x on the whole range: inf above 88.7, 0 below -87.7; NaN stays NaN.
 RL_HD float exp(float x) {
 #ifdef __CUDA_ARCH__
   return ::expf(x);
 #else
-  // x = n ln2 + r with |r| <= ln2/2; adding and taking away 1.5 * 2^23 rounds to the nearest
-  // integer.
-  const float clamped = x < -104.0f ? -104.0f : (x > 89.0f ? 89.0f : x);
-  const float shifted = clamped * 1.44269504088896341f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  float r = clamped - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  float p = 1.3888889e-3f;
-  p = p * r + 8.3333337e-3f;
-  p = p * r + 4.1666668e-2f;
-  p = p * r + 1.6666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const int32_t exponent = float_to_bits(shifted) << 23;
-  const float scaled = bits_to_float(float_to_bits(p) + exponent);
-  const float low = x < -87.3f ? 0.0f : scaled;
-  const float high = x > 88.3762626647950f ? std::numeric_limits<float>::infinity() : low;
-  return x == x ? high : x;
+  const float half = exp_nonpositive(0.5f * (x > 178.0f ? 178.0f : x));
+  return x < -87.7f ? 0.0f : half * half;
 #endif
 }
 
@@ -115,6 +183,110 @@ RL_HD float tanh(float x) {
 }
 
 RL_HD double tanh(double x) { return ::tanh(x); }
+
+// ---- per-token RL maths ---------------------------------------------------------------------
+
+// |log rho|, and the log-ratio of k3, are clamped here; k3 itself is bounded by kK3Limit.
+constexpr float kLogRatioLimit = 20.0f;
+constexpr float kK3Limit = 10.0f;
+
+template <typename A>
+RL_HD A clamp(A x, A low, A high) {
+  return x < low ? low : (x > high ? high : x);  // NaN stays NaN
+}
+
+// e^x - 1 - x for |x| <= 88 without cancellation: its Taylor series near 0 (relative error < 4e-8).
+RL_HD float expm1_excess(float x) {
+  float p = 1.0f / 362880;
+  p = p * x + 1.0f / 40320;
+  p = p * x + 1.0f / 5040;
+  p = p * x + 1.0f / 720;
+  p = p * x + 1.0f / 120;
+  p = p * x + 1.0f / 24;
+  p = p * x + 1.0f / 6;
+  p = p * x + 0.5f;
+  const float far = exp_clamped(x) - 1.0f - x;
+  return (x < 0.0f ? -x : x) < 0.5f ? x * x * p : far;
+}
+
+RL_HD double expm1_excess(double x) { return ::expm1(x) - x; }
+
+enum class KlEstimator : int64_t { k1, k2, k3, abs };
+
+// Estimate of KL(pi | ref) from one sampled token.
+template <KlEstimator E, typename A>
+RL_HD A kl_term(A logprob, A ref_logprob) {
+  const A d = logprob - ref_logprob;
+  if constexpr (E == KlEstimator::k1) return d;
+  if constexpr (E == KlEstimator::abs) return d < A(0) ? -d : d;
+  if constexpr (E == KlEstimator::k2) return A(0.5) * d * d;
+  const A kl = expm1_excess(clamp(-d, A(-kLogRatioLimit), A(kLogRatioLimit)));
+  return kl > A(kK3Limit) ? A(kK3Limit) : kl;
+}
+
+// delta_t = r_t + gamma * V_{t+1} - V_t, and A_t = delta_t + gamma * lam * A_{t+1}.
+template <typename A>
+RL_HD A td_error(A reward, A value, A next_value, A gamma) {
+  return reward + gamma * next_value - value;
+}
+template <typename A>
+RL_HD A gae_step(A delta, A next_advantage, A gamma_lam) {
+  return delta + gamma_lam * next_advantage;
+}
+
+// The clipped policy loss of one token: max(-A rho, -A clip(rho, low, high)), at most -A *
+// dual_clip where A < 0. A dual_clip of infinity is none.
+template <typename A>
+struct PolicyTerm {
+  A loss;
+  A grad;  // d loss / d logprob
+  A ratio;
+  A kl;       // rho - 1 - log rho
+  A clipped;  // 1 where the clip decides
+};
+
+template <typename A>
+RL_HD PolicyTerm<A> policy_term(A logprob, A old_logprob, A advantage, A low, A high, A dual_clip) {
+  const A d = logprob - old_logprob;
+  const A log_ratio = clamp(d, A(-kLogRatioLimit), A(kLogRatioLimit));
+  const A ratio = exp_clamped(log_ratio);
+  const A unclipped = -advantage * ratio;
+  const A clipped = -advantage * clamp(ratio, low, high);
+  const A bound = advantage < A(0) ? -advantage * dual_clip : std::numeric_limits<A>::infinity();
+  const A larger = clipped > unclipped ? clipped : unclipped;
+  const A inside = clipped > unclipped ? A(0) : unclipped;
+  const A free = bound < larger ? A(0) : inside;
+  return {bound < larger ? bound : larger, log_ratio == d ? free : A(0), ratio,
+          expm1_excess(log_ratio), clipped > unclipped ? A(1) : A(0)};
+}
+
+// Half the larger of the squared errors of v and of clip(v, old - clip, old + clip). A clip of
+// infinity is none.
+template <typename A>
+struct ValueTerm {
+  A loss;
+  A grad;  // d loss / d value
+  A clipped;
+};
+
+template <typename A>
+RL_HD ValueTerm<A> value_term(A value, A old_value, A target, A clip) {
+  const A error = value - target;
+  const A clipped_error = clamp(value, old_value - clip, old_value + clip) - target;
+  const bool clipped = clipped_error * clipped_error > error * error;
+  const A chosen = clipped ? clipped_error : error;
+  return {A(0.5) * chosen * chosen, clipped ? A(0) : error, clipped ? A(1) : A(0)};
+}
+
+// -log sigmoid(x), and its derivative sigmoid(x) - 1.
+template <typename A>
+RL_HD A neg_log_sigmoid(A x) {
+  return std::log1p(exp(x < A(0) ? x : -x)) - (x < A(0) ? x : A(0));
+}
+template <typename A>
+RL_HD A neg_log_sigmoid_grad(A x) {
+  return A(-1) / (A(1) + exp(x));
+}
 
 // ---- instruction sets
 // ----------------------------------------------------------------------------------------------

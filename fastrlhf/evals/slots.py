@@ -1,0 +1,76 @@
+"""Slot errors of data-to-text: what a sentence leaves out of its record and what it makes up.
+
+A judgement is any object with `covered`, `missing` and `invented` (sequences of slots) and `value`.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from fastrlhf.evals._intervals import bootstrap, cluster_sums, ratio
+
+
+class Judgement(Protocol):
+    covered: Sequence[str]
+    missing: Sequence[str]
+    invented: Sequence[str]
+    value: float
+
+
+def _counts(judgements: Sequence[Judgement]) -> np.ndarray:
+    # -> [n, 6]: covered, missing, invented, slots, value, without error
+    rows = []
+    for j in judgements:
+        c, m, i = len(j.covered), len(j.missing), len(j.invented)
+        rows.append((c, m, i, c + m, j.value, float(m + i == 0)))
+    return np.array(rows, dtype=np.float64).reshape(-1, 6)
+
+
+def evaluate(
+    judgements: Sequence[Judgement],
+    prompts: Sequence[Hashable] | None = None,
+    *,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """Means over sentences with 95 % intervals (cluster bootstrap over prompts).
+
+    Returns:
+        "coverage": covered slots / slots of the records; "missing", "invented", "errors": number a
+        sentence (errors = missing + invented); "error_rate": errors / slots of the records;
+        "perfect": share of sentences without an error; "value": the judge's mean value. Each is
+        {"mean", "low", "high", "n"}.
+    """
+    sums, sentences = cluster_sums(_counts(judgements), prompts)
+    covered, missing, invented, slots, value, perfect = sums.T
+    errors = missing + invented
+    pairs = {
+        "coverage": (covered, slots),
+        "missing": (missing, sentences),
+        "invented": (invented, sentences),
+        "errors": (errors, sentences),
+        "error_rate": (errors, slots),
+        "perfect": (perfect, sentences),
+        "value": (value, sentences),
+    }
+    return {k: bootstrap(np.column_stack(v), ratio, seed=seed) for k, v in pairs.items()}
+
+
+def error_change(
+    judgements: Sequence[Judgement],
+    baseline: Sequence[Judgement],
+    prompts: Sequence[Hashable] | None = None,
+    *,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Relative change of slot errors against a baseline on the same prompts, -0.3 = 30 % fewer.
+
+        change = errors / baseline errors - 1
+
+    Pairs of one prompt are resampled together, so the interval is that of the paired comparison.
+    """
+    if len(judgements) != len(baseline):
+        raise ValueError(f"baseline: expected {len(judgements)} judgements, got {len(baseline)}")
+    errors = [_counts(side)[:, 1:3].sum(axis=1) for side in (judgements, baseline)]
+    sums, _ = cluster_sums(np.column_stack(errors), prompts)
+    return bootstrap(sums, lambda s: ratio(s) - 1.0, seed=seed)

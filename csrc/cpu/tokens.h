@@ -1,0 +1,233 @@
+// Per-token arguments on CPU: any float dtype and any strides, read as flat runs in the accumulator
+// type.
+//
+// B sequences, T steps, N tokens. A padded [B, T] tensor is N = B * T tokens in row-major order, so
+// that sequence b is the flat range [b * T, (b + 1) * T); packed, it is [cu_seqlens[b],
+// cu_seqlens[b + 1]). Outputs are contiguous.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <memory>
+
+#include "../checks.h"
+#include "../rl_math.h"
+
+namespace rl {
+
+// Tokens per block: the unit of conversion into scratch memory and of the fixed-order sums. Blocks
+// depend on the flat token index alone, hence no sum depends on the number of threads, on strides,
+// or on how [B, T] is cut.
+constexpr int64_t kBlock = 1024;
+// Blocks, or tokens, that are worth a thread of their own.
+constexpr int64_t kGrainBlocks = 12;
+constexpr int64_t kGrainTokens = kGrainBlocks * kBlock;
+
+// a where the mask byte is 1, b where it is 0: bits, because a ragged mask would mispredict a
+// branch.
+template <typename A>
+RL_INLINE A blend(uint8_t keep, A a, A b) {
+  using Bits = std::conditional_t<std::is_same_v<A, double>, uint64_t, uint32_t>;
+  const Bits other = std::bit_cast<Bits>(b);
+  return std::bit_cast<A>(other ^ ((other ^ std::bit_cast<Bits>(a)) & (Bits{0} - Bits{keep})));
+}
+
+// A 1-d or 2-d tensor of float tokens.
+class Tokens {
+ public:
+  Tokens() = default;
+  explicit Tokens(const Tensor& t) : dtype_(t.scalar_type()), count_(t.numel()) {
+    RL_CHECK(t.dim() == 1 || t.dim() == 2, "expected a 1-d or 2-d tensor, got ", t.dim(), "-d");
+    RL_CHECK(is_float_dtype(dtype_), "expected a float tensor");
+    data_ = static_cast<const char*>(t.const_data_ptr());
+    inner_ = t.size(t.dim() - 1);
+    inner_stride_ = t.stride(t.dim() - 1);
+    outer_stride_ = t.dim() == 2 ? t.stride(0) : 0;
+    flat_ = t.dim() == 1 || t.size(0) == 1 || outer_stride_ == inner_ * inner_stride_;
+  }
+  explicit Tokens(const std::optional<Tensor>& t) : Tokens(t.has_value() ? Tokens(*t) : Tokens()) {}
+
+  bool defined() const { return data_ != nullptr || count_ > 0; }
+  int64_t count() const { return count_; }
+
+  // The `count` tokens from flat index `start`, in place if they are contiguous and of type A, else
+  // in `scratch`.
+  template <typename A>
+  const A* load(int64_t start, int64_t count, A* scratch) const {
+    constexpr ScalarType own = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+    if (dtype_ == own && inner_stride_ == 1 && flat_)
+      return reinterpret_cast<const A*>(data_) + start;
+    switch (dtype_) {
+      case ScalarType::Double:
+        return copy<double>(start, count, scratch);
+      case ScalarType::Float:
+        return copy<float>(start, count, scratch);
+      case ScalarType::Half:
+        return copy<f16>(start, count, scratch);
+      default:
+        return copy<bf16>(start, count, scratch);
+    }
+  }
+
+  // The same with 0 where `keep` is 0, so that nothing behind the mask, NaN included, enters any
+  // sum.
+  template <typename A>
+  const A* load(int64_t start, int64_t count, const uint8_t* keep, A* scratch) const {
+    const A* x = load(start, count, scratch);
+    if (keep == nullptr) return x;
+    for (int64_t i = 0; i < count; ++i) scratch[i] = blend(keep[i], x[i], A(0));
+    return scratch;
+  }
+
+ private:
+  template <typename T, typename A>
+  const A* copy(int64_t start, int64_t count, A* scratch) const {
+    const T* data = reinterpret_cast<const T*>(data_);
+    for (int64_t done = 0; done < count;) {
+      const int64_t row = flat_ ? 0 : (start + done) / inner_;
+      const int64_t column = start + done - row * inner_;
+      const int64_t run = flat_ ? count : std::min(count - done, inner_ - column);
+      const T* source = data + row * outer_stride_ + column * inner_stride_;
+      if (inner_stride_ == 1) {
+        for (int64_t i = 0; i < run; ++i) scratch[done + i] = static_cast<A>(rl::load(source[i]));
+      } else {
+        for (int64_t i = 0; i < run; ++i)
+          scratch[done + i] = static_cast<A>(rl::load(source[i * inner_stride_]));
+      }
+      done += run;
+    }
+    return scratch;
+  }
+
+  const char* data_ = nullptr;
+  ScalarType dtype_ = ScalarType::Float;
+  int64_t count_ = 0;
+  int64_t inner_ = 0;         // tokens of one row
+  int64_t inner_stride_ = 1;  // elements
+  int64_t outer_stride_ = 0;  // elements
+  bool flat_ = true;          // one stride reaches every token
+};
+
+// The optional bool mask of the tokens as contiguous bytes; null data means that every token
+// counts.
+class Mask {
+ public:
+  Mask(const std::optional<Tensor>& mask, int64_t count) {
+    if (!mask.has_value()) return;
+    RL_CHECK(mask->scalar_type() == ScalarType::Bool, "mask: expected a bool tensor");
+    RL_CHECK(mask->numel() == count, "mask: expected ", count, " elements, got ", mask->numel());
+    tensor_ = contiguous(*mask);
+    data_ = static_cast<const uint8_t*>(tensor_->const_data_ptr());
+  }
+  // The bytes of the `count` tokens from flat index `start`; null if all of them count.
+  const uint8_t* from(int64_t start, int64_t count) const {
+    if (data_ == nullptr || count_kept(start, count) == count) return nullptr;
+    return data_ + start;
+  }
+  // All bytes, or null.
+  const uint8_t* data() const { return data_; }
+  int64_t count_kept(int64_t start, int64_t count) const {
+    if (data_ == nullptr) return count;
+    int64_t kept = 0;
+    for (int64_t at = start; at < start + count; at += kBlock) {
+      const int64_t end = std::min(at + kBlock, start + count);
+      int32_t block = 0;  // narrow, so that the loop becomes vector code
+      for (int64_t i = at; i < end; ++i) block += data_[i];
+      kept += block;
+    }
+    return kept;
+  }
+
+ private:
+  std::optional<Tensor> tensor_;
+  const uint8_t* data_ = nullptr;
+};
+
+// Where each sequence begins and ends among the N tokens.
+class Sequences {
+ public:
+  Sequences(const Tensor& like, const std::optional<Tensor>& cu_seqlens) : tokens_(like.numel()) {
+    if (!cu_seqlens.has_value()) {
+      RL_CHECK(like.dim() == 2, "expected a [B, T] tensor, or cu_seqlens");
+      count_ = like.size(0);
+      steps_ = like.size(1);
+      return;
+    }
+    RL_CHECK(like.dim() == 1, "expected a packed [N] tensor with cu_seqlens");
+    RL_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1 &&
+                 cu_seqlens->scalar_type() == ScalarType::Int,
+             "cu_seqlens: expected an int32 tensor [B + 1]");
+    cu_tensor_ = contiguous(*cu_seqlens);
+    cu_ = static_cast<const int32_t*>(cu_tensor_->const_data_ptr());
+    count_ = cu_seqlens->numel() - 1;
+    RL_CHECK(cu_[0] == 0 && cu_[count_] == tokens_, "cu_seqlens: expected to run from 0 to ",
+             tokens_);
+    for (int64_t b = 0; b < count_; ++b)
+      RL_CHECK(cu_[b] <= cu_[b + 1], "cu_seqlens: decreases at ", b + 1);
+  }
+
+  int64_t count() const { return count_; }
+  int64_t begin(int64_t b) const { return cu_ ? cu_[b] : b * steps_; }
+  int64_t end(int64_t b) const { return cu_ ? cu_[b + 1] : (b + 1) * steps_; }
+
+  // f(first, last) over ranges of sequences, cut so that threads get about equally many tokens.
+  template <typename F>
+  void parallel(const F& f) const {
+    torch::stable::parallel_for(0, tokens_, kGrainTokens, [&](int64_t begin, int64_t end) {
+      f(starting_from(begin), starting_from(end));
+    });
+  }
+
+ private:
+  // The first sequence that begins at `token` or later.
+  int64_t starting_from(int64_t token) const {
+    if (cu_) return std::lower_bound(cu_, cu_ + count_, token) - cu_;
+    return std::min(count_, (token + steps_ - 1) / steps_);
+  }
+
+  int64_t tokens_ = 0;
+  int64_t count_ = 0;
+  int64_t steps_ = 0;
+  std::optional<Tensor> cu_tensor_;
+  const int32_t* cu_ = nullptr;
+};
+
+// One [B] value per sequence (score, bootstrap) in type A; empty if absent.
+template <typename A>
+std::vector<A> per_sequence(const std::optional<Tensor>& t, int64_t count, const char* name) {
+  std::vector<A> out;
+  if (!t.has_value()) return out;
+  RL_CHECK(t->dim() == 1 && t->numel() == count, name, ": expected [", count, "]");
+  out.resize(count);
+  const A* loaded = Tokens(*t).load(0, count, out.data());
+  if (loaded != out.data()) std::copy(loaded, loaded + count, out.begin());
+  return out;
+}
+
+// f(block, start, count) for every block of kBlock tokens, on threads; each call takes on the best
+// instruction set.
+template <typename F>
+void for_each_block(int64_t tokens, const F& f) {
+  const int64_t blocks = (tokens + kBlock - 1) / kBlock;
+  torch::stable::parallel_for(0, blocks, kGrainBlocks, [&](int64_t first, int64_t last) {
+    dispatch_isa([&]() RL_LAMBDA_INLINE {
+      for (int64_t block = first; block < last; ++block) {
+        f(block, block * kBlock, std::min(kBlock, tokens - block * kBlock));
+      }
+    });
+  });
+}
+
+// f(A{}) with the accumulator type of `like`.
+template <typename F>
+auto with_acc(const Tensor& like, const F& f) {
+  return like.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+inline Tensor new_tokens(const Tensor& like) {
+  std::vector<int64_t> sizes(like.dim());
+  for (int64_t d = 0; d < like.dim(); ++d) sizes[d] = like.size(d);
+  return empty_like_device(like, sizes, acc_dtype(like.scalar_type()));
+}
+
+}  // namespace rl

@@ -1,0 +1,185 @@
+"""ppo_loss: clipped policy loss, clipped value loss, entropy bonus and every metric in one pass.
+
+Shapes: every tensor [...], one element a token, packed [N] or padded [B, T]; n unmasked tokens.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastrlhf import reference
+from fastrlhf.ops import _backend, _checks, _sequence
+from fastrlhf.reference import PPOLossOutput
+
+OP = "ppo_loss"
+
+# In the order of Metric in csrc/cpu/ppo_loss.cpp.
+_POLICY_METRICS = ("policy_loss", "approx_kl", "clip_fraction", "ratio_mean", "ratio_max")
+_VALUE_METRICS = ("value_loss", "value_clip_fraction", "explained_variance")
+METRICS = (*_POLICY_METRICS, *_VALUE_METRICS, "entropy")
+
+
+def ppo_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    *,
+    values: Tensor | None = None,
+    old_values: Tensor | None = None,
+    returns: Tensor | None = None,
+    entropy: Tensor | None = None,
+    mask: Tensor | None = None,
+    clip: float = 0.2,
+    dual_clip: float | None = None,
+    value_clip: float | None = 0.2,
+    value_coef: float = 0.5,
+    entropy_coef: float = 0.0,
+    backend: str = "auto",
+) -> PPOLossOutput:
+    """loss = policy + value_coef * value - entropy_coef * mean(entropy), over unmasked tokens.
+
+    With rho = exp(clamp(logprob - old_logprob, -20, 20)):
+
+    - policy = mean max(-A rho, -A clip(rho, 1 - clip, 1 + clip)); with `dual_clip`, where A < 0, at
+      most -A dual_clip;
+    - value = mean of 0.5 max((v - R)^2, (clip(v, v_old - value_clip, v_old + value_clip) - R)^2);
+      0.5 (v - R)^2 if `value_clip` is None; no value term without `values`.
+
+    On the edge of a clip the unclipped branch is taken, with its gradient. The mean is over the n
+    unmasked tokens of this call (0 if n = 0): rescale micro-batches yourself. Loss, gradients and
+    metrics come from one pass with sums in a fixed order (bitwise the same for any number of
+    threads); the backward only scales. Gradients flow to `logprob`, `values` and `entropy`, once;
+    the other tensors are constants.
+
+    Args:
+        logprob: [...], log-probability of each token under the policy, in nats. float32, bfloat16,
+            float16, or float64; any strides.
+        old_logprob: the same shape, under the policy that sampled, from the same forward path.
+        advantages: the same shape, whitened or not.
+        values, old_values, returns: the same shape, all in reward units; `returns` is needed with
+            `values`, and `old_values` too unless `value_clip` is None.
+        entropy: the same shape, in nats.
+        mask: the same shape, bool or 0/1. Elsewhere nothing is used, and gradients are 0.
+        clip: above 0. The paper uses 0.2.
+        dual_clip: above 1, or None.
+        value_clip: above 0, in reward units, or None.
+        value_coef, entropy_coef: numbers.
+        backend: see `fastrlhf.backends`.
+
+    Returns:
+        PPOLossOutput(loss, metrics). loss: 0-d, float32 (float64 for float64 inputs). metrics: dict
+        of 0-d detached float32 tensors: policy_loss, approx_kl = mean(rho - 1 - log rho),
+        clip_fraction, ratio_mean, ratio_max; with `values` also value_loss, value_clip_fraction and
+        explained_variance = 1 - Var(R - v) / Var(R) (0 if Var(R) = 0); with `entropy` its mean.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or value, by argument name. On a GPU the
+            values of `mask` are not read, which would cost a sync.
+
+    Source: Schulman et al. 2017 (arXiv:1707.06347), eq. 7 and 9; Ouyang et al. 2022, C.4; the dual
+        clip is from Ye et al. 2020 (arXiv:1912.09729).
+
+    >>> out = ppo_loss(torch.tensor([0.0]), torch.tensor([0.0]), torch.tensor([1.0]))
+    >>> out.loss, out.metrics["ratio_max"]
+    (tensor(-1.), tensor(1.))
+    """
+    tensors = {"values": values, "old_values": old_values, "returns": returns, "entropy": entropy}
+    _sequence.same_tokens(
+        OP, "logprob", logprob, old_logprob=old_logprob, advantages=advantages, **tensors
+    )
+    mask = _sequence.mask(OP, mask, logprob)
+    clip = _checks.number(OP, "clip", clip, low=0, strict=True)
+    if dual_clip is not None:
+        dual_clip = _checks.number(OP, "dual_clip", dual_clip, low=1, strict=True)
+    if value_clip is not None:
+        value_clip = _checks.number(OP, "value_clip", value_clip, low=0, strict=True)
+    value_coef = _checks.number(OP, "value_coef", value_coef)
+    entropy_coef = _checks.number(OP, "entropy_coef", entropy_coef)
+    _check_value_tensors(values, old_values, returns, value_clip)
+    if _backend.choose(OP, backend, logprob) == "reference":
+        return reference.ppo_loss(
+            logprob,
+            old_logprob,
+            advantages,
+            **tensors,
+            mask=mask,
+            clip=clip,
+            dual_clip=dual_clip,
+            value_clip=value_clip,
+            value_coef=value_coef,
+            entropy_coef=entropy_coef,
+        )
+    trained = [x for x in (logprob, values, entropy) if x is not None]
+    loss, metrics, *_ = torch.ops.fastrlhf.ppo_loss_fwd(
+        *(_sequence.rows(x) for x in (logprob, old_logprob, advantages)),
+        _sequence.rows(values),
+        None if value_clip is None else _sequence.rows(old_values),
+        _sequence.rows(returns),
+        _sequence.rows(entropy),
+        _sequence.rows(mask),
+        clip,
+        math.inf if dual_clip is None else dual_clip,
+        math.inf if value_clip is None else value_clip,
+        value_coef,
+        entropy_coef,
+        torch.is_grad_enabled() and any(x.requires_grad for x in trained),
+    )
+    absent = set(() if values is not None else _VALUE_METRICS)
+    absent |= set(() if entropy is not None else ("entropy",))
+    named = zip(METRICS, metrics.unbind(), strict=True)
+    return PPOLossOutput(loss, {name: x for name, x in named if name not in absent})
+
+
+def _check_value_tensors(values, old_values, returns, value_clip):
+    if values is None:
+        for name, given in (("old_values", old_values), ("returns", returns)):
+            if given is not None:
+                raise ValueError(f"{OP}: {name} must come with values; got values=None")
+        return
+    if returns is None:
+        raise ValueError(f"{OP}: returns must be given with values; got None")
+    if old_values is None and value_clip is not None:
+        raise ValueError(
+            f"{OP}: old_values must be given with values, or value_clip=None; got None"
+        )
+
+
+# ---- registration -------------------------------------------------------------------------------
+
+
+def _fwd_fake(logprob, old_logprob, advantages, values, old_values, returns, entropy, *rest):
+    dtype, with_grad = _sequence.acc_dtype(logprob), rest[-1]
+    wanted = (True, values is not None, entropy is not None)
+    grads = [
+        _sequence.empty_tokens(logprob) if with_grad and want else logprob.new_empty(0, dtype=dtype)
+        for want in wanted
+    ]
+    metrics = logprob.new_empty(len(METRICS), dtype=torch.float32)
+    return logprob.new_empty((), dtype=dtype), metrics, *grads
+
+
+def _setup_context(ctx, inputs, output):
+    # Positions of logprob, values and entropy among the inputs.
+    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in (0, 3, 6)]
+    _, metrics, *grads = output
+    ctx.mark_non_differentiable(metrics, *grads)
+    ctx.save_for_backward(*grads)
+
+
+@once_differentiable
+def _backward(ctx, grad_loss, *_):
+    wanted = [ctx.needs_input_grad[i] for i in (0, 3, 6)]
+    logprob, values, entropy = (
+        (grad * grad_loss).to(dtype) if want else None
+        for grad, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, wanted, strict=True)
+    )
+    return logprob, None, None, values, None, None, entropy, *(None,) * 7
+
+
+if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
+    torch.library.register_fake("fastrlhf::ppo_loss_fwd", _fwd_fake)
+    torch.library.register_autograd(
+        "fastrlhf::ppo_loss_fwd", _backward, setup_context=_setup_context
+    )

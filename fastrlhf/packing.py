@@ -45,7 +45,7 @@ def pack(lengths, max_tokens: int, *, multiple_of: int = 1) -> list[np.ndarray]:
 
     Example:
         >>> [b.tolist() for b in pack([5, 3, 3, 5], max_tokens=8)]
-        [[0, 2], [1, 3]]
+        [[0, 1], [2, 3]]
     """
     lengths = np.asarray(lengths)
     if lengths.ndim != 1:

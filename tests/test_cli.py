@@ -1,6 +1,7 @@
 """The command line: exit status, the one line of bad input, lazy imports."""
 
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -122,16 +123,14 @@ def test_help_of_a_command(stub, capsys):
     assert stub.called == []
 
 
-def test_every_command_has_its_module_and_help_line(capsys):
-    assert cli.main([]) == 0
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_exists_and_prints_its_help(name, capsys):
+    assert cli.main([name, "--help"]) == 0
     text = capsys.readouterr().out
-    for name, command in cli.COMMANDS.items():
-        assert f"  {name} " in text
-        path = ROOT / command.module.replace(".", "/")
-        files = [path.with_suffix(".py"), path / "__init__.py"]
-        source = next((f.read_text() for f in files if f.is_file()), "")
-        assert command.config in source, f"{command.module} must define {command.config}"
-        assert "def main(" in source, f"{command.module} must define main(cfg)"
+    assert f"usage: fastrlhf {name}" in text
+    assert callable(importlib.import_module(cli.COMMANDS[name].module).main)
+    assert cli.main([]) == 0
+    assert f"  {name} " in capsys.readouterr().out
 
 
 def run_python(code):

@@ -1,5 +1,6 @@
 """The sequence packer (csrc/packer.cpp) against its Python reference, and its own promises."""
 
+import doctest
 import time
 
 import numpy as np
@@ -214,3 +215,9 @@ def test_batch_moves_to_a_device():
 def test_collate_errors(sequences, message):
     with pytest.raises(ValueError, match=message):
         collate(sequences)
+
+
+def test_docstring_examples():
+    result = doctest.testmod(packing)
+    assert result.attempted >= 2
+    assert result.failed == 0

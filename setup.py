@@ -1,13 +1,13 @@
 """Builds `fastrlhf._C`, the C++/CUDA extension. All metadata lives in pyproject.toml.
 
 FASTRLHF_BUILD = auto (default) | none | cpu | cuda
-    auto  CUDA where torch is a CUDA build and a toolkit is found, else C++ for the CPU, else nothing
+    auto  CUDA where torch is a CUDA build and a toolkit is found, else C++ for the CPU, else none
     none  pure Python: every op runs on its PyTorch reference (and on Triton where there is a GPU)
     cpu   C++ kernels for the CPU
     cuda  C++ and CUDA kernels; stops with the fix when something is missing
 
-The choice looks at the toolkit and at torch's own build, never at the GPU of the building machine: containers are built on
-machines without one.
+The choice looks at the toolkit and at torch's own build, never at the GPU of the building machine:
+containers are built on machines without one.
 """
 
 import os

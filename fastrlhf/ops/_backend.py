@@ -1,7 +1,7 @@
 """Which implementation of an op runs: "auto" | "reference" | "cpu" | "triton" | "cuda".
 
-auto: CPU tensors take "cpu" (C++), CUDA tensors "cuda" and then "triton"; what is not built falls to "reference". A backend
-that is named but cannot run is an error which says why and what to use: nothing falls back in silence.
+auto: CPU tensors take "cpu" (C++), CUDA tensors "cuda" and then "triton"; what is not built falls to
+"reference". A backend that is named but cannot run is an error which says why and what to use.
 """
 
 import importlib.util
@@ -65,7 +65,7 @@ _TRITON_OPS = frozenset(
     if importlib.util.find_spec(f"fastrlhf.kernels.{file}") is not None
 )
 
-# Counter of public calls, keyed (op, backend): the proof of what ran. Calls traced by torch.compile are not counted.
+# Public calls by (op, backend): the proof of what ran. Calls that torch.compile traces do not count.
 calls: Counter = Counter()
 _lock = threading.Lock()
 
@@ -103,7 +103,7 @@ def _auto(op: str, device: str) -> str:
 
 
 def choose(op: str, backend: str, tensor: torch.Tensor) -> str:
-    """The backend that will run `op` on `tensor`. Raises ValueError for a name that is unknown or cannot run here."""
+    """The backend that will run `op` on `tensor`; ValueError for a name that cannot run here."""
     device = tensor.device.type
     if backend == "auto":
         chosen = _auto(op, device)

@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops: TypeError or ValueError with the argument's name, what was expected, what came."""
+"""Argument checks shared by the ops: TypeError or ValueError with name, expected and got."""
 
 import torch
 
@@ -49,7 +49,7 @@ def number(op: str, name: str, value: object, *, low: float | None = None, stric
 
 
 def mask(op: str, value: object, expected: tuple, device: torch.device) -> torch.Tensor | None:
-    """The mask as bool (True = counts), or None. Bool and integer or float masks of 0 and 1 are taken."""
+    """The mask as bool (True = counts), or None. Masks of 0 and 1 of any dtype are taken."""
     if value is None:
         return None
     tensor(op, "mask", value)
@@ -59,7 +59,7 @@ def mask(op: str, value: object, expected: tuple, device: torch.device) -> torch
 
 
 def cu_seqlens(op: str, value: object, tokens: int, device: torch.device) -> torch.Tensor:
-    """int32 [B + 1]. On CPU the values are checked too: from 0 to the number of tokens, never falling."""
+    """int32 [B + 1]. On CPU the values are checked: from 0 to the tokens, never falling."""
     tensor(op, "cu_seqlens", value)
     if value.dtype != torch.int32:
         raise TypeError(f"{op}: cu_seqlens must be int32; got {value.dtype}")
@@ -72,7 +72,7 @@ def cu_seqlens(op: str, value: object, tokens: int, device: torch.device) -> tor
         first, last = int(value[0]), int(value[-1])
         if first != 0 or last != tokens or bool((value[1:] < value[:-1]).any()):
             raise ValueError(
-                f"{op}: cu_seqlens must rise from 0 to the {tokens} tokens; got {value.tolist()[:8]}"
+                f"{op}: cu_seqlens must rise from 0 to {tokens}; got {value.tolist()[:8]}"
                 f"{' ...' if value.numel() > 8 else ''}"
             )
     return value.contiguous()

@@ -1,6 +1,7 @@
 """token_logprob: log-probability of each row's target, and the entropy, from logits.
 
-Shapes: logits [..., V] -> N rows; targets, mask, outputs [...]. stats [2, N] = (max, log sum e^(z-max)).
+Shapes: logits [..., V] -> N rows; targets, mask, outputs [...]; stats [2, N] = (max m of z, log of
+the sum of e^(z - m)).
 """
 
 import math

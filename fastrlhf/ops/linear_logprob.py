@@ -1,0 +1,315 @@
+"""linear_logprob: token_logprob of hidden @ weight.T + bias, without ever holding the N x V logits.
+
+Shapes: hidden [..., H] -> N rows, weight [V, H], bias [V], targets, mask, outputs [...].
+"""
+
+import torch
+from torch import Tensor
+
+from fastrlhf.ops import _backend, _checks, _chunks
+from fastrlhf.ops._rows import RowMaths
+from fastrlhf.ops.token_logprob import check, check_target_values, run
+
+OP = "linear_logprob"
+# Logits of at most this many bytes stay for the backward (3 GEMMs); larger ones are made again (4).
+KEEP_BYTES = 24 << 20
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    return_entropy: bool = False,
+    workspace: str = "fast",
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`token_logprob` of the logits hidden @ weight.T + bias, made a chunk of rows at a time.
+
+    Forward 2 N H V FLOP, backward 6 N H V (logits again, dX, dW): a chunk's logits are made in
+    fp32 in one workspace, turned into dlogits in place and multiplied into dX and dW, which are
+    summed in fp32 and rounded once. Small problems (24 MiB of logits or less) keep their logits for
+    the backward instead of making them again. A weight or hidden that needs no gradient skips its
+    GEMM. On CPU, rows that are masked, and rows whose upstream gradient is 0, enter no GEMM.
+
+    Args:
+        hidden: [..., H], float32, bfloat16, float16, or float64 (CPU).
+        weight: [V, H], the language-model head. On CPU a 16-bit weight is widened (4 V H bytes).
+        targets: [...], int32 or int64, in [0, V).
+        bias: [V], or None.
+        temperature, softcap, mask, return_entropy: as in `token_logprob`.
+        workspace: "fast" or "compact": bytes of logits held at a time (GPU 1 GiB or 256 MiB, CPU
+            24 MiB or 6 MiB). Results do not depend on it, beyond the rounding of dW's sum.
+        backend: who does the row maths; the GEMMs are the library's. See `fastrlhf.backends`.
+
+    Returns:
+        logprob [...], or (logprob, entropy); float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: as `token_logprob`; also for weight, bias and workspace.
+
+    Source: the chunked head of Liger Kernel (arXiv:2410.10989), with arbitrary upstream gradients.
+
+    >>> linear_logprob(torch.zeros(2, 8), torch.zeros(4, 8), torch.tensor([1, 3]))
+    tensor([-1.3863, -1.3863])
+    """
+    check_linear(OP, hidden, weight, bias, workspace)
+    row_temperature, temperature, softcap, mask = check(
+        OP, hidden, targets, temperature, softcap, mask, vocab=weight.shape[0]
+    )
+    chosen = _backend.choose(OP, backend, hidden)
+    if chosen == "reference" and not torch.compiler.is_compiling() and hidden.device.type == "cpu":
+        check_target_values(OP, targets, weight.shape[0], mask)
+    trained = torch.is_grad_enabled() and (
+        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    logprob, entropy, _, _ = run(
+        OP,
+        torch.ops.fastrlhf.linear_logprob_fwd,
+        (
+            hidden,
+            weight,
+            targets,
+            bias,
+            row_temperature,
+            temperature,
+            softcap,
+            mask,
+            workspace,
+            chosen,
+            trained,
+        ),
+    )
+    return (logprob, entropy) if return_entropy else logprob
+
+
+def check_linear(op, hidden, weight, bias, workspace):
+    _checks.float_tensor(op, "hidden", hidden)
+    _checks.float_tensor(op, "weight", weight)
+    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        width = hidden.shape[-1] if hidden.dim() else "H"
+        raise ValueError(
+            f"{op}: weight must have shape (V, {width}) for hidden {tuple(hidden.shape)}; "
+            f"got {tuple(weight.shape)}"
+        )
+    _checks.same_device(op, "weight", weight, hidden.device)
+    if bias is not None:
+        _checks.float_tensor(op, "bias", bias)
+        _checks.shape(op, "bias", bias, weight.shape[:1])
+        _checks.same_device(op, "bias", bias, hidden.device)
+    if workspace not in _chunks.WORKSPACES:
+        raise ValueError(f"{op}: workspace must be 'fast' or 'compact'; got {workspace!r}")
+
+
+def _keeps_logits(rows: int, vocab: int, acc: torch.dtype, trained: bool) -> bool:
+    return trained and 0 < rows * vocab * acc.itemsize <= KEEP_BYTES
+
+
+@torch.library.custom_op("fastrlhf::linear_logprob_fwd", mutates_args=())
+def linear_logprob_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float,
+    mask: Tensor | None,
+    workspace: str,
+    backend: str,
+    trained: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy, stats [2, N], logits [N, V] where they are small and will be needed)."""
+    index = _chunks.counted_rows(mask)
+    operands = _chunks.Operands(hidden, weight, bias, index)
+    maths = RowMaths(backend, temperature, softcap)
+    count, vocab, acc = targets.numel(), weight.shape[0], operands.acc
+    options = {"dtype": acc, "device": hidden.device}
+    make = torch.empty if index is None else torch.zeros
+    logprob, entropy = make(targets.shape, **options), make(targets.shape, **options)
+    stats = make((2, count), **options)
+    keep = _keeps_logits(count, vocab, acc, trained)
+    # Kept logits of masked rows are never read: only the rows that take part are filled in.
+    kept = torch.empty((count, vocab) if keep else (0,), **options)
+    y, t = operands.take(targets), operands.take(row_temperature)
+    m = None if index is not None else operands.take(mask)
+    step = operands.rows if keep else _chunks.chunk_rows(workspace, vocab, acc, hidden.device)
+    buffer = kept if keep else torch.empty((min(step, operands.rows), vocab), **options)
+    for start in range(0, operands.rows, max(step, 1)):
+        stop = min(start + step, operands.rows)
+        rows = slice(start, stop)
+        logits = operands.logits(operands.hidden_chunk(start, stop), buffer[: stop - start])
+        out = maths.forward(
+            logits, y[rows], None if t is None else t[rows], None if m is None else m[rows]
+        )
+        where = rows if index is None else index[rows]
+        logprob.view(-1)[where] = out[0]
+        entropy.view(-1)[where] = out[1]
+        stats[:, where] = out[2]
+    return logprob, entropy, stats, kept
+
+
+@linear_logprob_fwd.register_fake
+def _(
+    hidden,
+    weight,
+    targets,
+    bias,
+    row_temperature,
+    temperature,
+    softcap,
+    mask,
+    workspace,
+    backend,
+    trained,
+):
+    acc = _chunks.acc_dtype(torch.promote_types(hidden.dtype, weight.dtype))
+    out = hidden.new_empty(targets.shape, dtype=acc)
+    count, vocab = targets.numel(), weight.shape[0]
+    keep = _keeps_logits(count, vocab, acc, trained)
+    return (
+        out,
+        torch.empty_like(out),
+        hidden.new_empty((2, count), dtype=acc),
+        hidden.new_empty((count, vocab) if keep else (0,), dtype=acc),
+    )
+
+
+@torch.library.custom_op("fastrlhf::linear_logprob_bwd", mutates_args=())
+def linear_logprob_bwd(
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    entropy: Tensor,
+    stats: Tensor,
+    kept: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float,
+    mask: Tensor | None,
+    workspace: str,
+    backend: str,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dX, dW, db); empty tensors for those not needed."""
+    forward_index = _chunks.counted_rows(mask)
+    index = _active_rows(grad_logprob, grad_entropy, mask)
+    operands = _chunks.Operands(hidden, weight, bias, index)
+    maths = RowMaths(backend, temperature, softcap)
+    grads = _chunks.Gradients(operands, (needs_hidden, needs_weight, needs_bias))
+    take = operands.take
+    y, t, g, h = take(targets), take(row_temperature), take(grad_logprob), take(grad_entropy)
+    m = None if index is not None else take(mask)
+    e, s = take(entropy), stats if index is None else stats.index_select(1, index)
+    vocab = weight.shape[0]
+    step = _chunks.chunk_rows(workspace, vocab, operands.acc, hidden.device)
+    buffer = torch.empty(
+        (min(step, operands.rows), vocab), dtype=operands.acc, device=hidden.device
+    )
+    source = _kept_positions(index, forward_index) if kept.numel() else None
+    for start in range(0, operands.rows, step):
+        stop = min(start + step, operands.rows)
+        rows = slice(start, stop)
+        x, logits = operands.hidden_chunk(start, stop), buffer[: stop - start]
+        if not kept.numel():
+            operands.logits(x, logits)
+        elif source is None:
+            logits.copy_(kept[rows])
+        else:
+            torch.index_select(kept, 0, source[rows], out=logits)
+        maths.backward_(
+            None if g is None else g[rows],
+            None if h is None else h[rows],
+            logits,
+            y[rows],
+            e[rows],
+            s[:, rows].contiguous(),
+            None if t is None else t[rows],
+            None if m is None else m[rows],
+        )
+        grads.add(start, stop, x, logits)
+    return tuple(grads.finish(hidden, weight, bias))
+
+
+def _active_rows(grad_logprob, grad_entropy, mask):
+    """Rows that count and carry a gradient, where knowing them is free (CPU); None for all."""
+    active = mask
+    if (grad_logprob if grad_logprob is not None else grad_entropy).device.type == "cpu":
+        carries = None
+        for grad in (grad_logprob, grad_entropy):
+            if grad is not None:
+                carries = grad != 0 if carries is None else carries | (grad != 0)
+        active = carries if mask is None else carries & mask
+    return _chunks.counted_rows(active)
+
+
+def _kept_positions(index, forward_index):
+    """Where the active rows lie in the kept logits (those of the rows that counted); None: in order."""
+    if forward_index is None or index is None:
+        return index
+    if index.numel() == forward_index.numel():
+        return None
+    return torch.searchsorted(forward_index, index)
+
+
+@linear_logprob_bwd.register_fake
+def _(grad_logprob, grad_entropy, hidden, weight, targets, bias, *rest):
+    needs = rest[-3:]
+    empty = hidden.new_empty(0)
+    return (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else empty,
+        torch.empty_like(weight, memory_format=torch.contiguous_format)
+        if needs[1]
+        else torch.empty_like(empty),
+        torch.empty_like(bias, memory_format=torch.contiguous_format)
+        if needs[2]
+        else torch.empty_like(empty),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, targets, bias, row_t, ctx.temperature, ctx.softcap, mask = inputs[:8]
+    ctx.workspace, ctx.backend, _ = inputs[8:]
+    _, entropy, stats, kept = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(stats, kept)
+    ctx.save_for_backward(hidden, weight, targets, bias, entropy, stats, kept, row_t, mask)
+
+
+def _backward(ctx, grad_logprob, grad_entropy, _grad_stats, _grad_kept):
+    if grad_logprob is None and grad_entropy is None:
+        return (None,) * 11
+    hidden, weight, targets, bias, entropy, stats, kept, row_t, mask = ctx.saved_tensors
+    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+    grads = torch.ops.fastrlhf.linear_logprob_bwd(
+        grad_logprob,
+        grad_entropy,
+        hidden,
+        weight,
+        targets,
+        bias,
+        entropy,
+        stats,
+        kept,
+        row_t,
+        ctx.temperature,
+        ctx.softcap,
+        mask,
+        ctx.workspace,
+        ctx.backend,
+        *needs,
+    )
+    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return (d_hidden, d_weight, None, d_bias, *(None,) * 7)
+
+
+linear_logprob_fwd.register_autograd(_backward, setup_context=_setup_context)

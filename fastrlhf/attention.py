@@ -1,0 +1,155 @@
+"""Attention over packed sequences: one registered implementation, the kernel of each device behind it.
+
+Shapes: N packed tokens, B sequences, T longest sequence, h query heads, k key heads, D head width.
+
+A packed batch is one row of N tokens, `cu_seqlens` [B+1] says where each sequence starts; no token may see another
+sequence. Which kernel keeps that promise depends on the machine (`plan`):
+
+- flash-attn, where it is installed and the tensors are 16-bit on CUDA (transformers' own `flash_attention_2/3`);
+- torch's own variable-length flash kernel (`torch.nn.attention.varlen.varlen_attn`), CUDA and 16-bit;
+- SDPA otherwise: sequences are laid out as [B, T], right-padded. Under a causal mask no real query can see the padding,
+  so no mask is built at all and the result is exact; the padding rows are dropped again.
+
+transformers ignores packed `position_ids` while `use_cache` is true and then attends across sequences, so callers here
+pass `cu_seqlens` explicitly and `use_cache=False`.
+"""
+
+import importlib.util
+import inspect
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+NAME = "fastrlhf_varlen"
+
+
+@dataclass(frozen=True)
+class PaddedLayout:
+    """Where each packed token stands in a right-padded [B, T] grid; made once a batch, used by every layer."""
+
+    slot: torch.Tensor  # [N] int64, token -> b*T + t
+    batch: int
+    width: int
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The `attn_implementation` to load a model with, and a line that says which kernel will run."""
+
+    implementation: str
+    kernel: str
+
+
+def plan(device: torch.device, dtype: torch.dtype) -> AttentionPlan:
+    """Choose the attention path for `device` and `dtype` (flash-attn, torch's varlen kernel, or SDPA)."""
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        for module, name in (
+            ("flash_attn_interface", "flash_attention_3"),
+            ("flash_attn", "flash_attention_2"),
+        ):
+            if importlib.util.find_spec(module) is not None:
+                return AttentionPlan(name, f"{name} ({module})")
+        if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+            return AttentionPlan(
+                NAME, "torch.nn.attention.varlen.varlen_attn (flash kernel in torch)"
+            )
+    return AttentionPlan(NAME, f"SDPA over right-padded sequences, no mask ({device.type})")
+
+
+def padded_layout(cu_seqlens: torch.Tensor, max_seqlen: int, total: int) -> PaddedLayout:
+    """The [B, T] layout of a packed batch. cu_seqlens int32 [B+1], `total` = N, `max_seqlen` = T, both host numbers."""
+    starts = cu_seqlens[:-1].long()
+    lengths = cu_seqlens.diff().long()
+    sequence = torch.repeat_interleave(
+        torch.arange(len(lengths), device=cu_seqlens.device), lengths, output_size=total
+    )
+    offset = torch.arange(total, device=cu_seqlens.device) - starts[sequence]
+    return PaddedLayout(sequence * max_seqlen + offset, len(lengths), max_seqlen)
+
+
+def _repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
+    return x if times == 1 else x.repeat_interleave(times, dim=1)
+
+
+def _sdpa(query, key, value, *, mask=None, causal=False, dropout=0.0, scale=None):
+    repeats = query.shape[1] // key.shape[1]
+    return F.scaled_dot_product_attention(
+        query,
+        _repeat_heads(key, repeats),
+        _repeat_heads(value, repeats),
+        attn_mask=mask,
+        is_causal=causal,
+        dropout_p=dropout,
+        scale=scale,
+    )
+
+
+def _packed_sdpa(query, key, value, layout: PaddedLayout, dropout: float, scale: float | None):
+    # [1, h, N, D] -> grid [B, h, T, D] -> SDPA -> [N, h, D]
+    def grid(x):
+        heads, width = x.shape[1], x.shape[3]
+        flat = x.new_zeros(layout.batch * layout.width, heads, width)
+        flat = flat.index_copy(0, layout.slot, x[0].transpose(0, 1))
+        return flat.view(layout.batch, layout.width, heads, width).transpose(1, 2)
+
+    out = _sdpa(grid(query), grid(key), grid(value), causal=True, dropout=dropout, scale=scale)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, layout.slot)
+
+
+def _packed_flash(query, key, value, cu_seqlens, max_seqlen: int, scale: float | None):
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.10/2.11 say `is_causal`, later releases say it with a window.
+    names = inspect.signature(varlen_attn).parameters
+    causal = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
+    repeats = query.shape[1] // key.shape[1]
+    q, k, v = (
+        x[0].transpose(0, 1).contiguous()
+        for x in (query, _repeat_heads(key, repeats), _repeat_heads(value, repeats))
+    )
+    return varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, **causal
+    )
+
+
+def attention(
+    module,
+    query: torch.Tensor,  # [1, h, N, D] packed, or [B, h, q, D] while decoding
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    layout: PaddedLayout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_,
+):
+    """transformers' attention signature -> (output [batch, q, h, D], None)."""
+    longest = max_length_q if cu_seq_lens_q is not None else key.shape[2]
+    if softcap is not None or (sliding_window is not None and longest > sliding_window):
+        raise ValueError(
+            f"{NAME}: attention soft-cap and sliding windows shorter than the sequence are not supported here "
+            f"(softcap={softcap}, sliding_window={sliding_window}, longest sequence {longest}); "
+            "install flash-attn and use a CUDA device"
+        )
+    if cu_seq_lens_q is None:
+        causal = attention_mask is None and query.shape[2] > 1
+        out = _sdpa(
+            query, key, value, mask=attention_mask, causal=causal, dropout=dropout, scale=scaling
+        )
+        return out.transpose(1, 2), None
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0:
+        out = _packed_flash(query, key, value, cu_seq_lens_q, max_length_q, scaling)
+    else:
+        if layout is None:
+            layout = padded_layout(cu_seq_lens_q, max_length_q, query.shape[2])
+        out = _packed_sdpa(query, key, value, layout, dropout, scaling)
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, attention)

@@ -1,0 +1,246 @@
+"""The demo's evaluation: every system on records that no training saw, and what the report needs of it."""
+
+import platform
+import shlex
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+import fastrlhf
+from fastrlhf import attention, data
+from fastrlhf.demo import labeler, restaurants
+from fastrlhf.evals import kl, lm_loss, overlap, reward_accuracy, slots, winrate
+from fastrlhf.evals._intervals import mean_interval
+from fastrlhf.models import context_length, load_policy, load_scorer, load_tokenizer
+from fastrlhf.runtime import Runtime
+from fastrlhf.sampler import HFSampler
+from fastrlhf.steps import score_sequences, token_logprobs
+
+DATA = Path(__file__).resolve().parent / "data"
+BASELINE = "sft"  # what win rates and changes compare with
+REFERENCE = "rl_init"  # what KL is measured from
+MAX_TOKENS = 16384  # of a micro-batch
+SHOWN = 6  # records in the report's side-by-side samples
+
+
+def evaluate(systems: dict[str, str], reward: str, cfg, runtime: Runtime) -> dict:
+    """Figures of every system (name -> model folder) on the split `cfg.split`, as the report lays them out."""
+    tokenizer = load_tokenizer(systems[BASELINE])
+    rows = _records(cfg)
+    policies = {
+        name: load_policy(folder, runtime, trainable=False, backend=cfg.backend)
+        for name, folder in systems.items()
+    }
+    scorer = load_scorer(reward, runtime, trainable=False)
+    prompts = data.encode(tokenizer, [row["prompt"] for row in rows])
+    text = data.read_text(str(DATA / f"text_{cfg.split}.txt.gz"))
+    windows = data.text_windows(text, tokenizer, context_length(scorer.config), "held-out text")
+    windows = [w.tokens.tolist() for w in windows]
+
+    def nll_of(policy):
+        return lambda parts: [
+            -x
+            for x in token_logprobs(
+                policy, [data.Example(np.array(p), 1) for p in parts], MAX_TOKENS
+            )
+        ]
+
+    judge = Judge(rows, prompts, tokenizer, scorer, policies[REFERENCE])
+    found = {}
+    for name, policy in policies.items():
+        found[name] = {
+            "sampled": judge.sample(policy, times=cfg.samples, temperature=1.0, seed=cfg.seed + 11),
+            "greedy": judge.sample(policy, times=1, temperature=0.0, seed=0),
+            "text_loss": lm_loss.evaluate(windows, nll_of(policy))["loss"],
+        }
+        if name != BASELINE:
+            found[name]["text_loss_change"] = lm_loss.difference(
+                windows, nll_of(policy), nll_of(policies[BASELINE])
+            )
+    results = {}
+    for name, parts in found.items():
+        results[name] = {
+            key: parts[key] for key in ("text_loss", "text_loss_change") if key in parts
+        }
+        for way in ("sampled", "greedy"):
+            results[name][way] = judge.figures(parts[way], found[BASELINE][way])
+    return {
+        "systems": list(systems),
+        "reference": BASELINE,
+        "results": results,
+        "human": judge.humans(),
+        "reward_model": {
+            "held_out": judge.pair_accuracy(found[REFERENCE]["sampled"]),
+            "human": _human_accuracy(scorer, tokenizer),
+        },
+        "labeler": labeler.validate(
+            data.read_rows(_file(f"demonstrations_{cfg.split}"), {"prompt": str}, "demonstrations"),
+            data.read_rankings(_file("rankings_human")),
+        ),
+        "samples": judge.side_by_side({name: parts["sampled"] for name, parts in found.items()}),
+        "environment": _environment(cfg, runtime),
+        "backends": {
+            op: next(
+                (b for b, state in ways.items() if state == "available" and b != "reference"),
+                "reference",
+            )
+            for op, ways in _on_this_device(runtime).items()
+        },
+        "command": "fastrlhf demo "
+        + " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in _changed(cfg).items()),
+    }
+
+
+class Judge:
+    """Samples from systems on the same prompts and looks at the outcome with labeler, reward model and reference."""
+
+    def __init__(self, rows: list[dict], prompts: list[list[int]], tokenizer, scorer, reference):
+        self.rows, self.prompts, self.tokenizer = rows, prompts, tokenizer
+        self.scorer, self.reference = scorer, reference
+
+    def sample(self, policy, *, times: int, temperature: float, seed: int) -> dict:
+        """`times` completions of every record, judged: texts, scores, reward, log-probs, ..."""
+        places = [i for i in range(len(self.rows)) for _ in range(times)]
+        samples = HFSampler(policy, self.tokenizer, max_batch=512).generate(
+            [self.prompts[i] for i in places], max_new_tokens=80, temperature=temperature, seed=seed
+        )
+        texts = self.tokenizer.batch_decode(
+            [t.tolist() for t in samples.tokens], skip_special_tokens=True
+        )
+        examples = [
+            data.Example(np.concatenate([self.prompts[i], t]), len(self.prompts[i]))
+            for i, t in zip(places, samples.tokens, strict=True)
+        ]
+        return {
+            "places": places,
+            "texts": texts,
+            "scores": [
+                labeler.score(self.rows[i]["record"], t) for i, t in zip(places, texts, strict=True)
+            ],
+            "reward": score_sequences(self.scorer, [e.tokens for e in examples], MAX_TOKENS),
+            "logprobs": token_logprobs(policy, examples, MAX_TOKENS),
+            "ref_logprobs": token_logprobs(self.reference, examples, MAX_TOKENS),
+            "finished": samples.finished,
+            "lengths": [len(t) for t in samples.tokens],
+        }
+
+    def figures(self, ours: dict, baseline: dict) -> dict:
+        """Intervals of one system's samples; comparisons are with `baseline` on the same prompts."""
+        places = ours["places"]
+        figures = slots.evaluate(ours["scores"], places)
+        figures["win_rate"] = winrate.evaluate(
+            [s.value for s in ours["scores"]], [s.value for s in baseline["scores"]], places
+        )
+        figures["error_change"] = slots.error_change(ours["scores"], baseline["scores"], places)
+        figures["bleu"] = overlap.evaluate(
+            ours["texts"], [self.rows[i]["references"] for i in places], places
+        )
+        figures["kl"] = kl.evaluate(ours["logprobs"], ours["ref_logprobs"], places)["sequence"]
+        for name in ("reward", "finished"):
+            figures[name] = mean_interval(np.asarray(ours[name], dtype=np.float64), places)
+        figures["length"] = mean_interval(np.asarray(ours["lengths"], dtype=np.float64), places)
+        return figures
+
+    def humans(self) -> dict:
+        """The same slot figures for the human references of the records."""
+        pairs = [(i, text) for i, row in enumerate(self.rows) for text in row["references"]]
+        scores = [labeler.score(self.rows[i]["record"], text) for i, text in pairs]
+        return slots.evaluate(scores, [i for i, _ in pairs])
+
+    def pair_accuracy(self, samples: dict) -> dict:
+        """Does the reward model order held-out completions as the labeler does?"""
+        grouped: dict[int, dict] = {}
+        for place, text, value in zip(
+            samples["places"], samples["texts"], samples["reward"], strict=True
+        ):
+            group = grouped.setdefault(place, {"completions": [], "scores": []})
+            group["completions"].append(text)
+            group["scores"].append(float(value))
+        return reward_accuracy.evaluate(
+            [
+                {
+                    **group,
+                    "prompt": str(i),
+                    "ranks": labeler.rank(self.rows[i]["record"], group["completions"]),
+                }
+                for i, group in grouped.items()
+            ]
+        )
+
+    def side_by_side(self, samples: dict[str, dict]) -> list[dict]:
+        """The first completion of every system for a few records spread over the split, with real names put back."""
+        shown = np.linspace(0, len(self.rows) - 1, min(SHOWN, len(self.rows))).astype(int)
+        out = []
+        for i in shown:
+            row = self.rows[i]
+            outputs = {}
+            for name, found in samples.items():
+                k = found["places"].index(i)
+                score = found["scores"][k]
+                outputs[name] = {
+                    "text": restaurants.relexicalise(found["texts"][k], row["name"], row["near"]),
+                    "missing": list(score.missing),
+                    "invented": list(score.invented),
+                }
+            record = dict(row["record"], name=row["name"])
+            if "near" in record:
+                record["near"] = row["near"]
+            human = restaurants.relexicalise(row["references"][0], row["name"], row["near"])
+            out.append({"record": record, "human": human, "outputs": outputs})
+        return out
+
+
+def _file(name: str) -> str:
+    return str(DATA / f"{name}.jsonl.gz")
+
+
+def _records(cfg) -> list[dict]:
+    # One row a record, with all its human sentences.
+    rows: dict[str, dict] = {}
+    for row in data.read_rows(
+        _file(f"demonstrations_{cfg.split}"), {"prompt": str}, "demonstrations"
+    ):
+        found = rows.setdefault(row["prompt"], {**row, "references": []})
+        found["references"].append(row["completion"])
+    every = list(rows.values())
+    return every[: cfg.limit] if cfg.limit else every
+
+
+def _human_accuracy(scorer, tokenizer) -> dict:
+    rows = data.read_rankings(_file("rankings_human"))
+    flat = [{"prompt": r["prompt"], "completion": text} for r in rows for text in r["completions"]]
+    examples = data.encode_examples(
+        flat, tokenizer, context_length(scorer.config), "human rankings"
+    )
+    scores = iter(score_sequences(scorer, [e.tokens for e in examples], MAX_TOKENS).tolist())
+    return reward_accuracy.evaluate(
+        [{**row, "scores": [next(scores) for _ in row["completions"]]} for row in rows]
+    )
+
+
+def _environment(cfg, runtime: Runtime) -> dict:
+    return {
+        "fastrlhf": fastrlhf.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": str(runtime.device),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "precision": cfg.precision,
+        "attention": attention.plan(runtime.device, runtime.compute_dtype).kernel,
+        "split": cfg.split,
+        "seed": cfg.seed,
+    }
+
+
+def _on_this_device(runtime: Runtime) -> dict:
+    order = ("cuda", "triton") if runtime.device.type == "cuda" else ("cpu",)
+    return {op: {b: ways.get(b) for b in order} for op, ways in fastrlhf.backends().items()}
+
+
+def _changed(cfg) -> dict:
+    fresh = type(cfg)()
+    return {key: value for key, value in vars(cfg).items() if value != getattr(fresh, key)}

@@ -1,0 +1,253 @@
+"""`fastrlhf demo`: the paper's pipeline on the shipped data, from a base model to a report.
+
+base -> SFT (the baseline) and RL initialisation -> K completions a prompt, ranked by the labeler -> reward model ->
+PPO and PPO-ptx -> evaluation on records that no training saw -> report.html.
+
+Every stage runs as its own command would, with its section of the recipe; `out`/<stage> holds what it wrote.
+"""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from fastrlhf import checkpoint, config, data, report
+from fastrlhf.demo import evaluate, labeler, restaurants
+from fastrlhf.errors import UserError
+from fastrlhf.models import load_policy, load_tokenizer
+from fastrlhf.runtime import Runtime, RuntimeConfig
+from fastrlhf.sampler import HFSampler
+from fastrlhf.stages import ppo, pretrain, reward, sft
+from fastrlhf.tracking import LOG
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE / "data"
+MAX_NEW_TOKENS = 80
+
+
+@dataclass
+class DemoConfig(RuntimeConfig):
+    """Settings of the demo; those of its stages stand in the recipe."""
+
+    out: str = "runs/demo"
+    overwrite: bool = False  # replace another demo in `out`
+    recipe: str = "quickstart"  # a shipped recipe's name or a YAML file with a section a stage
+    from_scratch: bool = False  # pretrain the base model first instead of taking the shipped one
+    rankings: str = (
+        ""  # a file of human rankings to train the reward model on instead of the labeler's
+    )
+    split: Literal["test", "dev"] = "test"  # records to evaluate on; settings are chosen on dev
+    comparisons: int = 900  # prompts whose completions are sampled and ranked
+    completions_low: int = 4  # K, the number of completions of a prompt, is drawn from low..high
+    completions_high: int = 9
+    samples: int = 3  # completions a record in the evaluation at temperature 1
+    limit: int = 0  # evaluate on the first so many records; 0: all
+
+
+def main(cfg: DemoConfig) -> dict:
+    """Run the demo; writes `out`/report.json and `out`/report.html and returns the report's figures."""
+    out = _folder(cfg)
+    runtime = Runtime(cfg)
+    clock = Clock(cfg)
+    base = str(HERE / "base")
+    if cfg.from_scratch:
+        base = str(out / "base")
+        clock.stage(
+            "pretrain", "pretraining the base model", pretrain.main, _config(cfg, "pretrain", base)
+        )
+    demonstrations = str(DATA / "demonstrations_train.jsonl.gz")
+    text = str(DATA / "text_train.txt.gz")
+
+    paths = {name: str(out / name) for name in ("sft", "rl_init", "reward", "ppo", "ppo_ptx")}
+    common = {"model": base, "demonstrations": demonstrations}
+    clock.stage("sft", "SFT, the baseline", sft.main, _config(cfg, "sft", paths["sft"], **common))
+    rl_init = _config(cfg, "rl_init", paths["rl_init"], **common, text=text)
+    clock.stage("rl_init", "SFT with pretraining text, the RL initialisation", sft.main, rl_init)
+
+    rankings = cfg.rankings or str(out / "rankings.jsonl.gz")
+    if not cfg.rankings:
+        clock.stage(
+            "labels",
+            "sampling and ranking completions",
+            _label,
+            cfg,
+            paths["rl_init"],
+            rankings,
+            runtime,
+        )
+    rm = _config(cfg, "reward", paths["reward"], model=paths["rl_init"], rankings=rankings)
+    rm.demonstrations = str(out / "demonstrations_sample.jsonl.gz")
+    data.write_rows(
+        Path(rm.demonstrations),
+        data.read_rows(demonstrations, {"prompt": str}, "demonstrations")[::40],
+    )
+    clock.stage("reward", "reward model", reward.main, rm)
+
+    models = {
+        "model": paths["rl_init"],
+        "reward_model": paths["reward"],
+        "prompts": str(out / "prompts.jsonl.gz"),
+    }
+    _write_prompts(demonstrations, Path(models["prompts"]))
+    for name, title in (("ppo", "PPO"), ("ppo_ptx", "PPO-ptx")):
+        stage = _config(cfg, name, paths[name], **models, text=text)
+        clock.stage(name, title, ppo.main, stage, _judge)
+    speed = clock.stage(
+        "speed", "PPO update, fused against reference ops", _compare_backends, cfg, out, models
+    )
+
+    systems = {"base": base, **{name: paths[name] for name in ("sft", "rl_init", "ppo", "ppo_ptx")}}
+    figures = clock.stage(
+        "evaluate",
+        f"evaluation on the {cfg.split} split",
+        evaluate.evaluate,
+        systems,
+        paths["reward"],
+        cfg,
+        runtime,
+    )
+    result = {
+        "title": "fastrlhf demo: a restaurant describer aligned by SFT, a reward model and PPO",
+        "seconds": sum(clock.times.values()),
+        "stages": clock.stages(out),
+        "speed": speed,
+        **figures,
+    }
+    checkpoint.replace_file(
+        out / report.CONTENT, json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    )
+    report.main(report.ReportConfig(run=str(out)))
+    return result
+
+
+class Clock:
+    """Announces each stage and remembers how long it took."""
+
+    def __init__(self, cfg: DemoConfig):
+        self.times: dict[str, float] = {}
+        self.total = 7 + int(cfg.from_scratch) + int(not cfg.rankings)
+
+    def stage(self, name: str, title: str, function, *arguments):
+        """Run `function(*arguments)` under a headline."""
+        from rich.console import Console
+
+        Console().rule(f"[bold]{len(self.times) + 1}/{self.total}  {title}", align="left")
+        start = time.perf_counter()
+        result = function(*arguments)
+        self.times[name] = time.perf_counter() - start
+        return result
+
+    def stages(self, out: Path) -> list[dict]:
+        """Time and log file of each stage, as the report wants them."""
+        rows = []
+        for name, seconds in self.times.items():
+            row = {"name": name, "seconds": seconds}
+            if (out / name / LOG).is_file():
+                row["log"] = f"{name}/{LOG}"
+            rows.append(row)
+        return rows
+
+
+def _folder(cfg: DemoConfig) -> Path:
+    out = Path(cfg.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not cfg.overwrite:
+            raise UserError(f"out {cfg.out!r} holds another run; give --overwrite to replace it")
+        if not (out / "demo_config.yaml").is_file():
+            raise UserError(f"out {cfg.out!r} holds files that no demo wrote; give an empty folder")
+        shutil.rmtree(out)
+    if not 2 <= cfg.completions_low <= cfg.completions_high:
+        raise UserError(
+            f"completions_low and completions_high: expected 2 <= low <= high, "
+            f"got {cfg.completions_low} and {cfg.completions_high}"
+        )
+    if cfg.rankings:
+        data.read_rankings(cfg.rankings)
+    out.mkdir(parents=True, exist_ok=True)
+    config.save_resolved(cfg, out / "demo_config.yaml")
+    return out
+
+
+def _config(cfg: DemoConfig, section: str, out: str, **paths):
+    # A stage's config: its section of the recipe, plus where to run and which files to use.
+    classes = {"pretrain": pretrain.PretrainConfig, "reward": reward.RewardConfig}
+    kind = classes.get(section, ppo.PPOConfig if section.startswith("ppo") else sft.SFTConfig)
+    command = {"rl_init": "sft", "ppo_ptx": "ppo"}.get(section, section)
+    run = {
+        "device": cfg.device,
+        "precision": cfg.precision,
+        "seed": cfg.seed,
+        "backend": cfg.backend,
+    }
+    stage = config.load(kind, command, cfg.recipe, {**run, "out": out, **paths}, variant=section)
+    if section == "pretrain":
+        stage.text = str(DATA / "text_train.txt.gz")
+        stage.valid_text = str(DATA / "text_dev.txt.gz")
+        stage.tokenizer_text = [str(DATA / "demonstrations_train.jsonl.gz")]
+        stage.special_tokens = restaurants.special_tokens()
+    return stage
+
+
+def _judge(rows, texts) -> list[float]:
+    return [
+        labeler.score_prompt(row["prompt"], text).value
+        for row, text in zip(rows, texts, strict=True)
+    ]
+
+
+def _write_prompts(demonstrations: str, path: Path) -> list[dict]:
+    rows = data.read_rows(demonstrations, {"prompt": str}, "demonstrations")
+    unique = [{"prompt": prompt} for prompt in dict.fromkeys(row["prompt"] for row in rows)]
+    data.write_rows(path, unique)
+    return unique
+
+
+def _label(cfg: DemoConfig, model: str, path: str, runtime: Runtime) -> dict:
+    """Sample K completions of each of `comparisons` training prompts and rank them with the labeler."""
+    tokenizer = load_tokenizer(model)
+    policy = load_policy(model, runtime, trainable=False, backend=cfg.backend)
+    rows = data.read_rows(
+        str(DATA / "demonstrations_train.jsonl.gz"), {"prompt": str}, "demonstrations"
+    )
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    rng = np.random.default_rng([cfg.seed, 7])
+    chosen = [prompts[i] for i in rng.permutation(len(prompts))[: cfg.comparisons]]
+    counts = rng.integers(cfg.completions_low, cfg.completions_high + 1, size=len(chosen))
+    flat = [prompt for prompt, count in zip(chosen, counts, strict=True) for _ in range(count)]
+    samples = HFSampler(policy, tokenizer, max_batch=512).generate(
+        data.encode(tokenizer, flat), max_new_tokens=MAX_NEW_TOKENS, seed=cfg.seed
+    )
+    texts = iter(
+        tokenizer.batch_decode([t.tolist() for t in samples.tokens], skip_special_tokens=True)
+    )
+    ranked = []
+    for prompt, count in zip(chosen, counts, strict=True):
+        completions = [next(texts) for _ in range(count)]
+        ranks = labeler.rank(restaurants.parse_prompt(prompt), completions)
+        ranked.append({"prompt": prompt, "completions": completions, "ranks": ranks})
+    data.write_rows(Path(path), ranked)
+    return {"prompts": len(ranked), "completions": len(flat)}
+
+
+def _compare_backends(
+    cfg: DemoConfig, out: Path, models: dict, iterations: int = 3
+) -> dict[str, float]:
+    """Seconds of a PPO update with the fused ops and with the reference ops: same seed, same data, in turn."""
+    times: dict[str, list[float]] = {"auto": [], "reference": []}
+    for turn in ("warm-up", "first", "second"):
+        for backend in times:
+            folder = out / "speed" / f"{backend}_{turn}"
+            stage = _config(cfg, "ppo", str(folder), **models)
+            stage.backend, stage.log_every, stage.tensorboard = backend, 0, False
+            stage.iterations = 1 if turn == "warm-up" else iterations
+            ppo.main(stage)
+            if turn != "warm-up":
+                rows = [
+                    json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()
+                ]
+                times[backend] += [row["time/update"] for row in rows]
+    return {name: float(np.median(values)) for name, values in times.items()}

@@ -1,0 +1,1 @@
+"""The four stages of the paper, one file each: pretrain, sft, reward, ppo."""

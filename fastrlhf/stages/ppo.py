@@ -1,0 +1,380 @@
+"""PPO and PPO-ptx (paper C.4, eq. 2). `ptx_coef` 0 is PPO; 27.8 is the paper's PPO-ptx.
+
+One iteration: sample `batch` responses; take log-probs of policy and reference, values and reward
+scores on the train path; reward = -kl_coef * KL per token, plus the score on the last generated
+token; GAE; whitening; then one pass (or `inner_epochs`) over random minibatches. In each minibatch
+the PPO gradient and ptx_coef times the gradient of the pretraining loss are accumulated into the
+same buffers before one optimizer step.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from fastrlhf import data, rollout
+from fastrlhf.errors import UserError
+from fastrlhf.models import (
+    REWARD_BIAS,
+    check_vocabulary,
+    context_length,
+    load_policy,
+    load_scorer,
+    load_tokenizer,
+    same_vocabulary,
+    set_dropout,
+)
+from fastrlhf.ops.ppo_loss import ppo_loss
+from fastrlhf.optim import EMA, OptimConfig, Optimizers, warm_constant
+from fastrlhf.runtime import Runtime, RuntimeConfig
+from fastrlhf.sampler import HFSampler
+from fastrlhf.steps import nll_backward
+from fastrlhf.tracking import OutputConfig, Run
+
+HEADLINE = (
+    "reward/rm",
+    "reward/labeler",
+    "kl/reference",
+    "eos/fraction",
+    "ptx/loss",
+    "time/update",
+)
+Labeler = Callable[[Sequence[dict], Sequence[str]], Sequence[float]]
+
+
+@dataclass
+class PPOConfig(OptimConfig, RuntimeConfig, OutputConfig):
+    """Settings of the ppo stage; the defaults are the paper's, and where it is silent its lineage's."""
+
+    model: str = (
+        ""  # folder of the RL initialisation: the policy starts here, and it is the KL reference
+    )
+    reward_model: str = ""  # folder of the reward model; the value model starts as a copy of it
+    prompts: str = ""  # JSONL: prompt
+    text: str = ""  # pretraining text, needed when ptx_coef > 0
+    iterations: int = 500
+    batch: int = 512  # episodes an iteration
+    minibatch: int = 64
+    inner_epochs: int = 1
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    lr: float = 5e-6
+    value_lr: float = 9e-6
+    warmup_iterations: int = 10
+    kl_coef: float = 0.02  # beta
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    dual_clip: float | None = None
+    value_clip: float | None = 0.2
+    whiten_advantages: bool = True
+    scale_reward: bool = False  # divide the score by its spread on the training comparisons
+    missing_eos_score: float | None = None  # what a response without EOS earns instead of its score
+    ptx_coef: float = 0.0  # gamma_ptx; paper: 27.8
+    ptx_ratio: float = 8.0  # pretraining sequences per episode
+    ptx_length: int = 0  # tokens of a pretraining sequence; 0: the model's context
+    ema_decay: float = 0.992  # once per optimizer step; 0: off
+    max_tokens: int = 8192  # of a micro-batch
+
+
+def main(cfg: PPOConfig, labeler: Labeler | None = None) -> dict:
+    """Align a policy; the averaged (EMA) weights go to `out`, the value model to `out`/value.
+
+    A `labeler` scores prompts' rows and response texts; its mean is logged beside the reward model's, never trained on.
+    """
+    runtime = Runtime(cfg)
+    _check(cfg, runtime)
+    with Run(cfg, "ppo", runtime, HEADLINE) as run:
+        trainer = Trainer(cfg, runtime, labeler)
+        first = run.begin(cfg.iterations)
+        if run.state:
+            trainer.load_state_dict(run.state)
+        metrics: dict[str, float] = {}
+        for iteration in range(first, cfg.iterations):
+            metrics = trainer.iterate(iteration, run)
+            run.log(iteration + 1, metrics)
+            run.checkpoint(iteration + 1, trainer.state_dict)
+        return trainer.finish(run, metrics)
+
+
+class Trainer:
+    """Models, optimizers and data streams of a run; `iterate` is the algorithm."""
+
+    def __init__(self, cfg: PPOConfig, runtime: Runtime, labeler: Labeler | None):
+        self.cfg, self.runtime, self.labeler = cfg, runtime, labeler
+        self.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
+        same_vocabulary(
+            self.tokenizer,
+            load_tokenizer(cfg.reward_model, cfg.trust_remote_code),
+            "model and reward_model",
+        )
+        self.policy = load_policy(cfg.model, runtime, trainable=True, backend=cfg.backend)
+        check_vocabulary(self.tokenizer, self.policy.lm, cfg.model)
+        self.reference = load_policy(cfg.model, runtime, trainable=False, backend=cfg.backend)
+        self.reward = load_scorer(cfg.reward_model, runtime, trainable=False)
+        self.value = load_scorer(cfg.reward_model, runtime, trainable=True)
+        self.scale = 1 / self.reward.spread if cfg.scale_reward else 1.0
+        with torch.no_grad():  # values are in units of the scaled reward
+            self.value.model.score.weight.mul_(self.scale)
+        setattr(self.value.config, REWARD_BIAS, self.value.bias * self.scale)
+        for module in (self.policy, self.value):
+            set_dropout(module, 0.0)
+
+        context = context_length(self.policy.config)
+        self.rows = data.read_rows(cfg.prompts, {"prompt": str}, "prompts")
+        what = f"prompts {cfg.prompts!r}"
+        self.prompts = data.encode_prompts(
+            self.rows, self.tokenizer, context, cfg.max_new_tokens, what
+        )
+        self.order = data.Shuffle(len(self.prompts), cfg.seed)
+        self.windows: list[data.Example] = []
+        if cfg.ptx_coef > 0:
+            documents = data.read_text(cfg.text)
+            self.windows = data.text_windows(
+                documents, self.tokenizer, cfg.ptx_length or context, f"text {cfg.text!r}"
+            )
+        self.text_order = data.Shuffle(max(1, len(self.windows)), cfg.seed + 1)
+
+        self.optimizer = Optimizers(self.policy, cfg)
+        value_cfg = OptimConfig(
+            lr=cfg.value_lr, beta1=cfg.beta1, beta2=cfg.beta2, adam_eps=cfg.adam_eps
+        )
+        self.value_optimizer = Optimizers(self.value, value_cfg)
+        self.policy_module = runtime.prepare(self.policy, self.optimizer)
+        self.value_module = runtime.prepare(self.value, self.value_optimizer)
+        self.ema = EMA(self.policy, cfg.ema_decay) if cfg.ema_decay > 0 else None
+        self.sampler = HFSampler(self.policy, self.tokenizer)
+
+    def iterate(self, iteration: int, run: Run) -> dict[str, float]:
+        """One iteration: experience, then the update; returns its metrics."""
+        cfg, runtime = self.cfg, self.runtime
+        clock = [time.perf_counter()]
+        chosen = self.order.take(cfg.batch)[runtime.rank :: runtime.world]
+        prompts = [self.prompts[i] for i in chosen]
+        samples = self.sampler.generate(
+            prompts,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            seed=int(
+                np.random.SeedSequence([cfg.seed, iteration, runtime.rank]).generate_state(1)[0]
+            ),
+        )
+        clock.append(time.perf_counter())
+
+        minibatches = cfg.batch // cfg.minibatch
+        seed = [cfg.seed, iteration, runtime.rank]
+        plan = rollout.split(prompts, samples, minibatches, cfg.max_tokens, runtime, seed)
+        micros = [m for part in plan for m in part]
+        for module in (self.policy_module, self.value_module):
+            module.train()  # dropout is 0: the only point is that old log-probs run exactly the code of the update
+        rollout.score(
+            micros,
+            self.policy_module,
+            self.reference,
+            self.reward,
+            self.value_module,
+            cfg.temperature,
+        )
+        metrics = self._score_metrics(micros, samples, chosen)
+        metrics |= rollout.advantages(micros, self._scores(micros, samples), runtime, cfg)
+        clock.append(time.perf_counter())
+
+        factor = warm_constant(iteration, warmup=cfg.warmup_iterations)
+        logs: list[dict[str, float]] = []
+        for _ in range(cfg.inner_epochs):
+            for part in plan:
+                logs.append(self._update(part, factor, run, iteration + 1))
+        clock.append(time.perf_counter())
+
+        metrics |= {k: float(np.mean([log[k] for log in logs])) for k in logs[0]}
+        metrics["policy/ratio_max_first"] = logs[0]["policy/ratio_max"]
+        metrics["policy/ratio_max"] = max(log["policy/ratio_max"] for log in logs)
+        names = ("time/sample", "time/score", "time/update")
+        return metrics | dict(zip(names, np.diff(clock).tolist(), strict=True))
+
+    def _scores(self, micros: list[rollout.Micro], samples) -> torch.Tensor:
+        # What each response earns at its last token, in the order of the rollout.
+        scores = torch.zeros(len(samples.tokens))
+        for m in micros:
+            if m.weight:
+                scores[torch.from_numpy(m.indices)] = m.scores.float().cpu() * self.scale
+        if self.cfg.missing_eos_score is not None:
+            scores[~torch.tensor(samples.finished)] = self.cfg.missing_eos_score
+        return scores
+
+    def _score_metrics(self, micros, samples, chosen) -> dict[str, float]:
+        runtime = self.runtime
+        real = [m for m in micros if m.weight]
+        gap = sum(
+            float(
+                (
+                    torch.cat([torch.from_numpy(samples.logprobs[i]) for i in m.indices])
+                    - m.old_logprob.cpu()
+                )
+                .abs()
+                .sum()
+            )
+            for m in real
+        )
+        labels = 0.0
+        if self.labeler is not None:
+            texts = self.tokenizer.batch_decode(
+                [t.tolist() for t in samples.tokens], skip_special_tokens=True
+            )
+            labels = float(np.sum(self.labeler([self.rows[i] for i in chosen], texts)))
+        sequences, tokens, reward, entropy, ended, gap, labels = runtime.sum(
+            float(len(samples.tokens)),
+            float(sum(len(t) for t in samples.tokens)),
+            sum(float(m.scores.sum()) for m in real),
+            sum(float(m.entropy.sum()) for m in real),
+            float(sum(samples.finished)),
+            gap,
+            labels,
+        )
+        metrics = {
+            "reward/rm": reward / sequences,
+            "policy/entropy": entropy / tokens,
+            "length/mean": tokens / sequences,
+            "eos/fraction": ended / sequences,
+            "sampler/logprob_gap": gap / tokens,
+        }
+        return metrics | (
+            {"reward/labeler": labels / sequences} if self.labeler is not None else {}
+        )
+
+    def _update(
+        self, micros: list[rollout.Micro], factor: float, run: Run, step: int
+    ) -> dict[str, float]:
+        # One minibatch: PPO gradient, pretraining gradient into the same buffers, one step of each optimizer.
+        cfg, runtime = self.cfg, self.runtime
+        (total,) = runtime.sum(float(sum(m.weight * len(m.targets) for m in micros)))
+        sums: dict[str, torch.Tensor] = {}
+        for number, m in enumerate(micros, 1):
+            logprob = self.policy_module(
+                m.batch, m.rows, m.targets, mode="logprob", temperature=cfg.temperature
+            )
+            values = self.value_module(m.batch, m.rows)
+            out = ppo_loss(
+                logprob,
+                m.old_logprob,
+                m.advantages,
+                values=values,
+                old_values=m.values,
+                returns=m.returns,
+                clip=cfg.clip,
+                dual_clip=cfg.dual_clip,
+                value_clip=cfg.value_clip,
+                value_coef=1.0,  # the value model has its own optimizer
+                backend=cfg.backend,
+            )
+            # The op's mean is over this micro-batch; the loss is a mean over the minibatch of all ranks.
+            share = m.weight * len(m.targets) / total
+            last = number == len(micros)
+            runtime.backward(
+                (self.policy_module, self.value_module),
+                out.loss * (share * runtime.world),
+                last=last,
+            )
+            for name, metric in out.metrics.items():
+                if name == "ratio_max":
+                    sums[name] = torch.maximum(sums.get(name, metric), metric)
+                else:
+                    sums[name] = sums.get(name, 0) + share * metric
+        log = self._gather(sums)
+        log["grad_norm/ppo"] = runtime.clip(self.policy_module, None)
+        if cfg.ptx_coef > 0:
+            log |= self._ptx()
+        run.check(step, log)
+        log["grad_norm/total"] = runtime.clip(self.policy_module, cfg.max_grad_norm)
+        log["grad_norm/value"] = runtime.clip(self.value_module, cfg.max_grad_norm)
+        log["lr"] = self.optimizer.step(factor)
+        self.value_optimizer.step(1.0)
+        if self.ema is not None:
+            self.ema.update(self.policy)
+        return log
+
+    def _gather(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        names = {
+            "policy_loss": "policy/loss",
+            "value_loss": "value/loss",
+            "approx_kl": "policy/approx_kl",
+            "clip_fraction": "policy/clip_fraction",
+            "value_clip_fraction": "value/clip_fraction",
+            "explained_variance": "value/explained_variance",
+            "ratio_mean": "policy/ratio_mean",
+        }
+        means = torch.stack([sums[n].float() for n in names]).tolist()  # one transfer for all
+        log = dict(zip(names.values(), self.runtime.sum(*means), strict=True))
+        return log | {"policy/ratio_max": float(sums["ratio_max"])}
+
+    def _ptx(self) -> dict[str, float]:
+        cfg, runtime = self.cfg, self.runtime
+        before = [None if p.grad is None else p.grad.clone() for p in self.policy.parameters()]
+        count = max(runtime.world, round(cfg.minibatch * cfg.ptx_ratio))
+        chosen = self.text_order.take(count)[runtime.rank :: runtime.world]
+        examples = [self.windows[i] for i in chosen]
+        loss = nll_backward(
+            self.policy_module, examples, runtime, cfg.max_tokens, scale=cfg.ptx_coef
+        )
+        own = [
+            p.grad if b is None else p.grad - b
+            for p, b in zip(self.policy.parameters(), before, strict=True)
+        ]
+        return {"ptx/loss": float(loss), "grad_norm/ptx": float(torch.nn.utils.get_total_norm(own))}
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs to go on as if it had not stopped."""
+        return {
+            "policy": self.policy.state_dict(),
+            "value": self.value.state_dict(),
+            "ema": self.ema.shadow if self.ema is not None else [],
+            "optimizer": self.optimizer.state_dict(),
+            "value_optimizer": self.value_optimizer.state_dict(),
+            "cursors": [self.order.cursor, self.text_order.cursor],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.policy.load_state_dict(state["policy"])
+        self.value.load_state_dict(state["value"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.value_optimizer.load_state_dict(state["value_optimizer"])
+        if self.ema is not None:
+            self.ema.shadow = [t.to(self.runtime.device) for t in state["ema"]]
+        self.order.cursor, self.text_order.cursor = state["cursors"]
+
+    def finish(self, run: Run, metrics: dict[str, float]) -> dict:
+        """Write the averaged policy and the value model."""
+        if self.ema is not None:
+            self.ema.copy_to(self.policy)
+        if self.runtime.is_main:
+            self.value.model.save_pretrained(run.out / "value")
+            self.tokenizer.save_pretrained(run.out / "value")
+        kept = ("reward/rm", "reward/labeler", "kl/reference", "ptx/loss")
+        return run.finish(
+            self.policy.lm, self.tokenizer, {k: metrics[k] for k in kept if k in metrics}
+        )
+
+
+def _check(cfg: PPOConfig, runtime: Runtime) -> None:
+    for name in ("model", "reward_model", "prompts"):
+        if not getattr(cfg, name):
+            raise UserError(f"{name}: expected a path, got nothing")
+    if cfg.ptx_coef < 0 or cfg.kl_coef < 0:
+        raise UserError(
+            f"ptx_coef and kl_coef: expected numbers >= 0, got {cfg.ptx_coef} and {cfg.kl_coef}"
+        )
+    if cfg.ptx_coef > 0 and not cfg.text:
+        raise UserError("ptx_coef > 0 needs text: expected a file of pretraining text, got nothing")
+    if cfg.temperature <= 0:
+        raise UserError(f"temperature: expected a positive number, got {cfg.temperature}")
+    if cfg.iterations < 1 or cfg.minibatch < 1 or cfg.batch < 1:
+        raise UserError("iterations, batch and minibatch: expected positive numbers")
+    if cfg.batch % cfg.minibatch or cfg.minibatch % runtime.world:
+        raise UserError(
+            f"batch {cfg.batch} must be a multiple of minibatch {cfg.minibatch}, "
+            f"and that of the {runtime.world} processes"
+        )

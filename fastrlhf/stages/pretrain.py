@@ -1,0 +1,154 @@
+"""Pre-training: next-token prediction on plain text, from fresh weights: the base model of the rest.
+
+Tokenizer: a byte-level BPE trained on the same text, unless a folder with one is given. Model: a
+Llama of the size asked for.
+"""
+
+from dataclasses import dataclass, field
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from fastrlhf import data
+from fastrlhf.errors import UserError
+from fastrlhf.models import check_vocabulary, load_tokenizer, policy_from_config
+from fastrlhf.optim import OptimConfig, Optimizers, cosine
+from fastrlhf.runtime import Runtime, RuntimeConfig
+from fastrlhf.steps import mean_nll, nll_backward
+from fastrlhf.tracking import OutputConfig, Run
+
+EOS, PAD = "<|end|>", "<|pad|>"
+
+
+@dataclass
+class PretrainConfig(OptimConfig, RuntimeConfig, OutputConfig):
+    """Settings of the pretrain stage."""
+
+    text: str = ""  # .txt(.gz) or .jsonl(.gz) with "text"
+    valid_text: str = ""  # held-out text; its loss is reported at the end
+    tokenizer: str = ""  # folder with a tokenizer; empty: train one
+    vocab_size: int = 1024
+    tokenizer_text: list[str] = field(
+        default_factory=list
+    )  # more files (text, or JSONL with "completion") to train it on
+    special_tokens: list[str] = field(default_factory=list)  # one token each, never split
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    layers: int = 4
+    heads: int = 4
+    context: int = 256
+    steps: int = 1000
+    batch: int = 32  # windows of `context` tokens a step
+    max_tokens: int = 8192  # of a micro-batch
+    warmup: int = 20
+    lr_floor: float = 0.1
+
+
+def main(cfg: PretrainConfig) -> dict:
+    """Train a base model; returns {"train/loss", "valid/loss", ...}."""
+    runtime = Runtime(cfg)
+    if not cfg.text:
+        raise UserError("text: expected a file of text to train on, got nothing")
+    with Run(cfg, "pretrain", runtime) as run:
+        documents = data.read_text(cfg.text)
+        tokenizer = (
+            load_tokenizer(cfg.tokenizer) if cfg.tokenizer else _train_tokenizer(cfg, documents)
+        )
+        windows = data.text_windows(documents, tokenizer, cfg.context, f"text {cfg.text!r}")
+        valid = None
+        if cfg.valid_text:
+            valid = data.text_windows(
+                data.read_text(cfg.valid_text), tokenizer, cfg.context, f"text {cfg.valid_text!r}"
+            )
+        policy = policy_from_config(_llama(cfg, tokenizer), runtime, cfg.backend)
+        check_vocabulary(tokenizer, policy.lm, "pretrain")
+        optimizer = Optimizers(policy, cfg)
+        order = data.Shuffle(len(windows), cfg.seed)
+        module = runtime.prepare(policy, optimizer)
+        if run.state:
+            policy.load_state_dict(run.state["model"])
+            optimizer.load_state_dict(run.state["optimizer"])
+            order.cursor = run.state["cursor"]
+
+        module.train()
+        for step in range(run.begin(cfg.steps) + 1, cfg.steps + 1):
+            chosen = order.take(cfg.batch)[runtime.rank :: runtime.world]
+            loss = nll_backward(module, [windows[i] for i in chosen], runtime, cfg.max_tokens)
+            norm = runtime.clip(module, cfg.max_grad_norm)
+            metrics = {"train/loss": float(loss), "grad_norm": norm}
+            run.check(step, metrics)
+            metrics["lr"] = optimizer.step(
+                cosine(step - 1, cfg.steps, warmup=cfg.warmup, floor=cfg.lr_floor)
+            )
+            run.log(step, metrics)
+            run.checkpoint(
+                step,
+                lambda: {
+                    "model": policy.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "cursor": order.cursor,
+                },
+            )
+
+        summary = {
+            "train/loss": metrics["train/loss"],
+            "tokens": cfg.steps * cfg.batch * cfg.context,
+        }
+        if valid:
+            summary["valid/loss"] = mean_nll(module, valid, runtime, cfg.max_tokens)
+        return run.finish(runtime.unwrap(module).lm, tokenizer, summary)
+
+
+def _train_tokenizer(cfg: PretrainConfig, documents: list[str]) -> PreTrainedTokenizerFast:
+    corpus = list(documents)
+    for path in cfg.tokenizer_text:
+        if path.removesuffix(".gz").endswith(".jsonl"):
+            corpus += [
+                row["completion"]
+                for row in data.read_rows(path, {"completion": str}, "tokenizer_text")
+            ]
+        else:
+            corpus += data.read_text(path)
+    special = [EOS, PAD, *cfg.special_tokens]
+    if cfg.vocab_size < 256 + len(special):
+        raise UserError(
+            f"vocab_size: expected at least {256 + len(special)} (bytes + special tokens), got {cfg.vocab_size}"
+        )
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=cfg.vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    lines = (line for document in corpus for line in document.splitlines(keepends=True))
+    bpe.train_from_iterator(lines, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=cfg.special_tokens,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _llama(cfg: PretrainConfig, tokenizer) -> LlamaConfig:
+    if cfg.hidden_size % cfg.heads:
+        raise UserError(
+            f"hidden_size: expected a multiple of heads={cfg.heads}, got {cfg.hidden_size}"
+        )
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=cfg.hidden_size,
+        intermediate_size=cfg.intermediate_size,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.heads,
+        max_position_embeddings=cfg.context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )

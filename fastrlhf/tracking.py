@@ -1,0 +1,200 @@
+"""A stage's output folder: who may write there, its log, TensorBoard, progress on the terminal, and the final model."""
+
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fastrlhf import checkpoint
+from fastrlhf.config import save_resolved
+from fastrlhf.errors import UserError
+from fastrlhf.runtime import Runtime
+
+RESOLVED = "resolved_config.yaml"
+LOG = "log.jsonl"
+SUMMARY = "summary.json"
+
+
+@dataclass
+class OutputConfig:
+    """Fields every stage has: where results go and how much is said."""
+
+    out: str = ""
+    overwrite: bool = False  # replace another run in `out`
+    resume: bool = False  # continue from the newest checkpoint in `out`
+    save_every: int = 0  # steps between checkpoints; 0: none
+    log_every: int = 10  # steps between lines on the terminal; 0: none
+    tensorboard: bool = True
+
+
+class Run:
+    """Use as a context manager. Only the main process writes; `state` is the checkpoint to continue from, or None."""
+
+    def __init__(self, cfg, stage: str, runtime: Runtime, headline: tuple[str, ...] = ()):
+        if not cfg.out:
+            raise UserError("out: expected a folder to write to, got nothing")
+        if cfg.overwrite and cfg.resume:
+            raise UserError("overwrite and resume exclude each other; give one")
+        self.cfg, self.stage, self.runtime = cfg, stage, runtime
+        self.headline = headline  # metrics of the terminal's line; empty: all
+        self.out = Path(cfg.out)
+        self.checkpoints = self.out / "checkpoints"
+        self.state: dict | None = None
+        self.started = time.perf_counter()
+        self.spent = 0.0  # seconds of the run that is being continued
+        self.console = Console()
+        occupied = self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))
+        if occupied and not (cfg.overwrite or cfg.resume):
+            raise UserError(
+                f"out {cfg.out!r} holds another run; give --overwrite to replace it or --resume to continue it"
+            )
+        if occupied and cfg.overwrite and not self._ours():
+            raise UserError(
+                f"out {cfg.out!r} holds files that no fastrlhf stage wrote; give an empty folder"
+            )
+        if cfg.resume:
+            self.state = checkpoint.load_latest(self.checkpoints)
+            if self.state is None:
+                raise UserError(
+                    f"resume: no whole checkpoint in {str(self.checkpoints)!r} (was save_every set?)"
+                )
+
+    def _ours(self) -> bool:
+        return self.out.is_dir() and (self.out / RESOLVED).is_file()
+
+    def begin(self, total: int) -> int:
+        """Create the folder (the stage's inputs have been checked by now) and return the step to start from."""
+        first = int(self.state["step"]) if self.state else 0
+        self.runtime.accelerator.wait_for_everyone()
+        self.writer = None
+        if self.runtime.is_main:
+            if self.cfg.overwrite and self.out.exists():
+                shutil.rmtree(self.out)
+            self.out.mkdir(parents=True, exist_ok=True)
+            save_resolved(self.cfg, self.out / RESOLVED)
+            self._trim_log(first)
+            self.log_file = open(self.out / LOG, "a")
+            if self.cfg.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(self.out / "tb"), purge_step=first)
+            self.console.print(f"[bold]{self.stage}[/]: {self.runtime.describe()}", highlight=False)
+        if self.state:
+            self.spent = float(self.state["seconds"])
+            checkpoint.set_rng_state(self.state["rng"][self.runtime.rank])
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.runtime.is_main,
+            transient=True,
+        )
+        self.task = self.progress.add_task(self.stage, total=total, completed=first)
+        self.progress.start()
+        return first
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if hasattr(self, "progress"):
+            self.progress.stop()
+        if hasattr(self, "log_file"):
+            self.log_file.close()
+        if getattr(self, "writer", None):
+            self.writer.close()
+
+    def _trim_log(self, first: int) -> None:
+        # A killed run may have logged steps after its last checkpoint: they will be run, and logged, again.
+        path = self.out / LOG
+        if path.exists():
+            rows = [
+                line
+                for line in path.read_text().splitlines()
+                if line and json.loads(line)["step"] <= first
+            ]
+            checkpoint.replace_file(path, "".join(row + "\n" for row in rows))
+
+    @property
+    def seconds(self) -> float:
+        return self.spent + time.perf_counter() - self.started
+
+    def check(self, step: int, metrics: dict[str, float]) -> None:
+        """Stop the run on a number that is not finite; called before the optimizer, so the weights stay good."""
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                newest = checkpoint.steps(self.checkpoints)
+                kept = (
+                    f"the last good checkpoint is step {newest[-1]}"
+                    if newest
+                    else "no checkpoint had been written"
+                )
+                raise UserError(f"{self.stage} step {step}: {name} is {value}; stopped, {kept}")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record step `step` (from 1) in log.jsonl, TensorBoard and, at the configured cadence, on the terminal."""
+        if not self.runtime.is_main:
+            return
+        row = {
+            "step": step,
+            "time": round(self.seconds, 3),
+            **{k: float(v) for k, v in metrics.items()},
+        }
+        self.log_file.write(json.dumps(row) + "\n")
+        self.log_file.flush()
+        if self.writer:
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, step)
+        self.progress.update(self.task, completed=step)
+        if self.cfg.log_every and step % self.cfg.log_every == 0:
+            shown = self.headline or tuple(metrics)
+            numbers = "  ".join(f"{n} {metrics[n]:.4g}" for n in shown if n in metrics)
+            self.progress.console.print(
+                f"{self.stage} {step:>5}  {numbers}", highlight=False, soft_wrap=True
+            )
+
+    def checkpoint(self, step: int, state) -> None:
+        """Save `state()` at the configured cadence. Every rank's random state goes in."""
+        if not self.cfg.save_every or step % self.cfg.save_every:
+            return
+        rngs = [checkpoint.rng_state()]
+        if self.runtime.world > 1:
+            from torch.distributed import all_gather_object
+
+            rngs = [None] * self.runtime.world
+            all_gather_object(rngs, checkpoint.rng_state())
+        if self.runtime.is_main:
+            whole = {"step": step, "seconds": self.seconds, "rng": rngs, **state()}
+            checkpoint.save(self.checkpoints, step, whole)
+        self.runtime.accelerator.wait_for_everyone()
+
+    def finish(self, model, tokenizer, summary: dict) -> dict:
+        """Write the model folder (Hugging Face layout) and, last, summary.json: the stage is done."""
+        summary = {"stage": self.stage, "seconds": self.seconds, **summary}
+        if self.runtime.is_main:
+            scratch = self.out / ".model"
+            shutil.rmtree(scratch, ignore_errors=True)
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            for file in scratch.iterdir():
+                file.replace(self.out / file.name)
+            scratch.rmdir()
+            checkpoint.replace_file(self.out / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        self.runtime.accelerator.wait_for_everyone()
+        return summary

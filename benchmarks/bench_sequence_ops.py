@@ -1,0 +1,51 @@
+"""kl_reward, gae, kl_gae, masked_whiten over ragged sequences, padded with a mask or packed."""
+
+import torch
+
+from cases import Case
+from harness import Problem
+
+# fp32 tensors that an op reads and writes per token, as its definition needs them.
+TENSORS = {"kl_reward": 2 + 2, "gae": 2 + 2, "kl_gae": 3 + 4, "masked_whiten": 2 + 1}
+
+
+def _sequences(case: Case, device: str) -> Problem:
+    b, t, packed = (case.sizes[k] for k in ("B", "T", "packed"))
+    generator = torch.Generator(device).manual_seed(0)
+    lengths = torch.randint(t // 2, t + 1, (b,), generator=generator, device=device)
+    mask = torch.arange(t, device=device) < lengths[:, None]
+    layout = {"mask": mask}
+    if packed:
+        cu_seqlens = torch.zeros(b + 1, dtype=torch.int32, device=device)
+        cu_seqlens[1:] = lengths.cumsum(0)
+        layout = {"cu_seqlens": cu_seqlens}
+
+    def draw():
+        x = torch.randn(b, t, generator=generator, device=device)
+        return x[mask] if packed else x
+
+    args = {
+        "kl_reward": lambda: {"logprob": draw(), "ref_logprob": draw(), "beta": 0.02},
+        "gae": lambda: {"rewards": draw(), "values": draw(), "whiten": True},
+        "kl_gae": lambda: {
+            "logprob": draw(),
+            "ref_logprob": draw(),
+            "values": draw(),
+            "beta": 0.02,
+            "whiten": True,
+        },
+        "masked_whiten": lambda: {"x": draw()},
+    }[case.op]()
+    if "beta" in args:
+        args["score"] = torch.randn(b, generator=generator, device=device)
+    tokens = args[next(iter(args))].numel()
+    whitened = 2 * args.get("whiten", False)
+    return Problem(
+        case.op,
+        {**args, **layout},
+        forward_bytes=tokens * (4 * (TENSORS[case.op] + whitened) + (0 if packed else 1)),
+        floor_note="each fp32 input read once, each output written once, whitening one more pass",
+    )
+
+
+PROBLEMS = dict.fromkeys(TENSORS, _sequences)

@@ -1,0 +1,81 @@
+"""Shapes as data: what each op is timed at.
+
+N tokens, V vocabulary, H hidden, B sequences, T steps, P prompts of K completions. CPU shapes finish in
+seconds on two cores; GPU shapes are those at which other projects publish their kernels.
+"""
+
+from typing import NamedTuple
+
+
+class Case(NamedTuple):
+    """One shape of one op; `sizes` go to the op's maker in its bench_*.py."""
+
+    op: str
+    name: str
+    dtype: str
+    sizes: dict[str, int]
+
+
+def _heads(op: str, rows: list[tuple[str, int, int, str]]) -> list[Case]:
+    return [Case(op, f"{name} {n}x{v}", dtype, {"N": n, "V": v}) for name, n, v, dtype in rows]
+
+
+def _linear(op: str, rows: list[tuple[str, int, int, int, str]]) -> list[Case]:
+    return [
+        Case(op, f"{name} {n}x{h}x{v}", dtype, {"N": n, "H": h, "V": v})
+        for name, n, h, v, dtype in rows
+    ]
+
+
+def _sequences(op: str, layout: str, *shapes: tuple[int, int]) -> list[Case]:
+    packed = int(layout == "packed")
+    return [
+        Case(op, f"{layout} {b}x{t}", "float32", {"B": b, "T": t, "packed": packed})
+        for b, t in shapes
+    ]
+
+
+_SEQUENCE_OPS = ("kl_reward", "gae", "kl_gae", "masked_whiten")
+
+CPU = [
+    *_heads(
+        "token_logprob",
+        [("Llama-2", 1024, 32000, "float32"), ("Llama-3", 512, 128256, "bfloat16")],
+    ),
+    *_linear("linear_logprob", [("small head", 1024, 512, 32000, "float32")]),
+    *_linear("linear_cross_entropy", [("small head", 1024, 512, 32000, "float32")]),
+    *[case for op in _SEQUENCE_OPS for case in _sequences(op, "padded", (512, 1024))],
+    *[case for op in ("gae", "kl_gae") for case in _sequences(op, "packed", (512, 1024))],
+    Case("ppo_loss", "64k tokens", "float32", {"B": 64, "T": 1024}),
+    Case("ranking_loss", "512 prompts x 9", "float32", {"P": 512, "K": 9}),
+    Case("pack", "1M lengths", "int64", {"n": 1_000_000, "max_tokens": 16384}),
+]
+
+GPU = [
+    *_heads(
+        "token_logprob",
+        [
+            ("Llama-3", 8192, 128256, "bfloat16"),
+            ("Qwen", 8192, 151936, "bfloat16"),
+            ("Llama-2", 8192, 32000, "float32"),
+        ],
+    ),
+    *_linear("linear_logprob", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),
+    *_linear("linear_cross_entropy", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),
+    *[case for op in _SEQUENCE_OPS for case in _sequences(op, "padded", (512, 4096))],
+    *[case for op in ("gae", "kl_gae") for case in _sequences(op, "packed", (512, 4096))],
+    Case("ppo_loss", "64k tokens", "float32", {"B": 64, "T": 1024}),
+    Case("ranking_loss", "512 prompts x 9", "float32", {"P": 512, "K": 9}),
+]
+
+# `--quick` caps every size at this, to see the harness run; its numbers mean nothing.
+QUICK = {"N": 64, "V": 4096, "H": 64, "B": 16, "T": 64, "P": 32, "K": 4, "n": 10_000}
+# Errors are measured at these caps in fp64, with the same V, H and K.
+GATE = {"N": 32, "B": 8, "P": 32, "n": 2_000}
+
+
+def capped(case: Case, caps: dict[str, int]) -> Case:
+    """The same case, no size above its cap."""
+    sizes = {key: min(size, caps.get(key, size)) for key, size in case.sizes.items()}
+    name = case.name if sizes == case.sizes else f"capped {case.name}"
+    return case._replace(name=name, sizes=sizes)

@@ -247,3 +247,86 @@ def _register(prefix):
 
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
     _register("token_logprob")
+
+
+# ---- Triton: the kernels are imported when an op first runs -----------------------------------
+
+
+@torch.library.custom_op("fastrlhf::token_logprob_triton_fwd", mutates_args=())
+def _triton_fwd(
+    logits: Tensor,
+    targets: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float,
+    mask: Tensor | None,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fastrlhf.kernels import token_logprob as kernels
+
+    return kernels.forward(logits, targets, row_temperature, temperature, softcap, mask)
+
+
+@torch.library.custom_op("fastrlhf::token_logprob_triton_bwd", mutates_args=())
+def _triton_bwd(
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    stats: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float,
+    mask: Tensor | None,
+) -> Tensor:
+    from fastrlhf.kernels import token_logprob as kernels
+
+    out = logits.new_empty(logits.shape)
+    kernels.backward(
+        grad_logprob,
+        grad_entropy,
+        logits,
+        targets,
+        entropy,
+        stats,
+        row_temperature,
+        temperature,
+        softcap,
+        mask,
+        out,
+    )
+    return out
+
+
+@torch.library.custom_op("fastrlhf::token_logprob_triton_bwd_", mutates_args=("logits",))
+def _triton_bwd_(
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    stats: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float,
+    mask: Tensor | None,
+) -> None:
+    from fastrlhf.kernels import token_logprob as kernels
+
+    kernels.backward(
+        grad_logprob,
+        grad_entropy,
+        logits,
+        targets,
+        entropy,
+        stats,
+        row_temperature,
+        temperature,
+        softcap,
+        mask,
+        logits,
+    )
+
+
+_register("token_logprob_triton")

@@ -11,7 +11,8 @@ Only `systems` and `results` are required; whatever else is missing is left out 
       "environment": {str: str | number},   # torch, cpu, attention, seed, versions, ...
       "backends": {op: backend},
       "systems": ["base", "sft", "ppo", "ppo_ptx"],       # in the order of the tables
-      "reference": "sft",                   # what win rate, error change and KL compare with
+      "reference": "sft",                   # what win rate and error change compare with
+      "kl_reference": "rl_init",            # what KL is measured from (default: rl_init if it is a system)
       "results": {system: {
           "sampled": {figure: interval},    # temperature 1
           "greedy": {figure: interval},     # temperature 0
@@ -39,8 +40,19 @@ from fastrlhf.errors import UserError
 
 CONTENT = "report.json"
 PAGE = "report.html"
-LABELS = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx", "reward": "RM"}
+LABELS = {
+    "sft": "SFT",
+    "rl_init": "RL init",
+    "reward": "RM",
+    "ppo": "PPO",
+    "ppo_ptx": "PPO-ptx",
+    "pretrain": "pretraining",
+    "labels": "sampling, ranking",
+    "speed": "timing the ops",
+    "evaluate": "evaluation",
+}
 DECODINGS = {"sampled": "temperature 1", "greedy": "greedy"}
+JUDGES = {"held_out": "labeler, held-out prompts", "human": "people (RankME)"}
 # figure -> (heading, format): what the result tables show, in this order.
 FIGURES = {
     "win_rate": ("preferred to {reference}", "percent"),
@@ -50,7 +62,7 @@ FIGURES = {
     "error_change": ("slot errors vs {reference}", "change"),
     "bleu": ("BLEU", "score"),
     "reward": ("RM score", "number"),
-    "kl": ("KL to {reference}", "score"),
+    "kl": ("KL to {kl_reference}", "score"),
 }
 
 
@@ -206,55 +218,90 @@ def _rows(path: Path) -> list[dict]:
     return rows
 
 
+def kl_reference(content: dict) -> str:
+    """The system that KL is measured from: as given, else the RL initialisation if there is one."""
+    default = "rl_init" if "rl_init" in content["systems"] else content.get("reference", "sft")
+    return content.get("kl_reference", default)
+
+
 def figures(content: dict, decoding: str) -> dict[str, tuple[str, str]]:
     """The figures that at least one system has: figure -> (heading, format)."""
-    reference = label(content.get("reference", "sft"))
+    reference = content.get("reference", "sft")
+    names = {
+        "reference": label(reference),
+        "kl_reference": label(kl_reference(content)),
+    }
     have = {f for s in content["systems"] for f in content["results"][s].get(decoding, {})}
-    return {f: (h.format(reference=reference), s) for f, (h, s) in FIGURES.items() if f in have}
+    if decoding == "greedy":
+        have.discard("kl")  # its estimate needs samples of the policy itself
+    return {f: (h.format(**names), s) for f, (h, s) in FIGURES.items() if f in have}
+
+
+def figure(content: dict, system: str, decoding: str, name: str) -> dict | None:
+    """One figure's interval; None where there is none or a system would be compared with itself."""
+    reference = content.get("reference", "sft")
+    same = {"win_rate": reference, "error_change": reference}
+    same["kl"] = kl_reference(content)
+    if same.get(name) == system:
+        return None
+    return content["results"][system].get(decoding, {}).get(name)
 
 
 def print_tables(content: dict, console=None) -> None:
     """The result tables and the time per stage, on the terminal."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = console or Console()
-    results = content["results"]
+    systems, results = content["systems"], content["results"]
     for decoding, words in DECODINGS.items():
-        columns = figures(content, decoding)
-        losses = decoding == "sampled" and any("text_loss" in r for r in results.values())
-        if not columns:
+        rows = figures(content, decoding)
+        if not rows:
             continue
-        table = Table(title=f"{content.get('title', 'Results')}: {words}, 95 % intervals")
-        table.add_column("system")
-        for heading, _ in columns.values():
-            table.add_column(heading, justify="right")
-        if losses:
-            table.add_column("loss on general text", justify="right")
-        for system in content["systems"]:
-            row = [label(system)]
-            cells = [(results[system].get(decoding, {}).get(f), s) for f, (_, s) in columns.items()]
-            if losses:
-                cells.append((results[system].get("text_loss"), "number"))
-            for found, style in cells:
-                row.append(f"{form(found['mean'], style)}\n{span(found, style)}" if found else "")
-            table.add_row(*row)
+        table = Table(title=f"Results, {words}; 95 % intervals", box=box.SIMPLE_HEAD)
+        table.add_column("")
+        for system in systems:
+            table.add_column(label(system), justify="right")
+        lines = [
+            (heading, style, [figure(content, s, decoding, f) for s in systems])
+            for f, (heading, style) in rows.items()
+        ]
+        if decoding == "sampled" and any("text_loss" in r for r in results.values()):
+            losses = [results[s].get("text_loss") for s in systems]
+            lines.append(("loss on general text", "number", losses))
+        for heading, style, found in lines:
+            cells = (
+                f"{form(i['mean'], style)}\n[dim]{_tight(i, style)}[/]" if i else "" for i in found
+            )
+            table.add_row(heading, *cells)
         console.print(table)
     _print_reward(content, console)
     stages = content.get("stages", [])
     if stages:
-        table = Table(title="time")
+        table = Table(title="Time")
+        table.add_column("stage")
+        table.add_column("time", justify="right")
         for stage in stages:
-            table.add_column(label(stage["name"]), justify="right")
-        table.add_row(*(duration(s["seconds"]) for s in stages))
+            table.add_row(label(stage["name"]), duration(stage["seconds"]))
         console.print(table)
     if {"auto", "reference"} <= content.get("speed", {}).keys():
-        ours, plain = content["speed"]["auto"], content["speed"]["reference"]
-        console.print(
-            f"PPO update: {ours:.3f} s an iteration, reference backend {plain:.3f} s "
-            f"({plain / ours:.2f} times as long)",
-            highlight=False,
-        )
+        console.print(speed_words(content["speed"]), highlight=False)
+
+
+def _tight(interval: dict, style: str) -> str:
+    # Five systems must fit into 80 columns.
+    return span(interval, style).replace(" to ", "\u2026")
+
+
+def speed_words(speed: dict) -> str:
+    """One sentence on the PPO update's time, this package's ops against the reference ones."""
+    ours, plain = speed["auto"], speed["reference"]
+    faster = f": {plain / ours:.2f} times as fast" if ours > 0 else ""
+    return (
+        f"One PPO update takes {ours:.3f} s on this package's kernels (backend auto) and "
+        f"{plain:.3f} s on the plain PyTorch reference, with the same seed{faster}."
+    )
 
 
 def _print_reward(content: dict, console) -> None:
@@ -263,16 +310,16 @@ def _print_reward(content: dict, console) -> None:
     reward = content.get("reward_model", {})
     if not reward:
         return
-    table = Table(title="reward model: pairs ordered as the ranking does, 95 % intervals")
-    for i, column in enumerate(("rankings", "criterion", "reward model", "longer wins", "pairs")):
+    table = Table(title="Pairs ordered as the ranking does; 95 % intervals")
+    for i, column in enumerate(("ranked by", "criterion", "RM", "longer wins", "pairs")):
         table.add_column(column, justify="right" if i > 1 else "left")
     for name, groups in reward.items():
         for group, found in groups.items():
             cells = [
-                f"{form(found[k]['mean'], 'percent')}  {span(found[k], 'percent')}"
+                f"{form(found[k]['mean'], 'percent')}\n[dim]{span(found[k], 'percent')}[/]"
                 for k in ("accuracy", "longer")
             ]
-            table.add_row(name.replace("_", " "), group, *cells, str(found.get("pairs", "")))
+            table.add_row(JUDGES.get(name, name), group, *cells, str(found.get("pairs", "")))
     console.print(table)
 
 

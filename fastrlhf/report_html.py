@@ -39,6 +39,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td:first-child { font-weight: 600; }
 td small { display: block; color: var(--soft); font-size: 12.5px; }
 td.text, th.text { text-align: left; white-space: normal; }
+td.text:last-child { width: 80%; }
 tr:last-child td { border-bottom: 0; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 8px; }
 figure { margin: 16px 0; }
@@ -57,7 +58,8 @@ dl { display: grid; grid-template-columns: minmax(110px, 180px) 1fr; gap: 4px 18
   font-size: 15px; }
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 620px) { body { padding: 24px 16px 48px; } h1 { font-size: 25px; }
+@media (max-width: 620px) { figure { overflow-x: auto; } figure img { min-width: 660px; max-width: none; }
+  body { padding: 24px 16px 48px; } h1 { font-size: 25px; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 8px; } }
 @media print { body { max-width: none; padding: 0; } h2 { break-after: avoid; }
   figure, .sample, tr { break-inside: avoid; } }
@@ -76,10 +78,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns=froz
         return f"<{tag}{' class=text' if i in text_columns else ''}>{content}</{tag}>"
 
     top = "".join(cell("th", i, h) for i, h in enumerate(head))
+    top = f"<tr>{top}</tr>" if any(head) else ""
     body = "".join(
         "<tr>" + "".join(cell("td", i, c) for i, c in enumerate(row)) + "</tr>" for row in rows
     )
-    return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
+    return f'<div class="scroll"><table>{top}{body}</table></div>'
 
 
 def _name(system: str) -> str:
@@ -138,7 +141,11 @@ def _cards(content: dict) -> str:
 
 
 def _results(content: dict) -> str:
-    parts = ["<h2>Results</h2>"]
+    judged = (
+        "Preferences, coverage, missing and invented slots are the labeler's judgement: a program that "
+        "compares each sentence with its record and stands in for people."
+    )
+    parts = [f"<h2>Results</h2><p>{judged}</p>"]
     if svg := report_plots.results(content):
         caption = (
             "Filled: sampled at temperature 1. Hollow: greedy. Bars are 95 % intervals "
@@ -153,8 +160,9 @@ def _results(content: dict) -> str:
         losses = decoding == "sampled" and any("text_loss" in r for r in results.values())
         rows = []
         for system in content["systems"]:
-            found = results[system].get(decoding, {})
-            row = [_name(system), *(_cell(found.get(f), s) for f, (_, s) in columns.items())]
+            cells = (report.figure(content, system, decoding, f) for f in columns)
+            styles = (style for _, style in columns.values())
+            row = [_name(system), *map(_cell, cells, styles)]
             if losses:
                 row.append(_cell(results[system].get("text_loss"), "number"))
             rows.append(row)
@@ -173,11 +181,20 @@ def _results(content: dict) -> str:
         (f["n"] for s in results.values() for f in s.get("sampled", {}).values() if f.get("n")),
         None,
     )
-    note = "Small print: 95 % intervals. KL in nats a sentence, losses in nats a token."
+    note = "Small figures: 95 % intervals. KL in nats a sentence, losses in nats a token."
     if count:
-        note = f"Measured on {count} records that no training or tuning has seen. " + note
+        dev = content.get("environment", {}).get("split") == "dev"
+        seen = "on which settings are chosen" if dev else "that no training has seen"
+        note = f"Measured on {count} records {seen}. {note}"
     parts.append(f'<p class="note">{escape(note)}</p>')
     return "".join(parts)
+
+
+_UNITS = {
+    "coverage": "(share of the record's slots)",
+    "invented": "(slots a sentence)",
+    "value": "(mean score)",
+}
 
 
 def _reward_model(content: dict) -> str:
@@ -186,14 +203,13 @@ def _reward_model(content: dict) -> str:
     if not (groups or labeler):
         return ""
     parts = ["<h2>Reward model and labeler</h2>"]
-    titles = {"held_out": "labeler, held-out prompts", "human": "people (RankME)"}
     rows = []
     for name, found in groups.items():
         for group, figures in found.items():
             cells = [_cell(figures[k], "percent") for k in ("accuracy", "longer")]
             pairs = f"{figures['pairs']:,}" if "pairs" in figures else ""
             criterion = "all pairs" if group == "all" else group
-            rows.append([escape(titles.get(name, name)), escape(criterion), *cells, pairs])
+            rows.append([escape(report.JUDGES.get(name, name)), escape(criterion), *cells, pairs])
     if rows:
         head = ["ranked by", "criterion", "reward model agrees", "longer wins", "pairs"]
         parts.append(
@@ -211,9 +227,10 @@ def _reward_model(content: dict) -> str:
         for key, value in labeler.items():
             group, _, name = key.partition("/")
             words = {
-                "agreement": f"agrees with people's strict preferences, {name}",
-                "decided": f"share of those pairs that it does not tie, {name}",
-            }.get(group, f"{group}, {name}" if name else group)
+                "agreement": f"agrees with people's strict preferences: {name}",
+                "decided": f"share of those pairs that it does not tie: {name}",
+                "references": f"human references: {name} {_UNITS.get(name, '')}",
+            }.get(group, key)
             style = "number" if name in ("invented", "value") else "percent"
             rows.append([escape(words), form(value, style)])
         parts.append(_table(["", ""], rows))
@@ -294,15 +311,7 @@ def _time(content: dict) -> str:
         ]
         parts.append(_table(["stage", "time", "&nbsp;"], rows, {2}))
     if {"auto", "reference"} <= speed.keys():
-        ours, plain = speed["auto"], speed["reference"]
-        words = (
-            f"One PPO update takes {ours:.3f} s on this package's kernels (backend auto) and "
-            f"{plain:.3f} s on the plain PyTorch reference, with the same seed: "
-            f"{plain / ours:.2f} times as long."
-            if ours > 0
-            else ""
-        )
-        parts.append(f"<p>{escape(words)}</p>")
+        parts.append(f"<p>{escape(report.speed_words(speed))}</p>")
     return "".join(parts)
 
 

@@ -1,12 +1,13 @@
 """Plots of the report, as SVG text: results with intervals, learning curves, scores over KL."""
 
+import functools
 import io
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from fastrlhf.report import DECODINGS, label
+from fastrlhf.report import DECODINGS, figure, label
 
 COLOURS = {
     "base": "#8b929c",
@@ -15,6 +16,7 @@ COLOURS = {
     "ppo_ptx": "#0f766e",
     "reward": "#7c3aed",
     "pretrain": "#8b929c",
+    "rl_init": "#2563eb",
 }
 _SPARE = ("#be185d", "#1d4ed8", "#65a30d", "#a16207")
 _STYLE = {
@@ -66,24 +68,31 @@ def colour(system: str) -> str:
     return COLOURS.get(system) or _SPARE[sum(map(ord, system)) % len(_SPARE)]
 
 
+def _styled(function):
+    # Artists read the style when they are made and when they are drawn: hold it all along.
+    @functools.wraps(function)
+    def inside(*arguments):
+        import matplotlib
+
+        with matplotlib.rc_context(_STYLE):
+            return function(*arguments)
+
+    return inside
+
+
 def _figure(width: float, height: float, **subplots):
-    import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.subplots(squeeze=False, **subplots)
-    return figure, axes
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+    FigureCanvasSVG(figure)
+    return figure, figure.subplots(squeeze=False, **subplots)
 
 
 def _svg(figure) -> str:
-    import matplotlib
-
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -104,20 +113,20 @@ def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
+@_styled
 def results(content: dict) -> str | None:
     """Win rate, slot errors and loss on general text of every system, with intervals."""
     systems = content["systems"]
     reference = content.get("reference", "sft")
     panels = []
-    for title, figure, scale in (
+    for title, name, scale in (
         (f"preferred to {label(reference)}, %", "win_rate", 100),
         ("slot errors a sentence", "errors", 1),
     ):
         points = [
-            (system, i, content["results"][system].get(decoding, {}).get(figure), scale)
+            (system, i, figure(content, system, decoding, name), scale)
             for system in systems
             for i, decoding in enumerate(DECODINGS)
-            if not (figure == "win_rate" and system == reference)
         ]
         panels.append((title, [p for p in points if p[2]]))
     losses = [(s, 0, content["results"][s].get("text_loss"), 1) for s in systems]
@@ -125,7 +134,7 @@ def results(content: dict) -> str | None:
     panels = [p for p in panels if p[1]]
     if not panels:
         return None
-    figure, axes = _figure(9.6, 0.9 + 0.42 * len(systems), ncols=len(panels), sharey=True)
+    canvas, axes = _figure(10.6, 0.9 + 0.44 * len(systems), ncols=len(panels), sharey=True)
     for axis, (title, points) in zip(axes[0], panels, strict=True):
         axis.set_title(title)
         if title.startswith("preferred"):
@@ -143,7 +152,7 @@ def results(content: dict) -> str | None:
         axis.set_ylim(len(systems) - 0.5, -0.5)
         axis.grid(axis="y", visible=False)
         axis.margins(x=0.12)
-    return _svg(figure)
+    return _svg(canvas)
 
 
 def _curves(panels, stages: list[tuple[str, list[dict]]]) -> list[tuple]:
@@ -161,6 +170,7 @@ def _curves(panels, stages: list[tuple[str, list[dict]]]) -> list[tuple]:
     return out
 
 
+@_styled
 def learning(logs: dict[str, list[dict]]) -> list[tuple[str, str]]:
     """(heading, SVG): the language-model and reward stages, then PPO and PPO-ptx together."""
     groups = []
@@ -181,29 +191,37 @@ def learning(logs: dict[str, list[dict]]) -> list[tuple[str, str]]:
 def _grid(panels: list[tuple]) -> str:
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure, axes = _figure(3.2 * columns, 2.2 * lines, nrows=lines, ncols=columns)
+    canvas, axes = _figure(10.6 * columns / 3, 2.3 * lines, nrows=lines, ncols=columns)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
+    named = False
     for axis, (title, unit, curves) in zip(axes.flat, panels, strict=False):
         axis.set_title(title)
         axis.set_ylabel(unit)
-        drawn: set[str] = set()
-        many = len({c[0] for c in curves}) > 1
-        for stage, metric, steps, values in curves:
-            again = stage in drawn
-            drawn.add(stage)
-            tone, dash = colour(stage), "--" if again else "-"
-            if len(values) > 30 and not again:
-                axis.plot(steps, values, color=tone, alpha=0.25, linewidth=0.9)
-                values = smooth(values, max(5, len(values) // 30))
-            words = metric.replace("/", " ")
-            axis.plot(steps, values, dash, color=tone, label=label(stage) if many else words)
         axis.set_xlabel("step")
-        if len(axis.get_lines()) > 1 and len({c[:2] for c in curves}) > 1:
+        stages = list(dict.fromkeys(c[0] for c in curves))
+        metrics = list(dict.fromkeys(c[1] for c in curves))
+        for stage, metric, steps, values in curves:
+            tone, dash = colour(stage), "--" if metrics.index(metric) else "-"
+            if len(values) > 30:
+                axis.plot(steps, values, color=tone, alpha=0.22, linewidth=0.9)
+                values = smooth(values, max(5, len(values) // 25))
+            axis.plot(steps, values, dash, color=tone)
+        entries = []
+        if len(metrics) > 1:
+            entries = [
+                (m.replace("/", " "), "#3b4350", "--" if i else "-") for i, m in enumerate(metrics)
+            ]
+        elif len(stages) > 1 and not named:
+            named, entries = True, [(label(s), colour(s), "-") for s in stages]
+        for words, tone, dash in entries:
+            axis.plot([], [], dash, color=tone, label=words)
+        if entries:
             axis.legend(fontsize=8)
-    return _svg(figure)
+    return _svg(canvas)
 
 
+@_styled
 def over_kl(logs: dict[str, list[dict]]) -> str | None:
     """RM score above labeler score over the KL to the reference: they part where PPO over-fits."""
     runs = []
@@ -214,7 +232,7 @@ def over_kl(logs: dict[str, list[dict]]) -> str | None:
             runs.append((name, np.array(points, dtype=float)))
     if not runs:
         return None
-    figure, axes = _figure(6.4, 4.6, nrows=2, sharex=True)
+    canvas, axes = _figure(7.6, 4.8, nrows=2, sharex=True)
     for column, title in (
         (1, "RM score (what PPO maximises)"),
         (2, "labeler score (what is meant)"),
@@ -226,9 +244,10 @@ def over_kl(logs: dict[str, list[dict]]) -> str | None:
             axis.scatter(points[:, 0], points[:, column], s=9, color=colour(name), alpha=0.3)
             axis.plot(x, y, color=colour(name), label=label(name))
             axis.plot(x[-1:], y[-1:], "o", color=colour(name), markersize=6)
-        axis.legend(fontsize=8, loc="best")
-    axes[1, 0].set_xlabel("KL to the reference, nats a sentence (dot: end of training)")
-    return _svg(figure)
+        if column == 1:
+            axis.legend(fontsize=8)
+    axes[1, 0].set_xlabel("KL to the reference, nats a sentence (large dot: end of training)")
+    return _svg(canvas)
 
 
 def over_optimised(rows: Sequence[dict]) -> float | None:

@@ -43,43 +43,6 @@ class EvalConfig:
     trust_remote_code: bool = False
 
 
-def token_logprobs(policy, examples: Sequence, max_tokens: int = 8192) -> list[np.ndarray]:
-    """Log-prob (nats, fp32) of each target token of each example (`fastrlhf.data.Example`)."""
-    import torch
-
-    from fastrlhf.data import next_token_rows
-    from fastrlhf.packing import pack
-
-    device = next(policy.parameters()).device
-    out: list[np.ndarray] = [np.empty(0, np.float32)] * len(examples)
-    training = policy.training
-    policy.eval()
-    with torch.no_grad():
-        for indices in pack([len(e.tokens) for e in examples], max_tokens):
-            chosen = [examples[i] for i in indices]
-            flat = policy(*next_token_rows(chosen, device), mode="logprob").float().cpu()
-            for i, part in zip(indices, flat.split([e.targets for e in chosen]), strict=True):
-                out[i] = part.numpy()
-    policy.train(training)
-    return out
-
-
-def reward_scores(scorer, examples: Sequence, max_tokens: int = 8192) -> np.ndarray:
-    """Reward model's score [n] of each example, read at its last token."""
-    import torch
-
-    from fastrlhf.packing import collate, pack
-
-    device = next(scorer.parameters()).device
-    out = np.empty(len(examples))
-    scorer.eval()
-    with torch.no_grad():
-        for indices in pack([len(e.tokens) for e in examples], max_tokens):
-            batch = collate([examples[i].tokens for i in indices]).to(device)
-            out[indices] = scorer(batch, batch.cu_seqlens[1:].long() - 1).float().cpu().numpy()
-    return out
-
-
 def load_judge(path: str) -> Callable:
     """The function named by "module:function"."""
     module, _, name = path.partition(":")
@@ -124,6 +87,7 @@ class _Model:
 
     def token_nll(self, windows: list[list[int]]) -> list[np.ndarray]:
         from fastrlhf.data import Example
+        from fastrlhf.steps import token_logprobs
 
         examples = [Example(np.array(w, dtype=np.int64), 1) for w in windows]
         return [-x for x in token_logprobs(self.policy, examples, self.cfg.max_tokens)]
@@ -143,6 +107,8 @@ def _prompts(cfg: EvalConfig) -> tuple[list[dict], dict[str, list[str]]]:
 
 
 def _samples(cfg, model, baseline, scorer, result: dict) -> list[dict]:
+    from fastrlhf.steps import score_sequences, token_logprobs
+
     rows, references = _prompts(cfg)
     labels = [r["prompt"] for r in rows]
     texts, examples, finished = model.sample(rows)
@@ -165,19 +131,20 @@ def _samples(cfg, model, baseline, scorer, result: dict) -> list[dict]:
         both = [token_logprobs(m.policy, examples, cfg.max_tokens) for m in (model, baseline)]
         result["kl"] = kl.evaluate(*both, labels, seed=cfg.seed)["sequence"]
     if scorer:
-        scores = reward_scores(scorer, examples, cfg.max_tokens)
+        scores = score_sequences(scorer, [e.tokens for e in examples], cfg.max_tokens)
         result["reward"] = mean_interval(scores, labels, seed=cfg.seed)
     return [{"prompt": p, "completion": t} for p, t in zip(labels, texts, strict=True)]
 
 
 def _rankings(cfg, scorer, tokenizer, context: int) -> dict:
     from fastrlhf.data import encode_examples, read_rankings
+    from fastrlhf.steps import score_sequences
 
     rows = read_rankings(cfg.rankings)
     flat = [{"prompt": r["prompt"], "completion": c} for r in rows for c in r["completions"]]
     examples = encode_examples(flat, tokenizer, context, f"rankings {cfg.rankings!r}")
-    scores = iter(reward_scores(scorer, examples, cfg.max_tokens).tolist())
-    rows = [r | {"scores": [next(scores) for _ in r["completions"]]} for r in rows]
+    scores = iter(score_sequences(scorer, [e.tokens for e in examples], cfg.max_tokens))
+    rows = [r | {"scores": [float(next(scores)) for _ in r["completions"]]} for r in rows]
     return reward_accuracy.evaluate(rows, seed=cfg.seed)
 
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "evals": {"evals", "library", "ops", "reference", "errors"},
     "integrations": {"integrations", "library", "ops", "reference", "errors"},
     "demo": {"demo", "stages", "evals", "report", "library", "ops", "reference", "errors"},
-    "report": {"evals", "library", "errors"},
+    "report": {"report", "evals", "library", "errors"},
     "doctor": {"library", "ops", "errors", "_C"},
     "bench": {"errors"},
     "cli": {"library", "errors"},
@@ -49,7 +49,7 @@ def room_of(module: str) -> str:
         return "kernels"
     if len(parts) == 1:
         return "__init__"
-    name = parts[1]
+    name = "report" if parts[1].startswith("report_") else parts[1]
     single = APPLICATIONS | {"reference", "errors", "_C"}
     return name if name in ROOMS | single else "library"
 

@@ -192,12 +192,12 @@ class _Padded:
         steps = int(length.max()) if length.numel() else 0
         position = torch.arange(steps, device=like.device)
         self.mask = position < length.unsqueeze(1)
-        self.index = (start.unsqueeze(1) + position).clamp(max=max(like.numel() - 1, 0))
+        self.index = (start.unsqueeze(1) + position).clamp(max=like.numel())
 
     def pad(self, x: Tensor) -> Tensor:
         x = _upcast(x)
         if self.index is not None:
-            x = x[self.index] if x.numel() else x.new_zeros(self.index.shape)
+            x = F.pad(x, (0, 1))[self.index]  # one more, so that there is one to index
         return x.masked_fill(~self.mask, 0.0)
 
     def unpad(self, x: Tensor) -> Tensor:

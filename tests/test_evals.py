@@ -151,6 +151,8 @@ def test_bleu_by_hand():
     # Papineni et al.'s example 2: "the" is clipped at its count in one reference.
     stats = overlap._sentence("the the the the the the the", ["The cat is on the mat."])
     assert stats[0] == 2 and stats[4] == 7
+    # Several references: the clip is the largest count in any one of them, not their sum.
+    assert overlap._sentence("the the", ["the cat", "the dog"])[0] == 1
     assert overlap.evaluate(["a b c d e"], [["a b c d e", "x"]])["mean"] == pytest.approx(100.0)
     # 5 words against 6: precisions 5/5, 4/4, 3/3, 2/2 and brevity exp(1 - 6/5).
     short = overlap.evaluate(["a b c d e"], [["a b c d e f"]])["mean"]

@@ -209,7 +209,7 @@ def test_page_is_self_contained_and_holds_everything(run):
 
 def test_same_run_same_page(run):
     content, logs = report.load(run)
-    few = {"ppo": logs["ppo"][:12]}
+    few = {"reward": logs["reward"]}
     assert report_html.page(content, few) == report_html.page(content, few)
 
 

@@ -19,6 +19,8 @@
 #include <string>
 #include <vector>
 
+#include "rl_math.h"
+
 namespace rl {
 
 using torch::headeronly::ScalarType;
@@ -59,7 +61,7 @@ struct Rows {
   int64_t outer_stride = 0;  // elements
   int64_t width = 0;         // V
 
-  inline int64_t offset(int64_t row) const {
+  RL_HD int64_t offset(int64_t row) const {
     return inner == count ? row * inner_stride
                           : (row / inner) * outer_stride + (row % inner) * inner_stride;
   }

@@ -113,10 +113,19 @@ def token_logprob_bwd_kernel(
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     out_row = (row // inner_out) * stride_out_outer + (row % inner_out) * stride_out_inner
     out = out_ptr + out_row + cols
+    # Rows that do not count or carry no gradient are not read.
+    active = row >= 0
     if HAS_MASK:
-        if tl.load(mask_ptr + row) == 0:
-            tl.store(out, tl.zeros((BLOCK,), ACC).to(out_ptr.dtype.element_ty), mask=cols < V)
-            return
+        active = tl.load(mask_ptr + row) != 0
+    g = tl.zeros((), ACC)
+    h = tl.zeros((), ACC)
+    if HAS_G:
+        g = tl.load(grad_logprob_ptr + row)
+    if HAS_H:
+        h = tl.load(grad_entropy_ptr + row)
+    if (not active) | ((g == 0.0) & (h == 0.0)):
+        tl.store(out, tl.zeros((BLOCK,), ACC).to(out_ptr.dtype.element_ty), mask=cols < V)
+        return
     scale = _row_scale(row, row_temperature_ptr, temperature, HAS_ROW_T, ACC)
     row_ptr = (
         logits_ptr + (row // inner) * stride_logits_outer + (row % inner) * stride_logits_inner
@@ -129,11 +138,10 @@ def token_logprob_bwd_kernel(
     target = tl.load(targets_ptr + row).to(tl.int64)
     grad = tl.zeros((BLOCK,), ACC)
     if HAS_G:
-        g = tl.load(grad_logprob_ptr + row)
         g = tl.where((target >= 0) & (target < V), g, float("nan"))
         grad += tl.where(cols == target, g, 0.0) - g * p
     if HAS_H:
-        grad -= tl.load(grad_entropy_ptr + row) * p * (logp + tl.load(entropy_ptr + row))
+        grad -= h * p * (logp + tl.load(entropy_ptr + row))
     grad *= scale
     if HAS_CAP:
         t = tanh(x / softcap)

@@ -9,6 +9,8 @@
 //   cancellation),
 // and m and log s are kept apart for the backward, so that a large m costs no precision.
 
+#include "../token_logprob.h"
+
 #include <cstddef>
 
 #include "../checks.h"
@@ -19,13 +21,6 @@ namespace {
 
 constexpr int64_t kBlock = 2048;           // logits per block: 8 KiB of fp32
 constexpr int64_t kGrainLogits = 1 << 15;  // least work of a thread
-
-template <typename A>
-struct RowMaths {
-  A scale;        // 1 / temperature
-  A softcap;      // 0: none
-  A inv_softcap;  // 1 / softcap
-};
 
 template <typename A>
 struct RowStats {
@@ -139,83 +134,19 @@ RL_INLINE void row_backward(const T* row, T* out, int64_t width, int64_t target,
 // ---- rows, threads, dtypes
 // -----------------------------------------------------------------------------------------
 
-// What both directions know about the N rows.
-struct Batch {
-  Tensor logits, targets;
-  std::optional<Tensor> mask, row_temperature;
-  Rows rows;
-  double temperature, softcap;
-  bool wide_targets;
-
-  int64_t target(int64_t row) const {
-    return wide_targets ? static_cast<const int64_t*>(targets_ptr)[row]
-                        : static_cast<const int32_t*>(targets_ptr)[row];
-  }
-  double row_temperature_of(int64_t row) const {
-    return wide_temperature ? static_cast<const double*>(temperature_ptr)[row]
-                            : static_cast<const float*>(temperature_ptr)[row];
-  }
-  bool counts(int64_t row) const { return mask_ptr == nullptr || mask_ptr[row]; }
-  template <typename A>
-  RowMaths<A> maths(int64_t row) const {
-    const double t = row_temperature ? row_temperature_of(row) : temperature;
-    return {static_cast<A>(1.0 / t), static_cast<A>(softcap),
-            static_cast<A>(softcap > 0 ? 1.0 / softcap : 0.0)};
-  }
-
-  const void* targets_ptr = nullptr;
-  const bool* mask_ptr = nullptr;
-  const void* temperature_ptr = nullptr;
-  bool wide_temperature = false;
-};
-
-Batch make_batch(const Tensor& logits, const Tensor& targets,
-                 const std::optional<Tensor>& row_temperature, double temperature, double softcap,
-                 const std::optional<Tensor>& mask) {
-  Batch b{logits, as_contiguous(targets), std::nullopt, std::nullopt, {}, temperature, softcap,
-          false};
-  RL_CHECK(is_float_dtype(logits.scalar_type()),
-           "logits must be float32, bfloat16, float16 or float64");
-  if (!rows_of(b.logits, b.rows)) {
-    b.logits = as_contiguous(logits);
-    rows_of(b.logits, b.rows);
-  }
-  const ScalarType index = targets.scalar_type();
-  RL_CHECK(index == ScalarType::Long || index == ScalarType::Int, "targets must be int32 or int64");
-  RL_CHECK(targets.numel() == b.rows.count, "targets must have one element per row of logits");
-  b.wide_targets = index == ScalarType::Long;
-  b.targets_ptr = b.targets.const_data_ptr();
-  if (mask) {
-    RL_CHECK(mask->scalar_type() == ScalarType::Bool && mask->numel() == b.rows.count,
-             "mask must be bool, one a row");
-    b.mask = as_contiguous(*mask);
-    b.mask_ptr = static_cast<const bool*>(b.mask->const_data_ptr());
-  }
-  if (row_temperature) {
-    const ScalarType dtype = row_temperature->scalar_type();
-    RL_CHECK((dtype == ScalarType::Float || dtype == ScalarType::Double) &&
-                 row_temperature->numel() == b.rows.count,
-             "row_temperature must be float32 or float64, one a row");
-    b.row_temperature = as_contiguous(*row_temperature);
-    b.wide_temperature = dtype == ScalarType::Double;
-    b.temperature_ptr = b.row_temperature->const_data_ptr();
-  }
-  return b;
-}
-
 // Targets and temperatures of the rows that count; the wording is what fastrlhf.ops turns into a
 // ValueError.
 void check_rows(const Batch& b) {
-  for (int64_t row = 0; row < b.rows.count; ++row) {
-    if (!b.counts(row)) continue;
-    const int64_t target = b.target(row);
-    if (target < 0 || target >= b.rows.width) {
-      user_error("targets must be in [0, " + std::to_string(b.rows.width) + "); got " +
+  for (int64_t row = 0; row < b.view.rows.count; ++row) {
+    if (!b.view.counts(row)) continue;
+    const int64_t target = b.view.target(row);
+    if (target < 0 || target >= b.view.rows.width) {
+      user_error("targets must be in [0, " + std::to_string(b.view.rows.width) + "); got " +
                  std::to_string(target) + " at row " + std::to_string(row));
     }
-    if (b.temperature_ptr && !(b.row_temperature_of(row) > 0)) {
-      user_error("temperature must be above 0; got " + std::to_string(b.row_temperature_of(row)) +
-                 " at row " + std::to_string(row));
+    if (b.view.row_temperature && !(b.view.row_temperature_of(row) > 0)) {
+      user_error("temperature must be above 0; got " +
+                 std::to_string(b.view.row_temperature_of(row)) + " at row " + std::to_string(row));
     }
   }
 }
@@ -228,18 +159,18 @@ template <typename T, bool kCap>
 void forward_rows(const Batch& b, acc_t<T>* logprob, acc_t<T>* entropy, acc_t<T>* stats) {
   using A = acc_t<T>;
   const T* data = static_cast<const T*>(b.logits.const_data_ptr());
-  const int64_t count = b.rows.count;
-  torch::stable::parallel_for(0, count, grain(b.rows), [&](int64_t begin, int64_t end) {
+  const int64_t count = b.view.rows.count;
+  torch::stable::parallel_for(0, count, grain(b.view.rows), [&](int64_t begin, int64_t end) {
     dispatch_isa([&]() RL_LAMBDA_INLINE {
       for (int64_t r = begin; r < end; ++r) {
-        if (!b.counts(r)) {
+        if (!b.view.counts(r)) {
           logprob[r] = entropy[r] = stats[r] = stats[count + r] = 0;
           continue;
         }
-        const RowMaths<A> f = b.maths<A>(r);
-        const T* row = data + b.rows.offset(r);
-        const RowStats<A> s = row_stats<kCap>(row, b.rows.width, f);
-        logprob[r] = (logit<kCap>(row[b.target(r)], f) - s.max) - s.log_sum;
+        const RowMaths<A> f = b.view.maths<A>(r);
+        const T* row = data + b.view.rows.offset(r);
+        const RowStats<A> s = row_stats<kCap>(row, b.view.rows.width, f);
+        logprob[r] = (logit<kCap>(row[b.view.target(r)], f) - s.max) - s.log_sum;
         entropy[r] = s.entropy;
         stats[r] = s.max;
         stats[count + r] = s.log_sum;
@@ -248,31 +179,25 @@ void forward_rows(const Batch& b, acc_t<T>* logprob, acc_t<T>* entropy, acc_t<T>
   });
 }
 
-// Upstream gradients of the N rows; a missing one is 0.
-template <typename A>
-struct Upstream {
-  const A* logprob;
-  const A* entropy;
-};
-
 template <typename T, bool kCap>
 void backward_rows(const Batch& b, const Upstream<acc_t<T>>& upstream, const acc_t<T>* entropy,
                    const acc_t<T>* stats, T* out, const Rows& out_rows) {
   using A = acc_t<T>;
   const T* data = static_cast<const T*>(b.logits.const_data_ptr());
-  const int64_t count = b.rows.count, width = b.rows.width;
-  torch::stable::parallel_for(0, count, grain(b.rows), [&](int64_t begin, int64_t end) {
+  const int64_t count = b.view.rows.count, width = b.view.rows.width;
+  torch::stable::parallel_for(0, count, grain(b.view.rows), [&](int64_t begin, int64_t end) {
     dispatch_isa([&]() RL_LAMBDA_INLINE {
       for (int64_t r = begin; r < end; ++r) {
         T* to = out + out_rows.offset(r);
         const A g = upstream.logprob ? upstream.logprob[r] : A(0);
         const A h = upstream.entropy ? upstream.entropy[r] : A(0);
-        if (!b.counts(r) || (g == 0 && h == 0)) {
+        if (!b.view.counts(r) || (g == 0 && h == 0)) {
           std::memset(static_cast<void*>(to), 0, width * sizeof(T));
           continue;
         }
         const RowStats<A> s{stats[r], stats[count + r], entropy[r]};
-        row_backward<kCap>(data + b.rows.offset(r), to, width, b.target(r), g, h, s, b.maths<A>(r));
+        row_backward<kCap>(data + b.view.rows.offset(r), to, width, b.view.target(r), g, h, s,
+                           b.view.maths<A>(r));
       }
     });
   });
@@ -287,11 +212,6 @@ void dispatch_float(ScalarType dtype, const F& body) {
   body(double{});
 }
 
-std::vector<int64_t> shape_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return {sizes.begin(), sizes.end()};
-}
-
 std::tuple<Tensor, Tensor, Tensor> token_logprob_fwd(Tensor logits, Tensor targets,
                                                      std::optional<Tensor> row_temperature,
                                                      double temperature, double softcap,
@@ -302,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logprob_fwd(Tensor logits, Tensor targe
   const ScalarType dtype = acc_dtype(logits.scalar_type());
   Tensor logprob = empty_like_device(logits, shape_of(targets), dtype);
   Tensor entropy = empty_like_device(logits, shape_of(targets), dtype);
-  Tensor stats = empty_like_device(logits, {2, b.rows.count}, dtype);
+  Tensor stats = empty_like_device(logits, {2, b.view.rows.count}, dtype);
   dispatch_float(logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
@@ -321,7 +241,7 @@ void run_backward(const Batch& b, const std::optional<Tensor>& grad_logprob,
   if (grad_logprob) g = as_contiguous(*grad_logprob);
   if (grad_entropy) h = as_contiguous(*grad_entropy);
   for (const auto& grad : {g, h}) {
-    RL_CHECK(!grad || (grad->scalar_type() == dtype && grad->numel() == b.rows.count),
+    RL_CHECK(!grad || (grad->scalar_type() == dtype && grad->numel() == b.view.rows.count),
              "upstream gradients must have the outputs' dtype and shape");
   }
   RL_CHECK(stats.is_contiguous() && entropy.is_contiguous(), "saved statistics must be contiguous");
@@ -330,7 +250,7 @@ void run_backward(const Batch& b, const std::optional<Tensor>& grad_logprob,
     using A = acc_t<T>;
     const Upstream<A> upstream{g ? static_cast<const A*>(g->const_data_ptr()) : nullptr,
                                h ? static_cast<const A*>(h->const_data_ptr()) : nullptr};
-    auto* run = b.softcap > 0 ? backward_rows<T, true> : backward_rows<T, false>;
+    auto* run = b.view.softcap > 0 ? backward_rows<T, true> : backward_rows<T, false>;
     run(b, upstream, static_cast<const A*>(entropy.const_data_ptr()),
         static_cast<const A*>(stats.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
         out_rows);

@@ -49,7 +49,8 @@ def token_logprob(
 
     Returns:
         logprob [...], or (logprob, entropy); float32 (float64 for float64 logits). Sums are kept in
-        that dtype. Logits of -inf have probability 0; a row that holds a NaN gives NaN.
+        that dtype. Logits of -inf have probability 0; a row that holds a NaN gives NaN. Rows whose
+        upstream gradients are 0 are not read by the backward of the fused backends.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or value. On CPU a counted target outside

@@ -71,15 +71,14 @@ def token_logprob(
         z = z / temperature.to(z.dtype).expand(targets.shape).unsqueeze(-1)
     elif temperature != 1.0:
         z = z / temperature
-    lse = torch.logsumexp(z, dim=-1)
-    logprob = z.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - lse
+    logp = torch.log_softmax(z, dim=-1)
+    logprob = logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     if mask is not None:
         logprob = logprob.masked_fill(~mask, 0.0)
     if not return_entropy:
         return logprob
-    # A logit of -inf has p = 0 and adds nothing; its z is replaced so that 0 * inf never appears.
-    p = torch.exp(z - lse.unsqueeze(-1))
-    entropy = lse - (p * z.masked_fill(z == -torch.inf, 0.0)).sum(-1)
+    # A logit of -inf has p = 0 and adds nothing; its log p is replaced so that 0 * inf never appears.
+    entropy = -(torch.exp(logp) * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
     if mask is not None:
         entropy = entropy.masked_fill(~mask, 0.0)
     return logprob, entropy

@@ -4,6 +4,8 @@ Shapes: n rows of a chunk, V vocabulary; fp32, or fp64 for fp64 inputs. `forward
 one fused pass each on the kernel backends.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,8 +35,9 @@ class RowMaths:
         d = d.masked_fill(d == -torch.inf, 0.0)
         entropy = log_sum - (e * d).sum(-1) / total
         top = top.squeeze(-1)
-        index = targets.long() if mask is None else targets.long().masked_fill(~mask, 0)
+        index, wrong = self._index(targets, z.shape[-1], mask)
         logprob = (z.gather(-1, index.unsqueeze(-1)).squeeze(-1) - top) - log_sum
+        logprob = logprob.masked_fill(wrong, math.nan)
         if mask is not None:
             logprob, entropy = logprob.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
         return logprob, entropy, torch.stack((top, log_sum))
@@ -62,16 +65,23 @@ class RowMaths:
             chain = chain * (1.0 - torch.tanh(logits / self.softcap).square())
         logp = (self._scaled(logits, row_t) - stats[0].unsqueeze(-1)) - stats[1].unsqueeze(-1)
         p = logp.exp()
-        index = targets.long() if mask is None else targets.long().masked_fill(~mask, 0)
+        index, wrong = self._index(targets, p.shape[-1], mask)
         grad = torch.zeros_like(logits)
         if grad_logprob is not None:
-            g = grad_logprob.unsqueeze(-1)
+            g = grad_logprob.masked_fill(wrong, math.nan).unsqueeze(-1)
             grad.scatter_(-1, index.unsqueeze(-1), g).sub_(g * p)
         if grad_entropy is not None:
             logp = logp.masked_fill(logp == -torch.inf, 0.0)
             grad.sub_(grad_entropy.unsqueeze(-1) * p * (logp + entropy.unsqueeze(-1)))
         grad.mul_(chain)
         logits.copy_(grad if mask is None else grad.masked_fill_(~mask.unsqueeze(-1), 0.0))
+
+    @staticmethod
+    def _index(targets, vocab, mask):
+        """Targets that are safe to gather, and which were outside the vocabulary: those become NaN."""
+        index = targets.long() if mask is None else targets.long().masked_fill(~mask, 0)
+        wrong = (index < 0) | (index >= vocab)
+        return index.masked_fill(wrong, 0), wrong
 
     def _scaled(self, logits: Tensor, row_temperature: Tensor | None) -> Tensor:
         z = logits

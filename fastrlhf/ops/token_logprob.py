@@ -87,9 +87,10 @@ def check(op, logits, targets, temperature, softcap, mask, vocab=None):
     """
     _checks.float_tensor(op, "logits" if vocab is None else "hidden", logits)
     _checks.index_tensor(op, "targets", targets)
-    if logits.dim() < 1 or targets.shape != logits.shape[:-1]:
-        _checks.shape(op, "targets", targets, logits.shape[:-1])
-        raise ValueError(f"{op}: logits must have a last axis of classes; got a 0-d tensor")
+    if logits.dim() < 1:
+        name = "logits" if vocab is None else "hidden"
+        raise ValueError(f"{op}: {name} must have a last axis; got a 0-d tensor")
+    _checks.shape(op, "targets", targets, logits.shape[:-1])
     _checks.same_device(op, "targets", targets, logits.device)
     if (logits.shape[-1] if vocab is None else vocab) == 0 and targets.numel() > 0:
         raise ValueError(f"{op}: the vocabulary must have at least 1 entry; got 0")

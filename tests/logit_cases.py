@@ -1,0 +1,82 @@
+"""Inputs, options and bars for the tests of token_logprob, linear_logprob and linear_cross_entropy."""
+
+import pytest
+import torch
+
+from fastrlhf.ops import _backend
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter takes CPU tensors
+DEVICE = {"reference": "cpu", "cpu": "cpu", "triton": TRITON_DEVICE, "cuda": "cuda"}
+
+
+def each_backend(op, names=("reference", "cpu", "triton", "cuda")):
+    """Parametrises `backend`; one that cannot run here is skipped and says why."""
+    params = []
+    for name in names:
+        reason = _backend.unavailable_reason(op, name, DEVICE[name])
+        if not reason and DEVICE[name] == "cuda" and not torch.cuda.is_available():
+            reason = "no CUDA device"
+        marks = pytest.mark.skipif(bool(reason), reason=f"{name}: {reason}")
+        params.append(pytest.param(name, marks=marks))
+    return pytest.mark.parametrize("backend", params)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed, dtype=torch.float32, scale=1.0, device="cpu"):
+    values = scale * torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+    return values.to(dtype).to(device)
+
+
+def randint(high, shape, seed, dtype=torch.int64, device="cpu"):
+    return torch.randint(high, shape, generator=generator(seed)).to(dtype).to(device)
+
+
+# Option sets of the row maths; each is a function of (shape of the rows, device).
+OPTIONS = {
+    "plain": lambda shape, device: {},
+    "temperature": lambda shape, device: {"temperature": 0.7},
+    "row_temperature": lambda shape, device: {
+        "temperature": (0.5 + torch.rand(shape, generator=generator(7))).to(device)
+    },
+    "softcap": lambda shape, device: {"softcap": 3.0},
+    "mask": lambda shape, device: {
+        "mask": (torch.rand(shape, generator=generator(8)) < 0.6).to(device)
+    },
+    "all": lambda shape, device: {
+        "temperature": (0.5 + torch.rand(shape, generator=generator(7))).to(device),
+        "softcap": 5.0,
+        "mask": (torch.rand(shape, generator=generator(8)) < 0.6).to(device),
+    },
+}
+
+
+def to_double(options):
+    """The same options for a float64 truth on CPU."""
+    out = {}
+    for name, value in options.items():
+        if isinstance(value, torch.Tensor):
+            value = value.cpu() if value.dtype == torch.bool else value.cpu().double()
+        out[name] = value
+    return out
+
+
+def assert_near(ours, eager, truth, what=""):
+    """Our error <= 2 x eager's error + 2 eps of our dtype at the size of the truth."""
+    truth = truth.detach().double().cpu()
+    ours_error = (ours.detach().double().cpu() - truth).abs().max()
+    eager_error = (eager.detach().double().cpu() - truth).abs().max()
+    floor = 2 * torch.finfo(ours.dtype).eps * max(1e-3, float(truth.abs().max()))
+    assert not torch.isnan(ours).any(), f"{what}: NaN"
+    assert ours_error <= 2 * eager_error + floor, (
+        f"{what}: error {ours_error:.3g}, eager {eager_error:.3g}, floor {floor:.3g}"
+    )
+
+
+def compiled(function):
+    """torch.compile(fullgraph=True) without the minutes of a code generator."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")

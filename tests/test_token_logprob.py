@@ -1,0 +1,446 @@
+"""token_logprob on every backend, against float64 and against torch's own functions."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import logit_cases as cases
+from fastrlhf import backends, reference, token_logprob
+from fastrlhf.ops import _backend
+from logit_cases import DEVICE, assert_near, randint, randn
+
+V = 4133  # ragged; more than one block of the Triton (4096) and C++ (2048) kernels
+NAN, INF = float("nan"), float("inf")
+
+each_backend = cases.each_backend("token_logprob")
+fused = cases.each_backend("token_logprob", ("cpu", "triton", "cuda"))
+
+
+def eager(logits, targets, temperature=1.0, softcap=None, mask=None):
+    """log_softmax and gather, as a trainer writes it: in fp32, whatever the logits."""
+    z = logits.float() if logits.dtype != torch.float64 else logits
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.unsqueeze(-1)
+    logp = torch.log_softmax(z / temperature, dim=-1)
+    logprob = logp.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    if mask is not None:
+        logprob, entropy = logprob * mask, entropy * mask
+    return logprob, entropy
+
+
+@each_backend
+@pytest.mark.parametrize("options", cases.OPTIONS)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_values_and_gradients(backend, options, dtype, poisoned):
+    device, shape = DEVICE[backend], (2, 3)
+    whole = randn(2, 4, V, seed=0, dtype=dtype, scale=3, device=device)
+    targets = randint(V, shape, 1, device=device)
+    kwargs = cases.OPTIONS[options](shape, device)
+    grads = [randn(*shape, seed=s, device=device) for s in (2, 3)]
+
+    def run(function, dtype, device=device, kwargs=kwargs, **more):
+        logits = whole.to(device).to(dtype).requires_grad_()
+        out = function(logits[:, :-1], targets.to(device), **kwargs, **more)
+        return *out, torch.autograd.grad(out, logits, [g.to(device, o) for g, o in upstream(out)])[
+            0
+        ]
+
+    def upstream(out):
+        return zip(grads, (o.dtype for o in out), strict=True)
+
+    ours = run(token_logprob, dtype, backend=backend, return_entropy=True)
+    theirs = run(eager, dtype)
+    truth = run(eager, torch.float64, "cpu", cases.to_double(kwargs))
+    for what, o, e, t in zip(("logprob", "entropy", "gradient"), ours, theirs, truth, strict=True):
+        assert_near(o, e, t, what)
+    assert ours[0].dtype == ours[1].dtype == torch.float32 and ours[2].dtype == dtype
+    assert _backend.calls["token_logprob", backend] > 0
+
+
+@each_backend
+def test_meaning_is_torchs_own(backend):
+    """F.cross_entropy and torch.distributions define log-probability and entropy."""
+    device = DEVICE[backend]
+    logits = randn(7, 301, seed=0, dtype=torch.float64, scale=2, device=device)
+    targets = randint(301, (7,), 1, device=device)
+    logprob, entropy = token_logprob(logits, targets, return_entropy=True, backend=backend)
+    expected = -F.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(logprob, expected, rtol=1e-12, atol=1e-12)
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(entropy, expected, rtol=1e-12, atol=1e-12)
+
+
+@each_backend
+def test_gradcheck(backend):
+    device = DEVICE[backend]
+    logits = randn(4, 6, seed=0, dtype=torch.float64, device=device).requires_grad_()
+    targets = randint(6, (4,), 1, device=device)
+    temperature = 0.5 + torch.arange(4, dtype=torch.float64, device=device)
+    mask = torch.tensor([1, 0, 1, 1], device=device)
+
+    def function(x):
+        return token_logprob(
+            x,
+            targets,
+            temperature=temperature,
+            softcap=2.5,
+            mask=mask,
+            return_entropy=True,
+            backend=backend,
+        )
+
+    assert torch.autograd.gradcheck(function, (logits,))
+
+
+@fused
+def test_opcheck(backend):
+    device = DEVICE[backend]
+    name = "token_logprob_triton" if backend == "triton" else "token_logprob"
+    ops = torch.ops.fastrlhf
+    logits = randn(3, 5, seed=0, device=device)
+    targets, mask = randint(5, (3,), 1, device=device), torch.tensor([1, 0, 1], device=device) > 0
+    temperature = torch.tensor([1.0, 2.0, 0.5], device=device)
+    forward = (targets, temperature, 1.0, 4.0, mask, False)
+    checks = torch.library.opcheck
+    checks(getattr(ops, f"{name}_fwd"), (logits.clone().requires_grad_(), *forward))
+    _, entropy, stats = getattr(ops, f"{name}_fwd")(logits, *forward)
+    g = randn(3, seed=2, device=device)
+    backward = (g, g, logits, targets, entropy, stats, temperature, 1.0, 4.0, mask)
+    checks(getattr(ops, f"{name}_bwd"), backward)
+    checks(getattr(ops, f"{name}_bwd_"), backward)
+
+
+@each_backend
+def test_compiles_without_graph_break(backend):
+    device = DEVICE[backend]
+    logits = randn(4, 9, seed=0, device=device).requires_grad_()
+    targets = randint(9, (4,), 1, device=device)
+
+    def loss(logits):
+        options = {"return_entropy": True, "inplace_backward": True, "backend": backend}
+        logprob, entropy = token_logprob(logits, targets, temperature=0.8, **options)
+        return (logprob + 0.1 * entropy).sum()
+
+    before = logits.detach().clone()
+    (got,) = torch.autograd.grad(cases.compiled(loss)(logits), logits)
+    assert torch.equal(logits, before)
+    (expected,) = torch.autograd.grad(loss(logits.clone()), logits, allow_unused=True) or (None,)
+    expected = expected if expected is not None else torch.zeros_like(got)
+    torch.testing.assert_close(got, expected)
+
+
+@fused
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_views_at_every_offset(backend, dtype):
+    """Stray reads meet NaN, stray writes meet 42: only the view may change."""
+    device = DEVICE[backend]
+    width, offsets = 37, range(9) if backend != "triton" else (0, 3)
+    for offset in offsets:
+        buffer = torch.full((3 * 50 + 16,), 42.0, dtype=dtype, device=device)
+        view = buffer[offset:].as_strided((3, width), (50, 1))
+        values = randn(3, width, seed=offset, dtype=dtype, device=device)
+        view.copy_(values)
+        rest = torch.ones_like(buffer, dtype=torch.bool)
+        rest[offset:].as_strided((3, width), (50, 1)).zero_()
+        targets = randint(width, (3,), 1, dtype=torch.int32, device=device)
+        logits = view.detach().requires_grad_()
+        poisoned = torch.where(rest, NAN, buffer)[offset:].as_strided((3, width), (50, 1))
+        out = token_logprob(poisoned, targets, backend=backend)
+        expected = reference.token_logprob(values, targets)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        g = randn(3, seed=3, device=device)
+        token_logprob(logits, targets, inplace_backward=True, backend=backend).backward(g)
+        assert (buffer[rest] == 42).all()
+        logits = values.clone().requires_grad_()
+        token_logprob(logits, targets, backend=backend).backward(g)
+        assert torch.equal(view, logits.grad)
+
+
+@each_backend
+def test_minus_infinity_is_probability_zero(backend):
+    """Whole blocks of -inf before and after the finite logits, as a top-k filter leaves them."""
+    device = DEVICE[backend]
+    logits = torch.full((3, V), -INF, device=device)
+    logits[0, 4100:4110] = randn(10, seed=0, device=device)
+    logits[1, :3] = randn(3, seed=1, device=device)
+    logits[2, ::7] = 0.0
+    targets = torch.tensor([4105, 1, 5], device=device)  # the last one is impossible
+    logits.requires_grad_()
+    logprob, entropy = token_logprob(logits, targets, return_entropy=True, backend=backend)
+    logp = torch.log_softmax(logits.detach().double(), -1)
+    expected = -torch.where(logp == -INF, 0, logp.exp() * logp.clamp(min=-1e3)).sum(-1)
+    torch.testing.assert_close(entropy.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logprob[:2].double(), logp[[0, 1], targets[:2]])
+    assert logprob[2] == -INF
+    (grad,) = torch.autograd.grad((logprob[:2].sum() + entropy.sum()), logits)
+    assert grad.isfinite().all() and (grad[:2][logits[:2] == -INF] == 0).all()
+    assert grad.abs().sum() > 0.1
+
+
+@each_backend
+def test_nan_stays_nan_in_its_row(backend):
+    device = DEVICE[backend]
+    logits = randn(4, 33, seed=0, device=device)
+    logits[1, 20], logits[2, 3] = NAN, INF
+    targets = randint(19, (4,), 1, device=device)
+    for more in ({}, {"softcap": 3.0}):
+        logits.requires_grad_()
+        out = token_logprob(logits, targets, return_entropy=True, backend=backend, **more)
+        (grad,) = torch.autograd.grad(out[0].sum() + out[1].sum(), logits)
+        for o in (*out, grad.sum(-1)):
+            bad = [False, True, not more, False]  # a capped +inf is finite
+            assert o.isnan().tolist() == bad
+
+
+@each_backend
+def test_masked_rows_are_not_looked_at(backend, poisoned):
+    device = DEVICE[backend]
+    logits = randn(4, 50, seed=0, device=device)
+    logits[1], logits[3] = NAN, INF
+    targets = torch.tensor([3, -100, 5, 999], device=device)
+    mask = torch.tensor([True, False, True, False], device=device)
+    for kind in (torch.bool, torch.int64, torch.float32):
+        logits = logits.detach().requires_grad_()
+        out = token_logprob(
+            logits, targets, mask=mask.to(kind), return_entropy=True, backend=backend
+        )
+        torch.autograd.backward(out, [torch.ones_like(out[0])] * 2)
+        for o in (*out, logits.grad.abs().sum(-1)):
+            assert (o[~mask] == 0).all() and (o[mask] != 0).all()
+    expected = token_logprob(logits[mask], targets[mask], backend=backend)
+    assert torch.equal(out[0][mask], expected)
+
+
+@each_backend
+@pytest.mark.parametrize("bad", [-1, 7, -100, 2**40])
+def test_target_outside_the_vocabulary(backend, bad):
+    device = DEVICE[backend]
+    logits = randn(3, 7, seed=0, device=device).requires_grad_()
+    targets = torch.tensor([0, bad, 6], device=device)
+    if backend in ("reference", "cpu"):
+        with pytest.raises(ValueError, match=rf"targets must be in \[0, 7\); got {bad} at row 1"):
+            token_logprob(logits, targets, backend=backend)
+        return
+    out = token_logprob(logits, targets, backend=backend)
+    assert out.isnan().tolist() == [False, True, False]
+    (grad,) = torch.autograd.grad(out.sum(), logits)
+    assert grad.isnan().any(-1).tolist() == [False, True, False]
+
+
+@each_backend
+def test_empty_and_tiny(backend):
+    device = DEVICE[backend]
+    for shape in ((0, 5), (2, 0, 5), (5,), (1, 1), (2, 1, 3, 4)):
+        logits = randn(*shape, seed=0, device=device).requires_grad_()
+        targets = torch.zeros(shape[:-1], dtype=torch.int32, device=device)
+        out = token_logprob(logits, targets, backend=backend)
+        assert out.shape == targets.shape
+        (grad,) = torch.autograd.grad(out.sum(), logits)
+        assert grad.shape == logits.shape
+        torch.testing.assert_close(out, torch.log_softmax(logits, -1)[..., 0])
+
+
+@each_backend
+def test_repeats_bit_for_bit_and_rows_are_independent(backend):
+    device = DEVICE[backend]
+    logits = randn(6, V, seed=0, scale=3, device=device)
+    targets = randint(V, (6,), 1, device=device)
+
+    def run(logits, targets):
+        logits = logits.detach().requires_grad_()
+        out = token_logprob(logits, targets, return_entropy=True, backend=backend)
+        return *out, torch.autograd.grad(out[0].sum() + out[1].sum(), logits)[0]
+
+    first, again = run(logits, targets), run(logits, targets)
+    order = torch.tensor([4, 1], device=device)
+    some = run(logits[order], targets[order])
+    for a, b, c in zip(first, again, some, strict=True):
+        assert torch.equal(a, b)
+        if backend != "reference":
+            assert torch.equal(a[order], c)
+
+
+@fused
+def test_layouts_need_no_copy(backend):
+    """A slice of [B, T, V], a broadcast row, a transpose of the rows: read where they lie."""
+    device = DEVICE[backend]
+    base = randn(3, 5, 40, seed=0, device=device)
+    layouts = {
+        "slice": base[:, :-1],
+        "columns": base[:, 1::2, 3:30],
+        "transposed": base.transpose(0, 1),
+        "expanded": base[0, 0].expand(4, 6, 40),
+    }
+    for name, logits in layouts.items():
+        targets = randint(logits.shape[-1], logits.shape[:-1], 1, device=device)
+        with torch.profiler.profile() as profile:
+            out = token_logprob(logits, targets, backend=backend)
+        copies = [e.key for e in profile.key_averages() if "clone" in e.key or "copy" in e.key]
+        if device == "cpu" and backend == "triton":
+            copies = []  # the interpreter's own
+        assert not copies, (name, copies)
+        torch.testing.assert_close(out, reference.token_logprob(logits.contiguous(), targets))
+    three = base.as_strided((2, 2, 2, 20), (200, 41, 21, 1))  # needs the copy, and gets it
+    targets = randint(20, (2, 2, 2), 1, device=device)
+    expected = reference.token_logprob(three, targets)
+    torch.testing.assert_close(token_logprob(three, targets, backend=backend), expected)
+    wide = randn(40, 3, seed=1, device=device).t()  # the classes are strided: copied too
+    targets = randint(40, (3,), 1, device=device)
+    expected = reference.token_logprob(wide, targets)
+    torch.testing.assert_close(token_logprob(wide, targets, backend=backend), expected)
+
+
+@fused
+def test_offsets_beyond_32_bits(backend):
+    device = DEVICE[backend]
+    stride = 2**31 + 64
+    # Untouched pages of the 8 GiB cost nothing: only 40 elements are written.
+    buffer = torch.empty(stride + 20, dtype=torch.float16, device=device)
+    logits = buffer.as_strided((2, 20), (stride, 1))
+    logits.copy_(randn(2, 20, seed=0))
+    targets = randint(20, (2,), 1, device=device)
+    values = logits.clone().requires_grad_()
+    expected = token_logprob(values, targets, backend="reference")
+    expected.sum().backward()
+    logits = logits.detach().requires_grad_()
+    out = token_logprob(logits, targets, inplace_backward=True, backend=backend)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    torch.testing.assert_close(buffer.as_strided((2, 20), (stride, 1)), values.grad)
+
+
+@fused
+def test_backward_twice(backend):
+    device = DEVICE[backend]
+    leaf = randn(3, 11, seed=0, device=device).requires_grad_()
+    targets = randint(11, (3,), 1, device=device)
+    out = token_logprob(leaf, targets, backend=backend).sum()
+    (first,) = torch.autograd.grad(out, leaf, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(out, leaf)[0], first)
+    logits = leaf * 1.0
+    out = token_logprob(logits, targets, inplace_backward=True, backend=backend).sum()
+    (grad,) = torch.autograd.grad(out, leaf, retain_graph=True)
+    assert torch.equal(grad, first) and torch.equal(logits.detach(), first)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out, leaf)
+
+
+@fused
+def test_gradient_of_the_gradient_raises(backend):
+    leaf = randn(3, 11, seed=0, device=DEVICE[backend]).requires_grad_()
+    out = token_logprob(leaf, randint(11, (3,), 1, device=leaf.device), backend=backend)
+    (grad,) = torch.autograd.grad(out.sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="gradient of the gradient"):
+        grad.sum().backward()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 9),
+    width=st.integers(1, 70),
+    scale=st.sampled_from([0.1, 4.0, 300.0]),
+    shift=st.sampled_from([0.0, 1e4, -1e4]),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+def test_any_rows(rows, width, scale, shift, seed, data):
+    """C++ against float64; a large common shift of the logits costs only their own rounding."""
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)) or [])
+    logits = (randn(rows, width, seed=seed, scale=scale) + shift).requires_grad_()
+    targets = randint(width, (rows,), seed)
+    kwargs = {"mask": mask.bool(), "temperature": 0.5 + seed / 500}
+    out = token_logprob(logits, targets, return_entropy=True, **kwargs)
+    truth = logits.detach().double().requires_grad_()
+    expected = eager(truth, targets, **kwargs)
+    for o, e in zip(out, expected, strict=True):
+        torch.testing.assert_close(o.double(), e, rtol=2e-6, atol=4e-5 if shift else 4e-6)
+    g = randn(rows, seed=seed + 1)
+    torch.autograd.backward(out, [g, g])
+    torch.autograd.backward(expected, [g.double()] * 2)
+    torch.testing.assert_close(
+        logits.grad.double(), truth.grad, rtol=1e-4, atol=2e-3 if shift else 2e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"logits": [1.0]}, TypeError, "logits must be a torch.Tensor; got list"),
+        ({"logits": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "logits must be float32"),
+        ({"logits": torch.tensor(1.0)}, ValueError, "last axis"),
+        ({"logits": torch.zeros(2, 0)}, ValueError, "at least 1 entry"),
+        ({"targets": torch.zeros(2)}, TypeError, "targets must be int32 or int64; got torch.float"),
+        ({"targets": torch.tensor([1])}, ValueError, r"targets must have shape \(2,\); got \(1,\)"),
+        ({"targets": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "must be on"),
+        ({"temperature": 0.0}, ValueError, "temperature must be a finite number above 0; got 0"),
+        ({"temperature": NAN}, ValueError, "temperature must be a finite number"),
+        ({"temperature": "1"}, TypeError, "temperature must be a number; got str"),
+        ({"temperature": torch.ones(3)}, ValueError, r"must broadcast to \(2,\); got \(3,\)"),
+        ({"temperature": torch.tensor([1.0, -1.0])}, ValueError, "temperature must be above 0"),
+        ({"temperature": torch.ones(2, requires_grad=True)}, ValueError, "must be a constant"),
+        ({"softcap": -1.0}, ValueError, "softcap must be a finite number above 0; got -1"),
+        ({"mask": [True, True]}, TypeError, "mask must be a torch.Tensor"),
+        ({"mask": torch.ones(3)}, ValueError, r"mask must have shape \(2,\); got \(3,\)"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_errors_name_the_argument(change, error, match, backend):
+    arguments = {"logits": torch.zeros(2, 3), "targets": torch.tensor([0, 1]), "backend": backend}
+    arguments.update(change)
+    if arguments["backend"] == "gpu" and backend == "reference":
+        pytest.skip("the same case as with auto")
+    logits, targets = arguments.pop("logits"), arguments.pop("targets")
+    with pytest.raises(error, match=match):
+        token_logprob(logits, targets, **arguments)
+
+
+def test_backend_that_cannot_run_says_why_and_what_to_use():
+    if torch.cuda.is_available():
+        pytest.skip("every backend may run on this machine")
+    logits, targets = torch.zeros(2, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="backend='cuda' cannot run: .*Use backend='auto'"):
+        token_logprob(logits, targets, backend="cuda")
+    assert backends()["token_logprob"]["cuda"] != "available"
+    assert backends()["token_logprob"]["reference"] == "available"
+
+
+def test_auto_takes_the_compiled_kernel_and_counts_it():
+    if _backend.unavailable_reason("token_logprob", "cpu"):
+        pytest.skip(_backend.unavailable_reason("token_logprob", "cpu"))
+    before = _backend.calls["token_logprob", "cpu"]
+    token_logprob(torch.zeros(2, 3), torch.tensor([0, 1]))
+    assert _backend.calls["token_logprob", "cpu"] == before + 1
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_every_instruction_set_of_this_machine(isa):
+    """The narrower versions of the C++ loops, which this machine would not choose."""
+    if _backend.unavailable_reason("token_logprob", "cpu"):
+        pytest.skip(_backend.unavailable_reason("token_logprob", "cpu"))
+    code = (
+        "import torch; from fastrlhf import token_logprob, reference\n"
+        "from fastrlhf import _C; print(_C.build_info()['cpu_isa_running'])\n"
+        "torch.manual_seed(0)\n"
+        "for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
+        "    z = (3 * torch.randn(5, 4133)).to(dtype); y = torch.randint(4133, (5,))\n"
+        "    a, b = (z.clone().requires_grad_() for _ in range(2))\n"
+        "    kw = dict(softcap=9.0, temperature=0.9, return_entropy=True)\n"
+        "    o, r = token_logprob(a, y, **kw), reference.token_logprob(b, y, **kw)\n"
+        "    for p, q in zip(o, r): torch.testing.assert_close(p, q, rtol=2e-6, atol=4e-6)\n"
+        "    (o[0] + o[1]).sum().backward(); (r[0] + r[1]).sum().backward()\n"
+        "    torch.testing.assert_close(a.grad, b.grad, rtol=8e-3, atol=1e-6)\n"
+    )
+    env = {**os.environ, "FASTRLHF_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ("baseline", isa)

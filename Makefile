@@ -14,6 +14,8 @@ ARGS ?=
 export FASTRLHF_BUILD
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
+# The ninja of .venv, which setup.py needs, before any other: two releases do not share a build log.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --no-compile
@@ -46,6 +48,8 @@ $(VENV)/.stamp-deps: $(VENV)/.stamp-venv pyproject.toml
 	$(PIP) "setuptools>=77" wheel ninja pybind11
 	@$(PY) -c 'import torch' 2>/dev/null || { echo "$(PIP) $(TORCH)"; $(PIP) $(TORCH); }
 	FASTRLHF_BUILD=none $(PIP) --no-build-isolation -e .
+	@# pip byte-compiles on one core; some packages hold files of newer Pythons, which fail and do not matter.
+	@$(PY) -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	@touch $@
 
 # In place and through ninja, so that only changed files compile; the editable install above finds the result.
@@ -64,7 +68,7 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml
 install: $(VENV)/.stamp-build-$(FASTRLHF_BUILD)
 
 demo: install
-	$(VENV)/bin/fastrlhf demo $(ARGS)
+	$(VENV)/bin/fastrlhf demo --overwrite $(ARGS)
 
 test: install $(VENV)/.stamp-test
 	$(PY) -m pytest $(ARGS)
@@ -72,18 +76,18 @@ test: install $(VENV)/.stamp-test
 bench: install
 	$(PY) benchmarks/run.py $(ARGS)
 
-# Uses the Python that holds the machine's own CUDA torch (.venv if there is one), and no network.
-gpu: PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
-gpu: export FASTRLHF_BUILD = cuda
-gpu: export PYTHONPATH = $(CURDIR)
+# Uses no network and the first Python whose torch finds a GPU: .venv's, or the machine's own.
 gpu:
-	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || \
-	  { echo "make gpu: $(PY) has no torch that finds a CUDA device" >&2; exit 1; }
-	mkdir -p $(OUT)
-	$(PY) setup.py --quiet build_ext --inplace
-	$(PY) -m fastrlhf doctor --json > $(OUT)/doctor.json
-	$(PY) -m pytest --junitxml=$(OUT)/tests.xml $(ARGS)
-	$(PY) benchmarks/run.py --out $(OUT)/bench.json
+	@set -e; py=; \
+	for p in $(PY) $(PYTHON); do \
+	  if $$p -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then py=$$p; break; fi; \
+	done; \
+	[ -n "$$py" ] || { echo "make gpu: no CUDA device that the torch of $(PY) or $(PYTHON) can use" >&2; exit 1; }; \
+	export FASTRLHF_BUILD=cuda PYTHONPATH=$(CURDIR); mkdir -p $(OUT); set -x; \
+	$$py setup.py --quiet build_ext --inplace; \
+	$$py -m fastrlhf doctor --json > $(OUT)/doctor.json; \
+	$$py -m pytest --junitxml=$(OUT)/tests.xml $(ARGS); \
+	$$py benchmarks/run.py --out $(OUT)/bench.json
 
 # A copy of the tracked tree, so that the CUDA build does not replace the checkout's own extension.
 preflight: $(VENV)/.stamp-venv

@@ -5,6 +5,7 @@ the reference in fp64, and must be within twice eager's own error. Providers tak
 so that a machine that slows down slows all of them.
 """
 
+import os
 import platform
 import statistics
 import time
@@ -194,6 +195,7 @@ def machine(device: str) -> dict:
         "name": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "cpu": cpu,
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -146,6 +146,11 @@ def main():
     floor = measure_floor(arguments.device, arguments.quick)
     rates = ", ".join(f"{name} {rate:.3g}" for name, rate in floor.items())
     console.print(f"{facts['name']}, {facts['threads']} threads, torch {facts['torch']}: {rates}")
+    if facts["load_average"] > 0.5:
+        load = facts["load_average"]
+        console.print(
+            f"load average {load:.1f}: other work is running, do not trust or commit this"
+        )
     rows = []
     for case in cases:
         if arguments.ops and case.op not in arguments.ops:

@@ -54,6 +54,8 @@ print(json.dumps({
 def run(*command, cwd=None, **env):
     """Run a command outside the checkout's import path; its output must say what went wrong."""
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FASTRLHF_BUILD")}
+    # This environment's ninja first: the objects of another release would be compiled again.
+    clean["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), clean.get("PATH", "")])
     result = subprocess.run(
         [str(c) for c in command], cwd=cwd, env={**clean, **env}, capture_output=True, text=True
     )

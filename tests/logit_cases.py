@@ -27,7 +27,7 @@ def generator(seed):
 
 
 def randn(*shape, seed, dtype=torch.float32, scale=1.0, device="cpu"):
-    values = scale * torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+    values = scale * torch.randn(shape, generator=generator(seed), dtype=torch.float64)
     return values.to(dtype).to(device)
 
 
@@ -80,3 +80,16 @@ def compiled(function):
     """torch.compile(fullgraph=True) without the minutes of a code generator."""
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def profiled(function):
+    """(result, multiplications in all GEMMs, bytes of the largest allocation) of a call."""
+    with torch.profiler.profile(record_shapes=True, profile_memory=True) as profile:
+        result = function()
+    multiplications = 0
+    for event in profile.events():
+        if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            first = 0 if event.name == "aten::mm" else 1
+            (rows, inner), (_, columns) = event.input_shapes[first : first + 2]
+            multiplications += rows * inner * columns
+    return result, multiplications, max(e.self_cpu_memory_usage for e in profile.events())

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,13 +65,13 @@ def read_rankings(path: str) -> list[dict]:
 
 
 def read_text(path: str) -> list[str]:
-    """Documents of a text file: .txt(.gz) split at blank lines into paragraphs' stream, or .jsonl(.gz) with "text"."""
+    """Documents of a text file: .txt(.gz) with blank lines between them, or .jsonl(.gz) with "text"."""
     if path.removesuffix(".gz").endswith(".jsonl"):
         return [row["text"] for row in read_rows(path, {"text": str}, "text")]
-    text = "".join(_lines(path, "text"))
-    if not text.strip():
+    documents = [d for d in re.split(r"\n\s*\n", "".join(_lines(path, "text"))) if d.strip()]
+    if not documents:
         raise UserError(f"text {path!r}: the file is empty")
-    return [text]
+    return documents
 
 
 def write_rows(path: Path, rows: Sequence[dict]) -> None:

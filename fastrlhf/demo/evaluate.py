@@ -21,6 +21,7 @@ from fastrlhf.steps import score_sequences, token_logprobs
 DATA = Path(__file__).resolve().parent / "data"
 BASELINE = "sft"  # what win rates and changes compare with
 REFERENCE = "rl_init"  # what KL is measured from
+MAX_NEW_TOKENS = 80
 MAX_TOKENS = 16384  # of a micro-batch
 SHOWN = 6  # records in the report's side-by-side samples
 
@@ -104,7 +105,10 @@ class Judge:
         """`times` completions of every record, judged: texts, scores, reward, log-probs, ..."""
         places = [i for i in range(len(self.rows)) for _ in range(times)]
         samples = HFSampler(policy, self.tokenizer, max_batch=512).generate(
-            [self.prompts[i] for i in places], max_new_tokens=80, temperature=temperature, seed=seed
+            [self.prompts[i] for i in places],
+            max_new_tokens=MAX_NEW_TOKENS,
+            temperature=temperature,
+            seed=seed,
         )
         texts = self.tokenizer.batch_decode(
             [t.tolist() for t in samples.tokens], skip_special_tokens=True

@@ -26,7 +26,7 @@ from fastrlhf.tracking import LOG
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
-MAX_NEW_TOKENS = 80
+SECTIONS = ("pretrain", "sft", "rl_init", "reward", "ppo", "ppo_ptx")
 
 
 @dataclass
@@ -159,7 +159,6 @@ def _folder(cfg: DemoConfig) -> Path:
             raise UserError(f"out {cfg.out!r} holds another run; give --overwrite to replace it")
         if not (out / "demo_config.yaml").is_file():
             raise UserError(f"out {cfg.out!r} holds files that no demo wrote; give an empty folder")
-        shutil.rmtree(out)
     if not 2 <= cfg.completions_low <= cfg.completions_high:
         raise UserError(
             f"completions_low and completions_high: expected 2 <= low <= high, "
@@ -167,6 +166,9 @@ def _folder(cfg: DemoConfig) -> Path:
         )
     if cfg.rankings:
         data.read_rankings(cfg.rankings)
+    for section in SECTIONS:  # a recipe with a mistake must not be found out half-way
+        _config(cfg, section, "")
+    shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     config.save_resolved(cfg, out / "demo_config.yaml")
     return out
@@ -219,7 +221,7 @@ def _label(cfg: DemoConfig, model: str, path: str, runtime: Runtime) -> dict:
     counts = rng.integers(cfg.completions_low, cfg.completions_high + 1, size=len(chosen))
     flat = [prompt for prompt, count in zip(chosen, counts, strict=True) for _ in range(count)]
     samples = HFSampler(policy, tokenizer, max_batch=512).generate(
-        data.encode(tokenizer, flat), max_new_tokens=MAX_NEW_TOKENS, seed=cfg.seed
+        data.encode(tokenizer, flat), max_new_tokens=evaluate.MAX_NEW_TOKENS, seed=cfg.seed
     )
     texts = iter(
         tokenizer.batch_decode([t.tolist() for t in samples.tokens], skip_special_tokens=True)

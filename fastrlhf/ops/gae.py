@@ -57,9 +57,8 @@ def gae(
     >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), lam=1.0)
     (tensor([[0.5000, 0.5000]]), tensor([[1., 1.]]))
     """
-    gamma, lam, cu_seqlens, mask, count = check(
-        OP, "rewards", rewards, values, gamma, lam, whiten, cu_seqlens, mask
-    )
+    gamma, lam = check(OP, "rewards", rewards, values, gamma, lam, whiten)
+    cu_seqlens, mask, count = _sequence.layout(OP, "rewards", rewards, cu_seqlens, mask)
     if bootstrap is not None:
         _sequence.per_sequence(OP, "bootstrap", bootstrap, "rewards", rewards, count)
     chosen = _backend.choose(OP, backend, rewards)
@@ -80,14 +79,14 @@ def gae(
         )
 
 
-def check(op, first, like, values, gamma, lam, whiten, cu_seqlens, mask):
-    """Checked (gamma, lam, cu_seqlens, bool mask, number of sequences)."""
+def check(op, first, like, values, gamma, lam, whiten):
+    """Checked (gamma, lam)."""
     _sequence.same_tokens(op, first, like, values=values)
     gamma = _sequence.fraction(op, "gamma", gamma)
     lam = _sequence.fraction(op, "lam", lam)
     if not isinstance(whiten, bool):
         raise TypeError(f"{op}: whiten must be a bool; got {type(whiten).__name__}")
-    return gamma, lam, *_sequence.layout(op, first, like, cu_seqlens, mask)
+    return gamma, lam
 
 
 def _fake(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten):

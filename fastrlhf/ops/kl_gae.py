@@ -59,12 +59,9 @@ def kl_gae(
     >>> out.advantages
     tensor([0.5000, 0.5000])
     """
-    index, beta, _, _, count = _kl_reward.check(
-        OP, logprob, ref_logprob, beta, estimator, cu_seqlens, mask
-    )
-    gamma, lam, cu_seqlens, mask, _ = _gae.check(
-        OP, "logprob", logprob, values, gamma, lam, whiten, cu_seqlens, mask
-    )
+    index, beta = _kl_reward.check(OP, logprob, ref_logprob, beta, estimator)
+    gamma, lam = _gae.check(OP, "logprob", logprob, values, gamma, lam, whiten)
+    cu_seqlens, mask, count = _sequence.layout(OP, "logprob", logprob, cu_seqlens, mask)
     _sequence.per_sequence(OP, "score", score, "logprob", logprob, count)
     chosen = _backend.choose(OP, backend, logprob)
     with torch.no_grad():

@@ -60,9 +60,8 @@ def kl_reward(
     >>> kl_reward(policy, ref, torch.tensor([2.0]), beta=0.1)[0]
     tensor([[-0.0500,  2.0000]])
     """
-    index, beta, cu_seqlens, mask, count = check(
-        OP, logprob, ref_logprob, beta, estimator, cu_seqlens, mask
-    )
+    index, beta = check(OP, logprob, ref_logprob, beta, estimator)
+    cu_seqlens, mask, count = _sequence.layout(OP, "logprob", logprob, cu_seqlens, mask)
     _sequence.per_sequence(OP, "score", score, "logprob", logprob, count)
     chosen = _backend.choose(OP, backend, logprob)
     with torch.no_grad():
@@ -81,12 +80,11 @@ def kl_reward(
         )
 
 
-def check(op, logprob, ref_logprob, beta, estimator, cu_seqlens, mask):
-    """Checked (estimator index, beta, cu_seqlens, bool mask, number of sequences)."""
+def check(op, logprob, ref_logprob, beta, estimator):
+    """Checked (estimator index, beta)."""
     _sequence.same_tokens(op, "logprob", logprob, ref_logprob=ref_logprob)
     index = _sequence.estimator(op, estimator)
-    beta = _checks.number(op, "beta", beta, low=0)
-    return index, beta, *_sequence.layout(op, "logprob", logprob, cu_seqlens, mask)
+    return index, _checks.number(op, "beta", beta, low=0)
 
 
 def _fake(logprob, ref_logprob, score, beta, estimator, cu_seqlens, mask):

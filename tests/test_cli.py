@@ -3,9 +3,9 @@
 import dataclasses
 import importlib
 import os
+import resource
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -140,12 +140,16 @@ def run_python(code):
 
 
 def test_help_is_quick_and_imports_no_torch():
-    start = time.perf_counter()
+    def cpu_seconds():
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    start = cpu_seconds()
     out = run_python(
         "import sys; from fastrlhf.cli import main; main(['--help']);"
         "print({'torch', 'numpy', 'transformers', 'triton', 'yaml'} & set(sys.modules))"
     )
-    assert time.perf_counter() - start < 2.0
+    assert cpu_seconds() - start < 1.0
     assert "usage: fastrlhf" in out
     assert out.splitlines()[-1] == "set()"
 

@@ -167,11 +167,11 @@ def test_extension_guards_itself(lengths):
 
 @needs_extension
 def test_a_million_lengths():
-    """About 0.2 s on two cores; the bound only catches a change of complexity."""
+    """About 0.2 s; CPU time, so that a busy machine does not fail it, catches a worse complexity."""
     lengths = np.random.default_rng(5).integers(1, 2049, 10**6)
-    start = time.perf_counter()
+    start = time.thread_time()
     order, offsets = packing._C.pack(lengths, 16384, 1)
-    seconds = time.perf_counter() - start
+    seconds = time.thread_time() - start
     load = np.add.reduceat(lengths[order], offsets[:-1])
     assert load.max() <= 16384
     assert len(load) <= 1.001 * lengths.sum() / 16384 + 1

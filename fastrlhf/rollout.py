@@ -124,6 +124,34 @@ def advantages(
     return {"kl/reference": kl / sequences, "kl/token": kl / tokens}
 
 
+def metrics(
+    micros: Sequence[Micro], samples: Samples, runtime: Runtime, labels: Sequence[float] | None
+) -> dict[str, float]:
+    """What the rollout looks like, over all ranks; `labels`: a labeler's score of each response."""
+    real = [m for m in micros if m.weight]
+    gap = 0.0
+    for m in real:
+        sampled = torch.cat([torch.from_numpy(samples.logprobs[i]) for i in m.indices])
+        gap += float((sampled - m.old_logprob.cpu()).abs().sum())
+    sequences, tokens, reward, entropy, ended, gap, labeled = runtime.sum(
+        float(len(samples.tokens)),
+        float(sum(len(t) for t in samples.tokens)),
+        sum(float(m.scores.sum()) for m in real),
+        sum(float(m.entropy.sum()) for m in real),
+        float(sum(samples.finished)),
+        gap,
+        float(np.sum(labels)) if labels is not None else 0.0,
+    )
+    found = {
+        "reward/rm": reward / sequences,
+        "policy/entropy": entropy / tokens,
+        "length/mean": tokens / sequences,
+        "eos/fraction": ended / sequences,
+        "sampler/logprob_gap": gap / tokens,
+    }
+    return found if labels is None else {**found, "reward/labeler": labeled / sequences}
+
+
 def _whiten_over_ranks(x: torch.Tensor, runtime: Runtime) -> torch.Tensor:
     # masked_whiten's rule with the sums taken over all ranks, in two passes so that nothing cancels.
     total, count = runtime.sum(float(x.double().sum()), float(x.numel()))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,6 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from fastrlhf import checkpoint
 from fastrlhf.config import save_resolved
@@ -162,12 +164,26 @@ class Run:
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, step)
         self.progress.update(self.task, completed=step)
-        if self.cfg.log_every and step % self.cfg.log_every == 0:
+        if self.speaks(step):
             shown = self.headline or tuple(metrics)
             numbers = "  ".join(f"{n} {metrics[n]:.4g}" for n in shown if n in metrics)
             self.progress.console.print(
                 f"{self.stage} {step:>5}  {numbers}", highlight=False, soft_wrap=True
             )
+
+    def speaks(self, step: int) -> bool:
+        """Whether step `step` gets a line on the terminal."""
+        return self.runtime.is_main and bool(self.cfg.log_every) and step % self.cfg.log_every == 0
+
+    def samples(self, step: int, columns: tuple[str, ...], rows: list[tuple]) -> None:
+        """A small table of prompts and responses under the step's line, and in TensorBoard."""
+        table = Table(*columns, title=f"{self.stage} {step}", title_justify="left", box=None)
+        for row in rows:
+            table.add_row(*(f"{x:.3g}" if isinstance(x, float) else escape(str(x)) for x in row))
+        self.progress.console.print(table)
+        if self.writer:
+            text = "\n\n".join(" | ".join(str(x) for x in row) for row in rows)
+            self.writer.add_text("samples", text, step)
 
     def checkpoint(self, step: int, state) -> None:
         """Save `state()` at the configured cadence. Every rank's random state goes in."""

@@ -42,6 +42,7 @@ HEADLINE = (
     "ptx/loss",
     "time/update",
 )
+SHOWN = 2  # responses in the table under a line of the log
 Labeler = Callable[[Sequence[dict], Sequence[str]], Sequence[float]]
 
 
@@ -179,8 +180,14 @@ class Trainer:
             self.value_module,
             cfg.temperature,
         )
-        metrics = self._score_metrics(micros, samples, chosen)
-        metrics |= rollout.advantages(micros, self._scores(micros, samples), runtime, cfg)
+        metrics = rollout.metrics(micros, samples, runtime, self._labels(chosen, samples))
+        scores = self._scores(micros, samples)
+        metrics |= rollout.advantages(micros, scores, runtime, cfg)
+        if run.speaks(iteration + 1):
+            texts = self.tokenizer.batch_decode([t.tolist() for t in samples.tokens[:SHOWN]])
+            shown = [self.rows[i]["prompt"] for i in chosen[:SHOWN]]
+            rows = list(zip(shown, texts, scores[:SHOWN].tolist(), strict=True))
+            run.samples(iteration + 1, ("prompt", "response", "score"), rows)
         clock.append(time.perf_counter())
 
         factor = warm_constant(iteration, warmup=cfg.warmup_iterations)
@@ -206,45 +213,12 @@ class Trainer:
             scores[~torch.tensor(samples.finished)] = self.cfg.missing_eos_score
         return scores
 
-    def _score_metrics(self, micros, samples, chosen) -> dict[str, float]:
-        runtime = self.runtime
-        real = [m for m in micros if m.weight]
-        gap = sum(
-            float(
-                (
-                    torch.cat([torch.from_numpy(samples.logprobs[i]) for i in m.indices])
-                    - m.old_logprob.cpu()
-                )
-                .abs()
-                .sum()
-            )
-            for m in real
-        )
-        labels = 0.0
-        if self.labeler is not None:
-            texts = self.tokenizer.batch_decode(
-                [t.tolist() for t in samples.tokens], skip_special_tokens=True
-            )
-            labels = float(np.sum(self.labeler([self.rows[i] for i in chosen], texts)))
-        sequences, tokens, reward, entropy, ended, gap, labels = runtime.sum(
-            float(len(samples.tokens)),
-            float(sum(len(t) for t in samples.tokens)),
-            sum(float(m.scores.sum()) for m in real),
-            sum(float(m.entropy.sum()) for m in real),
-            float(sum(samples.finished)),
-            gap,
-            labels,
-        )
-        metrics = {
-            "reward/rm": reward / sequences,
-            "policy/entropy": entropy / tokens,
-            "length/mean": tokens / sequences,
-            "eos/fraction": ended / sequences,
-            "sampler/logprob_gap": gap / tokens,
-        }
-        return metrics | (
-            {"reward/labeler": labels / sequences} if self.labeler is not None else {}
-        )
+    def _labels(self, chosen, samples) -> Sequence[float] | None:
+        if self.labeler is None:
+            return None
+        tokens = [t.tolist() for t in samples.tokens]
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return self.labeler([self.rows[i] for i in chosen], texts)
 
     def _update(
         self, micros: list[rollout.Micro], factor: float, run: Run, step: int

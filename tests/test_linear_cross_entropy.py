@@ -101,6 +101,14 @@ def test_compiles_without_graph_break(backend):
 
 
 @each_backend
+def test_autocast_does_not_round_the_logits(backend):
+    x, w, _, targets = inputs(device=DEVICE[backend])
+    plain = linear_cross_entropy(x, w, targets, backend=backend)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        assert torch.equal(linear_cross_entropy(x, w, targets, backend=backend), plain)
+
+
+@each_backend
 def test_nothing_counts(backend):
     x, w, _, targets = inputs(device=DEVICE[backend])
     x.requires_grad_(), w.requires_grad_()

@@ -197,6 +197,22 @@ def test_empty_and_tiny(backend):
 
 
 @each_backend
+def test_autocast_does_not_round_the_logits(backend, chunks):
+    """Under autocast the GEMMs of the op stay as wide as without it."""
+    device = DEVICE[backend]
+    targets = randint(V, (1, N), 3, device=device)
+
+    def run(enabled):
+        x, w, _ = (t.requires_grad_() for t in parameters(device=device))
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
+            out = linear_logprob(x, w, targets, backend=backend)
+            return out, *torch.autograd.grad(out.sum(), (x, w))
+
+    for a, b in zip(run(True), run(False), strict=True):
+        assert torch.equal(a, b)
+
+
+@each_backend
 def test_strided_hidden_and_workspaces(backend):
     """A slice [:, :-1] of the hidden states, and both presets, give the same numbers."""
     device = DEVICE[backend]

@@ -414,6 +414,19 @@ def test_backend_that_cannot_run_says_why_and_what_to_use():
     assert backends()["token_logprob"]["reference"] == "available"
 
 
+def test_build_facts():
+    from fastrlhf import __version__
+
+    if _backend.unavailable_reason("token_logprob", "cpu"):
+        pytest.skip(_backend.unavailable_reason("token_logprob", "cpu"))
+    from fastrlhf import _C
+
+    info = _C.build_info()
+    assert info["version"] == __version__
+    assert info["torch_target_version"] == "2.10"
+    assert info["cpu_isa_running"] in info["cpu_isa_compiled"]
+
+
 def test_auto_takes_the_compiled_kernel_and_counts_it():
     if _backend.unavailable_reason("token_logprob", "cpu"):
         pytest.skip(_backend.unavailable_reason("token_logprob", "cpu"))

@@ -5,6 +5,8 @@ they are on a GPU and are widened on CPU, where 16-bit GEMMs would round their r
 and db are summed in fp32.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,20 @@ def chunk_rows(workspace: str, vocab: int, dtype: torch.dtype, device: torch.dev
     kind = "cuda" if device.type == "cuda" else "cpu"
     row_bytes = max(vocab, 1) * (8 if dtype == torch.float64 else 4)
     return max(_MIN_ROWS, _BUDGET[kind, workspace] // row_bytes)
+
+
+def without_autocast(body):
+    """Keeps autocast out of an op's body: it would round the GEMMs that are meant to stay fp32."""
+
+    @functools.wraps(body)
+    def wrapped(*args):
+        device = next(a for a in args if isinstance(a, Tensor)).device.type
+        if not torch.is_autocast_enabled(device):
+            return body(*args)
+        with torch.autocast(device, enabled=False):
+            return body(*args)
+
+    return wrapped
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

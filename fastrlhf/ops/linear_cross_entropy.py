@@ -107,6 +107,7 @@ def linear_cross_entropy(
 
 
 @torch.library.custom_op("fastrlhf::linear_cross_entropy_fwd", mutates_args=())
+@_chunks.without_autocast
 def linear_cross_entropy_fwd(
     hidden: Tensor,
     weight: Tensor,

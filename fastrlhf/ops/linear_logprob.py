@@ -110,6 +110,7 @@ def _keeps_logits(rows: int, vocab: int, acc: torch.dtype, trained: bool) -> boo
 
 
 @torch.library.custom_op("fastrlhf::linear_logprob_fwd", mutates_args=())
+@_chunks.without_autocast
 def linear_logprob_fwd(
     hidden: Tensor,
     weight: Tensor,
@@ -180,6 +181,7 @@ def _(
 
 
 @torch.library.custom_op("fastrlhf::linear_logprob_bwd", mutates_args=())
+@_chunks.without_autocast
 def linear_logprob_bwd(
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,

@@ -1,0 +1,145 @@
+"""Every GPU kernel is compiled for the GPUs we name, on machines that have none.
+
+Triton kernels go through triton.compile for sm_80, sm_90, sm_100 and gfx942; each .cu through nvcc for sm_80, sm_90 and
+sm_100. The assembler's report is read: a spill or a stack frame fails the test.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+CUDA_FILES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+KERNEL_FILES = sorted(p for p in (ROOT / "kernels").glob("[!_]*.py"))
+NO_NVCC = "nvcc is not on PATH" if shutil.which("nvcc") is None else ""
+
+# Kernel -> variants (constexpr arguments and the dtype of the logits) that are compiled. The flags that are off leave
+# code out, so all of them on, for the widest and the narrowest dtype, covers every line.
+ALL = {"HAS_MASK": True, "HAS_ROW_T": True, "HAS_CAP": True, "ACC": "fp32", "BLOCK": 4096}
+NONE = {"HAS_MASK": False, "HAS_ROW_T": False, "HAS_CAP": False, "ACC": "fp32", "BLOCK": 4096}
+VARIANTS = {
+    "token_logprob": {
+        "token_logprob_fwd_kernel": [(ALL, "fp32"), (ALL, "bf16"), (NONE, "fp16")],
+        "token_logprob_bwd_kernel": [
+            ({**ALL, "HAS_G": True, "HAS_H": True}, "fp32"),
+            ({**ALL, "HAS_G": True, "HAS_H": True}, "bf16"),
+            ({**NONE, "HAS_G": True, "HAS_H": False}, "fp16"),
+        ],
+    },
+}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+# Runs in a process of its own: here the kernels may be decorated for the interpreter.
+COMPILE = """
+import importlib, json, re, subprocess, sys, tempfile
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+module, variants, targets = json.loads(sys.argv[1])
+kernels = importlib.import_module(f"fastrlhf.kernels.{module}")
+listed = {n for n, v in vars(kernels).items() if n.endswith("_kernel")}
+assert listed == set(variants), f"kernels {listed}, compiled here {set(variants)}"
+
+def type_of(name, dtype):
+    if name in ("logits_ptr", "out_ptr"):
+        return "*" + dtype
+    named = {"targets_ptr": "*i64", "mask_ptr": "*i1", "temperature": "fp32", "softcap": "fp32"}
+    if name in named:
+        return named[name]
+    return "*fp32" if name.endswith("_ptr") else "i64" if name.startswith("stride") else "i32"
+
+for name, cases in variants.items():
+    kernel = getattr(kernels, name)
+    for constants, dtype in cases:
+        values = {k: tl.float32 if v == "fp32" else v for k, v in constants.items()}
+        signature = {
+            n: "constexpr" if n in values else type_of(n, dtype) for n in kernel.arg_names
+        }
+        for target in targets:
+            source = ASTSource(kernel, signature=signature, constexprs=values)
+            built = triton.compile(source, target=GPUTarget(*target), options={"num_warps": 8})
+            if target[0] == "cuda":
+                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                    file.write(built.asm["cubin"]); file.flush()
+                    tool = triton.knobs.nvidia.cuobjdump.path
+                    report = subprocess.run(
+                        [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+                    ).stdout
+                stack, local = (int(re.search(key + r":(\\d+)", report)[1]) for key in ("STACK", "LOCAL"))
+            else:
+                text = built.asm["amdgcn"]
+                stack = int(re.search(r"\\.private_segment_fixed_size: (\\d+)", text)[1])
+                local = int(re.search(r"\\.vgpr_spill_count: +(\\d+)", text)[1])
+            print(json.dumps([name, dtype, str(target[1]), stack, local]))
+"""
+
+
+def test_every_kernel_file_is_compiled_here():
+    assert {p.stem for p in KERNEL_FILES} == set(VARIANTS)
+
+
+@pytest.mark.parametrize("module", VARIANTS)
+def test_triton_kernels(module, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    job = json.dumps([module, VARIANTS[module], list(TARGETS.values())])
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, job], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == len(TARGETS) * sum(len(v) for v in VARIANTS[module].values())
+    for name, dtype, target, stack, local in rows:
+        assert stack == 0 and local == 0, f"{name} {dtype} {target}: stack {stack}, local {local}"
+
+
+def spills(report):
+    """(kernel, line) of every kernel in an assembler report that uses its stack or spills."""
+    found, kernel = [], "?"
+    for line in report.splitlines():
+        named = re.search(r"Function properties for (\S+)|Compiling entry function '(\S+?)'", line)
+        if named:
+            kernel = named[1] or named[2]
+        if re.search(r"\b[1-9]\d* bytes (stack frame|spill stores|spill loads)", line):
+            found.append((kernel, line.strip()))
+    return found
+
+
+def test_the_report_is_read():
+    """The reader finds what it looks for, so that its silence means something."""
+    clean = "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+    assert spills(clean) == []
+    for bad in (
+        clean.replace("0 bytes stack", "40 bytes stack"),
+        clean.replace("0 bytes spill l", "8 bytes spill l"),
+    ):
+        assert spills(f"ptxas info    : Function properties for f\n{bad}") == [("f", bad.strip())]
+
+
+@pytest.mark.skipif(bool(NO_NVCC), reason=NO_NVCC)
+@pytest.mark.parametrize("source", CUDA_FILES, ids=[p.name for p in CUDA_FILES])
+def test_cuda_kernels(source, tmp_path):
+    include = Path(torch.__file__).parent / "include"
+    command = ["nvcc", "-std=c++20", "-O3", "-DUSE_CUDA", "-c", str(source), "-Xptxas", "-v"]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}", f"-I{include}"]
+    for arch in ("80", "90", "100"):
+        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    command += ["--threads", "2", "-o", str(tmp_path / "object.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("Compiling entry function") >= 3
+    assert not spills(done.stderr)
+    assert "warning" not in done.stderr

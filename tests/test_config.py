@@ -1,5 +1,6 @@
 """Configurations: files, sections, overrides, and one clear line for whatever is wrong."""
 
+import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -7,7 +8,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from fastrlhf import config
+from fastrlhf import cli, config
 from fastrlhf.errors import UserError, did_you_mean, nearest
 
 
@@ -157,6 +158,24 @@ def test_recipes_by_name():
         assert config.recipe_path(recipe.stem).resolve() == recipe.resolve()
     message = error_of("quickstrat")
     assert "no shipped recipe of this name" in message
+
+
+RECIPES = sorted((Path(config.__file__).parents[1] / "recipes").glob("*.yaml"))
+VARIANTS = {"rl_init": "sft", "ppo_ptx": "ppo"}  # section -> the command it is a variant of
+
+
+@pytest.mark.parametrize(
+    ("recipe", "section"),
+    [(r.stem, section) for r in RECIPES for section in yaml.safe_load(r.read_text())],
+)
+def test_every_section_of_every_recipe_fits_its_stage(recipe, section):
+    command = VARIANTS.get(section, section)
+    stage = cli.COMMANDS[command]
+    config_class = getattr(importlib.import_module(stage.module), stage.config)
+    loaded = config.load(config_class, command, recipe, variant=section)
+    text = config.recipe_path(recipe).read_text()
+    given = yaml.load(text, Loader=config._Loader)[section]
+    assert {key: getattr(loaded, key) for key in given} == given
 
 
 def test_saved_config_reads_back_whole(tmp_path):

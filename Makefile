@@ -90,7 +90,7 @@ gpu:
 	$$py benchmarks/run.py --out $(OUT)/bench.json
 
 # A copy of the tracked tree, so that the CUDA build does not replace the checkout's own extension.
-preflight: $(VENV)/.stamp-venv
+preflight:
 	rm -rf $(PREFLIGHT) && mkdir -p $(PREFLIGHT)
 	git ls-files -z | tar --null -T - -cf - | tar -xf - -C $(PREFLIGHT)
 	test -x $(VENV)-preflight/bin/python || $(PYTHON) -m venv $(VENV)-preflight

@@ -10,6 +10,7 @@ The choice looks at the toolkit and at torch's own build, never at the GPU of th
 containers are built on machines without one.
 """
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -44,6 +45,8 @@ def missing_for_cpu(ext):
     """What stops a C++ build, as one clause; empty when nothing does."""
     if ext is None:
         return f"torch is not importable: {FIX_TORCH}"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed: pip install pybind11 ninja"
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None and shutil.which("g++") is None:
         return f"no C++ compiler ({compiler!r} is not on PATH): install g++ >= 11 or set CXX"
@@ -95,7 +98,10 @@ def choose(wanted, ext):
 
 
 def extension(kind, ext):
-    includes = [str(ROOT / "csrc")]
+    import pybind11
+
+    # Before torch's bundled copy, which refuses the stable ABI's TORCH_TARGET_VERSION in torch 2.11.
+    includes = [str(ROOT / "csrc"), pybind11.get_include()]
     torch_include = str(Path(ext.__file__).resolve().parent.parent / "include")
     # Source paths of the building machine stay out of error messages.
     prefix_maps = [f"-fmacro-prefix-map={ROOT}/=", f"-fmacro-prefix-map={torch_include}/="]

@@ -9,7 +9,7 @@ Every stage runs as its own command would, with its section of the recipe; `out`
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +44,7 @@ class DemoConfig(RuntimeConfig):
     comparisons: int = 900  # prompts whose completions are sampled and ranked
     completions_low: int = 4  # K, the number of completions of a prompt, is drawn from low..high
     completions_high: int = 9
+    label_temperatures: list[float] = field(default_factory=lambda: [1.0, 0.6])  # of the K, in turn
     samples: int = 3  # completions a record in the evaluation at temperature 1
     limit: int = 0  # evaluate on the first so many records; 0: all
 
@@ -219,20 +220,26 @@ def _label(cfg: DemoConfig, model: str, path: str, runtime: Runtime) -> dict:
     rng = np.random.default_rng([cfg.seed, 7])
     chosen = [prompts[i] for i in rng.permutation(len(prompts))[: cfg.comparisons]]
     counts = rng.integers(cfg.completions_low, cfg.completions_high + 1, size=len(chosen))
-    flat = [prompt for prompt, count in zip(chosen, counts, strict=True) for _ in range(count)]
-    samples = HFSampler(policy, tokenizer, max_batch=512).generate(
-        data.encode(tokenizer, flat), max_new_tokens=evaluate.MAX_NEW_TOKENS, seed=cfg.seed
-    )
-    texts = iter(
-        tokenizer.batch_decode([t.tolist() for t in samples.tokens], skip_special_tokens=True)
-    )
+    slots = [(n, k) for n, count in enumerate(counts) for k in range(count)]
+    sampler = HFSampler(policy, tokenizer, max_batch=512)
+    texts: dict[tuple[int, int], str] = {}
+    for t, temperature in enumerate(cfg.label_temperatures):
+        part = [s for s in slots if s[1] % len(cfg.label_temperatures) == t]
+        samples = sampler.generate(
+            data.encode(tokenizer, [chosen[n] for n, _ in part]),
+            max_new_tokens=evaluate.MAX_NEW_TOKENS,
+            temperature=temperature,
+            seed=cfg.seed + t,
+        )
+        found = [tokens.tolist() for tokens in samples.tokens]
+        texts |= zip(part, tokenizer.batch_decode(found, skip_special_tokens=True), strict=True)
     ranked = []
-    for prompt, count in zip(chosen, counts, strict=True):
-        completions = [next(texts) for _ in range(count)]
+    for n, (prompt, count) in enumerate(zip(chosen, counts, strict=True)):
+        completions = [texts[n, k] for k in range(count)]
         ranks = labeler.rank(restaurants.parse_prompt(prompt), completions)
         ranked.append({"prompt": prompt, "completions": completions, "ranks": ranks})
     data.write_rows(Path(path), ranked)
-    return {"prompts": len(ranked), "completions": len(flat)}
+    return {"prompts": len(ranked), "completions": len(slots)}
 
 
 def _compare_backends(

@@ -71,6 +71,17 @@ def test_small_k3_has_no_cancellation():
 
 
 @cases.each_backend()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_k3_cannot_overflow(backend, dtype):
+    d = torch.tensor([[1e4, -1e4, 100.0, -100.0, 3.0, -3.0]], dtype=dtype)
+    options = {"beta": 0.0, "estimator": "k3", "backend": backend}
+    kl = kl_reward(d, torch.zeros_like(d), torch.zeros(1, dtype=dtype), **options)[1]
+    near = torch.expm1(-d[0, 4:]) + d[0, 4:]
+    expected = torch.cat([torch.full((4,), 10.0, dtype=dtype), near.clamp(max=10)])
+    torch.testing.assert_close(kl[0], expected)
+
+
+@cases.each_backend()
 def test_score_lands_on_the_last_unmasked_token_only(backend):
     zeros, score = torch.zeros(4, 5), torch.tensor([1.0, 2.0, 3.0, 4.0])
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 0]])

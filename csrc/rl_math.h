@@ -163,8 +163,8 @@ RL_HD float log(float x) {
 
 RL_HD double log(double x) { return ::log(x); }
 
-// tanh(x); odd polynomial near 0, 1 - 2 / (e^{2x} + 1) elsewhere, so that the relative error stays
-// below 2e-7.
+// tanh(x); odd polynomial near 0, 1 - 2 / (e^{2|x|} + 1) elsewhere, so that the relative error
+// stays below 2e-7.
 RL_HD float tanh(float x) {
 #ifdef __CUDA_ARCH__
   return ::tanhf(x);
@@ -176,14 +176,24 @@ RL_HD float tanh(float x) {
   p = p * s + 1.33314422036e-1f;
   p = p * s - 3.33332819422e-1f;
   const float near = x + x * s * p;
-  const float bounded = x > 15.0f ? 15.0f : (x < -15.0f ? -15.0f : x);
-  const float far = 1.0f - 2.0f / (exp(2.0f * bounded) + 1.0f);
   const float magnitude = x < 0.0f ? -x : x;
-  return magnitude < 0.625f ? near : far;
+  const float bounded = magnitude > 15.0f ? 15.0f : magnitude;
+  const float far = 1.0f - 2.0f / (exp_clamped(2.0f * bounded) + 1.0f);
+  return magnitude < 0.625f ? near : (x < 0.0f ? -far : far);
 #endif
 }
 
 RL_HD double tanh(double x) { return ::tanh(x); }
+
+// 1 - tanh(x)^2 without the cancellation at large |x|: u (2 - u) with u = 1 - tanh|x| = 2 /
+// (e^{2|x|} + 1).
+template <typename A>
+RL_HD A sech2(A x) {
+  const A magnitude = x < A(0) ? -x : x;
+  const A bounded = magnitude > A(40) ? A(40) : magnitude;
+  const A u = A(2) / (exp_clamped(A(2) * bounded) + A(1));
+  return u * (A(2) - u);
+}
 
 // ---- per-token RL maths ---------------------------------------------------------------------
 

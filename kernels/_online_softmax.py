@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """Odd polynomial near 0, 1 - 2 / (e^2x + 1) elsewhere; NaN stays NaN."""
+    """Odd polynomial near 0, 1 - 2 / (e^2|x| + 1) elsewhere; NaN stays NaN."""
     s = x * x
     p = -5.70498872745e-3 * s + 2.06390887954e-2
     p = p * s - 5.37397155531e-2
@@ -21,9 +21,17 @@ def tanh(x):
     else:
         near = x + x * s * p
         limit = 0.625
-    bounded = tl.where(x > 20.0, 20.0, tl.where(x < -20.0, -20.0, x))
+    bounded = tl.where(tl.abs(x) > 20.0, 20.0, tl.abs(x))
     far = 1.0 - 2.0 / (tl.exp(2.0 * bounded) + 1.0)
-    return tl.where(tl.abs(x) < limit, near, far)
+    return tl.where(tl.abs(x) < limit, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def sech2(x):
+    """1 - tanh(x)^2 = u (2 - u), u = 1 - tanh|x|: no cancellation at large |x|."""
+    bounded = tl.where(tl.abs(x) > 40.0, 40.0, tl.abs(x))
+    u = 2.0 / (tl.exp(2.0 * bounded) + 1.0)
+    return u * (2.0 - u)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ._launch import device_guard, row_block, rows_of
-from ._online_softmax import scaled_logits, tanh, update
+from ._online_softmax import scaled_logits, sech2, update
 
 
 @triton.jit
@@ -144,8 +144,7 @@ def token_logprob_bwd_kernel(
         grad -= h * p * (logp + tl.load(entropy_ptr + row))
     grad *= scale
     if HAS_CAP:
-        t = tanh(x / softcap)
-        grad *= 1.0 - t * t
+        grad *= sech2(x / softcap)
     tl.store(out, grad.to(out_ptr.dtype.element_ty), mask=cols < V)
 
 

@@ -111,8 +111,20 @@ def wheel(scratch):
 
 @pytest.fixture(scope="module")
 def sdist(scratch):
-    """The sdist, unpacked."""
-    archive = build(ROOT, "sdist", scratch / "sdist", FASTRLHF_BUILD="none")
+    """The sdist, unpacked. Built from a copy: setuptools would add files that an old egg-info lists."""
+    leave = (
+        ".git",
+        ".venv*",
+        "build",
+        "dist",
+        "runs",
+        "*.egg-info",
+        "*.so",
+        "__pycache__",
+        ".*_cache",
+    )
+    shutil.copytree(ROOT, scratch / "tree", ignore=shutil.ignore_patterns(*leave))
+    archive = build(scratch / "tree", "sdist", scratch / "sdist", FASTRLHF_BUILD="none")
     with tarfile.open(archive) as tar:
         tar.extractall(scratch / "unpacked", filter="data")
     (folder,) = (scratch / "unpacked").iterdir()

@@ -29,22 +29,27 @@ struct RowStats {
 
 template <bool kCap, typename T, typename A>
 RL_INLINE A logit(const T& x, const RowMaths<A>& f) {
-  if constexpr (kCap) return f.softcap * tanh(load(x) * f.inv_softcap) * f.scale;
+  if constexpr (kCap) return tanh(load(x) * f.inv_softcap) * (f.softcap * f.scale);
   return load(x) * f.scale;
 }
 
-// z of one block, in the accumulator's dtype: the logits themselves where they need no change of
-// dtype or soft-cap.
+// One block widened to the accumulator's dtype: the logits, or tanh(logits / softcap); z is `scale`
+// times these. The logits themselves where they need no change.
 template <bool kCap, typename T, typename A>
 RL_INLINE const A* block_logits(const T* row, int64_t n, const RowMaths<A>& f, A* buffer,
                                 A& scale) {
+  scale = kCap ? f.softcap * f.scale : f.scale;
   if constexpr (std::is_same_v<T, A> && !kCap) {
-    scale = f.scale;
     return row;
   } else {
-    scale = A(1);
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) buffer[j] = logit<kCap>(row[j], f);
+    for (int64_t j = 0; j < n; ++j) {
+      if constexpr (kCap) {
+        buffer[j] = tanh(load(row[j]) * f.inv_softcap);
+      } else {
+        buffer[j] = load(row[j]);
+      }
+    }
     return buffer;
   }
 }
@@ -112,18 +117,14 @@ RL_INLINE void row_backward(const T* row, T* out, int64_t width, int64_t target,
       const A raw = (z[j] * scale - base) - log_sum;
       const A d = at_least(floor, raw);
       A grad = -exp_clamped(d) * (h * d + shifted) * f.scale;
-      if constexpr (kCap) {
-        const A t = tanh(load(from[j]) * f.inv_softcap);
-        grad *= A(1) - t * t;
-      }
+      if constexpr (kCap) grad *= sech2(load(from[j]) * f.inv_softcap);
       store(to[j], grad);
     }
   }
   A capped = target_logit, chain = f.scale;
   if constexpr (kCap) {
-    const A t = tanh(target_logit * f.inv_softcap);
-    capped = f.softcap * t;
-    chain *= A(1) - t * t;
+    capped = f.softcap * tanh(target_logit * f.inv_softcap);
+    chain *= sech2(target_logit * f.inv_softcap);
   }
   const A raw = (capped * f.scale - base) - log_sum;
   const A d = at_least(floor, raw);

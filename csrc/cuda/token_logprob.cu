@@ -179,9 +179,8 @@ struct RowGradient {
   __device__ __forceinline__ A at(T x, int64_t column) const {
     A capped = load(x), chain = f.scale;
     if constexpr (kCap) {
-      const A t = tanh(capped * f.inv_softcap);
-      capped = f.softcap * t;
-      chain *= A(1) - t * t;
+      chain *= sech2(capped * f.inv_softcap);
+      capped = f.softcap * tanh(capped * f.inv_softcap);
     }
     const A d = at_least(exp_floor<A>(), (capped * f.scale - max) - log_sum);
     const A p = exp_clamped(d);
@@ -251,7 +250,7 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

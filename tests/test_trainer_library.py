@@ -157,6 +157,25 @@ def test_muon_descends_like_torchs_own():
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)  # theirs orthogonalises in bf16
 
 
+@pytest.mark.parametrize("stacked", [1, 300, 1 << 24])
+def test_muon_steps_matrices_together_as_each_alone(monkeypatch, stacked):
+    torch.manual_seed(0)
+    monkeypatch.setattr(optim.Muon, "STACKED", stacked)
+    shapes = [(12, 8), (8, 12), (12, 12), (12, 8), (8, 12)]
+    together = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = [nn.Parameter(p.detach().clone()) for p in together]
+    optimizers = [optim.Muon(together, lr=0.02, weight_decay=0.1)]
+    optimizers += [optim.Muon([p], lr=0.02, weight_decay=0.1) for p in alone]
+    for _ in range(3):
+        for p, q in zip(together, alone, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(together, alone, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
 def test_muon_takes_hidden_matrices_only():
     class Model(nn.Module):
         def __init__(self):

@@ -22,7 +22,7 @@ DATA = Path(__file__).resolve().parent / "data"
 BASELINE = "sft"  # what win rates and changes compare with
 REFERENCE = "rl_init"  # what KL is measured from
 MAX_NEW_TOKENS = 80
-MAX_TOKENS = 16384  # of a micro-batch
+MAX_TOKENS = 4096  # of a micro-batch
 SHOWN = 6  # records in the report's side-by-side samples
 
 
@@ -49,24 +49,23 @@ def evaluate(systems: dict[str, str], reward: str, cfg, runtime: Runtime) -> dic
         ]
 
     judge = Judge(rows, prompts, tokenizer, scorer, policies[REFERENCE])
-    found = {}
-    for name, policy in policies.items():
-        found[name] = {
+    found = {
+        name: {
             "sampled": judge.sample(policy, times=cfg.samples, temperature=1.0, seed=cfg.seed + 11),
             "greedy": judge.sample(policy, times=1, temperature=0.0, seed=0),
-            "text_loss": lm_loss.evaluate(windows, nll_of(policy))["loss"],
+            "text": lm_loss.window_sums(windows, nll_of(policy)),
         }
-        if name != BASELINE:
-            found[name]["text_loss_change"] = lm_loss.difference(
-                windows, nll_of(policy), nll_of(policies[BASELINE])
-            )
+        for name, policy in policies.items()
+    }
+    baseline = found[BASELINE]
     results = {}
     for name, parts in found.items():
-        results[name] = {
-            key: parts[key] for key in ("text_loss", "text_loss_change") if key in parts
-        }
+        results[name] = {"text_loss": lm_loss.evaluate(parts["text"])["loss"]}
+        if name != BASELINE:
+            change = lm_loss.difference(parts["text"], baseline["text"])
+            results[name]["text_loss_change"] = change
         for way in ("sampled", "greedy"):
-            results[name][way] = judge.figures(parts[way], found[BASELINE][way])
+            results[name][way] = judge.figures(parts[way], baseline[way])
     return {
         "systems": list(systems),
         "reference": BASELINE,
@@ -117,18 +116,20 @@ class Judge:
             data.Example(np.concatenate([self.prompts[i], t]), len(self.prompts[i]))
             for i, t in zip(places, samples.tokens, strict=True)
         ]
-        return {
+        found = {
             "places": places,
             "texts": texts,
             "scores": [
                 labeler.score(self.rows[i]["record"], t) for i, t in zip(places, texts, strict=True)
             ],
             "reward": score_sequences(self.scorer, [e.tokens for e in examples], MAX_TOKENS),
-            "logprobs": token_logprobs(policy, examples, MAX_TOKENS),
-            "ref_logprobs": token_logprobs(self.reference, examples, MAX_TOKENS),
             "finished": samples.finished,
             "lengths": [len(t) for t in samples.tokens],
         }
+        if temperature == 1.0:  # KL is estimated on the policy's own samples
+            both = (token_logprobs(m, examples, MAX_TOKENS) for m in (policy, self.reference))
+            found["kl"] = kl.evaluate(*both, places)["sequence"]
+        return found
 
     def figures(self, ours: dict, baseline: dict) -> dict:
         """Intervals of one system's samples; comparisons are with `baseline` on the same prompts."""
@@ -141,7 +142,8 @@ class Judge:
         figures["bleu"] = overlap.evaluate(
             ours["texts"], [self.rows[i]["references"] for i in places], places
         )
-        figures["kl"] = kl.evaluate(ours["logprobs"], ours["ref_logprobs"], places)["sequence"]
+        if "kl" in ours:
+            figures["kl"] = ours["kl"]
         for name in ("reward", "finished"):
             figures[name] = mean_interval(np.asarray(ours[name], dtype=np.float64), places)
         figures["length"] = mean_interval(np.asarray(ours["lengths"], dtype=np.float64), places)

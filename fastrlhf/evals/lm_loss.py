@@ -18,8 +18,13 @@ def windows(tokens: Sequence[int], length: int) -> list[list[int]]:
     return [w for w in cut if len(w) >= 2]
 
 
-def _sums(parts: Sequence[list[int]], token_nll: TokenNLL) -> np.ndarray:
-    # -> [P, 2]: summed loss and number of predicted tokens of each window
+def window_sums(parts: Sequence[list[int]], token_nll: TokenNLL) -> np.ndarray:
+    """[P, 2]: summed loss (nats) and number of predicted tokens of each window; the model runs here, once.
+
+    Args:
+        parts: token windows, e.g. from :func:`windows`; each window's first token is given.
+        token_nll: the model.
+    """
     if len(parts) == 0:
         raise ValueError("windows: expected at least one window, got none")
     losses = token_nll(list(parts))
@@ -35,28 +40,27 @@ def _sums(parts: Sequence[list[int]], token_nll: TokenNLL) -> np.ndarray:
     return np.array(rows)
 
 
-def evaluate(
-    parts: Sequence[list[int]], token_nll: TokenNLL, *, seed: int = 0
-) -> dict[str, float | dict]:
+def evaluate(sums: np.ndarray, *, seed: int = 0) -> dict[str, float | dict]:
     """Mean negative log-likelihood (nats) a token, the interval over windows.
 
     Args:
-        parts: token windows, e.g. from :func:`windows`; each window's first token is given.
-        token_nll: the model.
+        sums: [P, 2] from :func:`window_sums`.
 
     Returns:
         {"loss": {"mean", "low", "high", "n": windows}, "perplexity": exp(mean), "tokens": N}.
     """
-    sums = _sums(parts, token_nll)
     loss = bootstrap(sums, ratio, seed=seed)
     tokens = int(sums[:, 1].sum())
     return {"loss": loss, "perplexity": float(np.exp(loss["mean"])), "tokens": tokens}
 
 
-def difference(
-    parts: Sequence[list[int]], token_nll: TokenNLL, baseline_nll: TokenNLL, *, seed: int = 0
-) -> dict[str, float]:
-    """Loss minus the baseline's loss on the same windows (paired, so far tighter than either)."""
-    ours, theirs = _sums(parts, token_nll), _sums(parts, baseline_nll)
+def difference(ours: np.ndarray, theirs: np.ndarray, *, seed: int = 0) -> dict[str, float]:
+    """Loss minus the baseline's loss on the same windows (paired, so far tighter than either).
+
+    Args:
+        ours, theirs: [P, 2] of both models from :func:`window_sums`.
+    """
+    if ours.shape != theirs.shape or not np.array_equal(ours[:, 1], theirs[:, 1]):
+        raise ValueError("theirs: expected the sums of the same windows as ours")
     both = np.column_stack([ours[:, 0] - theirs[:, 0], ours[:, 1]])
     return bootstrap(both, ratio, seed=seed)

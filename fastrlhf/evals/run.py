@@ -155,11 +155,11 @@ def _text(cfg, model, baseline, result: dict) -> None:
     what = f"text {cfg.text!r}"
     found = text_windows(read_text(cfg.text), model.tokenizer, length, what)
     parts = [w.tokens.tolist() for w in found]
-    result["text_loss"] = lm_loss.evaluate(parts, model.token_nll, seed=cfg.seed)["loss"]
+    ours = lm_loss.window_sums(parts, model.token_nll)
+    result["text_loss"] = lm_loss.evaluate(ours, seed=cfg.seed)["loss"]
     if baseline:
-        result["text_loss_change"] = lm_loss.difference(
-            parts, model.token_nll, baseline.token_nll, seed=cfg.seed
-        )
+        theirs = lm_loss.window_sums(parts, baseline.token_nll)
+        result["text_loss_change"] = lm_loss.difference(ours, theirs, seed=cfg.seed)
 
 
 def _check(cfg: EvalConfig) -> None:

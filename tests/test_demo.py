@@ -97,27 +97,6 @@ def test_shipped_base_model_is_small_and_loads():
     assert sum(p.numel() for p in model.parameters()) <= 3_000_000
 
 
-def test_every_shipped_recipe_loads():
-    from fastrlhf import config
-    from fastrlhf.stages.ppo import PPOConfig
-    from fastrlhf.stages.pretrain import PretrainConfig
-    from fastrlhf.stages.reward import RewardConfig
-    from fastrlhf.stages.sft import SFTConfig
-
-    classes = {
-        "pretrain": PretrainConfig,
-        "reward": RewardConfig,
-        "sft": SFTConfig,
-        "ppo": PPOConfig,
-    }
-    commands = {"rl_init": "sft", "ppo_ptx": "ppo"}
-    for name in ("quickstart", "instructgpt_paper", "h200"):
-        sections = yaml.safe_load(recipe_path(name).read_text())
-        for section in sections:
-            command = commands.get(section, section)
-            config.load(classes[command], command, name, variant=section)
-
-
 def test_the_papers_numbers():
     from fastrlhf import config
     from fastrlhf.stages.ppo import PPOConfig

@@ -126,9 +126,10 @@ class Judge:
             "finished": samples.finished,
             "lengths": [len(t) for t in samples.tokens],
         }
-        if temperature == 1.0:  # KL is estimated on the policy's own samples
-            both = (token_logprobs(m, examples, MAX_TOKENS) for m in (policy, self.reference))
-            found["kl"] = kl.evaluate(*both, places)["sequence"]
+        if temperature == 1.0 and policy is not self.reference:
+            # KL is estimated on the policy's own samples.
+            theirs = token_logprobs(self.reference, examples, MAX_TOKENS)
+            found["kl"] = kl.evaluate(samples.logprobs, theirs, places)["sequence"]
         return found
 
     def figures(self, ours: dict, baseline: dict) -> dict:

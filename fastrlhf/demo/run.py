@@ -22,7 +22,7 @@ from fastrlhf.models import load_policy, load_tokenizer
 from fastrlhf.runtime import Runtime, RuntimeConfig
 from fastrlhf.sampler import HFSampler
 from fastrlhf.stages import ppo, pretrain, reward, sft
-from fastrlhf.tracking import LOG
+from fastrlhf.tracking import LOG, Run
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -97,9 +97,8 @@ def main(cfg: DemoConfig) -> dict:
     for name, title in (("ppo", "PPO"), ("ppo_ptx", "PPO-ptx")):
         stage = _config(cfg, name, paths[name], **models, text=text)
         clock.stage(name, title, ppo.main, stage, _judge)
-    speed = clock.stage(
-        "speed", "PPO update, fused against reference ops", _compare_backends, cfg, out, models
-    )
+    title = "PPO update, fused against reference ops"
+    speed = clock.stage("speed", title, _compare_backends, cfg, out, models, runtime)
 
     systems = {"base": base, **{name: paths[name] for name in ("sft", "rl_init", "ppo", "ppo_ptx")}}
     figures = clock.stage(
@@ -247,20 +246,22 @@ def _label(cfg: DemoConfig, model: str, path: str, runtime: Runtime) -> dict:
 
 
 def _compare_backends(
-    cfg: DemoConfig, out: Path, models: dict, iterations: int = 2
+    cfg: DemoConfig, out: Path, models: dict, runtime: Runtime, turns: int = 6
 ) -> dict[str, float]:
-    """Seconds of a PPO update with the fused ops and with the reference ops: same seed, same data, in turn."""
-    times: dict[str, list[float]] = {"auto": [], "reference": []}
-    for turn in ("warm-up", "first", "second"):
-        for backend in ("auto",) if turn == "warm-up" else times:
-            folder = out / "speed" / f"{backend}_{turn}"
-            stage = _config(cfg, "ppo", str(folder), **models)
-            stage.backend, stage.log_every, stage.tensorboard = backend, 0, False
-            stage.iterations = 1 if turn == "warm-up" else iterations
-            ppo.main(stage)
-            if turn != "warm-up":
-                rows = [
-                    json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()
-                ]
-                times[backend] += [row["time/update"] for row in rows]
-    return {name: float(np.median(values)) for name, values in times.items()}
+    """Median seconds of a PPO update on the fused ops and on the reference ops: same seed, same experience, in turn."""
+    ready = {}
+    for backend in ("auto", "reference"):
+        stage = _config(cfg, "ppo", str(out / "speed" / backend), **models)
+        stage.backend, stage.log_every = backend, 0
+        run = Run(stage, "ppo", runtime)
+        trainer = ppo.Trainer(stage, runtime, None)
+        plan, _ = trainer.experience(0, run)
+        ready[backend] = (trainer, plan, run)
+    times: dict[str, list[float]] = {backend: [] for backend in ready}
+    for turn in range(turns + 1):
+        for backend in sorted(ready, reverse=turn % 2 == 0):
+            trainer, plan, run = ready[backend]
+            times[backend].append(trainer.improve(plan, turn, run)["time/update"])
+    return {
+        name: float(np.median(found[1:])) for name, found in times.items()
+    }  # the first warms up

@@ -7,6 +7,7 @@ other in one report; published scores need sacrebleu's tokenisation.
 """
 
 import collections
+import functools
 import re
 from collections.abc import Hashable, Sequence
 
@@ -26,19 +27,27 @@ def _ngrams(words: list[str], n: int) -> collections.Counter:
     return collections.Counter(zip(*(words[i:] for i in range(n)), strict=False))
 
 
+@functools.lru_cache(maxsize=4096)  # systems are judged in turn on the same references
+def _best(references: tuple[str, ...]) -> tuple[list[collections.Counter], list[int]]:
+    # -> the largest count of each n-gram in any reference, for n = 1..4; reference lengths
+    others = [tokenize(r) for r in references]
+    best = [collections.Counter() for _ in range(ORDER)]
+    for n in range(ORDER):
+        for other in others:
+            best[n] |= _ngrams(other, n + 1)
+    return best, [len(o) for o in others]
+
+
 def _sentence(hypothesis: str, references: Sequence[str]) -> list[float]:
     # -> matches (4), possible (4), hypothesis length, closest reference length
     words = tokenize(hypothesis)
-    others = [tokenize(r) for r in references]
+    best, lengths = _best(tuple(references))
     matches, possible = [], []
     for n in range(1, ORDER + 1):
         ours = _ngrams(words, n)
-        best: collections.Counter = collections.Counter()
-        for other in others:
-            best |= _ngrams(other, n)
-        matches.append(sum(min(count, best[gram]) for gram, count in ours.items()))
+        matches.append(sum(min(count, best[n - 1][gram]) for gram, count in ours.items()))
         possible.append(max(0, len(words) - n + 1))
-    closest = min((abs(len(o) - len(words)), len(o)) for o in others)[1]
+    closest = min((abs(length - len(words)), length) for length in lengths)[1]
     return [*matches, *possible, len(words), closest]
 
 

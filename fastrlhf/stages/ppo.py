@@ -152,6 +152,13 @@ class Trainer:
 
     def iterate(self, iteration: int, run: Run) -> dict[str, float]:
         """One iteration: experience, then the update; returns its metrics."""
+        plan, metrics = self.experience(iteration, run)
+        return metrics | self.improve(plan, iteration, run)
+
+    def experience(
+        self, iteration: int, run: Run
+    ) -> tuple[list[list[rollout.Micro]], dict[str, float]]:
+        """Sampled and scored minibatches with their advantages, and the metrics of both."""
         cfg, runtime = self.cfg, self.runtime
         clock = [time.perf_counter()]
         chosen = self.order.take(cfg.batch)[runtime.rank :: runtime.world]
@@ -189,19 +196,23 @@ class Trainer:
             rows = list(zip(shown, texts, scores[:SHOWN].tolist(), strict=True))
             run.samples(iteration + 1, ("prompt", "response", "score"), rows)
         clock.append(time.perf_counter())
+        times = zip(("time/sample", "time/score"), np.diff(clock).tolist(), strict=True)
+        return plan, metrics | dict(times)
 
+    def improve(
+        self, plan: list[list[rollout.Micro]], iteration: int, run: Run
+    ) -> dict[str, float]:
+        """The passes over the minibatches, one step of both optimizers each; returns the mean metrics."""
+        cfg, start = self.cfg, time.perf_counter()
         factor = warm_constant(iteration, warmup=cfg.warmup_iterations)
         logs: list[dict[str, float]] = []
         for _ in range(cfg.inner_epochs):
             for part in plan:
                 logs.append(self._update(part, factor, run, iteration + 1))
-        clock.append(time.perf_counter())
-
-        metrics |= {k: float(np.mean([log[k] for log in logs])) for k in logs[0]}
+        metrics = {k: float(np.mean([log[k] for log in logs])) for k in logs[0]}
         metrics["policy/ratio_max_first"] = logs[0]["policy/ratio_max"]
         metrics["policy/ratio_max"] = max(log["policy/ratio_max"] for log in logs)
-        names = ("time/sample", "time/score", "time/update")
-        return metrics | dict(zip(names, np.diff(clock).tolist(), strict=True))
+        return metrics | {"time/update": time.perf_counter() - start}
 
     def _scores(self, micros: list[rollout.Micro], samples) -> torch.Tensor:
         # What each response earns at its last token, in the order of the rollout.

@@ -41,7 +41,7 @@ class DemoConfig(RuntimeConfig):
         ""  # a file of human rankings to train the reward model on instead of the labeler's
     )
     split: Literal["test", "dev"] = "test"  # records to evaluate on; settings are chosen on dev
-    comparisons: int = 900  # prompts whose completions are sampled and ranked
+    comparisons: int = 1500  # prompts whose completions are sampled and ranked
     completions_low: int = 4  # K, the number of completions of a prompt, is drawn from low..high
     completions_high: int = 9
     label_temperatures: list[float] = field(default_factory=lambda: [1.0, 0.4])  # of the K, in turn
@@ -246,7 +246,7 @@ def _label(cfg: DemoConfig, model: str, path: str, runtime: Runtime) -> dict:
 
 
 def _compare_backends(
-    cfg: DemoConfig, out: Path, models: dict, runtime: Runtime, turns: int = 6
+    cfg: DemoConfig, out: Path, models: dict, runtime: Runtime, turns: int = 5
 ) -> dict[str, float]:
     """Median seconds of a PPO update on the fused ops and on the reference ops: same seed, same experience, in turn."""
     ready = {}

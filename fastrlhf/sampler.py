@@ -202,8 +202,18 @@ def _draw(logits: torch.Tensor, temperature: float, generator) -> tuple[torch.Te
     if temperature == 0:
         choice = logits.argmax(-1)
     else:
-        choice = torch.multinomial(logprobs.exp(), 1, generator=generator).squeeze(1)
+        choice = _invert_cdf(logprobs.exp(), generator)
     return choice, logprobs.gather(1, choice[:, None]).squeeze(1)
+
+
+def _invert_cdf(probs: torch.Tensor, generator) -> torch.Tensor:
+    # One uniform a row; torch.multinomial draws an exponential a token (512 x 1024, 2 cores: 14 ms against 0.4).
+    cdf = probs.cumsum(-1)
+    total = cdf[:, -1:]
+    u = torch.rand(total.shape, device=probs.device, generator=generator)
+    # Below the total, so that the first step above it is a token of probability > 0.
+    level = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, level, right=True).squeeze(1)
 
 
 def _collect(tokens, logprobs, counts, finished) -> Samples:

@@ -7,7 +7,7 @@ import torch
 import tiny
 from fastrlhf import data, models
 from fastrlhf.runtime import Runtime, RuntimeConfig
-from fastrlhf.sampler import HFSampler
+from fastrlhf.sampler import HFSampler, _invert_cdf
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,13 @@ def test_draws_follow_the_distribution(policy, tokenizer):
     seen = np.bincount([int(t[0]) for t in found.tokens], minlength=320) / 4000
     spread = np.sqrt(truth.numpy() * (1 - truth.numpy()) / 4000)
     assert (np.abs(seen - truth.numpy()) <= 5 * spread + 1e-9).all()
+
+
+def test_a_token_without_probability_is_never_drawn():
+    probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).expand(4096, 5).contiguous()
+    seen = torch.bincount(_invert_cdf(probs, torch.Generator().manual_seed(0)), minlength=5)
+    assert seen[[0, 2, 4]].eq(0).all()
+    assert abs(int(seen[1]) - 2048) < 160  # five standard deviations
 
 
 def test_same_seed_same_draws(policy, tokenizer):

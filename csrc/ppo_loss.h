@@ -32,8 +32,7 @@ struct PpoSums {
   MomentsOf<S> error;
 
   RL_HD void merge(const PpoSums& other) {
-    const S largest =
-        sum[kRatioMax] < other.sum[kRatioMax] ? other.sum[kRatioMax] : sum[kRatioMax];
+    const S largest = sum[kRatioMax] < other.sum[kRatioMax] ? other.sum[kRatioMax] : sum[kRatioMax];
 #ifdef __CUDACC__
 #pragma unroll
 #endif

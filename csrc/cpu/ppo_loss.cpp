@@ -140,24 +140,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_fwd(
   const PpoOutputs out(in, with_grad);
   with_acc(logprob, [&](auto zero) {
     using A = decltype(zero);
-    const Call<A> call{
-        Tokens(logprob),
-        Tokens(old_logprob),
-        Tokens(advantages),
-        Tokens(values),
-        Tokens(old_values),
-        Tokens(returns),
-        Tokens(entropy),
-        static_cast<A>(1 - clip),
-        static_cast<A>(1 + clip),
-        static_cast<A>(dual_clip),
-        static_cast<A>(value_clip),
-        static_cast<A>(value_coef),
-        static_cast<A>(entropy_coef),
-        static_cast<A>(1 / normaliser),
-        PpoOutputs::address<A>(out.grad_logprob, with_grad),
-        PpoOutputs::address<A>(out.grad_values, with_grad && values.has_value()),
-        PpoOutputs::address<A>(out.grad_entropy, with_grad && entropy.has_value())};
+    const Call<A> call{Tokens(logprob),
+                       Tokens(old_logprob),
+                       Tokens(advantages),
+                       Tokens(values),
+                       Tokens(old_values),
+                       Tokens(returns),
+                       Tokens(entropy),
+                       static_cast<A>(1 - clip),
+                       static_cast<A>(1 + clip),
+                       static_cast<A>(dual_clip),
+                       static_cast<A>(value_clip),
+                       static_cast<A>(value_coef),
+                       static_cast<A>(entropy_coef),
+                       static_cast<A>(1 / normaliser),
+                       PpoOutputs::address<A>(out.grad_logprob, with_grad),
+                       PpoOutputs::address<A>(out.grad_values, with_grad && values.has_value()),
+                       PpoOutputs::address<A>(out.grad_entropy, with_grad && entropy.has_value())};
     const Partial all = sum_blocks(call, keep, tokens);
     *static_cast<A*>(out.loss.mutable_data_ptr()) =
         static_cast<A>(ppo_finish(all, normaliser, value_coef, entropy_coef,

@@ -25,7 +25,8 @@ std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& 
   int64_t prompts = 0;
   for (int64_t p = 0; p < groups.count(); ++p) {
     for (int64_t i = groups.begin(p); i < groups.end(p); ++i) {
-      for (int64_t j = groups.begin(p); j < groups.end(p); ++j) pairs[p] += ranks_above(rank[i], rank[j]);
+      for (int64_t j = groups.begin(p); j < groups.end(p); ++j)
+        pairs[p] += ranks_above(rank[i], rank[j]);
     }
     prompts += pairs[p] > 0;
   }

@@ -27,11 +27,6 @@ struct Flags {
   __device__ __forceinline__ bool is_up(int i) const {
     return *static_cast<const volatile uint64_t*>(flag + i) == tag;
   }
-  __device__ __forceinline__ void wait_for(int i) const {
-    while (!is_up(i)) {
-    }
-    __threadfence();
-  }
   // For a whole block, after a barrier that follows its own raise().
   __device__ __forceinline__ bool all_up(int first, int count) const {
     __shared__ int missing;
@@ -51,7 +46,8 @@ struct Flags {
   }
 };
 
-// Odd multiples of a golden ratio of 2^64: they differ for 2^64 launches, and look like no data.
+// Multiples of an odd number (the golden ratio of 2^64): they differ for 2^64 launches, and look
+// like no data.
 inline uint64_t next_tag() {
   static std::atomic<uint64_t> launches{0};
   return (launches.fetch_add(1, std::memory_order_relaxed) + 1) * 0x9e3779b97f4a7c15u;

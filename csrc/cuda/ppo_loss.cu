@@ -1,13 +1,11 @@
 // ppo_loss on CUDA: loss, gradients and metrics in one launch, one read of every token.
 //
-// N tokens, 1-d or 2-d tensors of any strides; tiles of kTile tokens. Blocks 0 .. counters - 1
-// count the mask and end; block counters + b sums the tiles b, b + blocks, ... and leaves one
-// PpoSums; the last block to finish merges them in the order of the blocks, so that no sum depends
-// on which it was. The gradients need 1 / n: a summing block has its first tokens read and its
-// terms worked out before it waits for the counts. It cannot wait in vain: blocks start in the order
-// of their index, and a counting block waits for nobody.
+// N tokens, 1-d or 2-d tensors of any strides; tiles of kTile tokens. Block b sums the tiles b,
+// b + blocks, ... and leaves one PpoSums; the last block to finish merges them in the order of the
+// blocks, so that no sum depends on which it was. The gradients need 1 / n, hence every block has
+// to know the whole mask: it counts a slice, tells the others, and counts further only what it has
+// not been told. No block ever waits for another.
 #include "../ppo_loss.h"
-
 #include "blocks.cuh"
 #include "launch.cuh"
 #include "tokens.cuh"
@@ -19,8 +17,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kTokens = 4;  // of a thread in a tile
 constexpr int kTile = kThreads * kTokens;
-constexpr int kMaxBlocks = kThreads;  // of either sort: one thread of the last block for each
-constexpr int64_t kCountSpan = int64_t(kThreads) * 16 * 4;  // bytes of mask that are worth a block
+constexpr int kMaxBlocks = kThreads;  // one thread of the last block for each
+constexpr int64_t kSlice = 65536;     // bytes of mask that a block counts rather than be told
 
 template <typename A>
 struct PpoCall {
@@ -31,11 +29,12 @@ struct PpoCall {
   A* loss;
   float* metrics;
   int64_t tokens;
-  int counters, blocks;    // counters is 0 without a mask
-  int64_t span;            // tokens that a counting block looks at, a multiple of 16
-  Flags flags;             // counters + blocks of them
-  int64_t* kept;           // [counters]
-  PpoSums<double>* sums;   // [blocks]
+  int blocks;
+  int slices;             // of the mask, at most kMaxBlocks; 0 without a mask
+  int64_t slice;          // tokens of one, a multiple of 16
+  Flags flags;            // slices + blocks of them
+  int64_t* kept;          // [slices]
+  PpoSums<double>* sums;  // [blocks]
 };
 
 // Moments about the first value that a thread sees: equal values leave no deviation.
@@ -120,36 +119,52 @@ __device__ __forceinline__ int count_bytes(uint4 v) {
   return static_cast<int>(((v.x + v.y + v.z + v.w) * 0x01010101u) >> 24);
 }
 
+// The unmasked tokens of one slice, counted by a block.
 template <typename A>
-__device__ __forceinline__ void count_mask(const PpoCall<A>& call, int counter) {
-  const int64_t begin = counter * call.span;
-  const int64_t end = begin + call.span < call.tokens ? begin + call.span : call.tokens;
+__device__ __forceinline__ int64_t count_slice(const PpoCall<A>& call, int slice) {
+  const int64_t begin = slice * call.slice;
+  const int64_t end = begin + call.slice < call.tokens ? begin + call.slice : call.tokens;
   int64_t single = begin;  // what vectors do not cover starts here
   int64_t kept = 0;
   if (call.mask.wide_vector) {
     const char* bytes = static_cast<const char*>(call.mask.data);
-    single = end - (end - begin) % 16;
-#pragma unroll 4
+    if (begin < end) single = end - (end - begin) % 16;
+#pragma unroll 8
     for (int64_t i = begin + 16 * threadIdx.x; i < single; i += 16 * kThreads)
       kept += count_bytes(*reinterpret_cast<const uint4*>(bytes + i));
   }
   for (int64_t i = single + threadIdx.x; i < end; i += kThreads) kept += call.mask.kept(i);
-  kept = block_sum<kThreads>(kept);
-  if (threadIdx.x == 0) {
-    call.kept[counter] = kept;
-    call.flags.raise(counter);
-  }
+  return block_sum<kThreads>(kept);
 }
 
-// The number of unmasked tokens, once the counting blocks are done.
+// All unmasked tokens. Blocks begin at different slices, so that most of them are told most.
 template <typename A>
-__device__ __forceinline__ int64_t wait_for_count(const PpoCall<A>& call) {
-  int64_t kept = 0;
-  if (threadIdx.x < call.counters) {
-    call.flags.wait_for(threadIdx.x);
-    kept = *static_cast<const volatile int64_t*>(call.kept + threadIdx.x);
+__device__ __forceinline__ int64_t count_kept(const PpoCall<A>& call) {
+  __shared__ int nearest;
+  const int mine = static_cast<int>(threadIdx.x);
+  int slice = static_cast<int>(blockIdx.x) % call.slices;
+  while (true) {
+    const int64_t counted = count_slice(call, slice);
+    if (call.slices == 1) return counted;
+    if (mine == 0) {
+      nearest = call.slices;
+      call.kept[slice] = counted;
+      call.flags.raise(slice);
+    }
+    __syncthreads();
+    int64_t told = 0;
+    if (mine < call.slices) {
+      if (call.flags.is_up(mine)) {
+        __threadfence();
+        told = *static_cast<const volatile int64_t*>(call.kept + mine);
+      } else {
+        atomicMin(&nearest, mine > slice ? mine - slice : mine - slice + call.slices);
+      }
+    }
+    told = block_sum<kThreads>(told);
+    if (nearest == call.slices) return told;
+    slice = (slice + nearest) % call.slices;
   }
-  return block_sum<kThreads>(kept);
 }
 
 template <typename A>
@@ -182,16 +197,13 @@ __device__ __forceinline__ void unpack(const TokenView& view, const Quad<A>& qua
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kThreads) ppo_loss_fwd_kernel(const PpoCall<A> call) {
-  if (static_cast<int>(blockIdx.x) < call.counters) {
-    count_mask(call, blockIdx.x);
-    return;
-  }
-  const int block = static_cast<int>(blockIdx.x) - call.counters;
+__global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 2 : 1)
+    ppo_loss_fwd_kernel(const PpoCall<A> call) {
+  const int block = static_cast<int>(blockIdx.x);
   const bool has_values = call.values.data != nullptr;
   const bool has_old_values = call.old_values.data != nullptr;
   double normaliser = call.tokens > 0 ? static_cast<double>(call.tokens) : 1.0;
-  bool counted = call.counters == 0;
+  bool counted = call.slices == 0;
   PpoSums<A> mine;
   Deviations<A> target{}, error{};
   int kept = 0;
@@ -200,14 +212,19 @@ __global__ void __launch_bounds__(kThreads) ppo_loss_fwd_kernel(const PpoCall<A>
     const int64_t i = start + threadIdx.x * kTokens;
     const int64_t left = call.tokens - i;
     const int valid = left >= kTokens ? kTokens : left > 0 ? static_cast<int>(left) : 0;
-    const Quad<float> mask = call.mask.read<float>(i, valid);
-    const Quad<A> raw_logprob = call.logprob.read<A>(i, valid);
-    const Quad<A> raw_old_logprob = call.old_logprob.read<A>(i, valid);
-    const Quad<A> raw_advantages = call.advantages.read<A>(i, valid);
-    const Quad<A> raw_values = call.values.read<A>(i, valid);
-    const Quad<A> raw_old_values = call.old_values.read<A>(i, valid);
-    const Quad<A> raw_returns = call.returns.read<A>(i, valid);
-    const Quad<A> raw_entropy = call.entropy.read<A>(i, valid);
+    const Quad<float> mask = call.mask.template read<float>(i, valid);
+    const Quad<A> raw_logprob = call.logprob.template read<A>(i, valid);
+    const Quad<A> raw_old_logprob = call.old_logprob.template read<A>(i, valid);
+    const Quad<A> raw_advantages = call.advantages.template read<A>(i, valid);
+    const Quad<A> raw_values = call.values.template read<A>(i, valid);
+    const Quad<A> raw_old_values = call.old_values.template read<A>(i, valid);
+    const Quad<A> raw_returns = call.returns.template read<A>(i, valid);
+    const Quad<A> raw_entropy = call.entropy.template read<A>(i, valid);
+    if (!counted) {  // while the reads above are under way
+      const int64_t count = count_kept(call);
+      normaliser = count > 0 ? static_cast<double>(count) : 1.0;
+      counted = true;
+    }
     bool keep[kTokens];
 #pragma unroll
     for (int k = 0; k < kTokens; ++k)
@@ -258,11 +275,6 @@ __global__ void __launch_bounds__(kThreads) ppo_loss_fwd_kernel(const PpoCall<A>
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) kept += keep[k];
 
-    if (!counted) {
-      const int64_t count = wait_for_count(call);
-      normaliser = count > 0 ? static_cast<double>(count) : 1.0;
-      counted = true;
-    }
     const A per_token = static_cast<A>(1 / normaliser);
     const A value_weight = static_cast<A>(call.value_coef) * per_token;
     const A entropy_weight = -static_cast<A>(call.entropy_coef) * per_token;
@@ -284,10 +296,10 @@ __global__ void __launch_bounds__(kThreads) ppo_loss_fwd_kernel(const PpoCall<A>
   PpoSums<double> all = merge_block(mine);
   if (threadIdx.x == 0) {
     call.sums[block] = all;
-    call.flags.raise(call.counters + block);
+    call.flags.raise(call.slices + block);
   }
   __syncthreads();
-  if (!call.flags.all_up(call.counters, call.blocks)) return;
+  if (!call.flags.all_up(call.slices, call.blocks)) return;
 
   PpoSums<double> one;
   if (static_cast<int>(threadIdx.x) < call.blocks) one = call.sums[threadIdx.x];
@@ -296,7 +308,7 @@ __global__ void __launch_bounds__(kThreads) ppo_loss_fwd_kernel(const PpoCall<A>
     *call.loss = static_cast<A>(
         ppo_finish(all, normaliser, call.value_coef, call.entropy_coef, call.metrics));
   }
-  call.flags.take_down(call.counters + call.blocks);
+  call.flags.take_down(call.slices + call.blocks);
 }
 
 int blocks_for(int64_t tokens, int64_t each) {
@@ -314,17 +326,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_fwd(
   const PpoInputs in{logprob, old_logprob, advantages, values, old_values, returns, entropy};
   in.check();
   const int64_t tokens = logprob.numel();
-  RL_CHECK(!mask.has_value() ||
-               (mask->scalar_type() == ScalarType::Bool && mask->numel() == tokens),
-           "mask: expected a bool tensor of ", tokens, " elements");
+  RL_CHECK(
+      !mask.has_value() || (mask->scalar_type() == ScalarType::Bool && mask->numel() == tokens),
+      "mask: expected a bool tensor of ", tokens, " elements");
   const PpoOutputs out(in, with_grad);
   // Where there is nothing to sum, one block writes the zeros.
   const int blocks = tokens > 0 ? blocks_for(tokens, kTile) : 1;
-  const int counters = mask.has_value() ? blocks_for(tokens, kCountSpan) : 0;
-  const int64_t each = counters > 0 ? (tokens + counters - 1) / counters : 0;
+  const int slices = mask.has_value() ? blocks_for(tokens, kSlice) : 0;
+  const int64_t slice = slices > 0 ? (tokens + slices - 1) / slices : 0;
   constexpr int64_t kWords = sizeof(PpoSums<double>) / sizeof(int64_t);
-  const Tensor scratch = empty_like_device(
-      logprob, {blocks * kWords + counters + counters + blocks}, ScalarType::Long);
+  const Tensor scratch =
+      empty_like_device(logprob, {blocks * kWords + slices + slices + blocks}, ScalarType::Long);
   int64_t* words = static_cast<int64_t*>(scratch.mutable_data_ptr());
   const auto run = [&](auto zero) {
     using A = decltype(zero);
@@ -349,14 +361,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_fwd(
         static_cast<A*>(out.loss.mutable_data_ptr()),
         static_cast<float*>(out.metrics.mutable_data_ptr()),
         tokens,
-        counters,
         blocks,
-        (each + 15) / 16 * 16,
-        Flags{reinterpret_cast<uint64_t*>(words + blocks * kWords + counters), next_tag()},
+        slices,
+        (slice + 15) / 16 * 16,
+        Flags{reinterpret_cast<uint64_t*>(words + blocks * kWords + slices), next_tag()},
         words + blocks * kWords,
         reinterpret_cast<PpoSums<double>*>(words)};
-    launch("ppo_loss_fwd", ppo_loss_fwd_kernel<A>, static_cast<unsigned>(counters + blocks),
-           kThreads, 0, current_stream(logprob), call);
+    launch("ppo_loss_fwd", ppo_loss_fwd_kernel<A>, static_cast<unsigned>(blocks), kThreads, 0,
+           current_stream(logprob), call);
   };
   if (logprob.scalar_type() == ScalarType::Double) {
     run(double{});

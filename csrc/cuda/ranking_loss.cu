@@ -6,7 +6,6 @@
 // counts them, in time linear in M. cu_groups that do not rise from 0 to M are not followed: loss
 // and gradients are NaN (a check without a host sync).
 #include "../ranking_loss.h"
-
 #include "blocks.cuh"
 #include "launch.cuh"
 
@@ -140,9 +139,9 @@ std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& 
   RL_CHECK(ranks.dim() == 1 && ranks.scalar_type() == ScalarType::Long &&
                ranks.numel() == scores.numel(),
            "ranks: expected one int64 per score");
-  RL_CHECK(cu_groups.dim() == 1 && cu_groups.numel() >= 1 &&
-               cu_groups.scalar_type() == ScalarType::Int,
-           "cu_groups: expected an int32 tensor [P + 1]");
+  RL_CHECK(
+      cu_groups.dim() == 1 && cu_groups.numel() >= 1 && cu_groups.scalar_type() == ScalarType::Int,
+      "cu_groups: expected an int32 tensor [P + 1]");
   const int64_t prompts = cu_groups.numel() - 1, completions = scores.numel();
   const ScalarType dtype = acc_dtype(scores.scalar_type());
   const Tensor loss = empty_like_device(scores, {}, dtype);

@@ -28,8 +28,8 @@ struct TokenView {
   int64_t inner_stride = 1;  // elements
   int64_t outer_stride = 0;  // elements
   Kind kind = Kind::fp32;
-  bool flat = true;     // one stride reaches every token
-  bool vector = false;  // contiguous, and four tokens are aligned
+  bool flat = true;          // one stride reaches every token
+  bool vector = false;       // contiguous, and four tokens are aligned
   bool wide_vector = false;  // contiguous, and aligned to 16 bytes
 
   TokenView() = default;
@@ -49,7 +49,9 @@ struct TokenView {
     RL_CHECK(kind == Kind::byte || is_float_dtype(dtype), "expected a float tensor");
     const bool contiguous = flat && inner_stride == 1;
     const auto address = reinterpret_cast<uintptr_t>(data);
-    const uintptr_t bytes = kind == Kind::byte ? 4 : kind == Kind::bf16 || kind == Kind::fp16 ? 8 : 16;
+    const uintptr_t bytes = kind == Kind::byte                         ? 4
+                            : kind == Kind::bf16 || kind == Kind::fp16 ? 8
+                                                                       : 16;
     vector = contiguous && address % bytes == 0;
     wide_vector = contiguous && address % 16 == 0;
   }
@@ -106,9 +108,9 @@ struct TokenView {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const uint32_t bits = quad.word[k / 2] >> (16 * (k % 2)) & 0xffffu;
-      __half_raw half;
-      half.x = static_cast<uint16_t>(bits);
-      x[k] = kind == Kind::bf16 ? __uint_as_float(bits << 16) : load(__half(half));
+      __half half;
+      memcpy(&half, &bits, sizeof(half));
+      x[k] = kind == Kind::bf16 ? __uint_as_float(bits << 16) : load(half);
     }
   }
 

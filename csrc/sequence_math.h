@@ -1,6 +1,7 @@
 // Maths of the sequence ops, shared by csrc/cpu and csrc/cuda: KL rewards, GAE, whitening.
 #pragma once
 
+#include "moments.h"
 #include "rl_math.h"
 
 namespace rl {
@@ -63,23 +64,6 @@ struct GaeRun {
 };
 
 // ---- whitening --------------------------------------------------------------------------------
-
-// Count, mean and sum of squared deviations; merging two is exact in exact arithmetic (Chan et al.
-// 1979).
-struct Moments {
-  double count;
-  double mean;
-  double m2;
-
-  RL_HD void merge(const Moments& other) {
-    if (other.count == 0) return;
-    const double total = count + other.count;
-    const double delta = other.mean - mean;
-    mean += delta * (other.count / total);
-    m2 += other.m2 + delta * delta * (count * other.count / total);
-    count = total;
-  }
-};
 
 // (x - mean) * scale + shift, with scale = 1 / sqrt(var + 1e-8) and the mean again as shift if it
 // is to stay.

@@ -2,6 +2,7 @@
 // and kl_gae.
 #pragma once
 
+#include "../moments.h"
 #include "tokens.h"
 
 namespace rl {
@@ -10,7 +11,7 @@ namespace rl {
 // where keep is 0.
 template <typename A>
 RL_INLINE Moments block_moments(const A* x, const uint8_t* keep, int64_t count) {
-  Moments out{};
+  Moments out;
   A sum = 0;
   int32_t kept = 0;
 #pragma omp simd reduction(+ : sum)
@@ -57,7 +58,7 @@ void whiten(const Tokens& x, const Mask& mask, bool shift_mean, bool unbiased, A
     const uint8_t* keep = mask.from(start, count);
     partial[block] = block_moments(x.load(start, count, keep, scratch), keep, count);
   });
-  Moments all{};
+  Moments all;
   for (const Moments& moments : partial) all.merge(moments);
   const Whitening<A> to_unit(all, shift_mean, unbiased);
   const A mean = to_unit.mean, scale = to_unit.scale, shift = to_unit.shift;

@@ -1,10 +1,10 @@
 // Masked whitening on CUDA in two launches: moments of each block, then each block merges them all
 // in the same order and normalises. No atomics: the same bits every time.
 //
-// x: rows of `width` tokens, read in tiles of 128 (see tokens.cuh).
+// x: rows of `width` tokens, read in tiles of 128 (see token_tiles.cuh).
 #pragma once
 
-#include "tokens.cuh"
+#include "token_tiles.cuh"
 
 namespace rl {
 
@@ -39,7 +39,7 @@ struct Spread {
 
 // The moments of all threads of a block of at most 32 warps, in thread 0.
 __device__ __forceinline__ Moments merge_block(Moments mine) {
-  __shared__ Moments of_warp[32];
+  __shared__ double of_warp[32][3];
 #pragma unroll 1
   for (int lanes = 16; lanes > 0; lanes /= 2) {
     Moments other;
@@ -48,10 +48,14 @@ __device__ __forceinline__ Moments merge_block(Moments mine) {
     other.m2 = __shfl_down_sync(kAllLanes, mine.m2, lanes);
     if (lane_id() + lanes < 32) mine.merge(other);
   }
-  if (lane_id() == 0) of_warp[threadIdx.x / 32] = mine;
+  if (lane_id() == 0) {
+    double* own = of_warp[threadIdx.x / 32];
+    own[0] = mine.count, own[1] = mine.mean, own[2] = mine.m2;
+  }
   __syncthreads();
   if (threadIdx.x == 0)
-    for (int w = 1; w < static_cast<int>(blockDim.x / 32); ++w) mine.merge(of_warp[w]);
+    for (int w = 1; w < static_cast<int>(blockDim.x / 32); ++w)
+      mine.merge({of_warp[w][0], of_warp[w][1], of_warp[w][2]});
   return mine;
 }
 

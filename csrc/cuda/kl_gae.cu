@@ -1,0 +1,34 @@
+// kl_gae on CUDA: KL-penalised rewards, GAE and returns in one launch; whitening takes a second
+// one.
+//
+// Shapes: logprob, ref_logprob, values, mask, outputs: [B, T], or [N] with cu_seqlens [B + 1];
+// score [B].
+#include "sequence_scan.cuh"
+
+namespace rl {
+namespace {
+
+Tensor kl_gae(Tensor logprob, Tensor ref_logprob, Tensor score, Tensor values, double beta,
+              int64_t estimator, double gamma, double lam, bool whiten,
+              std::optional<Tensor> cu_seqlens, std::optional<Tensor> mask) {
+  const torch::stable::accelerator::DeviceGuard guard(logprob.get_device_index());
+  Tensor out = new_stacked_tokens(logprob, 4);
+  with_acc(logprob, [&](auto zero) {
+    using A = decltype(zero);
+    A* const advantages = static_cast<A*>(out.mutable_data_ptr());
+    A* const returns = advantages + logprob.numel();
+    A* const rewards = returns + logprob.numel();
+    SequenceArgs<A> p{};
+    const auto cu = set_layout(p, logprob, cu_seqlens);
+    set_kl(p, logprob, ref_logprob, score, beta, estimator, rewards, rewards + logprob.numel());
+    set_gae(p, logprob, values, gamma, lam, advantages, returns);
+    p.mask = mask_like(mask, logprob);
+    run_sequences<A, true, true>("kl_gae", p, logprob, whiten);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace rl
+
+STABLE_TORCH_LIBRARY_IMPL(fastrlhf, CUDA, m) { m.impl("kl_gae", TORCH_BOX(&rl::kl_gae)); }

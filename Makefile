@@ -6,6 +6,8 @@ VENV ?= .venv
 # Installed first, and only where .venv holds no torch yet. The extension is then built against that torch.
 TORCH ?= torch==2.13.0
 PREFLIGHT_TORCH ?= torch==2.11.0
+# Whose functions tests/test_oracles.py compares with: unpacked alone, for its pins clash with ours.
+VERL ?= verl==0.9.1
 FASTRLHF_BUILD ?= auto
 # Results of `make gpu`, and more arguments for the command or pytest behind a target.
 OUT ?= build/gpu
@@ -23,6 +25,7 @@ PIP := $(PY) -m pip install --quiet --no-compile
 extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',"')
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
 PREFLIGHT := build/preflight
+ORACLES := build/oracles
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test bench gpu preflight check fmt clean
@@ -61,6 +64,11 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-deps
 	$(PIP) $(call extra,test)
 	@touch $@
 
+$(ORACLES)/.stamp-$(VERL): $(VENV)/.stamp-venv
+	rm -rf $(ORACLES)
+	$(PIP) --no-deps --ignore-requires-python --target $(ORACLES) $(VERL)
+	@touch $@
+
 $(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml
 	$(PIP) $(call extra,dev)
 	@touch $@
@@ -70,7 +78,7 @@ install: $(VENV)/.stamp-build-$(FASTRLHF_BUILD)
 demo: install
 	$(VENV)/bin/fastrlhf demo --overwrite $(ARGS)
 
-test: install $(VENV)/.stamp-test
+test: install $(VENV)/.stamp-test $(ORACLES)/.stamp-$(VERL)
 	$(PY) -m pytest $(ARGS)
 
 bench: install

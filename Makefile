@@ -28,12 +28,13 @@ PREFLIGHT := build/preflight
 ORACLES := build/oracles
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench gpu preflight check fmt clean
+.PHONY: help install demo test bench bench-readme gpu preflight check fmt clean
 
 help:
 	@echo "make demo       align the shipped tiny model end to end and write its report (minutes, 2 CPU cores)"
 	@echo "make test       the whole test suite"
 	@echo "make bench      time the ops against eager PyTorch; writes benchmarks/results/"
+	@echo "make bench-readme  README's performance section and plots from the committed results"
 	@echo "make gpu        on a CUDA machine: build, test, bench; results in OUT=$(OUT)"
 	@echo "make preflight  build the CUDA extension against $(PREFLIGHT_TORCH) in a venv of its own, no GPU needed"
 	@echo "make check      formatting and lint; edits nothing (make fmt does)"
@@ -81,8 +82,12 @@ demo: install
 test: install $(VENV)/.stamp-test $(ORACLES)/.stamp-$(VERL)
 	$(PY) -m pytest $(ARGS)
 
-bench: install
+# With the test requirements: TRL is timed beside ours.
+bench: install $(VENV)/.stamp-test
 	$(PY) benchmarks/run.py $(ARGS)
+
+bench-readme: $(VENV)/.stamp-deps
+	$(PY) benchmarks/readme.py $(ARGS)
 
 # Uses no network and the first Python whose torch finds a GPU: .venv's, or the machine's own.
 gpu:

@@ -31,7 +31,7 @@ def token_logprob(case: Case, device: str) -> Problem:
         compiled=not entropy,
         backward_alone=True,
         peers=peers.token_logprob(logits, bool(entropy)),
-        yardsticks={"read floor": lambda: logits.detach().sum()},
+        yardsticks={"read_floor": lambda: logits.detach().sum()},
         peak_limits={
             "forward": extra,
             "backward": n * v * size + extra,

@@ -103,12 +103,12 @@ def bench_op(case, make, device, floor, compiled):
                 row |= quantiles(taken[name])
                 row["fraction_of_floor"] = floor_ms / row["median_ms"]
                 row["times_as_fast_as"] = {
-                    other: ms / row["median_ms"]
-                    for other, ms in milliseconds.items()
+                    other: milliseconds[other] / row["median_ms"]
+                    for other in calls
                     if other != name
                 }
-                if "read floor" in milliseconds:
-                    row["read_floor_ms"] = milliseconds["read floor"]
+                for yardstick in set(measured) - set(calls):
+                    row[f"{yardstick}_ms"] = milliseconds[yardstick]
                 row["peak_bytes"] = peak_bytes(calls[name], device)
                 if row["ours"] and direction in problem.peak_limits:
                     row["peak_limit_bytes"] = problem.peak_limits[direction]

@@ -74,7 +74,7 @@ def test_a_wrong_result_of_ours_has_no_number(readme):
     (line,) = [
         x for x in readme.section({"cpu": ("r.json", results)}).splitlines() if "| cpu |" in x
     ]
-    assert line == "| `gae` padded 2x3 float32 | forward | cpu | wrong |  |  |  |  |  |"
+    assert line == "| `gae` padded 2x3 float32 | forward | cpu | wrong |  |  |  |  |"
 
 
 def test_newest_whole_run_of_each_device(readme, tmp_path):

@@ -35,7 +35,7 @@ help:
 	@echo "make test       the whole test suite"
 	@echo "make bench      time the ops against eager PyTorch; writes benchmarks/results/"
 	@echo "make bench-readme  README's performance section and plots from the committed results"
-	@echo "make gpu        on a CUDA machine: build, test, bench; results in OUT=$(OUT)"
+	@echo "make gpu        on a CUDA machine, < 10 minutes: build, tests, sanitizer, quickstart, bench; OUT=$(OUT)"
 	@echo "make preflight  build the CUDA extension against $(PREFLIGHT_TORCH) in a venv of its own, no GPU needed"
 	@echo "make check      formatting and lint; edits nothing (make fmt does)"
 	@echo "make clean      remove build outputs; keeps .venv and runs/"
@@ -89,18 +89,14 @@ bench: install $(VENV)/.stamp-test
 bench-readme: $(VENV)/.stamp-deps
 	$(PY) benchmarks/readme.py $(ARGS)
 
-# Uses no network and the first Python whose torch finds a GPU: .venv's, or the machine's own.
+# Needs no network. Takes the first Python whose torch finds a GPU: .venv's, or the machine's own.
 gpu:
 	@set -e; py=; \
 	for p in $(PY) $(PYTHON); do \
 	  if $$p -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then py=$$p; break; fi; \
 	done; \
 	[ -n "$$py" ] || { echo "make gpu: no CUDA device that the torch of $(PY) or $(PYTHON) can use" >&2; exit 1; }; \
-	export FASTRLHF_BUILD=cuda PYTHONPATH=$(CURDIR); mkdir -p $(OUT); set -x; \
-	$$py setup.py --quiet build_ext --inplace; \
-	$$py -m fastrlhf doctor --json > $(OUT)/doctor.json; \
-	$$py -m pytest --junitxml=$(OUT)/tests.xml $(ARGS); \
-	$$py benchmarks/run.py --out $(OUT)/bench.json
+	$$py benchmarks/gpu.py --out $(OUT) $(ARGS)
 
 # A copy of the tracked tree, so that the CUDA build does not replace the checkout's own extension.
 preflight:

@@ -15,7 +15,8 @@ import torch
 import fastrlhf
 from fastrlhf import reference
 from fastrlhf.ops import _backend, _rows
-from logit_cases import DEVICE, randint, randn
+from logit_cases import DEVICE
+from small_calls import small_call as call_on
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 # The kernels of these two are token_logprob's, on chunks of logits.
@@ -23,31 +24,7 @@ SERVED_BY = {"linear_logprob": "token_logprob", "linear_cross_entropy": "token_l
 
 
 def small_call(op, backend):
-    """Calls `op` on small inputs, and its backward where it has one."""
-    device = DEVICE[backend]
-    draw = lambda *shape, seed: randn(*shape, seed=seed, device=device)  # noqa: E731
-    leaf = lambda *shape, seed: draw(*shape, seed=seed).requires_grad_()  # noqa: E731
-    tokens = [draw(2, 5, seed=i) for i in range(4)]
-    score, targets = draw(2, seed=9), randint(50, (4,), seed=10, device=device)
-    ranks = torch.tensor([1, 2, 3, 1], device=device)
-    groups = torch.tensor([0, 3, 4], dtype=torch.int32, device=device)
-    hidden, weight = leaf(4, 8, seed=11), leaf(50, 8, seed=12)
-    arguments = {
-        "token_logprob": lambda: ((leaf(4, 50, seed=13), targets), {}),
-        "linear_logprob": lambda: ((hidden, weight, targets), {}),
-        "linear_cross_entropy": lambda: ((hidden, weight, targets), {}),
-        "kl_reward": lambda: ((*tokens[:2], score), {"beta": 0.1}),
-        "gae": lambda: (tokens[:2], {"whiten": True}),
-        "kl_gae": lambda: ((*tokens[:2], score, tokens[2]), {"beta": 0.1, "whiten": True}),
-        "masked_whiten": lambda: (tokens[:1], {}),
-        "ppo_loss": lambda: ((leaf(2, 5, seed=14), *tokens[:2]), {}),
-        "ranking_loss": lambda: ((leaf(4, seed=15), ranks, groups), {}),
-    }
-    positional, more = arguments[op]()
-    out = getattr(fastrlhf, op)(*positional, **more, backend=backend)
-    first = out[0] if isinstance(out, tuple) else out
-    if first.requires_grad:
-        first.sum().backward()
+    call_on(op, backend, DEVICE[backend])
 
 
 @pytest.fixture

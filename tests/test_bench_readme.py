@@ -62,7 +62,7 @@ def test_table(readme):
     assert (
         line == "| `gae` padded 2x3 float32 | forward | cpu | 2 | 4× | 123× | wrong | 1.25 | 25% |"
     )
-    assert "[`r.json`](benchmarks/results/r.json)" in text
+    assert f"[`r.json`]({readme.RESULTS.relative_to(ROOT)}/r.json)" in text
     assert "No GPU figure exists yet." in text
     assert "No GPU figure" not in readme.section({"cuda": ("r.json", document(device="cuda"))})
     assert readme.NONE_YET in readme.section({})

@@ -50,7 +50,11 @@ def load_latest(folder: Path) -> dict | None:
     except (
         Exception
     ) as error:  # torch raises many types for a damaged archive; the user needs the path
-        raise UserError(f"checkpoint {path} cannot be read: {error}".splitlines()[0]) from error
+        older = f"to continue from step {found[-2]}" if len(found) > 1 else "and start again"
+        raise UserError(
+            f"checkpoint {path} is damaged ({str(error).splitlines()[0]}); "
+            f"remove {str(path.parent)!r} {older}"
+        ) from error
 
 
 def rng_state() -> dict:

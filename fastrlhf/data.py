@@ -142,7 +142,7 @@ def encode_prompts(
         if len(prompt) + room > context:
             raise UserError(
                 f"{what}, row {number}: prompt of {len(prompt)} tokens + {room} new ones "
-                f"do not fit the context of {context}"
+                f"(max_new_tokens) do not fit the context of {context}"
             )
     return prompts
 
@@ -157,6 +157,13 @@ def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     backend.no_truncation()
     backend.no_padding()
     return [x.ids for x in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def window_length(asked: int, context: int, name: str) -> int:
+    """`asked` tokens, or the whole context where it is 0."""
+    if asked and not 2 <= asked <= context:
+        raise UserError(f"{name}: expected 0, or 2 to the context's {context} tokens, got {asked}")
+    return asked or context
 
 
 def text_windows(documents: Sequence[str], tokenizer, length: int, what: str) -> list[Example]:

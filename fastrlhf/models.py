@@ -139,6 +139,11 @@ def load_policy(path: str, runtime, *, trainable: bool, backend: str = "auto") -
 
     Trainable weights are fp32 (autocast computes in `runtime.compute_dtype`); frozen ones are held in that dtype.
     """
+    named = _config(path, runtime.trust_remote_code).architectures or []
+    if any("SequenceClassification" in name for name in named):
+        raise UserError(
+            f"{path!r} is a reward model ({named[0]}): expected a causal language model"
+        )
     return Policy(_load(AutoModelForCausalLM, path, runtime, trainable), backend)
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from fastrlhf import checkpoint
-from fastrlhf.config import save_resolved
+from fastrlhf.config import plain, read_section, save_resolved
 from fastrlhf.errors import UserError
 from fastrlhf.runtime import Runtime
 
@@ -35,7 +35,7 @@ class OutputConfig:
 
     out: str = ""
     overwrite: bool = False  # replace another run in `out`
-    resume: bool = False  # continue from the newest checkpoint in `out`
+    resume: bool = False  # continue from the newest checkpoint in `out`, with the same settings
     save_every: int = 0  # steps between checkpoints; 0: none
     log_every: int = 10  # steps between lines on the terminal; 0: none
     tensorboard: bool = True
@@ -44,13 +44,21 @@ class OutputConfig:
 class Run:
     """Use as a context manager. Only the main process writes; `state` is the checkpoint to continue from, or None."""
 
-    def __init__(self, cfg, stage: str, runtime: Runtime, headline: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        cfg,
+        stage: str,
+        runtime: Runtime,
+        headline: tuple[str, ...] = (),
+        extendable: tuple[str, ...] = (),
+    ):
         if not cfg.out:
             raise UserError("out: expected a folder to write to, got nothing")
         if cfg.overwrite and cfg.resume:
             raise UserError("overwrite and resume exclude each other; give one")
         self.cfg, self.stage, self.runtime = cfg, stage, runtime
         self.headline = headline  # metrics of the terminal's line; empty: all
+        self.extendable = extendable  # settings that a resumed run may change
         self.out = Path(cfg.out)
         self.checkpoints = self.out / "checkpoints"
         self.state: dict | None = None
@@ -72,6 +80,21 @@ class Run:
                 raise UserError(
                     f"resume: no whole checkpoint in {str(self.checkpoints)!r} (was save_every set?)"
                 )
+            self._same_settings()
+
+    def _same_settings(self) -> None:
+        # A resumed run is the unbroken run: other settings would make it neither of the two.
+        path = self.out / RESOLVED
+        if not path.is_file():
+            return
+        before, _, _ = read_section(str(path), self.stage)
+        free = {f.name for f in fields(OutputConfig)} | set(self.extendable)
+        for name, now in plain(asdict(self.cfg)).items():
+            if name not in free and name in before and before[name] != now:
+                raise UserError(
+                    f"resume: {name} is {now!r}, but the run in {self.cfg.out!r} was started with "
+                    f"{before[name]!r}; give the same, or another out"
+                )
 
     def _ours(self) -> bool:
         return self.out.is_dir() and (self.out / RESOLVED).is_file()
@@ -79,6 +102,7 @@ class Run:
     def begin(self, total: int) -> int:
         """Create the folder (the stage's inputs have been checked by now) and return the step to start from."""
         first = int(self.state["step"]) if self.state else 0
+        self.total = total
         self.runtime.accelerator.wait_for_everyone()
         self.writer = None
         if self.runtime.is_main:
@@ -92,7 +116,12 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.writer = SummaryWriter(str(self.out / "tb"), purge_step=first)
-            self.console.print(f"[bold]{self.stage}[/]: {self.runtime.describe()}", highlight=False)
+            start = f"from step {first} of {total}" if self.state else f"{total} steps"
+            self.console.print(
+                f"[bold]{self.stage}[/]: {start}, {self.runtime.describe()}",
+                highlight=False,
+                soft_wrap=True,
+            )
         if self.state:
             self.spent = float(self.state["seconds"])
             checkpoint.set_rng_state(self.state["rng"][self.runtime.rank])
@@ -168,12 +197,13 @@ class Run:
             shown = self.headline or tuple(metrics)
             numbers = "  ".join(f"{n} {metrics[n]:.4g}" for n in shown if n in metrics)
             self.progress.console.print(
-                f"{self.stage} {step:>5}  {numbers}", highlight=False, soft_wrap=True
+                f"{self.stage} {step:>5}/{self.total}  {numbers}", highlight=False, soft_wrap=True
             )
 
     def speaks(self, step: int) -> bool:
         """Whether step `step` gets a line on the terminal."""
-        return self.runtime.is_main and bool(self.cfg.log_every) and step % self.cfg.log_every == 0
+        every = self.cfg.log_every
+        return self.runtime.is_main and every > 0 and (step % every == 0 or step == self.total)
 
     def samples(self, step: int, columns: tuple[str, ...], rows: list[tuple]) -> None:
         """A small table of prompts and responses under the step's line, and in TensorBoard."""
@@ -200,17 +230,32 @@ class Run:
             checkpoint.save(self.checkpoints, step, whole)
         self.runtime.accelerator.wait_for_everyone()
 
+    def save_model(self, model, tokenizer, folder: Path) -> None:
+        """Write a model in Hugging Face's layout into `folder`, file by file in whole."""
+        scratch = self.out / ".model"
+        shutil.rmtree(scratch, ignore_errors=True)
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        folder.mkdir(exist_ok=True)
+        # safetensors writes files that only their owner can read.
+        mode = (self.out / RESOLVED).stat().st_mode
+        for file in scratch.iterdir():
+            file.chmod(mode)
+            file.replace(folder / file.name)
+        scratch.rmdir()
+
     def finish(self, model, tokenizer, summary: dict) -> dict:
         """Write the model folder (Hugging Face layout) and, last, summary.json: the stage is done."""
         summary = {"stage": self.stage, "seconds": self.seconds, **summary}
         if self.runtime.is_main:
-            scratch = self.out / ".model"
-            shutil.rmtree(scratch, ignore_errors=True)
-            model.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
-            for file in scratch.iterdir():
-                file.replace(self.out / file.name)
-            scratch.rmdir()
+            self.save_model(model, tokenizer, self.out)
             checkpoint.replace_file(self.out / SUMMARY, json.dumps(summary, indent=2) + "\n")
+            if self.cfg.log_every:
+                self.progress.console.print(
+                    f"{self.stage}: wrote {self.out} after {self.seconds:.0f} s",
+                    highlight=False,
+                    markup=False,
+                    soft_wrap=True,
+                )
         self.runtime.accelerator.wait_for_everyone()
         return summary

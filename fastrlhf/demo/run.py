@@ -171,7 +171,8 @@ def _folder(cfg: DemoConfig) -> Path:
     if cfg.rankings:
         data.read_rankings(cfg.rankings)
     for section in SECTIONS:  # a recipe with a mistake must not be found out half-way
-        _config(cfg, section, "")
+        if section != "pretrain" or cfg.from_scratch:
+            _config(cfg, section, "")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     config.save_resolved(cfg, out / "demo_config.yaml")

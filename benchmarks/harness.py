@@ -6,6 +6,7 @@ so that a machine that slows down slows all of them. The yardsticks of a problem
 input, say) take turns with them, and are not compared with anything.
 """
 
+import math
 import os
 import platform
 import statistics
@@ -41,6 +42,9 @@ class Problem:
     # Direction -> bytes that our backends may hold at the peak of a call, its outputs with them.
     peak_limits: dict[str, int] = field(default_factory=dict)
     upstream: list[Tensor] = field(default_factory=list)
+    raised: dict[str, str] = field(
+        default_factory=dict
+    )  # provider -> the error it gave at the gate
 
     def call(self, function: Callable, args: dict | None = None, **more) -> list[Tensor]:
         """Call an implementation and return its tensors, without the metrics."""
@@ -105,9 +109,15 @@ def errors(problem: Problem, found: dict[str, Callable]) -> dict[str, float]:
         truth += gradients(problem, truth, doubled)
     measured = {}
     for name, function in found.items():
-        outputs = problem.call(function)
-        if problem.wrt:
-            outputs += gradients(problem, outputs, problem.args)
+        try:
+            outputs = problem.call(function)
+            if problem.wrt:
+                outputs += gradients(problem, outputs, problem.args)
+        except Exception as error:
+            if name == "eager":
+                raise
+            problem.raised[name] = f"{type(error).__name__}: {error}"
+            outputs = [torch.full_like(t, math.nan) for t in truth]
         measured[name] = [
             (o.double() - t).abs().max().item() for o, t in zip(outputs, truth, strict=True)
         ]

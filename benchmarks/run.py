@@ -99,6 +99,8 @@ def bench_op(case, make, device, floor, compiled):
                 "floor_ms": floor_ms,
                 "floor": problem.floor_note,
             }
+            if name in gate.raised:
+                row["raised"] = gate.raised[name]
             if name in calls:
                 row |= quantiles(taken[name])
                 row["fraction_of_floor"] = floor_ms / row["median_ms"]
@@ -114,6 +116,13 @@ def bench_op(case, make, device, floor, compiled):
                     row["peak_limit_bytes"] = problem.peak_limits[direction]
             rows.append(row)
     return rows
+
+
+def stopped(case, error):
+    """The row of a case that could not be timed at all."""
+    row = {"op": case.op, "case": case.name, "dtype": case.dtype, "direction": "all"}
+    row |= {"provider": "all", "ours": True, "error_share_of_bar": float("inf")}
+    return row | {"raised": f"{type(error).__name__}: {error}"}
 
 
 def bench_pack(case):
@@ -167,7 +176,8 @@ def failures(rows):
     for row in rows:
         what = f"{row['op']} {row['case']} {row['direction']} {row['provider']}"
         if row["ours"] and "median_ms" not in row:
-            lines.append(f"WRONG: {what}: error {row['error_share_of_bar']:.2f} of the bar")
+            error = row.get("raised", f"error {row['error_share_of_bar']:.2f} of the bar")
+            lines.append(f"WRONG: {what}: {error}")
         if row.get("peak_bytes", 0) > row.get("peak_limit_bytes", float("inf")):
             limit = row["peak_limit_bytes"]
             lines.append(f"MEMORY: {what}: {row['peak_bytes']} bytes, allowed {limit}")
@@ -216,9 +226,11 @@ def main():
         if case.op == "pack":
             made = bench_pack(case)
         else:
-            made = bench_op(
-                case, makers[case.op], arguments.device, floor, not arguments.no_compile
-            )
+            compiled = not arguments.no_compile
+            try:
+                made = bench_op(case, makers[case.op], arguments.device, floor, compiled)
+            except Exception as error:  # the other cases are still worth their numbers
+                made = [stopped(case, error)]
         for row in made:
             ms = f"{row['median_ms']:10.3f} ms" if "median_ms" in row else "WRONG"
             console.print(f"{row['op']:>20} {row['direction']:<16} {row['provider']:<14} {ms}")

@@ -59,6 +59,43 @@ def test_a_wrong_result_does_not(harness, wrong):
     assert shares["eager"] <= 1
 
 
+def test_a_provider_that_raises_is_wrong_and_says_why(harness):
+    problem = problem_of(harness)
+    found = harness[0].providers(problem, compiled=False)
+
+    def broken(**args):
+        raise RuntimeError("no such kernel")
+
+    shares = harness[0].errors(problem, {**found, "broken": broken})
+    assert shares["broken"] == float("inf") and shares["eager"] <= 1
+    assert problem.raised == {"broken": "RuntimeError: no such kernel"}
+    with pytest.raises(RuntimeError, match="no such kernel"):  # without eager there is no bar
+        harness[0].errors(problem, {"eager": broken})
+
+
+def test_a_case_that_cannot_be_timed_leaves_the_others(harness, monkeypatch, tmp_path, capsys):
+    module, cases, _, run = harness
+    listed = [c for c in cases.CPU if c.op in ("masked_whiten", "kl_reward")]
+    monkeypatch.setattr(run, "CPU", listed)
+
+    def bench_op(case, *rest):
+        if case.op == "kl_reward":
+            raise MemoryError("too big")
+        return [
+            {"op": case.op, "case": case.name, "dtype": "float32", "direction": "forward"}
+            | {"provider": "cpu", "ours": True, "error_share_of_bar": 0.5, "median_ms": 1.0}
+        ]
+
+    monkeypatch.setattr(run, "bench_op", bench_op)
+    out = tmp_path / "r.json"
+    monkeypatch.setattr("sys.argv", ["run.py", "--quick", "--device", "cpu", "--out", str(out)])
+    assert run.main() == 1
+    assert "WRONG: kl_reward" in capsys.readouterr().out
+    rows = {r["op"]: r for r in json.loads(out.read_text())["rows"]}
+    assert rows["kl_reward"]["raised"] == "MemoryError: too big"
+    assert rows["masked_whiten"]["median_ms"] == 1.0
+
+
 def test_a_wrong_gradient_does_not(harness):
     problem = problem_of(harness)
     found = harness[0].providers(problem, compiled=False)

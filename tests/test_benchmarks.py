@@ -203,6 +203,23 @@ def test_python_loop_gives_the_ops_result(harness, op):
     assert max(harness[0].errors(problem, found).values()) <= 1
 
 
+def test_providers_take_turns_and_short_calls_warm_up(harness, monkeypatch):
+    order = []
+    took = {"short": 0.001, "long": 1.0}
+
+    def sample(function, device):
+        function()
+        order.append("timed")
+        return took[order[-2]]
+
+    monkeypatch.setattr(harness[0], "sample", sample)
+    functions = {name: lambda name=name: order.append(name) for name in took}
+    taken = harness[0].times(functions, "cpu", 0.0)
+    assert {name: len(samples) for name, samples in taken.items()} == {"short": 5, "long": 5}
+    first = ["short", "timed"] * 2 + ["long", "timed"] * 2
+    assert order == first + ["short", "short", "timed", "long", "timed"] * 5
+
+
 def problem_with_little_time(problem):
     problem.seconds = 0.01
     return problem

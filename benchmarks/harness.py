@@ -21,7 +21,8 @@ from torch import Tensor
 import fastrlhf
 from fastrlhf import reference
 
-SHORT = 0.01  # seconds
+SHORT = 0.01  # seconds: a shorter call is warmed up by WARM calls before each sample
+WARM = 3
 
 
 @dataclass
@@ -150,8 +151,8 @@ def sample(function: Callable, device: str) -> float:
 def times(functions: dict[str, Callable], device: str, seconds: float) -> dict[str, list[float]]:
     """Samples per provider, in turns, until `seconds` are spent; at least 5 each, at most 500.
 
-    On the CPU a short call is made once more, untimed, before it is timed: what the provider before it
-    left in the caches and in the allocator is not its cost. (On a GPU the L2 cache is emptied instead.)
+    On the CPU a short call is made a few times more, untimed, before it is timed: what the provider before
+    it left in the caches and in the allocator is not its cost. (On a GPU the L2 cache is emptied instead.)
     """
     again = set()
     for name, function in functions.items():
@@ -164,7 +165,7 @@ def times(functions: dict[str, Callable], device: str, seconds: float) -> dict[s
         if turn >= 5 and time.perf_counter() - start > seconds:
             break
         for name, function in functions.items():
-            if name in again:
+            for _ in range(WARM if name in again else 0):
                 function()
             taken[name].append(sample(function, device))
     return taken

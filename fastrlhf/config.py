@@ -70,7 +70,7 @@ def read_section(file: str, command: str, section: str | None = None) -> tuple[d
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"config {path}: cannot be read ({error})") from None
     try:
         root = yaml.compose(text, Loader=_Loader)
@@ -78,7 +78,7 @@ def read_section(file: str, command: str, section: str | None = None) -> tuple[d
     except yaml.MarkedYAMLError as error:
         line = (error.problem_mark or error.context_mark).line + 1
         raise UserError(f"{path}, line {line}: malformed YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: malformed YAML: {reason}") from None
     if document is None:
@@ -99,8 +99,10 @@ def read_section(file: str, command: str, section: str | None = None) -> tuple[d
         )
     for key, value in document.items():
         if value is not None and not isinstance(value, dict):
-            raise UserError(f"{path}, line {lines[key]}: key '{key}' stands outside any section")
-    node = next(value for key, value in root.value if key.value == wanted)
+            raise UserError(
+                f"{path}, line {lines.get(key, '?')}: key '{key}' stands outside any section"
+            )
+    node = next((value for key, value in root.value if key.value == wanted), None)
     return document[wanted] or {}, _key_lines(node, path), path
 
 
@@ -176,7 +178,7 @@ def _convert(where: str, hint, value):
             converted = parser.parse_args([f"--value={value}"]).value
         else:
             converted = parser.parse_object({"value": value}).value
-    except jsonargparse.ArgumentError:
+    except (jsonargparse.ArgumentError, OverflowError):
         raise expected from None
     # jsonargparse lets None through for any type.
     if converted is None and type(None) not in typing.get_args(hint):

@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -18,10 +19,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from safetensors import SafetensorError
 
 from fastrlhf import checkpoint
 from fastrlhf.config import plain, read_section, save_resolved
 from fastrlhf.errors import UserError
+from fastrlhf.folder import OutputFolder
 from fastrlhf.runtime import Runtime
 
 RESOLVED = "resolved_config.yaml"
@@ -52,34 +55,33 @@ class Run:
         headline: tuple[str, ...] = (),
         extendable: tuple[str, ...] = (),
     ):
-        if not cfg.out:
-            raise UserError("out: expected a folder to write to, got nothing")
         if cfg.overwrite and cfg.resume:
             raise UserError("overwrite and resume exclude each other; give one")
         self.cfg, self.stage, self.runtime = cfg, stage, runtime
         self.headline = headline  # metrics of the terminal's line; empty: all
         self.extendable = extendable  # settings that a resumed run may change
-        self.out = Path(cfg.out)
+        self.folder = OutputFolder(
+            cfg.out, RESOLVED, overwrite=cfg.overwrite, resume=cfg.resume, inputs=asdict(cfg)
+        )
+        self.out = self.folder.path
         self.checkpoints = self.out / "checkpoints"
         self.state: dict | None = None
+        self.last: dict[str, float] = {}  # metrics of the newest step, of a resumed run too
         self.started = time.perf_counter()
         self.spent = 0.0  # seconds of the run that is being continued
         self.console = Console()
-        occupied = self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))
-        if occupied and not (cfg.overwrite or cfg.resume):
-            raise UserError(
-                f"out {cfg.out!r} holds another run; give --overwrite to replace it or --resume to continue it"
-            )
-        if occupied and cfg.overwrite and not self._ours():
-            raise UserError(
-                f"out {cfg.out!r} holds files that no fastrlhf stage wrote; give an empty folder"
-            )
         if cfg.resume:
             self.state = checkpoint.load_latest(self.checkpoints)
             if self.state is None:
                 raise UserError(
                     f"resume: no whole checkpoint in {str(self.checkpoints)!r} (was save_every set?)"
                 )
+            if self.state.get("stage") != self.stage:
+                raise UserError(
+                    f"resume: the checkpoint in {cfg.out!r} is one of {self.state.get('stage')!r}, "
+                    f"not of {self.stage!r}"
+                )
+            self.last = self.state["metrics"]
             self._same_settings()
 
     def _same_settings(self) -> None:
@@ -96,9 +98,6 @@ class Run:
                     f"{before[name]!r}; give the same, or another out"
                 )
 
-    def _ours(self) -> bool:
-        return self.out.is_dir() and (self.out / RESOLVED).is_file()
-
     def begin(self, total: int) -> int:
         """Create the folder (the stage's inputs have been checked by now) and return the step to start from."""
         first = int(self.state["step"]) if self.state else 0
@@ -106,9 +105,7 @@ class Run:
         self.runtime.accelerator.wait_for_everyone()
         self.writer = None
         if self.runtime.is_main:
-            if self.cfg.overwrite and self.out.exists():
-                shutil.rmtree(self.out)
-            self.out.mkdir(parents=True, exist_ok=True)
+            self.folder.take()
             save_resolved(self.cfg, self.out / RESOLVED)
             self._trim_log(first)
             self.log_file = open(self.out / LOG, "a")
@@ -150,16 +147,13 @@ class Run:
             self.log_file.close()
         if getattr(self, "writer", None):
             self.writer.close()
+        self.folder.release()
 
     def _trim_log(self, first: int) -> None:
         # A killed run may have logged steps after its last checkpoint: they will be run, and logged, again.
         path = self.out / LOG
         if path.exists():
-            rows = [
-                line
-                for line in path.read_text().splitlines()
-                if line and json.loads(line)["step"] <= first
-            ]
+            rows = [line for line in path.read_text().splitlines() if _step_of(line) <= first]
             checkpoint.replace_file(path, "".join(row + "\n" for row in rows))
 
     @property
@@ -178,14 +172,24 @@ class Run:
                 )
                 raise UserError(f"{self.stage} step {step}: {name} is {value}; stopped, {kept}")
 
+    def _check_weights(self, step: int, state) -> None:
+        # A step can break the weights without a sign in its own loss; they must not replace good ones.
+        for name, value in state.items():
+            if isinstance(value, dict):
+                self._check_weights(step, value)
+            elif isinstance(value, torch.Tensor) and value.is_floating_point():
+                if not torch.isfinite(value).all():
+                    self.check(step, {f"weight {name}": math.nan})
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record step `step` (from 1) in log.jsonl, TensorBoard and, at the configured cadence, on the terminal."""
+        self.last = {k: float(v) for k, v in metrics.items()}
         if not self.runtime.is_main:
             return
         row = {
             "step": step,
             "time": round(self.seconds, 3),
-            **{k: float(v) for k, v in metrics.items()},
+            **self.last,
         }
         self.log_file.write(json.dumps(row) + "\n")
         self.log_file.flush()
@@ -226,15 +230,21 @@ class Run:
             rngs = [None] * self.runtime.world
             all_gather_object(rngs, checkpoint.rng_state())
         if self.runtime.is_main:
-            whole = {"step": step, "seconds": self.seconds, "rng": rngs, **state()}
+            whole = {"stage": self.stage, "step": step, "seconds": self.seconds, "rng": rngs}
+            whole |= {"metrics": self.last, **state()}
+            self._check_weights(step, whole)
             checkpoint.save(self.checkpoints, step, whole)
         self.runtime.accelerator.wait_for_everyone()
 
     def save_model(self, model, tokenizer, folder: Path) -> None:
         """Write a model in Hugging Face's layout into `folder`, file by file in whole."""
+        self._check_weights(self.total, model.state_dict())
         scratch = self.out / ".model"
         shutil.rmtree(scratch, ignore_errors=True)
-        model.save_pretrained(scratch)
+        try:
+            model.save_pretrained(scratch)
+        except SafetensorError as error:  # a full disk comes as this
+            raise OSError(f"{scratch}: {error}") from error
         tokenizer.save_pretrained(scratch)
         folder.mkdir(exist_ok=True)
         # safetensors writes files that only their owner can read.
@@ -259,3 +269,11 @@ class Run:
                 )
         self.runtime.accelerator.wait_for_everyone()
         return summary
+
+
+def _step_of(line: str) -> float:
+    # A line that a full disk or a kill cut short counts as one of the future.
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -310,7 +310,7 @@ def test_output_folder_of_another_run(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     cfg.out = str(tmp_path / "mine")
-    with pytest.raises(UserError, match="no fastrlhf stage wrote"):
+    with pytest.raises(UserError, match="no such run wrote"):
         sft.main(cfg)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
     cfg.overwrite, cfg.resume = False, True

@@ -98,12 +98,11 @@ def main(cfg: PPOConfig, labeler: Labeler | None = None) -> dict:
         first = run.begin(cfg.iterations)
         if run.state:
             trainer.load_state_dict(run.state)
-        metrics: dict[str, float] = {}
         for iteration in range(first, cfg.iterations):
             metrics = trainer.iterate(iteration, run)
             run.log(iteration + 1, metrics)
             run.checkpoint(iteration + 1, trainer.state_dict)
-        return trainer.finish(run, metrics)
+        return trainer.finish(run)
 
 
 class Trainer:
@@ -145,6 +144,11 @@ class Trainer:
             )
         longest = [len(p) + cfg.max_new_tokens for p in self.prompts]
         require_fit(longest, cfg.max_tokens, "prompts + max_new_tokens")
+        if max(longest) > context_length(self.reward.config):
+            raise UserError(
+                f"reward_model {cfg.reward_model!r}: its context holds "
+                f"{context_length(self.reward.config)} tokens, prompts + max_new_tokens reach {max(longest)}"
+            )
         require_fit([len(w.tokens) for w in self.windows], cfg.max_tokens, "text windows")
         self.text_order = data.Shuffle(max(1, len(self.windows)), cfg.seed + 1)
 
@@ -339,7 +343,7 @@ class Trainer:
             self.ema.shadow = [t.to(self.runtime.device) for t in state["ema"]]
         self.order.cursor, self.text_order.cursor = state["cursors"]
 
-    def finish(self, run: Run, metrics: dict[str, float]) -> dict:
+    def finish(self, run: Run) -> dict:
         """Write the averaged policy and the value model."""
         if self.ema is not None:
             self.ema.copy_to(self.policy)
@@ -347,7 +351,7 @@ class Trainer:
             run.save_model(self.value.model, self.tokenizer, run.out / "value")
         kept = ("reward/rm", "reward/labeler", "kl/reference", "ptx/loss")
         return run.finish(
-            self.policy.lm, self.tokenizer, {k: metrics[k] for k in kept if k in metrics}
+            self.policy.lm, self.tokenizer, {k: run.last[k] for k in kept if k in run.last}
         )
 
 

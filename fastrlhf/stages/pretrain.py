@@ -96,7 +96,7 @@ def main(cfg: PretrainConfig) -> dict:
             )
 
         summary = {
-            "train/loss": metrics["train/loss"],
+            "train/loss": run.last["train/loss"],
             "tokens": cfg.steps * cfg.batch * cfg.context,
         }
         if valid:

@@ -113,8 +113,8 @@ def main(cfg: RewardConfig) -> dict:
 
         module.eval()
         summary = {
-            "train/loss": loss,
-            "train/accuracy": accuracy,
+            "train/loss": run.last["train/loss"],
+            "train/accuracy": run.last["train/accuracy"],
             "prompts": len(usable),
             "all_ties": len(train) - len(usable),
         }

@@ -111,7 +111,7 @@ def main(cfg: SFTConfig) -> dict:
             )
 
         summary = {
-            "train/loss": metrics["train/loss"],
+            "train/loss": run.last["train/loss"],
             "steps": steps,
             "demonstrations": len(examples),
         }

@@ -331,7 +331,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd_(
   const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
   const LossInputs loss =
       make_loss(b, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
-  const LossTensors to = run(b, loss, targets, &out, gradient_rows(b, logits, out));
+  const LossTensors to = run(b, loss, targets, &out, gradient_rows(logits, out));
   return {to.loss, to.logprob, to.slope, to.stats};
 }
 

@@ -2,159 +2,16 @@
 // one read, one write.
 //
 // Shapes: logits [..., V] with any row strides, N rows; targets, mask, row_temperature, outputs: N.
-// z = softcap * tanh(logits / softcap) / temperature. A row is walked in blocks that stay in the L1
-// cache: the block's maximum first, then sum e^(z-m) and sum (z-m) e^(z-m), rescaled once a block
-// when the maximum moves. With these
+// z = softcap * tanh(logits / softcap) / temperature. A row is walked once, in blocks: sum e^(z-m)
+// and sum (z-m) e^(z-m), rescaled when a block shows that m is too small. With these
 //   logprob = (z_t - m) - log s,   entropy = log s - (sum (z-m) e^(z-m)) / s  (all terms >= 0: no
 //   cancellation),
 // and m and log s are kept apart for the backward, so that a large m costs no precision.
 
-#include "../token_logprob.h"
-
-#include <cstddef>
-
-#include "../checks.h"
-#include "../rl_math.h"
+#include "logit_rows.h"
 
 namespace rl {
 namespace {
-
-constexpr int64_t kBlock = 2048;           // logits per block: 8 KiB of fp32
-constexpr int64_t kGrainLogits = 1 << 15;  // least work of a thread
-
-template <typename A>
-struct RowStats {
-  A max, log_sum, entropy;
-};
-
-template <bool kCap, typename T, typename A>
-RL_INLINE A logit(const T& x, const RowMaths<A>& f) {
-  if constexpr (kCap) return tanh(load(x) * f.inv_softcap) * (f.softcap * f.scale);
-  return load(x) * f.scale;
-}
-
-// One block widened to the accumulator's dtype: the logits, or tanh(logits / softcap); z is `scale`
-// times these. The logits themselves where they need no change.
-template <bool kCap, typename T, typename A>
-RL_INLINE const A* block_logits(const T* row, int64_t n, const RowMaths<A>& f, A* buffer,
-                                A& scale) {
-  scale = kCap ? f.softcap * f.scale : f.scale;
-  if constexpr (std::is_same_v<T, A> && !kCap) {
-    return row;
-  } else {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      if constexpr (kCap) {
-        buffer[j] = tanh(load(row[j]) * f.inv_softcap);
-      } else {
-        buffer[j] = load(row[j]);
-      }
-    }
-    return buffer;
-  }
-}
-
-template <bool kCap, typename T, typename A>
-RL_INLINE RowStats<A> row_stats(const T* row, int64_t width, const RowMaths<A>& f) {
-  constexpr A kInf = std::numeric_limits<A>::infinity();
-  const A floor = opaque(exp_floor<A>());
-  A buffer[kBlock];
-  A max = -kInf, sum = 0, weighted = 0;
-  for (int64_t start = 0; start < width; start += kBlock) {
-    const int64_t n = width - start < kBlock ? width - start : kBlock;
-    A scale;
-    const A* z = block_logits<kCap>(row + start, n, f, buffer, scale);
-    A block_max = -kInf;
-#pragma omp simd reduction(max : block_max)
-    for (int64_t j = 0; j < n; ++j) block_max = z[j] > block_max ? z[j] : block_max;
-    block_max *= scale;
-    if (block_max > max) {
-      if (max > -kInf) {
-        const A shift = max - block_max;
-        const A factor = exp_nonpositive(shift);
-        weighted = factor > 0 ? factor * (weighted + sum * shift) : A(0);
-        sum *= factor;
-      }
-      max = block_max;
-    }
-    // All logits so far -inf: subtract 0 instead, which leaves e^-inf = 0 and keeps a NaN a NaN.
-    const A base = max > -kInf ? max : A(0);
-    A block_sum = 0, block_weighted = 0;
-#pragma omp simd reduction(+ : block_sum, block_weighted)
-    for (int64_t j = 0; j < n; ++j) {
-      const A raw = z[j] * scale - base;
-      const A d = at_least(floor, raw);
-      const A e = exp_clamped(d);
-      block_sum += e;
-      block_weighted += e * d;
-    }
-    sum += block_sum;
-    weighted += block_weighted;
-  }
-  const A log_sum = log(sum);
-  return {max, log_sum, log_sum - weighted / sum};
-}
-
-// dL/dlogits of a row from g = dL/dlogprob and h = dL/dentropy:
-//   dz_j = g (1[j = t] - p_j) - h p_j (log p_j + entropy),  times dz/dlogits. `out` may be `row`.
-template <bool kCap, typename T, typename A>
-RL_INLINE void row_backward(const T* row, T* out, int64_t width, int64_t target, A g, A h,
-                            const RowStats<A>& stats, const RowMaths<A>& f) {
-  const A floor = opaque(exp_floor<A>());
-  A buffer[kBlock];
-  const A base = stats.max, log_sum = stats.log_sum;
-  const A shifted = h * stats.entropy + g;
-  // The target's own element, with 1 - p from expm1, before an in-place pass overwrites its logit.
-  const A target_logit = load(row[target]);
-  for (int64_t start = 0; start < width; start += kBlock) {
-    const int64_t n = width - start < kBlock ? width - start : kBlock;
-    A scale;
-    const A* z = block_logits<kCap>(row + start, n, f, buffer, scale);
-    T* const to = out + start;
-    const T* const from = row + start;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      const A raw = (z[j] * scale - base) - log_sum;
-      const A d = at_least(floor, raw);
-      A grad = -exp_clamped(d) * (h * d + shifted) * f.scale;
-      if constexpr (kCap) grad *= sech2(load(from[j]) * f.inv_softcap);
-      store(to[j], grad);
-    }
-  }
-  A capped = target_logit, chain = f.scale;
-  if constexpr (kCap) {
-    capped = f.softcap * tanh(target_logit * f.inv_softcap);
-    chain *= sech2(target_logit * f.inv_softcap);
-  }
-  const A raw = (capped * f.scale - base) - log_sum;
-  const A d = at_least(floor, raw);
-  const A p = exp_clamped(d);
-  store(out[target], (-g * std::expm1(d) - h * p * (d + stats.entropy)) * chain);
-}
-
-// ---- rows, threads, dtypes
-// -----------------------------------------------------------------------------------------
-
-// Targets and temperatures of the rows that count; the wording is what fastrlhf.ops turns into a
-// ValueError.
-void check_rows(const Batch& b) {
-  for (int64_t row = 0; row < b.view.rows.count; ++row) {
-    if (!b.view.counts(row)) continue;
-    const int64_t target = b.view.target(row);
-    if (target < 0 || target >= b.view.rows.width) {
-      user_error("targets must be in [0, " + std::to_string(b.view.rows.width) + "); got " +
-                 std::to_string(target) + " at row " + std::to_string(row));
-    }
-    if (b.view.row_temperature && !(b.view.row_temperature_of(row) > 0)) {
-      user_error("temperature must be above 0; got " +
-                 std::to_string(b.view.row_temperature_of(row)) + " at row " + std::to_string(row));
-    }
-  }
-}
-
-int64_t grain(const Rows& rows) {
-  return std::max<int64_t>(1, kGrainLogits / std::max<int64_t>(rows.width, 1));
-}
 
 template <typename T, bool kCap>
 void forward_rows(const Batch& b, acc_t<T>* logprob, acc_t<T>* entropy, acc_t<T>* stats) {
@@ -202,15 +59,6 @@ void backward_rows(const Batch& b, const Upstream<acc_t<T>>& upstream, const acc
       }
     });
   });
-}
-
-// body(T{}) with the C++ type of a floating dtype.
-template <typename F>
-void dispatch_float(ScalarType dtype, const F& body) {
-  if (dtype == ScalarType::Float) return body(float{});
-  if (dtype == ScalarType::BFloat16) return body(bf16{});
-  if (dtype == ScalarType::Half) return body(f16{});
-  body(double{});
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_logprob_fwd(Tensor logits, Tensor targets,

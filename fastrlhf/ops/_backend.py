@@ -34,6 +34,7 @@ _CPP_OPS = {
     "masked_whiten": "masked_whiten_fwd",
     "ppo_loss": "ppo_loss_fwd",
     "ranking_loss": "ranking_loss_fwd",
+    "token_loss": "token_loss_fwd",
 }
 OPS = tuple(_CPP_OPS)
 # Public op -> the file under fastrlhf/kernels that serves it.

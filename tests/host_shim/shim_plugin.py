@@ -1,0 +1,44 @@
+"""pytest plugin (-p shim_plugin): backend="cuda" means csrc/cuda on CPU tensors, in this process.
+
+Loads the library that build.py made in place of fastrlhf._C and keeps only the tests of backend "cuda".
+"""
+
+import ctypes
+import os
+import sys
+import types
+
+import torch
+
+torch.ops.load_library(os.environ["FASTRLHF_HOST_SHIM"])
+sys.modules["fastrlhf._C"] = types.ModuleType("fastrlhf._C")
+
+import logit_cases  # noqa: E402
+from fastrlhf.ops import _backend  # noqa: E402
+
+# The shim registers for CPU tensors; the package must know these ops as CUDA's.
+_backend._CUDA_OPS, _backend._CPU_OPS = _backend._CPU_OPS, frozenset()
+_unavailable_reason = _backend.unavailable_reason
+
+
+def unavailable_reason(op, backend, device="cpu"):
+    return _unavailable_reason(op, backend, "cuda" if backend == "cuda" else device)
+
+
+_backend.unavailable_reason = unavailable_reason
+logit_cases.DEVICE["cuda"] = "cpu"
+
+
+def pytest_collection_modifyitems(config, items):
+    def chosen(item):
+        return hasattr(item, "callspec") and item.callspec.params.get("backend") == "cuda"
+
+    config.hook.pytest_deselected(items=[item for item in items if not chosen(item)])
+    items[:] = [item for item in items if chosen(item)]
+
+
+def pytest_terminal_summary(terminalreporter):
+    library = ctypes.CDLL(os.environ["FASTRLHF_HOST_SHIM"])
+    library.shim_kernels_run.restype = ctypes.c_char_p
+    for name in library.shim_kernels_run().decode().split():
+        terminalreporter.write_line(f"kernel ran: {name}")

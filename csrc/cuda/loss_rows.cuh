@@ -13,7 +13,7 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 
 __device__ __forceinline__ float exp2_fast(float x) {
-#ifdef __CUDA_ARCH__
+#if RL_PTX
   float y;  // relative error 2^-22; a result below 2^-126 is 0
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;

@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kSize = Vector<T>::kSize;
   constexpr int kSlots = kOnChip ? kMaxCluster * kWarps : kWarps;
   extern __shared__ int4 chip_bytes[];
-  __shared__ A slot_max[kSlots], slot_sum[kSlots];
+  __shared__ A slot_max[kSlots];
+  __shared__ A slot_sum[kSlots];
   T* const chip = reinterpret_cast<T*>(chip_bytes);
   const int blocks = kOnChip ? cluster_size() : 1, rank = kOnChip ? cluster_rank() : 0;
   const int64_t r = blockIdx.x / blocks, rows = view.rows.count;
@@ -147,7 +148,11 @@ __global__ void __launch_bounds__(kThreads)
   const A b = all.base(c);
   const A log_sum = log(all.sum) - std::fma(all.max, c, -b) * A(0.6931471805599453);
   const A u_target = inside ? unscaled<kCap>(target_logit, f) : A(NAN);
-  const A logprob = (u_target - all.max) * dz_du - log_sum;
+  // One rounding at the size of the result; far from the maximum that of 1 / temperature shows,
+  // too.
+  const A distance = kCap ? f.softcap * (u_target - all.max) : u_target - all.max;
+  const A missed = distance > -A(INFINITY) ? distance * f.scale_low : A(0);
+  const A logprob = std::fma(distance, f.scale, missed - log_sum);
   TokenTerm<A> term = loss.term(r, logprob);
   if (!inside) term.slope = A(NAN);
   if (speaker) {

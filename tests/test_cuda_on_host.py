@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(bool(build.missing()), reason=f"host shim: {buil
 
 
 def op_tests(source):
-    return ROOT / "tests" / f"test_{source.stem}.py"
+    folder, stem = ROOT / "tests", source.stem
+    return [*folder.glob(f"test_{stem}.py"), *sorted(folder.glob(f"test_{stem}_*.py"))]
 
 
 def run(library, *command):
@@ -47,10 +48,10 @@ def library():
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
 def test_kernels(source, library):
-    assert op_tests(source).is_file(), f"{source.name} needs a test of its op, {op_tests(source)}"
+    assert op_tests(source), f"{source.name} needs a test of its op, test_{source.stem}.py"
     # Not --capture=fd: the sanitizer's report must not die with the process.
     options = ("-p", "shim_plugin", "-p", "no:cacheprovider", "--capture=sys", "-q", "-x")
-    done = run(library, "-m", "pytest", *options, op_tests(source))
+    done = run(library, "-m", "pytest", *options, *op_tests(source))
     output = f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     assert done.returncode == 0, output
     passed = re.search(r"(\d+) passed", done.stdout)

@@ -86,6 +86,18 @@ struct Running {
   }
 };
 
+// (u - max) factor / temperature - log_sum with one rounding at the size of the result: what the
+// difference (Dekker's sum of two) and 1 / temperature lost is added to the small term first.
+template <typename A>
+__device__ __forceinline__ A log_softmax(A u, A max, A log_sum, A factor, const RowMaths<A>& f) {
+  const A distance = u - max;
+  if (!(distance > -A(INFINITY))) return distance - log_sum;  // -inf, or NaN
+  const A back = distance - u;
+  const A lost = (u - (distance - back)) - (max + back);
+  const A missed = std::fma(distance, f.scale_low, lost * f.scale) * factor;
+  return std::fma(distance * factor, f.scale, missed - log_sum);
+}
+
 // Where a block works: 16-byte vectors [first, first + count) of the row, and in the first block
 // the elements before the first and after the last vector, one a thread.
 template <typename T>

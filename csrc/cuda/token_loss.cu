@@ -50,7 +50,7 @@ struct RowGradient {
 // grad_ptr: nullptr where only the values are wanted; may be the logits (no __restrict__: the
 // thread that reads an element writes it, and all have read the target's before any writes).
 template <typename T, bool kCap, bool kOnChip>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, std::is_same_v<T, double> ? 1 : 2)
     token_loss_fwd_kernel(const T* logits_ptr, RowsView view, LossView<acc_t<T>> loss,
                           LossOutputs<acc_t<T>> to, T* grad_ptr, Rows grad_rows) {
   using A = acc_t<T>;
@@ -148,11 +148,7 @@ __global__ void __launch_bounds__(kThreads)
   const A b = all.base(c);
   const A log_sum = log(all.sum) - std::fma(all.max, c, -b) * A(0.6931471805599453);
   const A u_target = inside ? unscaled<kCap>(target_logit, f) : A(NAN);
-  // One rounding at the size of the result; far from the maximum that of 1 / temperature shows,
-  // too.
-  const A distance = kCap ? f.softcap * (u_target - all.max) : u_target - all.max;
-  const A missed = distance > -A(INFINITY) ? distance * f.scale_low : A(0);
-  const A logprob = std::fma(distance, f.scale, missed - log_sum);
+  const A logprob = log_softmax(u_target, all.max, log_sum, kCap ? f.softcap : A(1), f);
   TokenTerm<A> term = loss.term(r, logprob);
   if (!inside) term.slope = A(NAN);
   if (speaker) {

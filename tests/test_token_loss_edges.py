@@ -54,6 +54,17 @@ def test_nan_stays_nan_in_its_row(backend):
 
 
 @fused
+def test_an_upstream_gradient_of_zero_silences_a_row(backend):
+    """As in token_logprob: what carries no gradient gets 0, even where the loss is NaN."""
+    device = DEVICE[backend]
+    logits, targets = randn(3, 33, seed=0, device=device), randint(33, (3,), 1, device=device)
+    logits[1, 20] = NAN
+    g = torch.tensor([1.0, 0.0, 2.0])
+    grad = gradient(token_loss, logits, targets, g=g, backend=backend)[2]
+    assert (grad[1] == 0).all() and (grad[[0, 2]] != 0).all()
+
+
+@fused
 def test_nan_in_the_inputs_of_the_loss_is_no_clipped_token(backend):
     device = DEVICE[backend]
     logits, targets = randn(3, 33, seed=0, device=device), randint(33, (3,), 1, device=device)

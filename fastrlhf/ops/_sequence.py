@@ -111,4 +111,4 @@ def rows(x: Tensor | None) -> Tensor | None:
     """The same tokens as a 1-d or 2-d tensor, which is what the C++ and CUDA ops read in place."""
     if x is None or x.dim() in (1, 2):
         return x
-    return x.reshape(1) if x.dim() == 0 else x.reshape(-1, x.shape[-1])
+    return x.reshape(1) if x.dim() == 0 else x.reshape(x.shape[:-1].numel(), x.shape[-1])

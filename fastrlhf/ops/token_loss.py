@@ -129,7 +129,9 @@ def token_loss(
         op = torch.ops.fastrlhf.token_loss_fwd
         loss, logprob, _, _ = _logprob.run(OP, op, (logits, *arguments))
         return loss, logprob.detach()
-    return _GradientInForward.apply(logits, inplace_backward and _may_overwrite(logits), *arguments)
+    return _GradientInForward.apply(
+        logits, inplace_backward and _checks.overwritable(logits), *arguments
+    )
 
 
 def _row_constant(name, value, logits, targets):
@@ -150,18 +152,6 @@ def _scale(scale, logits):
     _checks.shape(OP, "scale", scale, ())
     _checks.same_device(OP, "scale", scale, logits.device)
     return scale.detach().to(_logprob._acc_dtype(logits)), 1.0
-
-
-def _may_overwrite(logits):
-    """Whether each logit has an address of its own, in rows that the kernels take as they lie."""
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        return False
-    reach = 1  # addresses covered by the dimensions of smaller stride
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1 and stride < reach:
-            return False
-        reach += stride * max(size - 1, 0)
-    return logits.dim() <= 3 or logits.is_contiguous()
 
 
 def _reference(logits, targets, *rest, row_temperature, temperature, mask, **options):

@@ -44,6 +44,7 @@ class Problem:
     yardsticks: dict[str, Callable] = field(default_factory=dict)  # called with nothing
     # Direction -> bytes that our backends may hold at the peak of a call, its outputs with them.
     peak_limits: dict[str, int] = field(default_factory=dict)
+    ones: bool = False  # upstream gradients of ones, as of a sum; else random
     upstream: list[Tensor] = field(default_factory=list)
     raised: dict[str, str] = field(
         default_factory=dict
@@ -73,7 +74,11 @@ def prepare(problem: Problem) -> Problem:
         outputs = problem.call(getattr(reference, problem.op))
         generator = torch.Generator(outputs[0].device).manual_seed(1)
         problem.upstream = [
-            torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype) for o in outputs
+            torch.ones_like(o)
+            if problem.ones
+            else torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype)
+            for o in outputs
+            if o.requires_grad
         ]
     return problem
 
@@ -81,6 +86,7 @@ def prepare(problem: Problem) -> Problem:
 def gradients(
     problem: Problem, outputs: list[Tensor], args: dict, retain_graph: bool = False
 ) -> tuple[Tensor, ...]:
+    outputs = [o for o in outputs if o.requires_grad]
     upstream = [g.to(o.dtype) for g, o in zip(problem.upstream, outputs, strict=True)]
     wanted = [args[name] for name in problem.wrt]
     return torch.autograd.grad(outputs, wanted, upstream, retain_graph=retain_graph)

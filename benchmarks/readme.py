@@ -17,8 +17,8 @@ RESULTS, PLOTS = HERE / "results", HERE / "plots"
 BEGIN, END = "<!-- bench-table -->", "<!-- /bench-table -->"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 FAMILIES = {
-    "Log-probs from logits": ("token_logprob",),
-    "Log-probs from hidden states": ("linear_logprob", "linear_cross_entropy"),
+    "From logits": ("token_logprob", "token_loss"),
+    "From hidden states": ("linear_logprob", "linear_cross_entropy"),
     "Sequences": ("kl_reward", "gae", "kl_gae", "masked_whiten"),
     "Losses": ("ppo_loss", "ranking_loss"),
 }

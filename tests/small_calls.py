@@ -41,6 +41,7 @@ def small_call(op, backend, device, dtype=torch.float32, steps=5, vocab=50, layo
     ranked = rows * steps
     arguments = {
         "token_logprob": lambda: ((leaf(*logit_rows, vocab), targets), row_mask),
+        "token_loss": lambda: ((leaf(*logit_rows, vocab), targets), row_mask),
         "linear_logprob": lambda: (head(), row_mask),
         "linear_cross_entropy": lambda: (head(), {}),
         "kl_reward": lambda: ((*tokens(2), score), {"beta": 0.1, **options}),

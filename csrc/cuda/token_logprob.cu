@@ -18,14 +18,6 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kVectorsPerBlock = 4;  // 16-byte vectors a thread handles in the backward
 
-// Elements before the first 16-byte boundary.
-template <typename T>
-__device__ __forceinline__ int64_t misaligned_head(const T* row, int64_t width) {
-  const auto past = reinterpret_cast<uintptr_t>(row) % 16;
-  const int64_t head = past == 0 ? 0 : static_cast<int64_t>((16 - past) / sizeof(T));
-  return head < width ? head : width;
-}
-
 template <bool kCap, typename T, typename A>
 __device__ __forceinline__ A logit(T x, const RowMaths<A>& f) {
   if constexpr (kCap) return f.softcap * tanh(load(x) * f.inv_softcap) * f.scale;

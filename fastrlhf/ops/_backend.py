@@ -37,6 +37,7 @@ _CPP_OPS = {
     "masked_whiten": "masked_whiten_fwd",
     "ppo_loss": "ppo_loss_fwd",
     "ranking_loss": "ranking_loss_fwd",
+    "token_loss": "token_loss_fwd",
 }
 OPS = tuple(_CPP_OPS)
 # Public op -> the file under fastrlhf/kernels that serves it.
@@ -61,6 +62,8 @@ _CPU, _CUDA = ("cpu", "reference"), ("cuda", "triton", "reference")
 AUTO = {
     ("token_logprob", "cpu"): Auto(_CPU, "Llama-2 1024x32000"),
     ("token_logprob", "cuda"): Auto(_CUDA, "Llama-3 8192x128256"),
+    ("token_loss", "cpu"): Auto(_CPU, "Llama-2 1024x32000"),
+    ("token_loss", "cuda"): Auto(("cuda", "reference"), "Llama-3 8192x128256"),
     ("linear_logprob", "cpu"): Auto(_CPU, "small head 1024x512x32000"),
     ("linear_logprob", "cuda"): Auto(_CUDA, "Llama-3-8B 8192x4096x128256"),
     ("linear_cross_entropy", "cpu"): Auto(_CPU, "small head 1024x512x32000"),

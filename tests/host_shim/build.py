@@ -100,7 +100,9 @@ def rewrite(text, path):
     """The source as g++ reads it; errors and sanitizer reports still name `path` and its lines."""
     text = _uncommented(text)
     if "<<<" in text:
-        raise ValueError(f"{path}: start kernels through launch() in csrc/cuda/launch.cuh, not <<<>>>")
+        raise ValueError(
+            f"{path}: start kernels through launch() in csrc/cuda/launch.cuh, not <<<>>>"
+        )
     text = _name_kernels(text)
     text = SHARED.sub(_shared, text)
     text = re.sub(r"\b__CUDACC__\b", "SHIM_CUDACC", text)
@@ -153,7 +155,9 @@ def _tree(files):
 def schemas():
     """The op schemas of csrc/bindings.cpp as a source of their own: pybind11 compiles slowly."""
     text = (ROOT / "csrc" / "bindings.cpp").read_text()
-    block = re.search(r"^STABLE_TORCH_LIBRARY\(fastrlhf, m\) \{.*?^\}", text, re.DOTALL | re.MULTILINE)
+    block = re.search(
+        r"^STABLE_TORCH_LIBRARY\(fastrlhf, m\) \{.*?^\}", text, re.DOTALL | re.MULTILINE
+    )
     return f"#include <torch/csrc/stable/library.h>\n{block[0]}\n"
 
 
@@ -177,10 +181,14 @@ def build(files, with_schemas=True, jobs=2):
     def compile_one(job):
         source, text, extra = job
         target = CACHE / f"{source.stem}-{_digest(base, text, headers)}.o"
-        return _once(target, lambda to: _run([CXX, *FLAGS, *extra, "-xc++", "-c", str(source), f"-o{to}"]))
+        return _once(
+            target, lambda to: _run([CXX, *FLAGS, *extra, "-xc++", "-c", str(source), f"-o{to}"])
+        )
 
     device = ["-include", str(folder / "repeat.h"), "-DSHIM_CUDACC", "-DSHIM_CUDA_ARCH=800"]
-    jobs_list = [(tree / "cuda" / p.name, (tree / "cuda" / p.name).read_text(), device) for p in files]
+    jobs_list = [
+        (tree / "cuda" / p.name, (tree / "cuda" / p.name).read_text(), device) for p in files
+    ]
     jobs_list.append((HERE / "fibers.cpp", "", []))
     if with_schemas:
         jobs_list.append((texts, texts.read_text(), []))
@@ -202,7 +210,9 @@ def environment(library):
     """The environment of a Python process that loads `library`: the sanitizer must come first."""
 
     def runtime(name):
-        return subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            [CXX, f"-print-file-name={name}"], capture_output=True, text=True
+        ).stdout.strip()
 
     options = {
         "detect_leaks": 0,

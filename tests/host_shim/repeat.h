@@ -54,7 +54,8 @@ void keep(std::vector<Bits>& all, const std::tuple<T...>& ts) {
   std::apply([&](const auto&... t) { (keep(all, t), ...); }, ts);
 }
 template <typename T>
-  requires std::is_arithmetic_v<T>
+concept Plain = std::is_arithmetic_v<T> || std::is_same_v<T, std::string>;
+template <Plain T>
 void keep(std::vector<Bits>&, const T&) {}
 
 inline void give_back(const Bits*& bits, const Tensor& t) {
@@ -67,8 +68,7 @@ inline void give_back(const Bits*& bits, const Tensor& t) {
 inline void give_back(const Bits*& bits, const std::optional<Tensor>& t) {
   if (t) give_back(bits, *t);
 }
-template <typename T>
-  requires std::is_arithmetic_v<T>
+template <Plain T>
 void give_back(const Bits*&, const T&) {}
 
 inline void same(const std::vector<Bits>& a, const std::vector<Bits>& b, const char* what) {

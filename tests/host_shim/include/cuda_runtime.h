@@ -215,15 +215,28 @@ using std::min;
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout,
+};
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
 };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+  int ptxVersion;
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
-  int id;
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -252,6 +265,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   *value = attribute == cudaDevAttrMultiProcessorCount      ? 3
            : attribute == cudaDevAttrComputeCapabilityMajor ? 8
            : attribute == cudaDevAttrComputeCapabilityMinor ? 0
+           : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? shim::kSharedOptIn + 1024
                                                             : shim::kSharedOptIn;
   return cudaSuccess;
 }
@@ -259,8 +273,14 @@ template <typename K>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, K, int, size_t) {
   return *blocks = 1, cudaSuccess;
 }
+// Compiled for sm_80; its __shared__ variables are not counted.
 template <typename K>
-cudaError_t cudaFuncSetAttribute(K* kernel, cudaFuncAttribute, int bytes) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, K*) {
+  return *attributes = {0, 80}, cudaSuccess;
+}
+template <typename K>
+cudaError_t cudaFuncSetAttribute(K* kernel, cudaFuncAttribute attribute, int bytes) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (bytes > shim::kSharedOptIn) return shim::last_error = cudaErrorInvalidValue;
   shim::dynamic_limit[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;

@@ -5,19 +5,71 @@ layout with the package.
 """
 
 import contextlib
+import functools
 import math
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
+import logit_cases
+from logit_cases import DEVICE
+
+FUSED = ("cpu", "triton", "cuda")
 BACKENDS = ("reference", "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The lengths meet the edges of the C++ kernels: chunks of 256 steps, blocks of 1024, eight lanes.
 LENGTHS = (5, 1, 0, 300, 256, 0, 257, 31, 2, 1, 1030, 64, 7, 513, 3, 0)
 
 
-def each_backend():
-    return pytest.mark.parametrize("backend", BACKENDS)
+each_backend = logit_cases.each_backend
+
+
+def anywhere(function):
+    """`function` with its tensors moved to where `backend` runs, and its results moved back."""
+
+    @functools.wraps(function)
+    def call(*args, backend="auto", **kwargs):
+        device = DEVICE.get(backend, "cpu") if torch.cuda.is_available() else "cpu"
+        if device != "cpu":
+            args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to(device), (args, kwargs))
+        out = function(*args, backend=backend, **kwargs)
+        return out if device == "cpu" else tree_map_only(torch.Tensor, lambda x: x.cpu(), out)
+
+    return call
+
+
+def interpreted(backend):
+    """Whether Triton's interpreter runs it: about 5 ms a sequence."""
+    return backend == "triton" and DEVICE["triton"] == "cpu"
+
+
+@contextlib.contextmanager
+def triton_launches():
+    """The names of the Triton kernels that are launched inside."""
+    from fastrlhf.kernels import masked_whiten
+
+    kind, names = type(masked_whiten.masked_whiten_kernel), []
+    run = kind.run
+
+    def recording(self, *args, **kwargs):
+        names.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    kind.run = recording
+    try:
+        yield names
+    finally:
+        kind.run = run
+
+
+def opcheck(name, backend, arguments):
+    """torch.library.opcheck of the op `name` as `backend` has it."""
+    to = functools.partial(torch.Tensor.to, device=DEVICE[backend])
+    half = "_fwd" if name.endswith("_loss") else ""
+    name += ("_triton" if backend == "triton" else "") + half
+    op = getattr(torch.ops.fastrlhf, name)
+    torch.library.opcheck(op.default, tree_map_only(torch.Tensor, to, arguments))
 
 
 def cu_of(lengths):

@@ -8,11 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sequence_cases as cases
-from fastrlhf import PPOLossOutput, ppo_loss, reference
+from fastrlhf import PPOLossOutput, reference
+from fastrlhf import ppo_loss as plain_ppo_loss
 from fastrlhf.ops import _backend
 from fastrlhf.ops.ppo_loss import METRICS
 
 NAN = float("nan")
+ppo_loss = cases.anywhere(plain_ppo_loss)
+each_backend = cases.each_backend("ppo_loss")
+fused = cases.each_backend("ppo_loss", cases.FUSED)
+each_triton = cases.each_backend("ppo_loss", ("triton",))
 NAMES = ("logprob", "old_logprob", "advantages", "values", "old_values", "returns", "entropy")
 TRAINED = ("logprob", "values", "entropy")
 
@@ -94,7 +99,7 @@ def naive(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef):
     return loss - entropy_coef * metrics["entropy"], metrics, grads
 
 
-@cases.each_backend()
+@each_backend
 @pytest.mark.parametrize("dual_clip", [None, 1.15])
 @pytest.mark.parametrize("value_clip", [None, 0.2])
 @pytest.mark.parametrize("clip", [0.1, 0.2, 1.5])
@@ -114,13 +119,14 @@ def test_equals_a_loop_over_floats(backend, dual_clip, value_clip, clip):
         assert torch.allclose(grad.flatten(), -1.7 * expected_grads[name], rtol=1e-11, atol=1e-15)
 
 
+@fused
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
-def test_error_at_most_twice_eager(dtype, masked):
+def test_error_at_most_twice_eager(backend, dtype, masked):
     tensors = batch((9, 500), dtype)
     options = {"entropy_coef": 0.01, "mask": cases.random_mask((9, 500), 3) if masked else None}
     upstream = 3.3
-    ours = run(on("cpu"), tensors, upstream, **options)
+    ours = run(on(backend), tensors, upstream, **options)
     eager = run(reference.ppo_loss, tensors, upstream, **options)
     doubles = {name: x.double() for name, x in tensors.items()}
     truth = run(reference.ppo_loss, doubles, upstream, **options)
@@ -145,7 +151,7 @@ def test_error_at_most_twice_eager(dtype, masked):
             assert torch.allclose(ours[2][name][safe].double(), truth[2][name][safe], **close)
 
 
-@cases.each_backend()
+@each_backend
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_the_edge_of_the_clip_takes_the_unclipped_branch(backend, sign):
     # Ratios around 1.25 and 0.75 in steps of one rounding; 1 +- clip is exact in fp32.
@@ -168,7 +174,7 @@ def test_the_edge_of_the_clip_takes_the_unclipped_branch(backend, sign):
     assert grads["values"].item() == 0.5 * (1.25 - 2.0)
 
 
-@cases.each_backend()
+@each_backend
 def test_ratio_is_exactly_one_on_policy(backend):
     logprob = cases.randn(5000, 1, torch.float32)
     tensors = {"logprob": logprob, "old_logprob": logprob, "advantages": torch.ones(5000)}
@@ -178,7 +184,7 @@ def test_ratio_is_exactly_one_on_policy(backend):
     assert loss == -1
 
 
-@cases.each_backend()
+@each_backend
 def test_a_wild_log_ratio_stays_finite(backend):
     tensors = {"logprob": torch.tensor([500.0, -500.0, 25.0]), "old_logprob": torch.zeros(3)}
     tensors["advantages"] = torch.tensor([-1.0, 1.0, 1.0])
@@ -187,7 +193,7 @@ def test_a_wild_log_ratio_stays_finite(backend):
     assert torch.equal(grads["logprob"], torch.zeros(3))  # beyond the clamp, or clipped
 
 
-@cases.each_backend()
+@each_backend
 def test_nan_shows_in_the_loss(backend):
     for name in set(NAMES) - {"old_values"}:
         tensors = batch((40,), torch.float32)
@@ -195,7 +201,7 @@ def test_nan_shows_in_the_loss(backend):
         assert run(on(backend), tensors, entropy_coef=0.1)[0].isnan(), name
 
 
-@cases.each_backend()
+@each_backend
 def test_nothing_behind_the_mask_is_used(backend):
     tensors, mask = batch((4, 300), torch.float32), cases.random_mask((4, 300), 1)
     clean = run(on(backend), tensors, mask=mask, entropy_coef=0.1)
@@ -209,7 +215,7 @@ def test_nothing_behind_the_mask_is_used(backend):
         assert (grad[~mask] == 0).all()
 
 
-@cases.each_backend()
+@each_backend
 def test_pad_columns_packing_and_order_change_nothing(backend):
     tensors, lengths = batch((sum(cases.LENGTHS),)), cases.LENGTHS
     packed = run(on(backend), tensors)
@@ -226,7 +232,7 @@ def test_pad_columns_packing_and_order_change_nothing(backend):
         assert torch.allclose(grad[order], shuffled[2][name], rtol=1e-13)
 
 
-@cases.each_backend()
+@each_backend
 def test_absent_tensors_leave_their_terms_out(backend):
     tensors = batch((50,), torch.float32)
     policy = {name: tensors[name] for name in NAMES[:3]}
@@ -244,7 +250,7 @@ def test_absent_tensors_leave_their_terms_out(backend):
     assert torch.equal(with_values[0], ignored[0])
 
 
-@cases.each_backend()
+@each_backend
 def test_empty_and_fully_masked(backend):
     full = batch((3, 4), torch.float32)
     nothing = torch.zeros(3, 4, dtype=torch.bool)
@@ -255,7 +261,7 @@ def test_empty_and_fully_masked(backend):
         assert all((grad == 0).all() for grad in grads.values())
 
 
-@cases.each_backend()
+@each_backend
 def test_constant_returns_explain_no_variance(backend):
     tensors = batch((9,), torch.float32)
     tensors["returns"] = torch.full((9,), 2.0)
@@ -265,7 +271,7 @@ def test_constant_returns_explain_no_variance(backend):
     assert run(on(backend), tensors)[1]["explained_variance"] == 1
 
 
-@cases.each_backend()
+@each_backend
 def test_only_the_trained_tensors_get_gradients(backend):
     tensors = {name: x.requires_grad_() for name, x in batch((6,), torch.float32).items()}
     positional = [tensors[name] for name in NAMES[:3]]
@@ -278,15 +284,17 @@ def test_only_the_trained_tensors_get_gradients(backend):
         assert not ppo_loss(*positional, backend=backend).loss.requires_grad
 
 
-def test_gradient_of_the_gradient_is_refused():
+@fused
+def test_gradient_of_the_gradient_is_refused(backend):
     x = torch.zeros(3, requires_grad=True)
-    loss = ppo_loss(x, torch.zeros(3), torch.ones(3), backend="cpu").loss
+    loss = ppo_loss(x, torch.zeros(3), torch.ones(3), backend=backend).loss
     (grad,) = torch.autograd.grad(loss * loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
-def test_gradcheck():
+@fused
+def test_gradcheck(backend):
     tensors = batch((23,))
     fixed = {name: x for name, x in tensors.items() if name not in TRAINED}
 
@@ -301,18 +309,20 @@ def test_gradcheck():
             entropy=entropy,
             dual_clip=1.3,
             entropy_coef=0.1,
-            backend="cpu",
+            backend=backend,
         ).loss
 
     torch.autograd.gradcheck(loss, [tensors[name].requires_grad_() for name in TRAINED])
 
 
-def test_layouts_threads_and_unwritten_memory():
-    tensors, mask = batch((60, 900), torch.float32), cases.random_mask((60, 900), 1)
+@fused
+def test_layouts_threads_and_unwritten_memory(backend):
+    shape = (6, 900) if cases.interpreted(backend) else (60, 900)
+    tensors, mask = batch(shape, torch.float32), cases.random_mask(shape, 1)
 
     def call(view=lambda x: x, view_mask=mask):
         loss, metrics, grads = run(
-            on("cpu"), {n: view(x) for n, x in tensors.items()}, mask=view_mask, entropy_coef=0.1
+            on(backend), {n: view(x) for n, x in tensors.items()}, mask=view_mask, entropy_coef=0.1
         )
         return [loss, *metrics.values(), *grads.values()]
 
@@ -322,19 +332,20 @@ def test_layouts_threads_and_unwritten_memory():
         others = [
             call(cases.with_strides, mask.T.contiguous().T),
             call(torch.flatten, mask.flatten()),
-            call(lambda x: x.reshape(30, 2, 900), mask.reshape(30, 2, 900)),
+            call(lambda x: x.reshape(-1, 2, 900), mask.reshape(-1, 2, 900)),
         ]
     for other in others:
         for a, b in zip(plain, other, strict=True):
             assert torch.equal(a.flatten(), b.flatten())
 
 
-def test_compiles_without_a_graph_break():
+@fused
+def test_compiles_without_a_graph_break(backend):
     tensors, mask = batch((4, 30), torch.float32), cases.random_mask((4, 30), 1)
 
     def forward(mask, *values):
         named = dict(zip(NAMES[3:], values[3:], strict=True))
-        loss, metrics = ppo_loss(*values[:3], **named, mask=mask, entropy_coef=0.1, backend="cpu")
+        loss, metrics = ppo_loss(*values[:3], **named, mask=mask, entropy_coef=0.1, backend=backend)
         return [loss, *metrics.values()]
 
     cases.assert_compiles(forward, mask, *tensors.values())
@@ -350,21 +361,45 @@ def test_compiles_without_a_graph_break():
         assert torch.equal(a, b)
 
 
-def test_opcheck():
+@fused
+def test_opcheck(backend):
     tensors, mask = batch((3, 5), torch.float32), cases.random_mask((3, 5), 1)
     arguments = [tensors[n].requires_grad_() if n in TRAINED else tensors[n] for n in NAMES]
-    op = torch.ops.fastrlhf.ppo_loss_fwd.default
     rest = (mask, 0.2, 3.0, 0.2, 0.5, 0.01)
-    torch.library.opcheck(op, (*arguments, *rest, True))
+    cases.opcheck("ppo_loss", backend, (*arguments, *rest, True))
     policy = (*arguments[:3], None, None, None, None, None, *rest[1:])
-    torch.library.opcheck(op, (*policy, True))
-    torch.library.opcheck(op, (*(x.detach() for x in policy[:3]), *policy[3:], False))
+    cases.opcheck("ppo_loss", backend, (*policy, True))
+    cases.opcheck("ppo_loss", backend, (*(x.detach() for x in policy[:3]), *policy[3:], False))
 
 
-def test_says_which_backend_ran():
-    before = _backend.calls["ppo_loss", "cpu"]
-    assert isinstance(ppo_loss(*torch.zeros(3, 2)), PPOLossOutput)
-    assert _backend.calls["ppo_loss", "cpu"] == before + 1
+@fused
+def test_says_which_backend_ran(backend):
+    before, named = _backend.calls["ppo_loss", backend], "auto" if backend == "cpu" else backend
+    assert isinstance(ppo_loss(*torch.zeros(3, 2), backend=named), PPOLossOutput)
+    assert _backend.calls["ppo_loss", backend] == before + 1
+
+
+@each_triton
+def test_a_program_takes_several_blocks(backend, monkeypatch):
+    from fastrlhf.kernels import ppo_loss as kernels
+
+    tensors, mask = batch((7, 900)), cases.random_mask((7, 900), 1)
+    with cases.triton_launches() as names:
+        loss, metrics, grads = run(on(backend), tensors, mask=mask)
+    assert names == ["ppo_loss_fwd_kernel", "ppo_loss_metrics_kernel"]
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    again = run(on(backend), tensors, mask=mask)
+    torch.testing.assert_close((loss, metrics, grads), again)
+
+
+@each_triton
+def test_tensors_too_large_for_short_divisions_are_copied(backend, monkeypatch):
+    from fastrlhf.kernels import _launch
+
+    tensors = {name: cases.with_strides(x) for name, x in batch((6, 40), torch.float32).items()}
+    plain = run(on(backend), tensors)[0]
+    monkeypatch.setattr(_launch, "FLAT_LIMIT", 240)
+    assert torch.equal(run(on(backend), tensors)[0], plain)
 
 
 @settings(max_examples=40, deadline=None)
@@ -380,11 +415,12 @@ def test_any_options(count, seed, clip, dual_clip, value_clip, keep):
     tensors, mask = batch((count,), seed=seed, spread=0.6), cases.random_mask((count,), seed, keep)
     options = {"clip": clip, "dual_clip": dual_clip, "value_clip": value_clip}
     options |= {"value_coef": 0.5, "entropy_coef": 0.1}
-    loss, _, grads = run(on("cpu"), tensors, mask=mask, **options)
     expected, _, expected_grads = naive(tensors, mask, **options)
-    assert loss.item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
-    for name, grad in grads.items():
-        assert torch.allclose(grad, expected_grads[name], rtol=1e-10, atol=1e-14)
+    for backend in ("cpu", "triton"):
+        loss, _, grads = run(on(backend), tensors, mask=mask, **options)
+        assert loss.item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+        for name, grad in grads.items():
+            assert torch.allclose(grad, expected_grads[name], rtol=1e-10, atol=1e-14)
 
 
 X = torch.zeros(4)
@@ -420,4 +456,4 @@ X = torch.zeros(4)
 def test_errors_name_the_argument(arguments, kind, words):
     call = {"logprob": X, "old_logprob": X, "advantages": X, **arguments}
     tensors = [call.pop(name) for name in NAMES[:3]]
-    cases.assert_raises(lambda: ppo_loss(*tensors, **call), kind, "ppo_loss", *words)
+    cases.assert_raises(lambda: plain_ppo_loss(*tensors, **call), kind, "ppo_loss", *words)

@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 
 BLOCK = 1024  # steps of one scan; a sequence is as many of them as it needs
-# Four steps a thread: with eight the scans spill.
-WARPS = 8
+WARPS = 8  # four steps a thread
 
 
 @triton.jit

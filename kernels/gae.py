@@ -61,7 +61,7 @@ def gae_kernel(
         if HAS_BOOTSTRAP:
             next_value = tl.load(bootstrap_ptr + row * stride_bootstrap).to(ACC)
         blocks = tl.cdiv(steps, BLOCK)
-        for i in range(0, blocks):
+        for i in tl.range(0, blocks, disable_licm=True):  # hoisted addresses would spill
             t = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
             keep = kept(mask_row, t, steps, stride_mask_col, HAS_MASK)
             keep_after = kept(mask_row, t + 1, steps, stride_mask_col, HAS_MASK)

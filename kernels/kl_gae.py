@@ -70,7 +70,7 @@ def kl_gae_kernel(
         next_advantage = tl.zeros((), ACC)
         next_value = tl.zeros((), ACC)
         blocks = tl.cdiv(steps, BLOCK)
-        for i in range(0, blocks):
+        for i in tl.range(0, blocks, disable_licm=True):  # hoisted addresses would spill
             t = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
             inside = t < steps
             keep = kept(mask_row, t, steps, stride_mask_col, HAS_MASK)

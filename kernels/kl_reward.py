@@ -51,7 +51,7 @@ def kl_reward_kernel(
         score = tl.load(score_ptr + row * stride_score).to(ACC)
         scored = tl.full((), -1, tl.int64)
         blocks = tl.cdiv(steps, BLOCK)
-        for i in range(0, blocks):
+        for i in tl.range(0, blocks, disable_licm=True):  # hoisted addresses would spill
             t = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
             keep = kept(mask_row, t, steps, stride_mask_col, HAS_MASK)
             scored = last_kept(t, keep, scored)

@@ -5,10 +5,13 @@ The sums are grouped as on a GPU, by doubling; what an associative function give
 
 import numpy as np
 
+one_by_one = None  # the interpreter's own
+
 
 def install():
     from triton.runtime.interpreter import ScanOps
 
+    global one_by_one
     one_by_one = ScanOps.generic_scan
 
     def by_doubling(self, input):
@@ -29,4 +32,3 @@ def install():
         return [self.to_tensor(a, x.dtype) for a, x in zip(arrays, input, strict=True)]
 
     ScanOps.generic_scan = by_doubling
-    return one_by_one

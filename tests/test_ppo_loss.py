@@ -392,16 +392,6 @@ def test_a_program_takes_several_blocks(backend, monkeypatch):
     torch.testing.assert_close((loss, metrics, grads), again)
 
 
-@each_triton
-def test_tensors_too_large_for_short_divisions_are_copied(backend, monkeypatch):
-    from fastrlhf.kernels import _launch
-
-    tensors = {name: cases.with_strides(x) for name, x in batch((6, 40), torch.float32).items()}
-    plain = run(on(backend), tensors)[0]
-    monkeypatch.setattr(_launch, "FLAT_LIMIT", 240)
-    assert torch.equal(run(on(backend), tensors)[0], plain)
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 60),

@@ -55,7 +55,7 @@ def plan(device: torch.device, dtype: torch.dtype) -> AttentionPlan:
             return AttentionPlan(
                 NAME, "torch.nn.attention.varlen.varlen_attn (flash kernel in torch)"
             )
-    return AttentionPlan(NAME, f"SDPA over right-padded sequences, no mask ({device.type})")
+    return AttentionPlan(NAME, f"SDPA, causal, no mask ({device.type})")
 
 
 def padded_layout(cu_seqlens: torch.Tensor, max_seqlen: int, total: int) -> PaddedLayout:

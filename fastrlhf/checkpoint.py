@@ -20,7 +20,10 @@ def save(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     with open(scratch / FILE, "wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # a full disk comes as this
+            raise OSError(f"{scratch / FILE}: {error}".splitlines()[0]) from error
         _sync(file)
     with open(scratch / "meta.json", "w") as file:
         json.dump({"step": step, "torch": torch.__version__}, file)
@@ -36,7 +39,8 @@ def save(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
 
 def steps(folder: Path) -> list[int]:
     """Steps of the whole checkpoints in a folder, ascending."""
-    return sorted(int(p.name[5:]) for p in folder.glob("step_*") if (p / FILE).is_file())
+    names = (p.name[5:] for p in folder.glob("step_*") if (p / FILE).is_file())
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def load_latest(folder: Path) -> dict | None:
@@ -50,7 +54,11 @@ def load_latest(folder: Path) -> dict | None:
     except (
         Exception
     ) as error:  # torch raises many types for a damaged archive; the user needs the path
-        raise UserError(f"checkpoint {path} cannot be read: {error}".splitlines()[0]) from error
+        older = f"to continue from step {found[-2]}" if len(found) > 1 else "and start again"
+        raise UserError(
+            f"checkpoint {path} is damaged ({str(error).splitlines()[0]}); "
+            f"remove {str(path.parent)!r} {older}"
+        ) from error
 
 
 def rng_state() -> dict:

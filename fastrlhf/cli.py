@@ -117,10 +117,14 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"{prefix}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader of our output left (`fastrlhf doctor | head`); nothing more can be said to it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        # A full disk, a folder that may not be written: the user's to mend, like bad input.
+        print(f"{prefix}: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{prefix}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output left (`fastrlhf doctor | head`); nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1

@@ -70,7 +70,7 @@ def read_section(file: str, command: str, section: str | None = None) -> tuple[d
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"config {path}: cannot be read ({error})") from None
     try:
         root = yaml.compose(text, Loader=_Loader)
@@ -78,7 +78,7 @@ def read_section(file: str, command: str, section: str | None = None) -> tuple[d
     except yaml.MarkedYAMLError as error:
         line = (error.problem_mark or error.context_mark).line + 1
         raise UserError(f"{path}, line {line}: malformed YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: malformed YAML: {reason}") from None
     if document is None:
@@ -99,8 +99,10 @@ def read_section(file: str, command: str, section: str | None = None) -> tuple[d
         )
     for key, value in document.items():
         if value is not None and not isinstance(value, dict):
-            raise UserError(f"{path}, line {lines[key]}: key '{key}' stands outside any section")
-    node = next(value for key, value in root.value if key.value == wanted)
+            raise UserError(
+                f"{path}, line {lines.get(key, '?')}: key '{key}' stands outside any section"
+            )
+    node = next((value for key, value in root.value if key.value == wanted), None)
     return document[wanted] or {}, _key_lines(node, path), path
 
 
@@ -176,7 +178,7 @@ def _convert(where: str, hint, value):
             converted = parser.parse_args([f"--value={value}"]).value
         else:
             converted = parser.parse_object({"value": value}).value
-    except jsonargparse.ArgumentError:
+    except (jsonargparse.ArgumentError, OverflowError):
         raise expected from None
     # jsonargparse lets None through for any type.
     if converted is None and type(None) not in typing.get_args(hint):
@@ -184,6 +186,66 @@ def _convert(where: str, hint, value):
     if isinstance(converted, float) and math.isnan(converted):
         raise expected
     return converted
+
+
+# Bounds of numbers by the name that they have in every command: (lowest, highest, lowest allowed?).
+_INF = math.inf
+RANGES = {
+    "seed": (0, 2**31, True),
+    "lr": (0, _INF, False),
+    "value_lr": (0, _INF, False),
+    "muon_lr": (0, _INF, False),
+    "beta1": (0, 0.9999999, True),
+    "beta2": (0, 0.9999999, True),
+    "adam_eps": (0, _INF, False),
+    "weight_decay": (0, _INF, True),
+    "max_grad_norm": (0, _INF, False),
+    "lr_floor": (0, 1, True),
+    "warmup": (0, _INF, True),
+    "warmup_iterations": (0, _INF, True),
+    "dropout": (0, 0.9999999, True),
+    "save_every": (0, _INF, True),
+    "log_every": (0, _INF, True),
+    "max_tokens": (1, _INF, True),
+    "batch": (1, _INF, True),
+    "minibatch": (1, _INF, True),
+    "iterations": (1, _INF, True),
+    "steps": (1, _INF, True),
+    "epochs": (0, _INF, False),
+    "context": (2, _INF, True),
+    "vocab_size": (1, _INF, True),
+    "hidden_size": (1, _INF, True),
+    "intermediate_size": (1, _INF, True),
+    "layers": (1, _INF, True),
+    "heads": (1, _INF, True),
+    "gamma": (0, 1, True),
+    "lam": (0, 1, True),
+    "clip": (0, _INF, False),
+    "value_clip": (0, _INF, False),
+    "dual_clip": (1, _INF, False),
+    "ema_decay": (0, 0.9999999, True),
+    "ptx_ratio": (0, _INF, False),
+    "ptx_length": (0, _INF, True),
+    "pretrain_length": (0, _INF, True),
+    "inner_epochs": (1, _INF, True),
+    "max_new_tokens": (1, _INF, True),
+    "samples": (1, _INF, True),
+    "limit": (0, _INF, True),
+    "window": (0, _INF, True),
+}
+
+
+def check_ranges(config) -> None:
+    """UserError for a number outside its bounds; None passes."""
+    for name, (low, high, closed) in RANGES.items():
+        value = getattr(config, name, None)
+        if value is None:
+            continue
+        if (value >= low if closed else value > low) and value <= high and math.isfinite(value):
+            continue
+        above = f"{'at least' if closed else 'above'} {low}"
+        below = "" if high == _INF else f" and at most {high}"
+        raise UserError(f"{name}: expected a number {above}{below}, got {value}")
 
 
 def describe(hint) -> str:
@@ -246,16 +308,16 @@ def save_resolved(config, path: str | os.PathLike) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
-        yaml.safe_dump(_plain(dataclasses.asdict(config)), file, sort_keys=False)
+        yaml.safe_dump(plain(dataclasses.asdict(config)), file, sort_keys=False)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
 
 
-def _plain(value):
-    """Only what YAML knows: tuples become lists, paths become text."""
+def plain(value):
+    """`value` with only what YAML knows: tuples become lists, paths become text."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, os.PathLike) else value

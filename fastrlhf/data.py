@@ -25,10 +25,9 @@ def read_rows(path: str, fields: dict[str, type], what: str) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{what} {path!r}, line {number}: not JSON ({error.msg} at column {error.colno})"
-            ) from error
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{what} {path!r}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise UserError(
                 f"{what} {path!r}, line {number}: expected an object, got {type(row).__name__}"
@@ -57,7 +56,9 @@ def read_rankings(path: str) -> list[dict]:
             )
         if not all(isinstance(t, str) for t in texts):
             raise UserError(f"rankings {path!r}, row {number}: completions must be strings")
-        if not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ranks):
+        if not all(
+            isinstance(r, int) and not isinstance(r, bool) and 1 <= r < 2**31 for r in ranks
+        ):
             raise UserError(
                 f"rankings {path!r}, row {number}: ranks must be integers from 1 (best), got {ranks}"
             )
@@ -127,6 +128,8 @@ def encode_examples(
             raise UserError(
                 f"{what}, row {number}: {len(tokens)} tokens, but the model's context holds {context}"
             )
+        if len(tokens) < 2:
+            raise UserError(f"{what}, row {number}: prompt and completion are empty")
         examples.append(Example(tokens, 1 if full_loss else len(prompt)))
     return examples
 
@@ -142,7 +145,7 @@ def encode_prompts(
         if len(prompt) + room > context:
             raise UserError(
                 f"{what}, row {number}: prompt of {len(prompt)} tokens + {room} new ones "
-                f"do not fit the context of {context}"
+                f"(max_new_tokens) do not fit the context of {context}"
             )
     return prompts
 
@@ -157,6 +160,13 @@ def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     backend.no_truncation()
     backend.no_padding()
     return [x.ids for x in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def window_length(asked: int, context: int, name: str) -> int:
+    """`asked` tokens, or the whole context where it is 0."""
+    if asked and not 2 <= asked <= context:
+        raise UserError(f"{name}: expected 0, or 2 to the context's {context} tokens, got {asked}")
+    return asked or context
 
 
 def text_windows(documents: Sequence[str], tokenizer, length: int, what: str) -> list[Example]:

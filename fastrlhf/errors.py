@@ -14,7 +14,7 @@ class UserError(Exception):
 
 def nearest(name: str, options: Iterable[str]) -> str | None:
     """Return the option closest in spelling to `name`, or None when nothing is close."""
-    found = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
     return found[0] if found else None
 
 

@@ -3,6 +3,7 @@
 Shapes: N packed tokens, M rows asked for (M <= N), H hidden, V vocabulary, B sequences.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
     _require_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as for the model, and this reads config.json too
         raise UserError(f"tokenizer of {path!r} cannot be loaded: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer of {path!r} has no EOS token; generation could never stop")
@@ -139,6 +140,11 @@ def load_policy(path: str, runtime, *, trainable: bool, backend: str = "auto") -
 
     Trainable weights are fp32 (autocast computes in `runtime.compute_dtype`); frozen ones are held in that dtype.
     """
+    named = _config(path, runtime.trust_remote_code).architectures or []
+    if any("SequenceClassification" in name for name in named):
+        raise UserError(
+            f"{path!r} is a reward model ({named[0]}): expected a causal language model"
+        )
     return Policy(_load(AutoModelForCausalLM, path, runtime, trainable), backend)
 
 
@@ -162,12 +168,23 @@ def load_scorer(path: str, runtime, *, trainable: bool) -> Scorer:
         raise UserError(
             f"reward head of {path!r}: expected width 1 (num_labels), got {config.num_labels}"
         )
+    for name, positive in ((REWARD_BIAS, False), (REWARD_STD, True)):
+        value = getattr(config, name, 1.0)
+        if (
+            not isinstance(value, int | float)
+            or not math.isfinite(value)
+            or (positive and value <= 0)
+        ):
+            raise UserError(
+                f"{name} in the config of {path!r}: expected a {'positive ' * positive}number, got {value!r}"
+            )
     return Scorer(_load(AutoModelForSequenceClassification, path, runtime, trainable, num_labels=1))
 
 
 def scorer_from_policy(path: str, runtime, seed: int = 0) -> Scorer:
     """A reward model on the body of the LM in `path`: unembedding replaced by one projection, N(0, 1/(H+1))."""
-    model = _load(AutoModelForSequenceClassification, path, runtime, True, num_labels=1)
+    head = ("score.weight",)
+    model = _load(AutoModelForSequenceClassification, path, runtime, True, head, num_labels=1)
     if not hasattr(model, "score"):
         raise UserError(
             f"{path!r}: {type(model).__name__} has no `score` head that a reward can be read from"
@@ -222,24 +239,30 @@ def _config(path: str, trust_remote_code: bool):
     _require_folder(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises many types for a damaged file
         raise UserError(f"config of {path!r} cannot be read: {_first_line(error)}") from error
 
 
-def _load(auto, path: str, runtime, trainable: bool, **options):
+def _load(auto, path: str, runtime, trainable: bool, fresh: tuple[str, ...] = (), **options):
     _require_folder(path)
     choice = attention.plan(runtime.device, runtime.compute_dtype)
     try:
-        model = auto.from_pretrained(
+        model, loaded = auto.from_pretrained(
             path,
+            output_loading_info=True,
             dtype=torch.float32 if trainable else runtime.compute_dtype,
             attn_implementation=choice.implementation,
             trust_remote_code=runtime.trust_remote_code,
             use_safetensors=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # safetensors and transformers raise many types for a damaged file
         raise UserError(f"model of {path!r} cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(set(loaded["missing_keys"]) - set(fresh))
+    if missing:
+        raise UserError(
+            f"model of {path!r} lacks {len(missing)} of its tensors ({missing[0]}, ...): they would be random"
+        )
     model.to(runtime.device)
     return model.train() if trainable else model.eval().requires_grad_(False)
 

@@ -20,8 +20,8 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     adam_eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
+    weight_decay: float = 0.0  # decoupled
+    max_grad_norm: float | None = 1.0  # global norm; not in the paper; null: no clipping
 
 
 class Muon(torch.optim.Optimizer):
@@ -83,8 +83,6 @@ class Optimizers:
     def __init__(self, module: nn.Module, cfg: OptimConfig):
         if cfg.optimizer not in ("adamw", "muon"):
             raise UserError(f"optimizer: expected adamw or muon, got {cfg.optimizer!r}")
-        if cfg.lr <= 0:
-            raise UserError(f"lr: expected a positive number, got {cfg.lr}")
         hidden, rest = [], []
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:

@@ -386,7 +386,7 @@ def ranking_loss(scores, ranks, cu_groups):
     Reads 8 + s, writes 4 (the gradient) per completion.
     """
     layout = _Padded(scores, cu_groups, None)
-    s, rank = layout.pad(scores), layout.pad(ranks)
+    s, rank = layout.pad(scores), layout.pad(ranks.double())  # exact to 2^53
     both = layout.mask.unsqueeze(2) & layout.mask.unsqueeze(1)
     pairs = both & (rank.unsqueeze(2) < rank.unsqueeze(1))  # [P, better, worse]
     pair_loss = -F.logsigmoid(s.unsqueeze(2) - s.unsqueeze(1)).masked_fill(~pairs, 0.0)

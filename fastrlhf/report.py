@@ -68,9 +68,9 @@ FIGURES = {
 
 @dataclass
 class ReportConfig:
-    """Write the report of a run that is finished (again)."""
+    """Write report.html of a finished `fastrlhf demo` run again (one stage's curves: tensorboard --logdir)."""
 
-    run: str = ""  # run folder, holding report.json
+    run: str = ""  # folder of the demo run, holding report.json
 
 
 def label(system: str) -> str:
@@ -189,7 +189,10 @@ def load(run: str | Path) -> tuple[dict, dict[str, list[dict]]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"run {str(run)!r}: no {CONTENT} there; is the run finished?") from error
+        raise UserError(
+            f"run {str(run)!r}: no {CONTENT} there; report takes the folder of a finished "
+            "`fastrlhf demo` (for a single stage: tensorboard --logdir RUN, fastrlhf eval)"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{str(path)!r}: cannot be read ({error})") from error
     except json.JSONDecodeError as error:

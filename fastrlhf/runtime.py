@@ -14,7 +14,9 @@ from accelerate.utils import set_seed
 from transformers.utils import logging as transformers_logging
 
 from fastrlhf import attention
+from fastrlhf.config import check_ranges
 from fastrlhf.errors import UserError
+from fastrlhf.ops._backend import OPS, unavailable_reason
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,6 +36,7 @@ class Runtime:
     """One process' view of the run."""
 
     def __init__(self, cfg: RuntimeConfig):
+        check_ranges(cfg)
         if cfg.precision not in PRECISIONS:
             raise UserError(
                 f"precision: expected one of {', '.join(PRECISIONS)}, got {cfg.precision!r}"
@@ -46,6 +49,7 @@ class Runtime:
         self.accelerator = Accelerator(mixed_precision=mixed, cpu=cfg.device == "cpu")
         self.compute_dtype = PRECISIONS[cfg.precision]
         self.trust_remote_code = cfg.trust_remote_code
+        _check_backend(cfg.backend, self.accelerator.device.type)
         set_seed(cfg.seed + self.rank)
         # The stages report on their own; missing weights of a fresh reward head are no news.
         transformers_logging.set_verbosity_error()
@@ -111,3 +115,13 @@ class Runtime:
             module.parameters(), float("inf") if limit is None else limit
         )
         return float(norm)
+
+
+def _check_backend(backend: str, device: str) -> None:
+    # Before anything is written: the first op that cannot run would stop the run half-way.
+    if backend in ("auto", "reference"):
+        return
+    for op in OPS:
+        reason = unavailable_reason(op, backend, device)
+        if reason:
+            raise UserError(f"backend {backend!r} cannot run {op}: {reason}; use auto or reference")

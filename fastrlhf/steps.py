@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from fastrlhf.data import Example, next_token_rows
+from fastrlhf.errors import UserError
 from fastrlhf.packing import collate, pack
 from fastrlhf.runtime import Runtime
 
@@ -17,6 +18,15 @@ def micro_batches(
     bins = pack(np.asarray(lengths, dtype=np.int64), max_tokens)
     missing = runtime.max(len(bins)) - len(bins)
     return [(b, 1.0) for b in bins] + [(bins[-1], 0.0)] * missing
+
+
+def require_fit(lengths: Sequence[int], max_tokens: int, what: str) -> None:
+    """UserError if a sequence is longer than a micro-batch may be."""
+    longest = max(lengths, default=0)
+    if longest > max_tokens:
+        raise UserError(
+            f"max_tokens: expected at least {longest}, the longest of {what}, got {max_tokens}"
+        )
 
 
 def nll_backward(

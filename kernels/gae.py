@@ -93,12 +93,12 @@ def gae_kernel(
 
 
 def forward(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten):
-    """(advantages, returns) of `fastrlhf.gae`, whose checks were made before."""
+    """Stacked (advantages, returns) of `fastrlhf.gae`, whose checks were made before."""
     acc = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    advantages = torch.empty(rewards.shape, dtype=acc, device=rewards.device)
-    returns = torch.empty_like(advantages)
+    out = torch.empty((2, *rewards.shape), dtype=acc, device=rewards.device)
     if rewards.numel() == 0:
-        return advantages, returns
+        return out
+    advantages, returns = out.unbind()
     sequences, steps, grid = sequence_grid(rewards, cu_seqlens)
     partials = rewards.new_empty((3, *grid) if whiten else 0, dtype=torch.float64)
     with device_guard(rewards):
@@ -132,4 +132,4 @@ def forward(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten):
         )
         if whiten:
             masked_whiten.normalise(advantages, mask, partials, advantages)
-    return advantages, returns
+    return out

@@ -112,11 +112,11 @@ def kl_gae_kernel(
 def forward(
     logprob, ref_logprob, score, values, beta, estimator, gamma, lam, whiten, cu_seqlens, mask
 ):
-    """(advantages, returns, rewards, kl) of `fastrlhf.kl_gae`, whose checks were made before."""
+    """Stacked (advantages, returns, rewards, kl) of `fastrlhf.kl_gae`, whose checks were made before."""
     acc = torch.float64 if logprob.dtype == torch.float64 else torch.float32
-    out = [torch.empty(logprob.shape, dtype=acc, device=logprob.device) for _ in range(4)]
+    out = torch.empty((4, *logprob.shape), dtype=acc, device=logprob.device)
     if logprob.numel() == 0:
-        return tuple(out)
+        return out
     sequences, steps, grid = sequence_grid(logprob, cu_seqlens)
     partials = logprob.new_empty((3, *grid) if whiten else 0, dtype=torch.float64)
     with device_guard(logprob):
@@ -127,7 +127,7 @@ def forward(
             values,
             values if cu_seqlens is None else cu_seqlens,
             values if mask is None else mask,
-            *out,
+            *out.unbind(),
             partials,
             beta,
             gamma,
@@ -152,4 +152,4 @@ def forward(
         )
         if whiten:
             masked_whiten.normalise(out[0], mask, partials, out[0])
-    return tuple(out)
+    return out

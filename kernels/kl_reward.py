@@ -65,12 +65,11 @@ def kl_reward_kernel(
 
 
 def forward(logprob, ref_logprob, score, beta, estimator, cu_seqlens, mask):
-    """(rewards, kl) of `fastrlhf.kl_reward`, whose checks were made before."""
+    """Stacked (rewards, kl) of `fastrlhf.kl_reward`, whose checks were made before."""
     acc = torch.float64 if logprob.dtype == torch.float64 else torch.float32
-    rewards = torch.empty(logprob.shape, dtype=acc, device=logprob.device)
-    kl = torch.empty_like(rewards)
+    out = torch.empty((2, *logprob.shape), dtype=acc, device=logprob.device)
     if logprob.numel() == 0:
-        return rewards, kl
+        return out
     sequences, steps, grid = sequence_grid(logprob, cu_seqlens)
     with device_guard(logprob):
         kl_reward_kernel[grid](
@@ -79,8 +78,7 @@ def forward(logprob, ref_logprob, score, beta, estimator, cu_seqlens, mask):
             score,
             score if cu_seqlens is None else cu_seqlens,
             score if mask is None else mask,
-            rewards,
-            kl,
+            *out.unbind(),
             beta,
             sequences,
             steps,
@@ -98,4 +96,4 @@ def forward(logprob, ref_logprob, score, beta, estimator, cu_seqlens, mask):
             num_warps=WARPS,
             enable_fp_fusion=False,  # the same bits in kl_gae
         )
-    return rewards, kl
+    return out

@@ -16,13 +16,17 @@ import logit_cases
 from logit_cases import DEVICE
 
 FUSED = ("cpu", "triton", "cuda")
+CPP = ("cpu", "cuda")  # the backends that are one C++ op on two devices
 BACKENDS = ("reference", "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The lengths meet the edges of the C++ kernels: chunks of 256 steps, blocks of 1024, eight lanes.
 LENGTHS = (5, 1, 0, 300, 256, 0, 257, 31, 2, 1, 1030, 64, 7, 513, 3, 0)
 
 
-each_backend = logit_cases.each_backend
+def each_backend(op=None, names=("reference", *FUSED)):
+    if op is None:
+        return pytest.mark.parametrize("backend", BACKENDS)
+    return logit_cases.each_backend(op, names)
 
 
 def anywhere(function):
@@ -70,6 +74,11 @@ def opcheck(name, backend, arguments):
     name += ("_triton" if backend == "triton" else "") + half
     op = getattr(torch.ops.fastrlhf, name)
     torch.library.opcheck(op.default, tree_map_only(torch.Tensor, to, arguments))
+
+
+def at(backend, arguments):
+    """The same arguments with their tensors where `backend` runs."""
+    return tree_map_only(torch.Tensor, lambda x: x.to(DEVICE[backend]), arguments)
 
 
 def cu_of(lengths):

@@ -83,7 +83,7 @@ def test_demo_refuses_bad_settings_before_it_writes(tmp_path):
     assert not out.exists()
     out.mkdir()
     (out / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="no demo wrote"):
+    with pytest.raises(UserError, match="no such run wrote"):
         run.main(run.DemoConfig(out=str(out), overwrite=True))
     assert (out / "mine.txt").read_text() == "keep"
 

@@ -182,7 +182,7 @@ STABLE = r"torch/(csrc/stable|headeronly)/|torch/csrc/inductor/aoti_torch/c/shim
 CUDA = r"cuda\w*\.h|cooperative_groups|cub/|mma\.h"
 INCLUDES = {
     "csrc": rf"{STABLE}|pybind11/",
-    "csrc/cpu": rf"{STABLE}|\w*mmintrin\.h|\w+intrin\.h",
+    "csrc/cpu": rf"{STABLE}|\w*mmintrin\.h|\w+intrin\.h|sys/mman\.h",
     "csrc/cuda": rf"{STABLE}|{CUDA}",
 }
 

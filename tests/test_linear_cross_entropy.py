@@ -144,6 +144,28 @@ def test_repeats_bit_for_bit_and_backward_twice(backend):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_no_gradient_of_the_gradient():
+    x, w, _, targets = inputs()
+    x.requires_grad_()
+    squared = linear_cross_entropy(x, w, targets) ** 2
+    (grad,) = torch.autograd.grad(squared, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
+        grad.sum().backward()
+
+
+@each_backend
+def test_a_sum_in_fp16_survives_until_it_is_scaled(backend):
+    """dW of the sum is beyond 65504; dW of the mean that the user makes of it is not."""
+    device = DEVICE[backend]
+    x = torch.full((20000, 16), 8.0, dtype=torch.float16, device=device)
+    w = torch.zeros(4, 16, dtype=torch.float16, device=device, requires_grad=True)
+    targets = torch.zeros(20000, dtype=torch.int64, device=device)
+    (linear_cross_entropy(x, w, targets, reduction="sum", backend=backend) / 20000).backward()
+    expected = torch.full((4, 16), 2.0, device=device)
+    expected[0] = -6.0
+    torch.testing.assert_close(w.grad.float(), expected)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
@@ -157,6 +179,11 @@ def test_repeats_bit_for_bit_and_backward_twice(backend):
         ),
         ({"targets": torch.tensor([0, -1])}, ValueError, r"targets must be in \[0, 5\); got -1"),
         ({"hidden": torch.zeros(2, 3)}, ValueError, r"weight must have shape \(V, 3\)"),
+        (
+            {"hidden": torch.zeros(2, 0), "weight": torch.zeros(5, 0)},
+            ValueError,
+            "hidden must have at least 1 feature",
+        ),
         ({"workspace": None}, ValueError, "workspace must be 'fast' or 'compact'"),
     ],
 )

@@ -8,95 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sequence_cases as cases
-from fastrlhf import PPOLossOutput, reference
-from fastrlhf import ppo_loss as plain_ppo_loss
+from fastrlhf import PPOLossOutput, ppo_loss, reference
 from fastrlhf.ops import _backend
 from fastrlhf.ops.ppo_loss import METRICS
+from ppo_cases import NAMES, TRAINED, batch, naive, run
 
 NAN = float("nan")
-ppo_loss = cases.anywhere(plain_ppo_loss)
 each_backend = cases.each_backend("ppo_loss")
 fused = cases.each_backend("ppo_loss", cases.FUSED)
-each_triton = cases.each_backend("ppo_loss", ("triton",))
-NAMES = ("logprob", "old_logprob", "advantages", "values", "old_values", "returns", "entropy")
-TRAINED = ("logprob", "values", "entropy")
-
-
-def batch(shape, dtype=torch.float64, seed=0, spread=0.3):
-    """Tokens by name; log-ratios on both sides of the clip, advantages of both signs and of 0."""
-    draws = dict(zip(NAMES, cases.randn((7, *shape), seed), strict=True))
-    draws["old_logprob"] = draws["logprob"] + spread * draws["old_logprob"]
-    draws["old_values"] = draws["values"] + 0.3 * draws["old_values"]
-    draws["entropy"] = draws["entropy"].abs()
-    draws["advantages"].flatten()[::7] = 0.0
-    return {name: x.to(dtype) for name, x in draws.items()}
-
-
-def split(tensors):
-    """Positional and keyword tensors of a call, the trained ones as fresh leaves."""
-    leaves = {
-        name: x.detach().clone().requires_grad_() if name in TRAINED else x
-        for name, x in tensors.items()
-    }
-    positional = [leaves[name] for name in NAMES[:3]]
-    return positional, {n: leaves[n] for n in NAMES[3:] if n in leaves}, leaves
-
-
-def run(function, tensors, upstream=1.0, **options):
-    """(loss, metrics, gradients by name) with a given gradient of the loss."""
-    positional, keywords, leaves = split(tensors)
-    loss, metrics = function(*positional, **keywords, **options)
-    names = [name for name in TRAINED if name in tensors]
-    grads = torch.autograd.grad(loss * upstream, [leaves[name] for name in names])
-    return loss.detach(), metrics, dict(zip(names, grads, strict=True))
+each_cpp = cases.each_backend("ppo_loss", cases.CPP)
 
 
 def on(backend):
-    return lambda *tensors, **options: ppo_loss(*tensors, **options, backend=backend)
-
-
-def naive(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef):
-    """The same from lists of floats: (loss, metrics, gradients)."""
-    kept = mask.flatten().nonzero().flatten().tolist()
-    count = max(len(kept), 1)
-    flat = {name: x.double().flatten().tolist() for name, x in tensors.items()}
-    grads = {name: torch.zeros(mask.numel(), dtype=torch.float64) for name in TRAINED}
-    sums, ratios, errors = dict.fromkeys(METRICS, 0.0), [], []
-    for i in kept:
-        log_ratio = flat["logprob"][i] - flat["old_logprob"][i]
-        ratio, advantage = math.exp(log_ratio), flat["advantages"][i]
-        clipped_ratio = min(max(ratio, 1 - clip), 1 + clip)
-        branches = [(-advantage * ratio, -advantage * ratio), (-advantage * clipped_ratio, 0.0)]
-        loss, grad = branches[1] if branches[1][0] > branches[0][0] else branches[0]
-        sums["clip_fraction"] += branches[1][0] > branches[0][0]
-        if dual_clip is not None and advantage < 0 and -advantage * dual_clip < loss:
-            loss, grad = -advantage * dual_clip, 0.0
-        sums["policy_loss"] += loss
-        grads["logprob"][i] = grad / count
-        sums["approx_kl"] += ratio - 1 - log_ratio
-        ratios.append(ratio)
-        value, target = flat["values"][i], flat["returns"][i]
-        old_value, half = flat["old_values"][i], 0.5 * (value - target) ** 2
-        errors.append(target - value)
-        grad = value - target
-        if value_clip is not None:
-            near = min(max(value, old_value - value_clip), old_value + value_clip)
-            if 0.5 * (near - target) ** 2 > half:
-                half, grad = 0.5 * (near - target) ** 2, 0.0
-                sums["value_clip_fraction"] += 1
-        sums["value_loss"] += half
-        grads["values"][i] = value_coef * grad / count
-        sums["entropy"] += flat["entropy"][i]
-        grads["entropy"][i] = -entropy_coef / count
-    metrics = {name: total / count for name, total in sums.items()}
-    metrics["ratio_mean"], metrics["ratio_max"] = sum(ratios) / count, max(ratios, default=0.0)
-    targets = torch.tensor([flat["returns"][i] for i in kept], dtype=torch.float64)
-    errors = torch.tensor(errors, dtype=torch.float64)
-    spread = float(targets.var(correction=0)) if kept else 0.0
-    noise = float(errors.var(correction=0)) if kept else 0.0
-    metrics["explained_variance"] = 1 - noise / spread if spread > 0 else 0.0
-    loss = metrics["policy_loss"] + value_coef * metrics["value_loss"]
-    return loss - entropy_coef * metrics["entropy"], metrics, grads
+    call = cases.anywhere(ppo_loss)
+    return lambda *tensors, **options: call(*tensors, **options, backend=backend)
 
 
 @each_backend
@@ -275,19 +200,19 @@ def test_constant_returns_explain_no_variance(backend):
 def test_only_the_trained_tensors_get_gradients(backend):
     tensors = {name: x.requires_grad_() for name, x in batch((6,), torch.float32).items()}
     positional = [tensors[name] for name in NAMES[:3]]
-    loss, _ = ppo_loss(*positional, **{n: tensors[n] for n in NAMES[3:]}, backend=backend)
+    loss, _ = on(backend)(*positional, **{n: tensors[n] for n in NAMES[3:]})
     loss.backward()
     assert {name for name, x in tensors.items() if x.grad is not None} == set(TRAINED)
-    loss, _ = ppo_loss(*(x.detach() for x in positional), backend=backend)
+    loss, _ = on(backend)(*(x.detach() for x in positional))
     assert not loss.requires_grad
     with torch.no_grad():
-        assert not ppo_loss(*positional, backend=backend).loss.requires_grad
+        assert not on(backend)(*positional).loss.requires_grad
 
 
-@fused
+@each_cpp
 def test_gradient_of_the_gradient_is_refused(backend):
     x = torch.zeros(3, requires_grad=True)
-    loss = ppo_loss(x, torch.zeros(3), torch.ones(3), backend=backend).loss
+    loss = on(backend)(x, torch.zeros(3), torch.ones(3)).loss
     (grad,) = torch.autograd.grad(loss * loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -299,7 +224,7 @@ def test_gradcheck(backend):
     fixed = {name: x for name, x in tensors.items() if name not in TRAINED}
 
     def loss(logprob, values, entropy):
-        return ppo_loss(
+        return on(backend)(
             logprob,
             fixed["old_logprob"],
             fixed["advantages"],
@@ -309,7 +234,6 @@ def test_gradcheck(backend):
             entropy=entropy,
             dual_clip=1.3,
             entropy_coef=0.1,
-            backend=backend,
         ).loss
 
     torch.autograd.gradcheck(loss, [tensors[name].requires_grad_() for name in TRAINED])
@@ -317,8 +241,7 @@ def test_gradcheck(backend):
 
 @fused
 def test_layouts_threads_and_unwritten_memory(backend):
-    shape = (6, 900) if cases.interpreted(backend) else (60, 900)
-    tensors, mask = batch(shape, torch.float32), cases.random_mask(shape, 1)
+    tensors, mask = batch((60, 900), torch.float32), cases.random_mask((60, 900), 1)
 
     def call(view=lambda x: x, view_mask=mask):
         loss, metrics, grads = run(
@@ -332,14 +255,83 @@ def test_layouts_threads_and_unwritten_memory(backend):
         others = [
             call(cases.with_strides, mask.T.contiguous().T),
             call(torch.flatten, mask.flatten()),
-            call(lambda x: x.reshape(-1, 2, 900), mask.reshape(-1, 2, 900)),
+            call(lambda x: x.reshape(30, 2, 900), mask.reshape(30, 2, 900)),
         ]
     for other in others:
         for a, b in zip(plain, other, strict=True):
             assert torch.equal(a.flatten(), b.flatten())
 
 
-@fused
+@each_backend
+@pytest.mark.parametrize("shape", [(70, 903), (65537,)])
+def test_every_dtype_beside_every_other(backend, shape):
+    """16-bit values are fp32 values: tensors of several dtypes and strides give the same bits."""
+    tensors, mask = batch(shape, torch.float32), cases.random_mask(shape, 1)
+    for turn in range(3):
+        mixed = {
+            name: cases.with_strides(x.to(cases.DTYPES[(i + turn) % 3])) if i % 2 else x
+            for i, (name, x) in enumerate(tensors.items())
+        }
+        wide = {name: x.float().contiguous() for name, x in mixed.items()}
+        ours = run(on(backend), mixed, mask=mask, entropy_coef=0.1)
+        other = run(on(backend), wide, mask=mask, entropy_coef=0.1)
+        assert torch.equal(ours[0], other[0])
+        assert all(torch.equal(ours[1][name], other[1][name]) for name in METRICS)
+        for name, grad in ours[2].items():
+            assert torch.equal(grad, other[2][name].to(mixed[name].dtype)), name
+
+
+@each_backend
+@pytest.mark.parametrize("tokens", [65536, 3 * 65536 + 5])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_long_batches_with_a_mask(backend, tokens, offset):
+    """The mask is counted in several slices, from any address; blocks take several tiles."""
+    tensors = {name: x[offset:] for name, x in batch((tokens + offset,), torch.float32).items()}
+    mask = cases.random_mask((tokens + offset,), 1, 0.3)[offset:]
+    ours = run(on(backend), tensors, mask=mask, entropy_coef=0.1)
+    doubles = {name: x.double() for name, x in tensors.items()}
+    truth = run(reference.ppo_loss, doubles, mask=mask, entropy_coef=0.1)
+    assert ours[0].item() == pytest.approx(truth[0].item(), rel=2e-6)
+    for name in METRICS:
+        assert ours[1][name].item() == pytest.approx(truth[1][name].item(), rel=2e-6), name
+    for name in TRAINED:
+        wrong = ~torch.isclose(ours[2][name].double(), truth[2][name], rtol=2e-5, atol=1e-12)
+        assert wrong.sum() <= 3, name  # a token on an edge of a clip may fall on the other side
+    kept = ours[2]["entropy"] != 0
+    assert torch.equal(kept, mask)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_graph_replays_and_streams_do_not_meet():
+    shape = (5, 40007)
+    inputs = [[x.cuda() for x in batch(shape, torch.float32, seed).values()] for seed in range(4)]
+    mask = cases.random_mask(shape, 1).cuda()
+
+    def call(tensors):
+        options = (mask, 0.2, math.inf, 0.2, 0.5, 0.01, True)
+        return torch.ops.fastrlhf.ppo_loss_fwd(*tensors, *options)
+
+    expected = [call(tensors) for tensors in inputs]
+    static = [x.clone() for x in inputs[0]]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = call(static)
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for stream, tensors, wanted in zip(streams, inputs, expected, strict=True):
+            with torch.cuda.stream(stream):
+                for a, b in zip(call(tensors), wanted, strict=True):
+                    assert torch.equal(a, b)
+        for tensors, wanted in zip(inputs, expected, strict=True):
+            for to, x in zip(static, tensors, strict=True):
+                to.copy_(x)
+            graph.replay()
+            for a, b in zip(replayed, wanted, strict=True):
+                assert torch.equal(a, b)
+
+
+@each_cpp
 def test_compiles_without_a_graph_break(backend):
     tensors, mask = batch((4, 30), torch.float32), cases.random_mask((4, 30), 1)
 
@@ -347,6 +339,8 @@ def test_compiles_without_a_graph_break(backend):
         named = dict(zip(NAMES[3:], values[3:], strict=True))
         loss, metrics = ppo_loss(*values[:3], **named, mask=mask, entropy_coef=0.1, backend=backend)
         return [loss, *metrics.values()]
+
+    tensors, mask = cases.at(backend, (tensors, mask))
 
     cases.assert_compiles(forward, mask, *tensors.values())
     torch._dynamo.reset()
@@ -361,37 +355,25 @@ def test_compiles_without_a_graph_break(backend):
         assert torch.equal(a, b)
 
 
-@fused
+@each_cpp
 def test_opcheck(backend):
-    tensors, mask = batch((3, 5), torch.float32), cases.random_mask((3, 5), 1)
+    tensors, mask = cases.at(backend, (batch((3, 5), torch.float32), cases.random_mask((3, 5), 1)))
     arguments = [tensors[n].requires_grad_() if n in TRAINED else tensors[n] for n in NAMES]
+    op = torch.ops.fastrlhf.ppo_loss_fwd.default
     rest = (mask, 0.2, 3.0, 0.2, 0.5, 0.01)
-    cases.opcheck("ppo_loss", backend, (*arguments, *rest, True))
+    torch.library.opcheck(op, (*arguments, *rest, True))
     policy = (*arguments[:3], None, None, None, None, None, *rest[1:])
-    cases.opcheck("ppo_loss", backend, (*policy, True))
-    cases.opcheck("ppo_loss", backend, (*(x.detach() for x in policy[:3]), *policy[3:], False))
+    torch.library.opcheck(op, (*policy, True))
+    torch.library.opcheck(op, (*(x.detach() for x in policy[:3]), *policy[3:], False))
+
+
+def test_says_which_backend_ran():
+    before = _backend.calls["ppo_loss", "cpu"]
+    assert isinstance(ppo_loss(*torch.zeros(3, 2)), PPOLossOutput)
+    assert _backend.calls["ppo_loss", "cpu"] == before + 1
 
 
 @fused
-def test_says_which_backend_ran(backend):
-    before, named = _backend.calls["ppo_loss", backend], "auto" if backend == "cpu" else backend
-    assert isinstance(ppo_loss(*torch.zeros(3, 2), backend=named), PPOLossOutput)
-    assert _backend.calls["ppo_loss", backend] == before + 1
-
-
-@each_triton
-def test_a_program_takes_several_blocks(backend, monkeypatch):
-    from fastrlhf.kernels import ppo_loss as kernels
-
-    tensors, mask = batch((7, 900)), cases.random_mask((7, 900), 1)
-    with cases.triton_launches() as names:
-        loss, metrics, grads = run(on(backend), tensors, mask=mask)
-    assert names == ["ppo_loss_fwd_kernel", "ppo_loss_metrics_kernel"]
-    monkeypatch.setattr(kernels, "PROGRAMS", 2)
-    again = run(on(backend), tensors, mask=mask)
-    torch.testing.assert_close((loss, metrics, grads), again)
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 60),
@@ -401,16 +383,15 @@ def test_a_program_takes_several_blocks(backend, monkeypatch):
     st.one_of(st.none(), st.floats(0.01, 2)),
     st.floats(0, 1),
 )
-def test_any_options(count, seed, clip, dual_clip, value_clip, keep):
+def test_any_options(backend, count, seed, clip, dual_clip, value_clip, keep):
     tensors, mask = batch((count,), seed=seed, spread=0.6), cases.random_mask((count,), seed, keep)
     options = {"clip": clip, "dual_clip": dual_clip, "value_clip": value_clip}
     options |= {"value_coef": 0.5, "entropy_coef": 0.1}
+    loss, _, grads = run(on(backend), tensors, mask=mask, **options)
     expected, _, expected_grads = naive(tensors, mask, **options)
-    for backend in ("cpu", "triton"):
-        loss, _, grads = run(on(backend), tensors, mask=mask, **options)
-        assert loss.item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
-        for name, grad in grads.items():
-            assert torch.allclose(grad, expected_grads[name], rtol=1e-10, atol=1e-14)
+    assert loss.item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    for name, grad in grads.items():
+        assert torch.allclose(grad, expected_grads[name], rtol=1e-10, atol=1e-14)
 
 
 X = torch.zeros(4)
@@ -446,4 +427,4 @@ X = torch.zeros(4)
 def test_errors_name_the_argument(arguments, kind, words):
     call = {"logprob": X, "old_logprob": X, "advantages": X, **arguments}
     tensors = [call.pop(name) for name in NAMES[:3]]
-    cases.assert_raises(lambda: plain_ppo_loss(*tensors, **call), kind, "ppo_loss", *words)
+    cases.assert_raises(lambda: ppo_loss(*tensors, **call), kind, "ppo_loss", *words)

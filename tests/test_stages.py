@@ -57,6 +57,32 @@ def test_sft_resumes_bitwise(optimizer, monkeypatch):
     assert [r["step"] for r in tiny.log(cut.out)] == [r["step"] for r in tiny.log(whole.out)]
 
 
+def test_a_resumed_run_keeps_its_settings(monkeypatch, capsys):
+    cfg = tiny.sft_config("sft_settings", epochs=3.0, save_every=3, log_every=100)
+    stop_after(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        sft.main(cfg)
+    monkeypatch.undo()
+    cfg.resume, before = True, cfg.lr
+    cfg.lr = 2 * before
+    with pytest.raises(UserError, match=f"resume: lr is {cfg.lr}, .* started with {before}"):
+        sft.main(cfg)
+    cfg.lr, cfg.save_every = before, 2  # where checkpoints go may change
+    capsys.readouterr()
+    sft.main(cfg)
+    said = capsys.readouterr().out
+    steps = tiny.log(cfg.out)[-1]["step"]
+    assert f"from step 3 of {steps}" in said
+    assert f"sft {steps:>5}/{steps}  train/loss" in said and f"wrote {cfg.out}" in said
+
+
+def test_model_files_can_be_read_by_others():
+    cfg = tiny.sft_config("sft_modes", epochs=1.0)
+    sft.main(cfg)
+    modes = {f.name: f.stat().st_mode & 0o777 for f in Path(cfg.out).iterdir() if f.is_file()}
+    assert "model.safetensors" in modes and len(set(modes.values())) == 1, modes
+
+
 def stop_after(monkeypatch, step: int):
     # A run that dies between two steps, after some that no checkpoint holds.
     from fastrlhf import tracking
@@ -227,6 +253,38 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
     bad(tiny.sft_config("x", pretrain_mix=0.1, **out), "needs text")
     bad(tiny.sft_config("x", out=""), "out: expected a folder")
     bad(tiny.ppo_config("x", reward_model=tiny.base(), **out), "is not a reward model", ppo.main)
+    for backend in ("cuda", "bogus"):
+        bad(tiny.sft_config("x", backend=backend, **out), f"backend '{backend}'")
+    for name, value in {
+        "seed": -1,
+        "beta1": 1.5,
+        "adam_eps": -1.0,
+        "weight_decay": -1.0,
+        "dropout": 2.0,
+        "warmup": -3,
+        "max_grad_norm": -1.0,
+        "save_every": -1,
+        "lr_floor": -5.0,
+        "muon_lr": -1.0,
+        "batch": 0,
+        "epochs": 0.0,
+    }.items():
+        bad(tiny.sft_config("x", **{name: value}, **out), f"^{name}: expected a number")
+    for name in ("lam", "clip", "inner_epochs", "max_new_tokens", "value_lr", "ema_decay"):
+        bad(tiny.ppo_config("x", **{name: -1}, **out), f"^{name}: expected a number", ppo.main)
+    for config, main in (
+        (tiny.sft_config("x", max_tokens=5, **out), sft.main),
+        (tiny.ppo_config("x", max_tokens=5, **out), ppo.main),
+        (tiny.reward_config("x", max_tokens=10, **out), reward.main),
+    ):
+        bad(config, "max_tokens: expected at least [0-9]+, the longest of", main)
+    bad(
+        tiny.ppo_config("x", ptx_coef=1.0, ptx_length=999, **out),
+        "ptx_length: expected 0, or 2 to the context's 64 tokens, got 999",
+        ppo.main,
+    )
+    judge = tiny.ppo_config("x").reward_model
+    bad(tiny.sft_config("x", model=judge, **out), "is a reward model")
     bad(
         tiny.ppo_config("x", batch=8, minibatch=3, **out),
         "must be a multiple of minibatch",
@@ -252,7 +310,7 @@ def test_output_folder_of_another_run(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     cfg.out = str(tmp_path / "mine")
-    with pytest.raises(UserError, match="no fastrlhf stage wrote"):
+    with pytest.raises(UserError, match="no such run wrote"):
         sft.main(cfg)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
     cfg.overwrite, cfg.resume = False, True
@@ -302,5 +360,9 @@ def test_pretrain_checks_sizes(tmp_path):
         "vocab_size: expected at least",
         pretrain.main,
     )
-    bad(pretrain.PretrainConfig(**base, heads=5), "expected a multiple of heads=5", pretrain.main)
+    bad(
+        pretrain.PretrainConfig(**base, heads=5),
+        r"expected a multiple of 2 \* heads = 10",
+        pretrain.main,
+    )
     bad(pretrain.PretrainConfig(**base, context=10**6), "fewer than one window", pretrain.main)

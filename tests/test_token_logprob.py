@@ -319,6 +319,28 @@ def test_offsets_beyond_32_bits(backend):
 
 
 @fused
+@pytest.mark.parametrize("layout", ["expanded", "overlapping", "transposed", "three strides"])
+def test_in_place_is_refused_where_it_would_be_wrong(backend, layout):
+    """Rows that share memory, or that the kernels copy: the licence is not used."""
+    device = DEVICE[backend]
+    leaf = randn(6, 11, seed=0, device=device).requires_grad_()
+    view = {
+        "expanded": lambda x: x[:1].expand(6, 11),
+        "overlapping": lambda x: x.as_strided((6, 11), (5, 1)),
+        "transposed": lambda x: x.t(),
+        "three strides": lambda x: x.as_strided((2, 2, 2, 3), (33, 13, 5, 1)),
+    }[layout]
+    results = []
+    for options in ({"inplace_backward": True, "backend": backend}, {"backend": "reference"}):
+        logits = view(leaf * 1.0)
+        targets = randint(logits.shape[-1], logits.shape[:-1], 1, device=device)
+        token_logprob(logits, targets, **options).sum().backward()
+        results.append(leaf.grad)
+        leaf.grad = None
+    torch.testing.assert_close(*results)
+
+
+@fused
 def test_backward_twice(backend):
     device = DEVICE[backend]
     leaf = randn(3, 11, seed=0, device=device).requires_grad_()

@@ -2,9 +2,8 @@
 // one read, one write.
 //
 // Shapes: logits [..., V] with any row strides, N rows; targets, mask, row_temperature, outputs: N.
-// z = softcap * tanh(logits / softcap) / temperature. A row is walked in blocks that stay in the L1
-// cache: the block's maximum first, then sum e^(z-m) and sum (z-m) e^(z-m), rescaled once a block
-// when the maximum moves. With these
+// z = softcap * tanh(logits / softcap) / temperature. A row is walked once, in blocks: sum e^(z-m)
+// and sum (z-m) e^(z-m), rescaled when a block shows that m is too small. With these
 //   logprob = (z_t - m) - log s,   entropy = log s - (sum (z-m) e^(z-m)) / s  (all terms >= 0: no
 //   cancellation),
 // and m and log s are kept apart for the backward, so that a large m costs no precision.
@@ -15,11 +14,13 @@
 
 #include "../checks.h"
 #include "../rl_math.h"
+#include "huge_pages.h"
 
 namespace rl {
 namespace {
 
 constexpr int64_t kBlock = 2048;           // logits per block: 8 KiB of fp32
+constexpr int64_t kFirst = 512;            // logits whose maximum starts a row
 constexpr int64_t kGrainLogits = 1 << 15;  // least work of a thread
 
 template <typename A>
@@ -33,66 +34,118 @@ RL_INLINE A logit(const T& x, const RowMaths<A>& f) {
   return load(x) * f.scale;
 }
 
-// One block widened to the accumulator's dtype: the logits, or tanh(logits / softcap); z is `scale`
-// times these. The logits themselves where they need no change.
-template <bool kCap, typename T, typename A>
-RL_INLINE const A* block_logits(const T* row, int64_t n, const RowMaths<A>& f, A* buffer,
-                                A& scale) {
-  scale = kCap ? f.softcap * f.scale : f.scale;
-  if constexpr (std::is_same_v<T, A> && !kCap) {
-    return row;
-  } else {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      if constexpr (kCap) {
-        buffer[j] = tanh(load(row[j]) * f.inv_softcap);
-      } else {
-        buffer[j] = load(row[j]);
-      }
-    }
-    return buffer;
-  }
+// Running sums in as many lanes as the widest vector unit keeps in flight: adding them up costs
+// nothing until the row ends.
+constexpr int64_t kLanes = 64;
+// How far ahead the walk asks for memory: the hardware's own prefetch ends with each 4 KiB page.
+constexpr int64_t kPrefetchBytes = 4096;
+
+template <typename T>
+RL_INLINE void prefetch_lanes(const T* at) {
+  for (int64_t line = 0; line < kLanes * int64_t{sizeof(T)}; line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes + line);
+}
+
+// Largest z / scale, sum e^(z - base) and sum (z - base) e^(z - base) of a block, by lanes.
+template <typename A>
+struct LaneSums {
+  A max[kLanes], sum[kLanes], weighted[kLanes];
+};
+
+template <typename A>
+RL_INLINE A largest(const A (&lanes)[kLanes]) {
+  A max = -std::numeric_limits<A>::infinity();
+#pragma omp simd reduction(max : max)
+  for (int64_t l = 0; l < kLanes; ++l) max = lanes[l] > max ? lanes[l] : max;
+  return max;
+}
+
+template <typename A>
+RL_INLINE A total(const A (&lanes)[kLanes]) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t l = 0; l < kLanes; ++l) sum += lanes[l];
+  return sum;
 }
 
 template <bool kCap, typename T, typename A>
-RL_INLINE RowStats<A> row_stats(const T* row, int64_t width, const RowMaths<A>& f) {
-  constexpr A kInf = std::numeric_limits<A>::infinity();
-  const A floor = opaque(exp_floor<A>());
-  A buffer[kBlock];
-  A max = -kInf, sum = 0, weighted = 0;
-  for (int64_t start = 0; start < width; start += kBlock) {
-    const int64_t n = width - start < kBlock ? width - start : kBlock;
-    A scale;
-    const A* z = block_logits<kCap>(row + start, n, f, buffer, scale);
-    A block_max = -kInf;
-#pragma omp simd reduction(max : block_max)
-    for (int64_t j = 0; j < n; ++j) block_max = z[j] > block_max ? z[j] : block_max;
-    block_max *= scale;
-    if (block_max > max) {
-      if (max > -kInf) {
-        const A shift = max - block_max;
-        const A factor = exp_nonpositive(shift);
-        weighted = factor > 0 ? factor * (weighted + sum * shift) : A(0);
-        sum *= factor;
-      }
-      max = block_max;
-    }
-    // All logits so far -inf: subtract 0 instead, which leaves e^-inf = 0 and keeps a NaN a NaN.
-    const A base = max > -kInf ? max : A(0);
-    A block_sum = 0, block_weighted = 0;
-#pragma omp simd reduction(+ : block_sum, block_weighted)
-    for (int64_t j = 0; j < n; ++j) {
-      const A raw = z[j] * scale - base;
+RL_INLINE A unscaled(const T& x, const RowMaths<A>& f) {
+  if constexpr (kCap) return tanh(load(x) * f.inv_softcap);
+  return load(x);
+}
+
+template <bool kCap, typename T, typename A>
+RL_INLINE void add_block(const T* row, int64_t n, const RowMaths<A>& f, A scale, A base, A floor,
+                         LaneSums<A>& out) {
+  for (int64_t j = 0; j < n; j += kLanes) {
+    prefetch_lanes(row + j);
+    const int64_t lanes = n - j < kLanes ? n - j : kLanes;
+    const auto add = [&](int64_t l) RL_LAMBDA_INLINE {
+      const A z = unscaled<kCap>(row[j + l], f);
+      out.max[l] = z > out.max[l] ? z : out.max[l];
+      const A raw = z * scale - base;
       const A d = at_least(floor, raw);
       const A e = exp_clamped(d);
-      block_sum += e;
-      block_weighted += e * d;
+      out.sum[l] += e;
+      out.weighted[l] += e * d;
+    };
+    if (lanes == kLanes) {
+#pragma omp simd
+      for (int64_t l = 0; l < kLanes; ++l) add(l);
+    } else {
+#pragma omp simd
+      for (int64_t l = 0; l < lanes; ++l) add(l);
     }
-    sum += block_sum;
-    weighted += block_weighted;
   }
+}
+
+// `max` is the largest z of the row to within kMaxSlack: only a block that passes it by more is
+// done again, so that sums and maximum come from one walk that hides behind the memory. The slack
+// is small because it cancels in the entropy.
+template <bool kCap, typename T, typename A>
+RL_INLINE RowStats<A> row_stats(const T* row, int64_t width, const RowMaths<A>& f) {
+  constexpr A kInf = std::numeric_limits<A>::infinity();
+  constexpr A kMaxSlack = 1;
+  const A floor = opaque(exp_floor<A>());
+  const A scale = kCap ? f.softcap * f.scale : f.scale;
+  A max = -kInf;
+  A first = -kInf;
+#pragma omp simd reduction(max : first)
+  for (int64_t j = 0; j < (width < kFirst ? width : kFirst); ++j) {
+    const A z = unscaled<kCap>(row[j], f);
+    first = z > first ? z : first;
+  }
+  max = first * scale;
+  LaneSums<A> all{}, block;
+  for (int64_t start = 0; start < width; start += kBlock) {
+    const int64_t n = width - start < kBlock ? width - start : kBlock;
+    for (bool again = true; again;) {
+      std::fill_n(block.max, kLanes, -kInf);
+      std::fill_n(block.sum, kLanes, A(0));
+      std::fill_n(block.weighted, kLanes, A(0));
+      // All logits so far -inf: subtract 0 instead, which leaves e^-inf = 0 and keeps a NaN a NaN.
+      add_block<kCap>(row + start, n, f, scale, max > -kInf ? max : A(0), floor, block);
+      const A top = largest(block.max) * scale;
+      again = top > max + kMaxSlack;
+      if (!again) break;
+      const A shift = max > -kInf ? max - top : A(0);
+      const A factor = max > -kInf ? exp_nonpositive(shift) : A(0);
+#pragma omp simd
+      for (int64_t l = 0; l < kLanes; ++l) {
+        all.weighted[l] = factor > 0 ? factor * (all.weighted[l] + all.sum[l] * shift) : A(0);
+        all.sum[l] = factor > 0 ? factor * all.sum[l] : A(0);
+      }
+      max = top;
+    }
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) {
+      all.sum[l] += block.sum[l];
+      all.weighted[l] += block.weighted[l];
+    }
+  }
+  const A sum = total(all.sum);
   const A log_sum = log(sum);
-  return {max, log_sum, log_sum - weighted / sum};
+  return {max, log_sum, log_sum - total(all.weighted) / sum};
 }
 
 // dL/dlogits of a row from g = dL/dlogprob and h = dL/dentropy:
@@ -101,24 +154,28 @@ template <bool kCap, typename T, typename A>
 RL_INLINE void row_backward(const T* row, T* out, int64_t width, int64_t target, A g, A h,
                             const RowStats<A>& stats, const RowMaths<A>& f) {
   const A floor = opaque(exp_floor<A>());
-  A buffer[kBlock];
   const A base = stats.max, log_sum = stats.log_sum;
   const A shifted = h * stats.entropy + g;
+  const A scale = kCap ? f.softcap * f.scale : f.scale;
   // The target's own element, with 1 - p from expm1, before an in-place pass overwrites its logit.
   const A target_logit = load(row[target]);
-  for (int64_t start = 0; start < width; start += kBlock) {
-    const int64_t n = width - start < kBlock ? width - start : kBlock;
-    A scale;
-    const A* z = block_logits<kCap>(row + start, n, f, buffer, scale);
-    T* const to = out + start;
-    const T* const from = row + start;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      const A raw = (z[j] * scale - base) - log_sum;
+  for (int64_t start = 0; start < width; start += kLanes) {
+    prefetch_lanes(row + start);
+    const int64_t lanes = width - start < kLanes ? width - start : kLanes;
+    const auto write = [&](int64_t l) RL_LAMBDA_INLINE {
+      const A z = unscaled<kCap>(row[start + l], f);
+      const A raw = (z * scale - base) - log_sum;
       const A d = at_least(floor, raw);
       A grad = -exp_clamped(d) * (h * d + shifted) * f.scale;
-      if constexpr (kCap) grad *= sech2(load(from[j]) * f.inv_softcap);
-      store(to[j], grad);
+      if constexpr (kCap) grad *= sech2(load(row[start + l]) * f.inv_softcap);
+      store(out[start + l], grad);
+    };
+    if (lanes == kLanes) {
+#pragma omp simd
+      for (int64_t l = 0; l < kLanes; ++l) write(l);
+    } else {
+#pragma omp simd
+      for (int64_t l = 0; l < lanes; ++l) write(l);
     }
   }
   A capped = target_logit, chain = f.scale;
@@ -264,6 +321,7 @@ Tensor token_logprob_bwd(std::optional<Tensor> grad_logprob, std::optional<Tenso
                          std::optional<Tensor> mask) {
   const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
   Tensor out = empty_like_device(logits, shape_of(logits), logits.scalar_type());
+  advise_huge_pages(out);
   Rows out_rows;
   rows_of(out, out_rows);
   run_backward(b, grad_logprob, grad_entropy, entropy, stats, out, out_rows);

@@ -2,26 +2,10 @@
 // and kl_gae.
 #pragma once
 
+#include "../moments.h"
 #include "tokens.h"
 
 namespace rl {
-
-// Count, mean and sum of squared deviations; merging two is exact in exact arithmetic (Chan et al.
-// 1979).
-struct Moments {
-  double count = 0;
-  double mean = 0;
-  double m2 = 0;
-
-  void merge(const Moments& other) {
-    if (other.count == 0) return;
-    const double total = count + other.count;
-    const double delta = other.mean - mean;
-    mean += delta * (other.count / total);
-    m2 += other.m2 + delta * delta * (count * other.count / total);
-    count = total;
-  }
-};
 
 // Moments of one block of at most kBlock tokens in two passes over memory that is in cache. x is 0
 // where keep is 0.

@@ -7,11 +7,9 @@
 // boundary peel single elements first. A target outside [0, V) is not read: its row's logprob and
 // gradient are NaN (a check without a host sync).
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include "../token_logprob.h"
+#include "device.cuh"
+#include "launch.cuh"
 
 namespace rl {
 namespace {
@@ -19,29 +17,6 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kVectorsPerBlock = 4;  // 16-byte vectors a thread handles in the backward
-
-__device__ __forceinline__ float load(float x) { return x; }
-__device__ __forceinline__ double load(double x) { return x; }
-__device__ __forceinline__ float load(__half x) { return __half2float(x); }
-__device__ __forceinline__ float load(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void store(float& to, float x) { to = x; }
-__device__ __forceinline__ void store(double& to, double x) { to = x; }
-__device__ __forceinline__ void store(__half& to, float x) { to = __float2half_rn(x); }
-__device__ __forceinline__ void store(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
-
-// 16 bytes of T, moved by one instruction.
-template <typename T>
-struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(T);
-  T at[kSize];
-};
-
-template <typename T>
-__device__ __forceinline__ Vector<T> read_vector(const T* from) {
-  Vector<T> v;
-  *reinterpret_cast<int4*>(&v) = __ldcs(reinterpret_cast<const int4*>(from));
-  return v;
-}
 
 // Elements before the first 16-byte boundary.
 template <typename T>
@@ -229,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int j = 0; j < kSize; ++j) store(y.at[j], grad.template at<kCap>(x.at[j], start + j));
     }
-    *reinterpret_cast<int4*>(out + start) = *reinterpret_cast<const int4*>(&y);
+    write_vector(out + start, y);
   }
   // What no vector covers: head and tail in the first block, or this block's span of a row whose
   // output is aligned otherwise than its input.
@@ -248,25 +223,6 @@ __global__ void __launch_bounds__(kThreads)
 // ---- launch
 // --------------------------------------------------------------------------------------------------------
 
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
-  RL_CHECK(error == cudaSuccess, kernel, ": ", cudaGetErrorString(error));
-}
-
-template <typename F>
-void dispatch_float(ScalarType dtype, const F& body) {
-  if (dtype == ScalarType::Float) return body(float{});
-  if (dtype == ScalarType::BFloat16) return body(__nv_bfloat16{});
-  if (dtype == ScalarType::Half) return body(__half{});
-  body(double{});
-}
-
 std::tuple<Tensor, Tensor, Tensor> token_logprob_fwd(Tensor logits, Tensor targets,
                                                      std::optional<Tensor> row_temperature,
                                                      double temperature, double softcap,
@@ -284,12 +240,11 @@ std::tuple<Tensor, Tensor, Tensor> token_logprob_fwd(Tensor logits, Tensor targe
     using A = acc_t<T>;
     auto* kernel =
         softcap > 0 ? token_logprob_fwd_kernel<T, true> : token_logprob_fwd_kernel<T, false>;
-    kernel<<<static_cast<unsigned>(b.view.rows.count), kThreads, 0, current_stream(logits)>>>(
-        static_cast<const T*>(b.logits.const_data_ptr()), b.view,
-        static_cast<A*>(logprob.mutable_data_ptr()), static_cast<A*>(entropy.mutable_data_ptr()),
-        static_cast<A*>(stats.mutable_data_ptr()));
+    launch("token_logprob_fwd", kernel, static_cast<unsigned>(b.view.rows.count), kThreads, 0,
+           current_stream(logits), static_cast<const T*>(b.logits.const_data_ptr()), b.view,
+           static_cast<A*>(logprob.mutable_data_ptr()), static_cast<A*>(entropy.mutable_data_ptr()),
+           static_cast<A*>(stats.mutable_data_ptr()));
   });
-  check_launch("token_logprob_fwd");
   return {logprob, entropy, stats};
 }
 
@@ -317,13 +272,12 @@ void run_backward(const Batch& b, const std::optional<Tensor>& grad_logprob,
                     static_cast<unsigned>((rows.width + kSpan - 1) / kSpan));
     auto* kernel =
         b.view.softcap > 0 ? token_logprob_bwd_kernel<T, true> : token_logprob_bwd_kernel<T, false>;
-    kernel<<<grid, kThreads, 0, current_stream(b.logits)>>>(
-        static_cast<const T*>(b.logits.const_data_ptr()), b.view, upstream,
-        static_cast<const A*>(entropy.const_data_ptr()),
-        static_cast<const A*>(stats.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
-        out_rows);
+    launch("token_logprob_bwd", kernel, grid, kThreads, 0, current_stream(b.logits),
+           static_cast<const T*>(b.logits.const_data_ptr()), b.view, upstream,
+           static_cast<const A*>(entropy.const_data_ptr()),
+           static_cast<const A*>(stats.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
+           out_rows);
   });
-  check_launch("token_logprob_bwd");
 }
 
 Tensor token_logprob_bwd(std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_entropy,

@@ -7,9 +7,8 @@ Every stage runs as its own command would, with its section of the recipe; `out`
 """
 
 import json
-import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +17,7 @@ import numpy as np
 from fastrlhf import checkpoint, config, data, report
 from fastrlhf.demo import evaluate, labeler, restaurants
 from fastrlhf.errors import UserError
+from fastrlhf.folder import OutputFolder
 from fastrlhf.models import load_policy, load_tokenizer
 from fastrlhf.runtime import Runtime, RuntimeConfig
 from fastrlhf.sampler import HFSampler
@@ -26,6 +26,7 @@ from fastrlhf.tracking import LOG, Run
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
+MARK = "demo_config.yaml"
 SECTIONS = ("pretrain", "sft", "rl_init", "reward", "ppo", "ppo_ptx")
 
 
@@ -51,7 +52,12 @@ class DemoConfig(RuntimeConfig):
 
 def main(cfg: DemoConfig) -> dict:
     """Run the demo; writes `out`/report.json and `out`/report.html and returns the report's figures."""
-    out = _folder(cfg)
+    with _folder(cfg) as out:
+        config.save_resolved(cfg, out / MARK)
+        return _run(cfg, out)
+
+
+def _run(cfg: DemoConfig, out: Path) -> dict:
     runtime = Runtime(cfg)
     clock = Clock(cfg)
     base = str(HERE / "base")
@@ -152,13 +158,10 @@ class Clock:
         return rows
 
 
-def _folder(cfg: DemoConfig) -> Path:
-    out = Path(cfg.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not cfg.overwrite:
-            raise UserError(f"out {cfg.out!r} holds another run; give --overwrite to replace it")
-        if not (out / "demo_config.yaml").is_file():
-            raise UserError(f"out {cfg.out!r} holds files that no demo wrote; give an empty folder")
+def _folder(cfg: DemoConfig) -> OutputFolder:
+    # Not taken yet: every mistake in the settings must show before an old run is replaced.
+    config.check_ranges(cfg)
+    folder = OutputFolder(cfg.out, MARK, overwrite=cfg.overwrite, inputs=asdict(cfg))
     if not 2 <= cfg.completions_low <= cfg.completions_high:
         raise UserError(
             f"completions_low and completions_high: expected 2 <= low <= high, "
@@ -171,11 +174,9 @@ def _folder(cfg: DemoConfig) -> Path:
     if cfg.rankings:
         data.read_rankings(cfg.rankings)
     for section in SECTIONS:  # a recipe with a mistake must not be found out half-way
-        _config(cfg, section, "")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
-    config.save_resolved(cfg, out / "demo_config.yaml")
-    return out
+        if section != "pretrain" or cfg.from_scratch:
+            _config(cfg, section, "")
+    return folder
 
 
 def _config(cfg: DemoConfig, section: str, out: str, **paths):

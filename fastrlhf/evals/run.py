@@ -211,17 +211,42 @@ def main(cfg: EvalConfig) -> dict:
     return result
 
 
+# What a figure means, by the part of its name before the slash.
+MEANING = {
+    "finished": "share of completions that end with EOS",
+    "length": "tokens a completion, EOS included",
+    "bleu": "against the prompts' human completions",
+    "coverage": "share of the prompts' slots that are kept",
+    "missing": "slots missing a completion",
+    "invented": "slots invented a completion",
+    "errors": "missing + invented a completion",
+    "error_rate": "errors a slot of the prompt",
+    "perfect": "share of completions without an error",
+    "value": "the judge's value",
+    "win_rate": "judged better than the baseline, ties half",
+    "error_change": "errors relative to the baseline: -0.3 is 30 % fewer",
+    "kl": "nats a completion, to the baseline",
+    "reward": "mean score of the reward model",
+    "text_loss": "nats a token",
+    "text_loss_change": "nats a token, minus the baseline's",
+    "pair_accuracy": "share of strict pairs ordered as ranked",
+    "pair_longer": "the same for 'longer wins'",
+}
+
+
 def _print(cfg: EvalConfig, result: dict, samples: Sequence[dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     table = Table(title=f"evaluation of {cfg.model}")
-    for column in ("figure", "value", "95 % interval", "n"):
-        table.add_column(column, justify="left" if column == "figure" else "right")
+    table.caption = "n: prompts or text windows that the interval is over"
+    for column in ("figure", "value", "95 % interval", "n", "meaning"):
+        table.add_column(column, justify="left" if column in ("figure", "meaning") else "right")
     for name, found in result.items():
         interval = f"{found['low']:.4g} to {found['high']:.4g}"
-        table.add_row(name, f"{found['mean']:.4g}", interval, str(found["n"]))
+        meaning = MEANING.get(name.partition("/")[0], "")
+        table.add_row(name, f"{found['mean']:.4g}", interval, str(found["n"]), meaning)
     console.print(table)
     for row in samples[: 3 * cfg.samples : cfg.samples]:
         console.print(f"{row['prompt']} [bold]{row['completion']}[/]", highlight=False)

@@ -78,3 +78,24 @@ def cu_seqlens(op: str, value: object, tokens: int, device: torch.device) -> tor
                 f"{' ...' if len(ends) > 8 else ''}"
             )
     return value.contiguous()
+
+
+def overwritable(logits: torch.Tensor) -> bool:
+    """Whether a backward may write the gradient of [..., V] logits over them.
+
+    Not where rows share memory (an expanded view), nor in layouts that the kernels copy before they
+    read (more than two row strides, or a last stride that is not 1).
+    """
+    *row_sizes, width = logits.shape
+    *row_strides, last = logits.stride()
+    if width > 1 and last != 1:
+        return False
+    row_axes, end, merges_at = 0, width, None
+    for size, stride in zip(reversed(row_sizes), reversed(row_strides), strict=True):
+        if size == 1:
+            continue
+        if stride < end:
+            return False
+        row_axes += stride != merges_at
+        end = merges_at = stride * size
+    return row_axes <= 2

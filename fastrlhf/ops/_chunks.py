@@ -52,7 +52,7 @@ class Operands:
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None):
         self.acc = acc_dtype(torch.promote_types(hidden.dtype, weight.dtype))
         self.tensor_cores = hidden.is_cuda and hidden.dtype == weight.dtype != self.acc
-        self.hidden = hidden.reshape(-1, hidden.shape[-1])
+        self.hidden = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
         self.weight = weight if self.tensor_cores else weight.to(self.acc)
         self.bias = None if bias is None else bias.to(self.acc)
         self.index = index
@@ -118,8 +118,8 @@ class Gradients:
             self.bias.add_(dlogits.sum(0))
         self._first = False
 
-    def finish(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-        """(dX, dW, db) like the parameters, each rounded once; empty where not needed."""
+    def finish(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype_of) -> list[Tensor]:
+        """(dX, dW, db) shaped as the parameters, of `dtype_of(parameter)`; empty where not needed."""
         if self._first and self.weight is not None:
             self.weight.zero_()
         out = []
@@ -127,7 +127,7 @@ class Gradients:
             if grad is None:
                 out.append(hidden.new_empty(0))
             else:
-                out.append(grad.to(like.dtype).reshape(like.shape))
+                out.append(grad.to(dtype_of(like)).reshape(like.shape))
         return out
 
 

@@ -74,8 +74,9 @@ def gae(
                 bootstrap=bootstrap,
                 whiten=whiten,
             )
+        arguments = (rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten)
         op = torch.ops.fastrlhf.gae_triton if chosen == "triton" else torch.ops.fastrlhf.gae
-        return op(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten)
+        return op(*arguments).unbind()
 
 
 def check(op, first, like, values, gamma, lam, whiten):
@@ -89,7 +90,7 @@ def check(op, first, like, values, gamma, lam, whiten):
 
 
 def _fake(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten):
-    return _sequence.empty_tokens(rewards), _sequence.empty_tokens(rewards)
+    return _sequence.empty_stacked(rewards, 2)
 
 
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
@@ -106,7 +107,7 @@ def _triton(
     mask: Tensor | None,
     bootstrap: Tensor | None,
     whiten: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     from fastrlhf.kernels import gae as kernels  # imported when the op first runs
 
     return kernels.forward(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten)

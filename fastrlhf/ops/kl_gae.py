@@ -94,12 +94,12 @@ def kl_gae(
                 whiten,
                 cu_seqlens,
                 mask,
-            )
+            ).unbind()
         )
 
 
 def _fake(logprob, *rest):
-    return tuple(_sequence.empty_tokens(logprob) for _ in KLGAEOutput._fields)
+    return _sequence.empty_stacked(logprob, len(KLGAEOutput._fields))
 
 
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
@@ -119,7 +119,7 @@ def _triton(
     whiten: bool,
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Tensor:
     from fastrlhf.kernels import kl_gae as kernels  # imported when the op first runs
 
     rewarded = (logprob, ref_logprob, score, values, beta, estimator)

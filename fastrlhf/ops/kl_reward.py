@@ -75,9 +75,10 @@ def kl_reward(
                 cu_seqlens=cu_seqlens,
                 mask=mask,
             )
+        arguments = (logprob, ref_logprob, score, beta, index, cu_seqlens, mask)
         ops = torch.ops.fastrlhf
         op = ops.kl_reward_triton if chosen == "triton" else ops.kl_reward
-        return op(logprob, ref_logprob, score, beta, index, cu_seqlens, mask)
+        return op(*arguments).unbind()
 
 
 def check(op, logprob, ref_logprob, beta, estimator):
@@ -88,7 +89,7 @@ def check(op, logprob, ref_logprob, beta, estimator):
 
 
 def _fake(logprob, ref_logprob, score, beta, estimator, cu_seqlens, mask):
-    return _sequence.empty_tokens(logprob), _sequence.empty_tokens(logprob)
+    return _sequence.empty_stacked(logprob, 2)
 
 
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
@@ -104,7 +105,7 @@ def _triton(
     estimator: int,
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     from fastrlhf.kernels import kl_reward as kernels  # imported when the op first runs
 
     return kernels.forward(logprob, ref_logprob, score, beta, estimator, cu_seqlens, mask)

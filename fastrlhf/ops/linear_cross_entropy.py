@@ -5,6 +5,7 @@ Shapes: hidden [..., H] -> N rows, weight [V, H], bias [V], targets [...].
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastrlhf.ops import _backend, _checks, _chunks
 from fastrlhf.ops._rows import RowMaths
@@ -155,7 +156,7 @@ def linear_cross_entropy_fwd(
             g = upstream[: stop - start]
             maths.backward_(g, None, logits, y[rows], entropy, stats, row_t, row_m)
             grads.add(start, stop, x, logits)
-    return (total * row_scale, *grads.finish(hidden, weight, bias))
+    return (total * row_scale, *grads.finish(hidden, weight, bias, _kept_dtype))
 
 
 @linear_cross_entropy_fwd.register_fake
@@ -163,25 +164,32 @@ def _(hidden, weight, targets, bias, *rest):
     needs = rest[-3:]
     acc = _chunks.acc_dtype(torch.promote_types(hidden.dtype, weight.dtype))
     grads = [
-        like.new_empty(like.shape) if need else hidden.new_empty(0)
+        like.new_empty(like.shape, dtype=_kept_dtype(like)) if need else hidden.new_empty(0)
         for like, need in zip((hidden, weight, bias), needs, strict=True)
     ]
     return (hidden.new_empty((), dtype=acc), *grads)
 
 
+def _kept_dtype(like: Tensor) -> torch.dtype:
+    # fp16 ends at 65504: the gradient of a sum passes that before the upstream factor scales it down.
+    return torch.float32 if like.dtype == torch.float16 else like.dtype
+
+
 def _setup_context(ctx, inputs, output):
+    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in (0, 1, 3)]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
 
 
+@once_differentiable
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 14
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     grads = [
-        (saved * grad_loss).to(saved.dtype) if need else None
-        for saved, need in zip(ctx.saved_tensors, needs, strict=True)
+        (saved * grad_loss).to(dtype) if need else None
+        for saved, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, needs, strict=True)
     ]
     return (grads[0], grads[1], None, grads[2], *(None,) * 10)
 

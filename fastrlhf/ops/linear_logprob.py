@@ -96,6 +96,8 @@ def check_linear(op, hidden, weight, bias, workspace):
             f"{op}: weight must have shape (V, {width}) for hidden {tuple(hidden.shape)}; "
             f"got {tuple(weight.shape)}"
         )
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"{op}: hidden must have at least 1 feature; got {tuple(hidden.shape)}")
     _checks.same_device(op, "weight", weight, hidden.device)
     if bias is not None:
         _checks.float_tensor(op, "bias", bias)
@@ -239,7 +241,7 @@ def linear_logprob_bwd(
             None if m is None else m[rows],
         )
         grads.add(start, stop, x, logits)
-    return tuple(grads.finish(hidden, weight, bias))
+    return tuple(grads.finish(hidden, weight, bias, lambda like: like.dtype))
 
 
 def _active_rows(grad_logprob, grad_entropy, mask):

@@ -44,7 +44,8 @@ def token_logprob(
         return_entropy: also return H = -sum_j p_j log p_j, differentiable, at no extra read.
         inplace_backward: let the backward write the gradient over ``logits``, whose contents are
             then lost; a second backward through the graph raises. A licence, not an order: the
-            reference and torch.compile do not use it.
+            reference and torch.compile do not use it, nor do logits whose rows overlap or are
+            copied to be read.
         backend: see `fastrlhf.backends`.
 
     Returns:
@@ -72,7 +73,9 @@ def token_logprob(
             logits, targets, row_temperature, temperature, softcap, mask, return_entropy
         )
     # A compiled graph plans memory itself, and must not meet a hidden mutation.
-    inplace = inplace_backward and not torch.compiler.is_compiling()
+    inplace = (
+        inplace_backward and not torch.compiler.is_compiling() and _checks.overwritable(logits)
+    )
     ops = torch.ops.fastrlhf
     op = ops.token_logprob_triton_fwd if chosen == "triton" else ops.token_logprob_fwd
     arguments = (logits, targets, row_temperature, temperature, softcap, mask, inplace)

@@ -31,7 +31,7 @@ from fastrlhf.ops.ppo_loss import ppo_loss
 from fastrlhf.optim import EMA, OptimConfig, Optimizers, warm_constant
 from fastrlhf.runtime import Runtime, RuntimeConfig
 from fastrlhf.sampler import HFSampler
-from fastrlhf.steps import nll_backward
+from fastrlhf.steps import nll_backward, require_fit
 from fastrlhf.tracking import OutputConfig, Run
 
 HEADLINE = (
@@ -58,21 +58,25 @@ class PPOConfig(OptimConfig, RuntimeConfig, OutputConfig):
     text: str = ""  # pretraining text, needed when ptx_coef > 0
     iterations: int = 500
     batch: int = 512  # episodes an iteration
-    minibatch: int = 64
-    inner_epochs: int = 1
-    max_new_tokens: int = 1024
-    temperature: float = 1.0
-    lr: float = 5e-6
+    minibatch: int = 64  # episodes an optimizer step
+    inner_epochs: int = 1  # passes over an iteration's episodes
+    max_new_tokens: int = 1024  # of a response; prompt + response must fit the model's context
+    temperature: float = 1.0  # of sampling, and of every log-prob
+    lr: float = 5e-6  # of the policy; the paper scanned 2.55e-6 to 2.55e-5
     value_lr: float = 9e-6
-    warmup_iterations: int = 10
-    kl_coef: float = 0.02  # beta
-    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip: float = 0.2
-    dual_clip: float | None = None
-    value_clip: float | None = 0.2
-    whiten_advantages: bool = True
+    warmup_iterations: int = 10  # the learning rates rise from a tenth
+    kl_coef: float = 0.02  # beta: reward per nat of KL to the RL initialisation
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"  # of the KL in the reward
+    gamma: float = 1.0  # discount of GAE
+    lam: float = 0.95  # lambda of GAE; not in the paper: Stiennon et al. 2020
+    clip: float = 0.2  # of the ratio
+    dual_clip: float | None = (
+        None  # bound of the loss where the advantage is negative; not the paper's
+    )
+    value_clip: float | None = (
+        0.2  # of the value's move; not in the paper: its lineage's; null: off
+    )
+    whiten_advantages: bool = True  # over an iteration; not in the paper: its lineage's
     scale_reward: bool = False  # divide the score by its spread on the training comparisons
     missing_eos_score: float | None = None  # what a response without EOS earns instead of its score
     ptx_coef: float = 0.0  # gamma_ptx; paper: 27.8
@@ -89,17 +93,16 @@ def main(cfg: PPOConfig, labeler: Labeler | None = None) -> dict:
     """
     runtime = Runtime(cfg)
     _check(cfg, runtime)
-    with Run(cfg, "ppo", runtime, HEADLINE) as run:
+    with Run(cfg, "ppo", runtime, HEADLINE, extendable=("iterations",)) as run:
         trainer = Trainer(cfg, runtime, labeler)
         first = run.begin(cfg.iterations)
         if run.state:
             trainer.load_state_dict(run.state)
-        metrics: dict[str, float] = {}
         for iteration in range(first, cfg.iterations):
             metrics = trainer.iterate(iteration, run)
             run.log(iteration + 1, metrics)
             run.checkpoint(iteration + 1, trainer.state_dict)
-        return trainer.finish(run, metrics)
+        return trainer.finish(run)
 
 
 class Trainer:
@@ -134,10 +137,19 @@ class Trainer:
         self.order = data.Shuffle(len(self.prompts), cfg.seed)
         self.windows: list[data.Example] = []
         if cfg.ptx_coef > 0:
+            length = data.window_length(cfg.ptx_length, context, "ptx_length")
             documents = data.read_text(cfg.text)
             self.windows = data.text_windows(
-                documents, self.tokenizer, cfg.ptx_length or context, f"text {cfg.text!r}"
+                documents, self.tokenizer, length, f"text {cfg.text!r}"
             )
+        longest = [len(p) + cfg.max_new_tokens for p in self.prompts]
+        require_fit(longest, cfg.max_tokens, "prompts + max_new_tokens")
+        if max(longest) > context_length(self.reward.config):
+            raise UserError(
+                f"reward_model {cfg.reward_model!r}: its context holds "
+                f"{context_length(self.reward.config)} tokens, prompts + max_new_tokens reach {max(longest)}"
+            )
+        require_fit([len(w.tokens) for w in self.windows], cfg.max_tokens, "text windows")
         self.text_order = data.Shuffle(max(1, len(self.windows)), cfg.seed + 1)
 
         self.optimizer = Optimizers(self.policy, cfg)
@@ -331,16 +343,15 @@ class Trainer:
             self.ema.shadow = [t.to(self.runtime.device) for t in state["ema"]]
         self.order.cursor, self.text_order.cursor = state["cursors"]
 
-    def finish(self, run: Run, metrics: dict[str, float]) -> dict:
+    def finish(self, run: Run) -> dict:
         """Write the averaged policy and the value model."""
         if self.ema is not None:
             self.ema.copy_to(self.policy)
         if self.runtime.is_main:
-            self.value.model.save_pretrained(run.out / "value")
-            self.tokenizer.save_pretrained(run.out / "value")
+            run.save_model(self.value.model, self.tokenizer, run.out / "value")
         kept = ("reward/rm", "reward/labeler", "kl/reference", "ptx/loss")
         return run.finish(
-            self.policy.lm, self.tokenizer, {k: metrics[k] for k in kept if k in metrics}
+            self.policy.lm, self.tokenizer, {k: run.last[k] for k in kept if k in run.last}
         )
 
 
@@ -356,8 +367,6 @@ def _check(cfg: PPOConfig, runtime: Runtime) -> None:
         raise UserError("ptx_coef > 0 needs text: expected a file of pretraining text, got nothing")
     if cfg.temperature <= 0:
         raise UserError(f"temperature: expected a positive number, got {cfg.temperature}")
-    if cfg.iterations < 1 or cfg.minibatch < 1 or cfg.batch < 1:
-        raise UserError("iterations, batch and minibatch: expected positive numbers")
     if cfg.batch % cfg.minibatch or cfg.minibatch % runtime.world:
         raise UserError(
             f"batch {cfg.batch} must be a multiple of minibatch {cfg.minibatch}, "

@@ -17,7 +17,7 @@ from fastrlhf.errors import UserError
 from fastrlhf.models import check_vocabulary, load_tokenizer, policy_from_config
 from fastrlhf.optim import OptimConfig, Optimizers, cosine
 from fastrlhf.runtime import PRECISIONS, Runtime, RuntimeConfig
-from fastrlhf.steps import mean_nll, nll_backward
+from fastrlhf.steps import mean_nll, nll_backward, require_fit
 from fastrlhf.tracking import OutputConfig, Run
 
 EOS, PAD = "<|end|>", "<|pad|>"
@@ -43,8 +43,8 @@ class PretrainConfig(OptimConfig, RuntimeConfig, OutputConfig):
     steps: int = 1000
     batch: int = 32  # windows of `context` tokens a step
     max_tokens: int = 8192  # of a micro-batch
-    warmup: int = 20
-    lr_floor: float = 0.1
+    warmup: int = 20  # steps
+    lr_floor: float = 0.1  # of lr, where the cosine ends
     save_precision: Literal["fp32", "bf16"] = "fp32"  # of the final weights; bf16 halves the file
 
 
@@ -64,6 +64,7 @@ def main(cfg: PretrainConfig) -> dict:
             valid = data.text_windows(
                 data.read_text(cfg.valid_text), tokenizer, cfg.context, f"text {cfg.valid_text!r}"
             )
+        require_fit([cfg.context], cfg.max_tokens, "windows (context)")
         policy = policy_from_config(_llama(cfg, tokenizer), runtime, cfg.backend)
         check_vocabulary(tokenizer, policy.lm, "pretrain")
         optimizer = Optimizers(policy, cfg)
@@ -95,7 +96,7 @@ def main(cfg: PretrainConfig) -> dict:
             )
 
         summary = {
-            "train/loss": metrics["train/loss"],
+            "train/loss": run.last["train/loss"],
             "tokens": cfg.steps * cfg.batch * cfg.context,
         }
         if valid:
@@ -158,14 +159,17 @@ def _train_tokenizer(cfg: PretrainConfig, documents: list[str]) -> PreTrainedTok
         eos_token=EOS,
         pad_token=PAD,
         additional_special_tokens=cfg.special_tokens,
+        model_max_length=cfg.context,
+        padding_side="left",  # for other people's batched generate; nothing here pads
         clean_up_tokenization_spaces=False,
     )
 
 
 def _llama(cfg: PretrainConfig, tokenizer) -> LlamaConfig:
-    if cfg.hidden_size % cfg.heads:
+    if cfg.hidden_size % (2 * cfg.heads):
         raise UserError(
-            f"hidden_size: expected a multiple of heads={cfg.heads}, got {cfg.hidden_size}"
+            f"hidden_size: expected a multiple of 2 * heads = {2 * cfg.heads} (rotary embeddings "
+            f"turn pairs), got {cfg.hidden_size}"
         )
     return LlamaConfig(
         vocab_size=len(tokenizer),

@@ -25,7 +25,7 @@ from fastrlhf.ops.ranking_loss import ranking_loss
 from fastrlhf.optim import OptimConfig, Optimizers, cosine
 from fastrlhf.packing import collate
 from fastrlhf.runtime import Runtime, RuntimeConfig
-from fastrlhf.steps import micro_batches, score_sequences
+from fastrlhf.steps import micro_batches, require_fit, score_sequences
 from fastrlhf.tracking import OutputConfig, Run
 
 
@@ -35,14 +35,14 @@ class RewardConfig(OptimConfig, RuntimeConfig, OutputConfig):
 
     model: str = ""  # folder of the model whose body the reward model starts from
     rankings: str = ""  # JSONL: prompt, completions, ranks (1 = best, ties allowed)
-    valid_rankings: str = ""
+    valid_rankings: str = ""  # held-out rankings: pair accuracy at the end
     demonstrations: str = ""  # JSONL: prompt, completion; their mean score becomes 0
     lr: float = 9e-6
     epochs: int = 1  # more than one overfits
     batch: int = 64  # prompts a step, each with all its completions
     max_tokens: int = 16384  # of a micro-batch; a prompt's completions stay together
-    warmup: int = 0
-    lr_floor: float = 0.1
+    warmup: int = 0  # steps
+    lr_floor: float = 0.1  # of lr, where the cosine ends
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,9 @@ def main(cfg: RewardConfig) -> dict:
             raise UserError(
                 f"rankings {cfg.rankings!r}: every prompt is all ties; there is nothing to learn from"
             )
+        together = [sum(map(len, c.sequences)) for c in (*usable, *(valid or ()))]
+        require_fit(together, cfg.max_tokens, "the prompts' completions together")
+        require_fit([len(x) for x in demos], cfg.max_tokens, "demonstrations")
         steps = max(1, cfg.epochs * len(usable) // cfg.batch)
         optimizer = Optimizers(scorer, cfg)
         order = data.Shuffle(len(usable), cfg.seed)
@@ -110,8 +113,8 @@ def main(cfg: RewardConfig) -> dict:
 
         module.eval()
         summary = {
-            "train/loss": loss,
-            "train/accuracy": accuracy,
+            "train/loss": run.last["train/loss"],
+            "train/accuracy": run.last["train/accuracy"],
             "prompts": len(usable),
             "all_ties": len(train) - len(usable),
         }

@@ -19,7 +19,7 @@ from fastrlhf.models import (
 )
 from fastrlhf.optim import OptimConfig, Optimizers, cosine
 from fastrlhf.runtime import Runtime, RuntimeConfig
-from fastrlhf.steps import mean_nll, nll_backward
+from fastrlhf.steps import mean_nll, nll_backward, require_fit
 from fastrlhf.tracking import OutputConfig, Run
 
 
@@ -29,20 +29,20 @@ class SFTConfig(OptimConfig, RuntimeConfig, OutputConfig):
 
     model: str = ""  # folder of the base model
     demonstrations: str = ""  # JSONL: prompt, completion
-    valid_demonstrations: str = ""
+    valid_demonstrations: str = ""  # held-out demonstrations: loss at the end
     text: str = ""  # pretraining text for `pretrain_mix`
     pretrain_mix: float = (
         0.0  # share of a batch's sequences that is pretraining text (0.1 for the RL initialisation)
     )
     pretrain_length: int = 0  # tokens of a pretraining sequence; 0: the model's context
     lr: float = 9.65e-6
-    epochs: float = 16.0
+    epochs: float = 16.0  # passes over the demonstrations
     batch: int = 32  # demonstrations a step
     max_tokens: int = 8192  # of a micro-batch
-    warmup: int = 0
-    lr_floor: float = 0.1
-    dropout: float = 0.2
-    loss_on: Literal["response", "full"] = "response"
+    warmup: int = 0  # steps
+    lr_floor: float = 0.1  # of lr, where the cosine ends
+    dropout: float = 0.2  # residual
+    loss_on: Literal["response", "full"] = "response"  # full: on the prompt too; not in the paper
 
 
 def main(cfg: SFTConfig) -> dict:
@@ -63,10 +63,16 @@ def main(cfg: SFTConfig) -> dict:
         )
         windows = []
         if cfg.pretrain_mix > 0:
-            length = cfg.pretrain_length or context
+            length = data.window_length(cfg.pretrain_length, context, "pretrain_length")
             windows = data.text_windows(
                 data.read_text(cfg.text), tokenizer, length, f"text {cfg.text!r}"
             )
+        for part, what in (
+            (examples, "demonstrations"),
+            (valid, "valid_demonstrations"),
+            (windows, "text"),
+        ):
+            require_fit([len(e.tokens) for e in part or []], cfg.max_tokens, what)
         mixed = round(cfg.batch * cfg.pretrain_mix / (1 - cfg.pretrain_mix))
         steps = max(1, math.ceil(cfg.epochs * len(examples) / cfg.batch))
         optimizer = Optimizers(policy, cfg)
@@ -105,7 +111,7 @@ def main(cfg: SFTConfig) -> dict:
             )
 
         summary = {
-            "train/loss": metrics["train/loss"],
+            "train/loss": run.last["train/loss"],
             "steps": steps,
             "demonstrations": len(examples),
         }
@@ -125,10 +131,6 @@ def _check(cfg: SFTConfig) -> None:
     if cfg.pretrain_mix > 0 and not cfg.text:
         raise UserError(
             "pretrain_mix > 0 needs text: expected a file of pretraining text, got nothing"
-        )
-    if cfg.epochs <= 0 or cfg.batch < 1:
-        raise UserError(
-            f"epochs and batch: expected positive numbers, got {cfg.epochs} and {cfg.batch}"
         )
 
 

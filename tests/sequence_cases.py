@@ -43,6 +43,39 @@ def anywhere(function):
     return call
 
 
+def interpreted(backend):
+    """Whether Triton's interpreter runs it: about 5 ms a sequence."""
+    return backend == "triton" and DEVICE["triton"] == "cpu"
+
+
+@contextlib.contextmanager
+def triton_launches():
+    """The names of the Triton kernels that are launched inside."""
+    from fastrlhf.kernels import masked_whiten
+
+    kind, names = type(masked_whiten.masked_whiten_kernel), []
+    run = kind.run
+
+    def recording(self, *args, **kwargs):
+        names.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    kind.run = recording
+    try:
+        yield names
+    finally:
+        kind.run = run
+
+
+def opcheck(name, backend, arguments):
+    """torch.library.opcheck of the op `name` as `backend` has it."""
+    to = functools.partial(torch.Tensor.to, device=DEVICE[backend])
+    half = "_fwd" if name.endswith("_loss") else ""
+    name += ("_triton" if backend == "triton" else "") + half
+    op = getattr(torch.ops.fastrlhf, name)
+    torch.library.opcheck(op.default, tree_map_only(torch.Tensor, to, arguments))
+
+
 def at(backend, arguments):
     """The same arguments with their tensors where `backend` runs."""
     return tree_map_only(torch.Tensor, lambda x: x.to(DEVICE[backend]), arguments)

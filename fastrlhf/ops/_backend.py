@@ -45,6 +45,12 @@ _TRITON_KERNELS = {
     "token_logprob": "token_logprob",
     "linear_logprob": "token_logprob",
     "linear_cross_entropy": "token_logprob",
+    "kl_reward": "kl_reward",
+    "gae": "gae",
+    "kl_gae": "kl_gae",
+    "masked_whiten": "masked_whiten",
+    "ppo_loss": "ppo_loss",
+    "ranking_loss": "ranking_loss",
 }
 
 

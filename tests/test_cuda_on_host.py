@@ -41,13 +41,15 @@ def run(library, *command):
 
 
 @pytest.fixture(scope="module")
-def library():
-    return build.build([*SOURCES, FAULTS], jobs=os.cpu_count())
+def libraries():
+    return build.build_all([*SOURCES, FAULTS], jobs=os.cpu_count())
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
-def test_kernels(source, library):
+def test_kernels(source, libraries):
     assert op_tests(source).is_file(), f"{source.name} needs a test of its op, {op_tests(source)}"
+    library = libraries[source]
+    assert isinstance(library, Path), library
     # Not --capture=fd: the sanitizer's report must not die with the process.
     options = ("-p", "shim_plugin", "-p", "no:cacheprovider", "--capture=sys", "-q", "-x")
     done = run(library, "-m", "pytest", *options, op_tests(source))
@@ -82,7 +84,9 @@ POISONED = {"unwritten shared": slice(0, 64, 2), "unwritten tensor": slice(0, 61
 
 
 @pytest.fixture(scope="module")
-def faults(library):
+def faults(libraries):
+    library = libraries[FAULTS]
+    assert isinstance(library, Path), library
     done = run(library, ROOT / "tests" / "host_shim" / "try_faults.py", "sound", *SEEN, *POISONED)
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout)
@@ -114,8 +118,21 @@ def test_what_nobody_wrote_is_nan(kind, faults):
     ("source", "rewritten"),
     [
         ("#if __CUDA_ARCH__ >= 900", "#if SHIM_CUDA_ARCH >= 900"),
-        ("STABLE_TORCH_LIBRARY_IMPL(fastrlhf, CUDA, m)", "STABLE_TORCH_LIBRARY_IMPL(fastrlhf, CPU, m)"),
-        ("extern __shared__ float x[];", "float* x = static_cast<float*>(::shim::dynamic_shared());"),
+        (
+            "STABLE_TORCH_LIBRARY_IMPL(fastrlhf, CUDA, m)",
+            "STABLE_TORCH_LIBRARY_IMPL(fastrlhf, CPU, m)",
+        ),
+        (
+            "__shared__ Pair<A, B> x[2][3], y;",
+            "typedef Pair<A, B> x_shared_t[2][3]; static const char x_site = 0; x_shared_t& x = "
+            "*static_cast<x_shared_t*>(::shim::shared(&x_site, sizeof(x_shared_t))); "
+            "typedef Pair<A, B> y_shared_t; static const char y_site = 0; y_shared_t& y = "
+            "*static_cast<y_shared_t*>(::shim::shared(&y_site, sizeof(y_shared_t)));",
+        ),
+        (
+            "extern __shared__ float x[];",
+            "float* x = static_cast<float*>(::shim::dynamic_shared());",
+        ),
         (
             "__global__ void __launch_bounds__(kWarps * (32))\n f_kernel(int a) { b(); }",
             " void __launch_bounds__(kWarps * (32))\n f_kernel(int a) "

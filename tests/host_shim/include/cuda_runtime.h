@@ -191,6 +191,8 @@ T __reduce_min_sync(unsigned mask, T value, SHIM_AT) {
 #define __log2f(x) ::log2f(x)
 #define __powf(x, y) ::powf(x, y)
 #define __fdividef(x, y) ((x) / (y))
+// The one PTX instruction in use, see build.py: subnormal results are 0.
+inline float shim_ex2_ftz(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
@@ -213,15 +215,30 @@ using std::min;
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout,
+};
+enum { cudaSharedmemCarveoutMaxShared = 100 };
+struct cudaFuncAttributes {
+  int ptxVersion, binaryVersion;
+  size_t sharedSizeBytes;  // of the static variables; unknown here, and 0
+};
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
-  int id;
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -245,22 +262,36 @@ inline const char* cudaGetErrorString(cudaError_t error) {
                                           : "invalid configuration argument";
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-// An A100 with few multiprocessors: grids sized by them stay small, and have more than one block.
+// An sm_75 with few multiprocessors (grids sized by them stay small, yet have more than one block)
+// and the shared memory of an A100.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? 3
-           : attribute == cudaDevAttrComputeCapabilityMajor ? 8
-           : attribute == cudaDevAttrComputeCapabilityMinor ? 0
-                                                            : shim::kSharedOptIn;
-  return cudaSuccess;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      return *value = 3, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      return *value = 7, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      return *value = 5, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      return *value = shim::kSharedOptIn, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      return *value = shim::kSharedOptIn + 1024, cudaSuccess;
+  }
+  return shim::last_error = cudaErrorInvalidValue;
+}
+template <typename K>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, K*) {
+  return *attributes = {75, 75, 0}, cudaSuccess;
 }
 template <typename K>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, K, int, size_t) {
   return *blocks = 1, cudaSuccess;
 }
 template <typename K>
-cudaError_t cudaFuncSetAttribute(K* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes > shim::kSharedOptIn) return shim::last_error = cudaErrorInvalidValue;
-  shim::dynamic_limit[reinterpret_cast<const void*>(kernel)] = bytes;
+cudaError_t cudaFuncSetAttribute(K* kernel, cudaFuncAttribute which, int value) {
+  if (which != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (value > shim::kSharedOptIn) return shim::last_error = cudaErrorInvalidValue;
+  shim::dynamic_limit[reinterpret_cast<const void*>(kernel)] = value;
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* at, int byte, size_t bytes, cudaStream_t) {
@@ -270,7 +301,7 @@ inline cudaError_t cudaMemsetAsync(void* at, int byte, size_t bytes, cudaStream_
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
-  if (config->numAttrs) throw std::runtime_error("host shim: no launch attributes (clusters)");
+  if (config->numAttrs) throw std::runtime_error("host shim: no clusters here");
   const dim3 grid = config->gridDim, block = config->blockDim;
   const auto limit = shim::dynamic_limit.find(reinterpret_cast<const void*>(kernel));
   const size_t most = limit == shim::dynamic_limit.end() ? 48 << 10 : limit->second;

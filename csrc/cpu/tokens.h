@@ -11,7 +11,7 @@
 #include <memory>
 
 #include "../checks.h"
-#include "../rl_math.h"
+#include "../sequence_math.h"
 
 namespace rl {
 

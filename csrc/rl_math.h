@@ -247,7 +247,7 @@ RL_HD PolicyTerm<A> policy_term(A logprob, A old_logprob, A advantage, A low, A 
   const A ratio = exp_clamped(log_ratio);
   const A unclipped = -advantage * ratio;
   const A clipped = -advantage * clamp(ratio, low, high);
-  const A bound = advantage < A(0) ? -advantage * dual_clip : std::numeric_limits<A>::infinity();
+  const A bound = advantage < A(0) ? -advantage * dual_clip : A(INFINITY);
   const A larger = clipped > unclipped ? clipped : unclipped;
   const A inside = clipped > unclipped ? A(0) : unclipped;
   const A free = bound < larger ? A(0) : inside;

@@ -5,19 +5,47 @@ layout with the package.
 """
 
 import contextlib
+import functools
 import math
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
+import logit_cases
+from logit_cases import DEVICE
+
+FUSED = ("cpu", "triton", "cuda")
+CPP = ("cpu", "cuda")  # the backends that are one C++ op on two devices
 BACKENDS = ("reference", "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The lengths meet the edges of the C++ kernels: chunks of 256 steps, blocks of 1024, eight lanes.
 LENGTHS = (5, 1, 0, 300, 256, 0, 257, 31, 2, 1, 1030, 64, 7, 513, 3, 0)
 
 
-def each_backend():
-    return pytest.mark.parametrize("backend", BACKENDS)
+def each_backend(op=None, names=("reference", *FUSED)):
+    if op is None:
+        return pytest.mark.parametrize("backend", BACKENDS)
+    return logit_cases.each_backend(op, names)
+
+
+def anywhere(function):
+    """`function` with its tensors moved to where `backend` runs, and its results moved back."""
+
+    @functools.wraps(function)
+    def call(*args, backend="auto", **kwargs):
+        device = DEVICE.get(backend, "cpu") if torch.cuda.is_available() else "cpu"
+        if device != "cpu":
+            args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to(device), (args, kwargs))
+        out = function(*args, backend=backend, **kwargs)
+        return out if device == "cpu" else tree_map_only(torch.Tensor, lambda x: x.cpu(), out)
+
+    return call
+
+
+def at(backend, arguments):
+    """The same arguments with their tensors where `backend` runs."""
+    return tree_map_only(torch.Tensor, lambda x: x.to(DEVICE[backend]), arguments)
 
 
 def cu_of(lengths):

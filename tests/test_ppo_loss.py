@@ -11,90 +11,20 @@ import sequence_cases as cases
 from fastrlhf import PPOLossOutput, ppo_loss, reference
 from fastrlhf.ops import _backend
 from fastrlhf.ops.ppo_loss import METRICS
+from ppo_cases import NAMES, TRAINED, batch, naive, run
 
 NAN = float("nan")
-NAMES = ("logprob", "old_logprob", "advantages", "values", "old_values", "returns", "entropy")
-TRAINED = ("logprob", "values", "entropy")
-
-
-def batch(shape, dtype=torch.float64, seed=0, spread=0.3):
-    """Tokens by name; log-ratios on both sides of the clip, advantages of both signs and of 0."""
-    draws = dict(zip(NAMES, cases.randn((7, *shape), seed), strict=True))
-    draws["old_logprob"] = draws["logprob"] + spread * draws["old_logprob"]
-    draws["old_values"] = draws["values"] + 0.3 * draws["old_values"]
-    draws["entropy"] = draws["entropy"].abs()
-    draws["advantages"].flatten()[::7] = 0.0
-    return {name: x.to(dtype) for name, x in draws.items()}
-
-
-def split(tensors):
-    """Positional and keyword tensors of a call, the trained ones as fresh leaves."""
-    leaves = {
-        name: x.detach().clone().requires_grad_() if name in TRAINED else x
-        for name, x in tensors.items()
-    }
-    positional = [leaves[name] for name in NAMES[:3]]
-    return positional, {n: leaves[n] for n in NAMES[3:] if n in leaves}, leaves
-
-
-def run(function, tensors, upstream=1.0, **options):
-    """(loss, metrics, gradients by name) with a given gradient of the loss."""
-    positional, keywords, leaves = split(tensors)
-    loss, metrics = function(*positional, **keywords, **options)
-    names = [name for name in TRAINED if name in tensors]
-    grads = torch.autograd.grad(loss * upstream, [leaves[name] for name in names])
-    return loss.detach(), metrics, dict(zip(names, grads, strict=True))
+each_backend = cases.each_backend("ppo_loss")
+fused = cases.each_backend("ppo_loss", cases.FUSED)
+each_cpp = cases.each_backend("ppo_loss", cases.CPP)
 
 
 def on(backend):
-    return lambda *tensors, **options: ppo_loss(*tensors, **options, backend=backend)
+    call = cases.anywhere(ppo_loss)
+    return lambda *tensors, **options: call(*tensors, **options, backend=backend)
 
 
-def naive(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef):
-    """The same from lists of floats: (loss, metrics, gradients)."""
-    kept = mask.flatten().nonzero().flatten().tolist()
-    count = max(len(kept), 1)
-    flat = {name: x.double().flatten().tolist() for name, x in tensors.items()}
-    grads = {name: torch.zeros(mask.numel(), dtype=torch.float64) for name in TRAINED}
-    sums, ratios, errors = dict.fromkeys(METRICS, 0.0), [], []
-    for i in kept:
-        log_ratio = flat["logprob"][i] - flat["old_logprob"][i]
-        ratio, advantage = math.exp(log_ratio), flat["advantages"][i]
-        clipped_ratio = min(max(ratio, 1 - clip), 1 + clip)
-        branches = [(-advantage * ratio, -advantage * ratio), (-advantage * clipped_ratio, 0.0)]
-        loss, grad = branches[1] if branches[1][0] > branches[0][0] else branches[0]
-        sums["clip_fraction"] += branches[1][0] > branches[0][0]
-        if dual_clip is not None and advantage < 0 and -advantage * dual_clip < loss:
-            loss, grad = -advantage * dual_clip, 0.0
-        sums["policy_loss"] += loss
-        grads["logprob"][i] = grad / count
-        sums["approx_kl"] += ratio - 1 - log_ratio
-        ratios.append(ratio)
-        value, target = flat["values"][i], flat["returns"][i]
-        old_value, half = flat["old_values"][i], 0.5 * (value - target) ** 2
-        errors.append(target - value)
-        grad = value - target
-        if value_clip is not None:
-            near = min(max(value, old_value - value_clip), old_value + value_clip)
-            if 0.5 * (near - target) ** 2 > half:
-                half, grad = 0.5 * (near - target) ** 2, 0.0
-                sums["value_clip_fraction"] += 1
-        sums["value_loss"] += half
-        grads["values"][i] = value_coef * grad / count
-        sums["entropy"] += flat["entropy"][i]
-        grads["entropy"][i] = -entropy_coef / count
-    metrics = {name: total / count for name, total in sums.items()}
-    metrics["ratio_mean"], metrics["ratio_max"] = sum(ratios) / count, max(ratios, default=0.0)
-    targets = torch.tensor([flat["returns"][i] for i in kept], dtype=torch.float64)
-    errors = torch.tensor(errors, dtype=torch.float64)
-    spread = float(targets.var(correction=0)) if kept else 0.0
-    noise = float(errors.var(correction=0)) if kept else 0.0
-    metrics["explained_variance"] = 1 - noise / spread if spread > 0 else 0.0
-    loss = metrics["policy_loss"] + value_coef * metrics["value_loss"]
-    return loss - entropy_coef * metrics["entropy"], metrics, grads
-
-
-@cases.each_backend()
+@each_backend
 @pytest.mark.parametrize("dual_clip", [None, 1.15])
 @pytest.mark.parametrize("value_clip", [None, 0.2])
 @pytest.mark.parametrize("clip", [0.1, 0.2, 1.5])
@@ -114,13 +44,14 @@ def test_equals_a_loop_over_floats(backend, dual_clip, value_clip, clip):
         assert torch.allclose(grad.flatten(), -1.7 * expected_grads[name], rtol=1e-11, atol=1e-15)
 
 
+@fused
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
-def test_error_at_most_twice_eager(dtype, masked):
+def test_error_at_most_twice_eager(backend, dtype, masked):
     tensors = batch((9, 500), dtype)
     options = {"entropy_coef": 0.01, "mask": cases.random_mask((9, 500), 3) if masked else None}
     upstream = 3.3
-    ours = run(on("cpu"), tensors, upstream, **options)
+    ours = run(on(backend), tensors, upstream, **options)
     eager = run(reference.ppo_loss, tensors, upstream, **options)
     doubles = {name: x.double() for name, x in tensors.items()}
     truth = run(reference.ppo_loss, doubles, upstream, **options)
@@ -145,7 +76,7 @@ def test_error_at_most_twice_eager(dtype, masked):
             assert torch.allclose(ours[2][name][safe].double(), truth[2][name][safe], **close)
 
 
-@cases.each_backend()
+@each_backend
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_the_edge_of_the_clip_takes_the_unclipped_branch(backend, sign):
     # Ratios around 1.25 and 0.75 in steps of one rounding; 1 +- clip is exact in fp32.
@@ -168,7 +99,7 @@ def test_the_edge_of_the_clip_takes_the_unclipped_branch(backend, sign):
     assert grads["values"].item() == 0.5 * (1.25 - 2.0)
 
 
-@cases.each_backend()
+@each_backend
 def test_ratio_is_exactly_one_on_policy(backend):
     logprob = cases.randn(5000, 1, torch.float32)
     tensors = {"logprob": logprob, "old_logprob": logprob, "advantages": torch.ones(5000)}
@@ -178,7 +109,7 @@ def test_ratio_is_exactly_one_on_policy(backend):
     assert loss == -1
 
 
-@cases.each_backend()
+@each_backend
 def test_a_wild_log_ratio_stays_finite(backend):
     tensors = {"logprob": torch.tensor([500.0, -500.0, 25.0]), "old_logprob": torch.zeros(3)}
     tensors["advantages"] = torch.tensor([-1.0, 1.0, 1.0])
@@ -187,7 +118,7 @@ def test_a_wild_log_ratio_stays_finite(backend):
     assert torch.equal(grads["logprob"], torch.zeros(3))  # beyond the clamp, or clipped
 
 
-@cases.each_backend()
+@each_backend
 def test_nan_shows_in_the_loss(backend):
     for name in set(NAMES) - {"old_values"}:
         tensors = batch((40,), torch.float32)
@@ -195,7 +126,7 @@ def test_nan_shows_in_the_loss(backend):
         assert run(on(backend), tensors, entropy_coef=0.1)[0].isnan(), name
 
 
-@cases.each_backend()
+@each_backend
 def test_nothing_behind_the_mask_is_used(backend):
     tensors, mask = batch((4, 300), torch.float32), cases.random_mask((4, 300), 1)
     clean = run(on(backend), tensors, mask=mask, entropy_coef=0.1)
@@ -209,7 +140,7 @@ def test_nothing_behind_the_mask_is_used(backend):
         assert (grad[~mask] == 0).all()
 
 
-@cases.each_backend()
+@each_backend
 def test_pad_columns_packing_and_order_change_nothing(backend):
     tensors, lengths = batch((sum(cases.LENGTHS),)), cases.LENGTHS
     packed = run(on(backend), tensors)
@@ -226,7 +157,7 @@ def test_pad_columns_packing_and_order_change_nothing(backend):
         assert torch.allclose(grad[order], shuffled[2][name], rtol=1e-13)
 
 
-@cases.each_backend()
+@each_backend
 def test_absent_tensors_leave_their_terms_out(backend):
     tensors = batch((50,), torch.float32)
     policy = {name: tensors[name] for name in NAMES[:3]}
@@ -244,7 +175,7 @@ def test_absent_tensors_leave_their_terms_out(backend):
     assert torch.equal(with_values[0], ignored[0])
 
 
-@cases.each_backend()
+@each_backend
 def test_empty_and_fully_masked(backend):
     full = batch((3, 4), torch.float32)
     nothing = torch.zeros(3, 4, dtype=torch.bool)
@@ -255,7 +186,7 @@ def test_empty_and_fully_masked(backend):
         assert all((grad == 0).all() for grad in grads.values())
 
 
-@cases.each_backend()
+@each_backend
 def test_constant_returns_explain_no_variance(backend):
     tensors = batch((9,), torch.float32)
     tensors["returns"] = torch.full((9,), 2.0)
@@ -265,33 +196,35 @@ def test_constant_returns_explain_no_variance(backend):
     assert run(on(backend), tensors)[1]["explained_variance"] == 1
 
 
-@cases.each_backend()
+@each_backend
 def test_only_the_trained_tensors_get_gradients(backend):
     tensors = {name: x.requires_grad_() for name, x in batch((6,), torch.float32).items()}
     positional = [tensors[name] for name in NAMES[:3]]
-    loss, _ = ppo_loss(*positional, **{n: tensors[n] for n in NAMES[3:]}, backend=backend)
+    loss, _ = on(backend)(*positional, **{n: tensors[n] for n in NAMES[3:]})
     loss.backward()
     assert {name for name, x in tensors.items() if x.grad is not None} == set(TRAINED)
-    loss, _ = ppo_loss(*(x.detach() for x in positional), backend=backend)
+    loss, _ = on(backend)(*(x.detach() for x in positional))
     assert not loss.requires_grad
     with torch.no_grad():
-        assert not ppo_loss(*positional, backend=backend).loss.requires_grad
+        assert not on(backend)(*positional).loss.requires_grad
 
 
-def test_gradient_of_the_gradient_is_refused():
+@each_cpp
+def test_gradient_of_the_gradient_is_refused(backend):
     x = torch.zeros(3, requires_grad=True)
-    loss = ppo_loss(x, torch.zeros(3), torch.ones(3), backend="cpu").loss
+    loss = on(backend)(x, torch.zeros(3), torch.ones(3)).loss
     (grad,) = torch.autograd.grad(loss * loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
-def test_gradcheck():
+@fused
+def test_gradcheck(backend):
     tensors = batch((23,))
     fixed = {name: x for name, x in tensors.items() if name not in TRAINED}
 
     def loss(logprob, values, entropy):
-        return ppo_loss(
+        return on(backend)(
             logprob,
             fixed["old_logprob"],
             fixed["advantages"],
@@ -301,18 +234,18 @@ def test_gradcheck():
             entropy=entropy,
             dual_clip=1.3,
             entropy_coef=0.1,
-            backend="cpu",
         ).loss
 
     torch.autograd.gradcheck(loss, [tensors[name].requires_grad_() for name in TRAINED])
 
 
-def test_layouts_threads_and_unwritten_memory():
+@fused
+def test_layouts_threads_and_unwritten_memory(backend):
     tensors, mask = batch((60, 900), torch.float32), cases.random_mask((60, 900), 1)
 
     def call(view=lambda x: x, view_mask=mask):
         loss, metrics, grads = run(
-            on("cpu"), {n: view(x) for n, x in tensors.items()}, mask=view_mask, entropy_coef=0.1
+            on(backend), {n: view(x) for n, x in tensors.items()}, mask=view_mask, entropy_coef=0.1
         )
         return [loss, *metrics.values(), *grads.values()]
 
@@ -329,13 +262,85 @@ def test_layouts_threads_and_unwritten_memory():
             assert torch.equal(a.flatten(), b.flatten())
 
 
-def test_compiles_without_a_graph_break():
+@each_backend
+@pytest.mark.parametrize("shape", [(70, 903), (65537,)])
+def test_every_dtype_beside_every_other(backend, shape):
+    """16-bit values are fp32 values: tensors of several dtypes and strides give the same bits."""
+    tensors, mask = batch(shape, torch.float32), cases.random_mask(shape, 1)
+    for turn in range(3):
+        mixed = {
+            name: cases.with_strides(x.to(cases.DTYPES[(i + turn) % 3])) if i % 2 else x
+            for i, (name, x) in enumerate(tensors.items())
+        }
+        wide = {name: x.float().contiguous() for name, x in mixed.items()}
+        ours = run(on(backend), mixed, mask=mask, entropy_coef=0.1)
+        other = run(on(backend), wide, mask=mask, entropy_coef=0.1)
+        assert torch.equal(ours[0], other[0])
+        assert all(torch.equal(ours[1][name], other[1][name]) for name in METRICS)
+        for name, grad in ours[2].items():
+            assert torch.equal(grad, other[2][name].to(mixed[name].dtype)), name
+
+
+@each_backend
+@pytest.mark.parametrize("tokens", [65536, 3 * 65536 + 5])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_long_batches_with_a_mask(backend, tokens, offset):
+    """The mask is counted in several slices, from any address; blocks take several tiles."""
+    tensors = {name: x[offset:] for name, x in batch((tokens + offset,), torch.float32).items()}
+    mask = cases.random_mask((tokens + offset,), 1, 0.3)[offset:]
+    ours = run(on(backend), tensors, mask=mask, entropy_coef=0.1)
+    doubles = {name: x.double() for name, x in tensors.items()}
+    truth = run(reference.ppo_loss, doubles, mask=mask, entropy_coef=0.1)
+    assert ours[0].item() == pytest.approx(truth[0].item(), rel=2e-6)
+    for name in METRICS:
+        assert ours[1][name].item() == pytest.approx(truth[1][name].item(), rel=2e-6), name
+    for name in TRAINED:
+        wrong = ~torch.isclose(ours[2][name].double(), truth[2][name], rtol=2e-5, atol=1e-12)
+        assert wrong.sum() <= 3, name  # a token on an edge of a clip may fall on the other side
+    kept = ours[2]["entropy"] != 0
+    assert torch.equal(kept, mask)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_graph_replays_and_streams_do_not_meet():
+    shape = (5, 40007)
+    inputs = [[x.cuda() for x in batch(shape, torch.float32, seed).values()] for seed in range(4)]
+    mask = cases.random_mask(shape, 1).cuda()
+
+    def call(tensors):
+        options = (mask, 0.2, math.inf, 0.2, 0.5, 0.01, True)
+        return torch.ops.fastrlhf.ppo_loss_fwd(*tensors, *options)
+
+    expected = [call(tensors) for tensors in inputs]
+    static = [x.clone() for x in inputs[0]]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = call(static)
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for stream, tensors, wanted in zip(streams, inputs, expected, strict=True):
+            with torch.cuda.stream(stream):
+                for a, b in zip(call(tensors), wanted, strict=True):
+                    assert torch.equal(a, b)
+        for tensors, wanted in zip(inputs, expected, strict=True):
+            for to, x in zip(static, tensors, strict=True):
+                to.copy_(x)
+            graph.replay()
+            for a, b in zip(replayed, wanted, strict=True):
+                assert torch.equal(a, b)
+
+
+@each_cpp
+def test_compiles_without_a_graph_break(backend):
     tensors, mask = batch((4, 30), torch.float32), cases.random_mask((4, 30), 1)
 
     def forward(mask, *values):
         named = dict(zip(NAMES[3:], values[3:], strict=True))
-        loss, metrics = ppo_loss(*values[:3], **named, mask=mask, entropy_coef=0.1, backend="cpu")
+        loss, metrics = ppo_loss(*values[:3], **named, mask=mask, entropy_coef=0.1, backend=backend)
         return [loss, *metrics.values()]
+
+    tensors, mask = cases.at(backend, (tensors, mask))
 
     cases.assert_compiles(forward, mask, *tensors.values())
     torch._dynamo.reset()
@@ -350,8 +355,9 @@ def test_compiles_without_a_graph_break():
         assert torch.equal(a, b)
 
 
-def test_opcheck():
-    tensors, mask = batch((3, 5), torch.float32), cases.random_mask((3, 5), 1)
+@each_cpp
+def test_opcheck(backend):
+    tensors, mask = cases.at(backend, (batch((3, 5), torch.float32), cases.random_mask((3, 5), 1)))
     arguments = [tensors[n].requires_grad_() if n in TRAINED else tensors[n] for n in NAMES]
     op = torch.ops.fastrlhf.ppo_loss_fwd.default
     rest = (mask, 0.2, 3.0, 0.2, 0.5, 0.01)
@@ -367,6 +373,7 @@ def test_says_which_backend_ran():
     assert _backend.calls["ppo_loss", "cpu"] == before + 1
 
 
+@fused
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 60),
@@ -376,11 +383,11 @@ def test_says_which_backend_ran():
     st.one_of(st.none(), st.floats(0.01, 2)),
     st.floats(0, 1),
 )
-def test_any_options(count, seed, clip, dual_clip, value_clip, keep):
+def test_any_options(backend, count, seed, clip, dual_clip, value_clip, keep):
     tensors, mask = batch((count,), seed=seed, spread=0.6), cases.random_mask((count,), seed, keep)
     options = {"clip": clip, "dual_clip": dual_clip, "value_clip": value_clip}
     options |= {"value_coef": 0.5, "entropy_coef": 0.1}
-    loss, _, grads = run(on("cpu"), tensors, mask=mask, **options)
+    loss, _, grads = run(on(backend), tensors, mask=mask, **options)
     expected, _, expected_grads = naive(tensors, mask, **options)
     assert loss.item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
     for name, grad in grads.items():

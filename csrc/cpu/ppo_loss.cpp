@@ -3,29 +3,14 @@
 // Each block of kBlock tokens leaves one Partial; partials are added in the order of the blocks, so
 // that the result does not depend on the number of threads. Only the mask is read beforehand, for
 // the number of tokens that normalises the gradients.
+#include "../ppo_loss.h"
+
 #include "whiten.h"
 
 namespace rl {
 namespace {
 
-enum Metric {
-  kPolicyLoss,
-  kApproxKl,
-  kClipFraction,
-  kRatioMean,
-  kRatioMax,
-  kValueLoss,
-  kValueClipFraction,
-  kExplainedVariance,
-  kEntropy,
-  kMetrics
-};
-
-struct Partial {
-  double sum[kMetrics] = {};  // kRatioMax holds the largest, kExplainedVariance is unused
-  Moments target;
-  Moments error;
-};
+using Partial = PpoSums<double>;
 
 // The tensors of one call, and where the gradients go (null: not wanted).
 template <typename A>
@@ -136,48 +121,25 @@ Partial sum_blocks(const Call<A>& call, const Mask& mask, int64_t tokens) {
     if (call.entropy.defined()) entropy_block(call, start, count, keep, partials[block]);
   });
   Partial all;
-  for (const Partial& partial : partials) {
-    const double ratio_max = std::max(all.sum[kRatioMax], partial.sum[kRatioMax]);
-    for (int i = 0; i < kMetrics; ++i) all.sum[i] += partial.sum[i];
-    all.sum[kRatioMax] = ratio_max;
-    all.target.merge(partial.target);
-    all.error.merge(partial.error);
-  }
+  for (const Partial& partial : partials) all.merge(partial);
   return all;
 }
 
-// -> loss [], metrics [kMetrics] fp32 in the order of Metric, and the gradients of logprob, values
-// and entropy, which have no elements where they are not wanted. `dual_clip` and `value_clip` are
-// infinity for none.
+// See PpoOutputs for what is returned. `dual_clip` and `value_clip` are infinity for none.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_fwd(
     const Tensor& logprob, const Tensor& old_logprob, const Tensor& advantages,
     const std::optional<Tensor>& values, const std::optional<Tensor>& old_values,
     const std::optional<Tensor>& returns, const std::optional<Tensor>& entropy,
     const std::optional<Tensor>& mask, double clip, double dual_clip, double value_clip,
     double value_coef, double entropy_coef, bool with_grad) {
+  const PpoInputs in{logprob, old_logprob, advantages, values, old_values, returns, entropy};
+  in.check();
   const int64_t tokens = logprob.numel();
-  const ScalarType dtype = acc_dtype(logprob.scalar_type());
-  for (const std::optional<Tensor>& t : {std::optional(old_logprob), std::optional(advantages),
-                                         values, old_values, returns, entropy}) {
-    RL_CHECK(!t.has_value() || t->numel() == tokens, "expected ", tokens, " tokens, got ",
-             t->numel());
-  }
-  RL_CHECK(!values.has_value() || returns.has_value(), "values need returns");
   const Mask keep(mask, tokens);
   const double normaliser = std::max<int64_t>(1, keep.count_kept(0, tokens));
-  const auto gradient = [&](bool wanted) {
-    return wanted && with_grad ? new_tokens(logprob) : empty_like_device(logprob, {0}, dtype);
-  };
-  Tensor grad_logprob = gradient(true);
-  Tensor grad_values = gradient(values.has_value());
-  Tensor grad_entropy = gradient(entropy.has_value());
-  Tensor loss = empty_like_device(logprob, {}, dtype);
-  Tensor metrics = empty_like_device(logprob, {kMetrics}, ScalarType::Float);
+  const PpoOutputs out(in, with_grad);
   with_acc(logprob, [&](auto zero) {
     using A = decltype(zero);
-    const auto address = [&](const Tensor& t, bool wanted) {
-      return wanted && with_grad ? static_cast<A*>(t.mutable_data_ptr()) : nullptr;
-    };
     const Call<A> call{Tokens(logprob),
                        Tokens(old_logprob),
                        Tokens(advantages),
@@ -192,20 +154,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_fwd(
                        static_cast<A>(value_coef),
                        static_cast<A>(entropy_coef),
                        static_cast<A>(1 / normaliser),
-                       address(grad_logprob, true),
-                       address(grad_values, values.has_value()),
-                       address(grad_entropy, entropy.has_value())};
+                       PpoOutputs::address<A>(out.grad_logprob, with_grad),
+                       PpoOutputs::address<A>(out.grad_values, with_grad && values.has_value()),
+                       PpoOutputs::address<A>(out.grad_entropy, with_grad && entropy.has_value())};
     const Partial all = sum_blocks(call, keep, tokens);
-    double mean[kMetrics];
-    for (int i = 0; i < kMetrics; ++i) mean[i] = all.sum[i] / normaliser;
-    mean[kRatioMax] = all.sum[kRatioMax];
-    mean[kExplainedVariance] = all.target.m2 > 0 ? 1 - all.error.m2 / all.target.m2 : 0;
-    float* metric = static_cast<float*>(metrics.mutable_data_ptr());
-    for (int i = 0; i < kMetrics; ++i) metric[i] = static_cast<float>(mean[i]);
-    *static_cast<A*>(loss.mutable_data_ptr()) = static_cast<A>(
-        mean[kPolicyLoss] + value_coef * mean[kValueLoss] - entropy_coef * mean[kEntropy]);
+    *static_cast<A*>(out.loss.mutable_data_ptr()) =
+        static_cast<A>(ppo_finish(all, normaliser, value_coef, entropy_coef,
+                                  static_cast<float*>(out.metrics.mutable_data_ptr())));
   });
-  return {loss, metrics, grad_logprob, grad_values, grad_entropy};
+  return out.tuple();
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 //
 // M completions of P prompts, K of them per prompt. A batch has thousands of pairs at most: one
 // thread, sums in order.
+#include "../ranking_loss.h"
+
 #include "tokens.h"
 
 namespace rl {
@@ -23,7 +25,8 @@ std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& 
   int64_t prompts = 0;
   for (int64_t p = 0; p < groups.count(); ++p) {
     for (int64_t i = groups.begin(p); i < groups.end(p); ++i) {
-      for (int64_t j = groups.begin(p); j < groups.end(p); ++j) pairs[p] += rank[i] < rank[j];
+      for (int64_t j = groups.begin(p); j < groups.end(p); ++j)
+        pairs[p] += ranks_above(rank[i], rank[j]);
     }
     prompts += pairs[p] > 0;
   }
@@ -36,13 +39,13 @@ std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& 
     double total = 0;
     for (int64_t p = 0; p < groups.count(); ++p) {
       if (pairs[p] == 0) continue;
-      const double weight = 1.0 / (static_cast<double>(pairs[p]) * static_cast<double>(prompts));
+      const double weight = pair_weight(pairs[p], prompts);
       for (int64_t better = groups.begin(p); better < groups.end(p); ++better) {
         for (int64_t worse = groups.begin(p); worse < groups.end(p); ++worse) {
-          if (rank[better] >= rank[worse]) continue;
-          const A margin = score[better] - score[worse];
-          const double g = weight * neg_log_sigmoid_grad(margin);
-          total += weight * neg_log_sigmoid(margin);
+          if (!ranks_above(rank[better], rank[worse])) continue;
+          const PairTerm<A> term = pair_term(score[better], score[worse]);
+          const double g = weight * term.grad;
+          total += weight * term.loss;
           slope[better] += g;
           slope[worse] -= g;
         }

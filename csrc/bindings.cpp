@@ -53,16 +53,17 @@ STABLE_TORCH_LIBRARY(fastrlhf, m) {
   m.def("token_loss_bwd_(Tensor(a!) grad, Tensor upstream) -> ()");
 
   // Sequence ops: tokens [B, T], or [N] with cu_seqlens [B + 1]; estimator 0..3 = k1, k2, k3, abs.
+  // Their outputs are stacked along a new first axis: one allocation a call.
   m.def(
       "kl_reward(Tensor logprob, Tensor ref_logprob, Tensor score, float beta, int estimator, "
-      "Tensor? cu_seqlens, Tensor? mask) -> (Tensor rewards, Tensor kl)");
+      "Tensor? cu_seqlens, Tensor? mask) -> Tensor rewards_kl");
   m.def(
       "gae(Tensor rewards, Tensor values, float gamma, float lam, Tensor? cu_seqlens, "
-      "Tensor? mask, Tensor? bootstrap, bool whiten) -> (Tensor advantages, Tensor returns)");
+      "Tensor? mask, Tensor? bootstrap, bool whiten) -> Tensor advantages_returns");
   m.def(
       "kl_gae(Tensor logprob, Tensor ref_logprob, Tensor score, Tensor values, float beta, "
       "int estimator, float gamma, float lam, bool whiten, Tensor? cu_seqlens, Tensor? mask) "
-      "-> (Tensor advantages, Tensor returns, Tensor rewards, Tensor kl)");
+      "-> Tensor advantages_returns_rewards_kl");
   m.def("masked_whiten(Tensor x, Tensor? mask, bool shift_mean, bool unbiased) -> Tensor");
 
   // Losses: no dual clip, or no value clip, is infinity; gradients are empty unless with_grad.

@@ -97,7 +97,7 @@ inline LossTensors new_outputs(const Batch& b, const Tensor& targets) {
 }
 
 // The rows of `out`, which takes the gradient and may be the logits themselves.
-inline Rows gradient_rows(const Batch& b, const Tensor& logits, const Tensor& out) {
+inline Rows gradient_rows(const Tensor& logits, const Tensor& out) {
   Rows rows;
   RL_CHECK(rows_of(out, rows) && shape_of(out) == shape_of(logits) &&
                out.scalar_type() == logits.scalar_type(),

@@ -5,26 +5,25 @@
 namespace rl {
 namespace {
 
-std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, double gamma,
-                               double lam, const std::optional<Tensor>& cu_seqlens,
-                               const std::optional<Tensor>& mask,
-                               const std::optional<Tensor>& bootstrap, bool whitened) {
+Tensor gae(const Tensor& rewards, const Tensor& values, double gamma, double lam,
+           const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& mask,
+           const std::optional<Tensor>& bootstrap, bool whitened) {
   RL_CHECK(rewards.numel() == values.numel(), "rewards and values differ in size");
-  Tensor advantages = new_tokens(rewards);
-  Tensor returns = new_tokens(rewards);
+  Tensor out = new_stacked_tokens(rewards, 2);
   const Sequences sequences(rewards, cu_seqlens);
   const Mask keep(mask, rewards.numel());
   with_acc(rewards, [&](auto zero) {
     using A = decltype(zero);
-    A* out = static_cast<A*>(advantages.mutable_data_ptr());
+    A* const advantages = static_cast<A*>(out.mutable_data_ptr());
+    A* const returns = advantages + rewards.numel();
     const GivenRewards<A> given(rewards);
     const GaeScan<A, GivenRewards<A>> scan(
         given, values, keep, per_sequence<A>(bootstrap, sequences.count(), "bootstrap"), gamma, lam,
-        out, static_cast<A*>(returns.mutable_data_ptr()));
+        advantages, returns);
     scan.run(sequences);
-    if (whitened) whiten<A>(Tokens(advantages), keep, true, true, out);
+    if (whitened) whiten<A>(Tokens(advantages, rewards.numel()), keep, true, true, advantages);
   });
-  return {advantages, returns};
+  return out;
 }
 
 }  // namespace

@@ -4,20 +4,18 @@
 namespace rl {
 namespace {
 
-std::tuple<Tensor, Tensor> kl_reward(const Tensor& logprob, const Tensor& ref_logprob,
-                                     const Tensor& score, double beta, int64_t estimator,
-                                     const std::optional<Tensor>& cu_seqlens,
-                                     const std::optional<Tensor>& mask) {
-  Tensor rewards = new_tokens(logprob);
-  Tensor kl = new_tokens(logprob);
+Tensor kl_reward(const Tensor& logprob, const Tensor& ref_logprob, const Tensor& score, double beta,
+                 int64_t estimator, const std::optional<Tensor>& cu_seqlens,
+                 const std::optional<Tensor>& mask) {
+  Tensor out = new_stacked_tokens(logprob, 2);
   const Sequences sequences(logprob, cu_seqlens);
   const Mask keep(mask, logprob.numel());
   with_acc(logprob, [&](auto zero) {
     using A = decltype(zero);
+    A* const rewards = static_cast<A*>(out.mutable_data_ptr());
     const KlRewards<A> core(logprob, ref_logprob,
                             per_sequence<A>(score, sequences.count(), "score"), keep, beta,
-                            estimator, static_cast<A*>(rewards.mutable_data_ptr()),
-                            static_cast<A*>(kl.mutable_data_ptr()));
+                            estimator, rewards, rewards + logprob.numel());
     sequences.parallel([&](int64_t first, int64_t last) {
       for (int64_t b = first; b < last; ++b) {
         const int64_t end = sequences.end(b);
@@ -29,7 +27,7 @@ std::tuple<Tensor, Tensor> kl_reward(const Tensor& logprob, const Tensor& ref_lo
       }
     });
   });
-  return {rewards, kl};
+  return out;
 }
 
 }  // namespace

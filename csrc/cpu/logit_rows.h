@@ -27,32 +27,17 @@ RL_INLINE A logit(const T& x, const RowMaths<A>& f) {
   return load(x) * f.scale;
 }
 
-// One block widened to the accumulator's dtype: the logits, or tanh(logits / softcap); z is `scale`
-// times these. The logits themselves where they need no change.
-template <bool kCap, typename T, typename A>
-RL_INLINE const A* block_logits(const T* row, int64_t n, const RowMaths<A>& f, A* buffer,
-                                A& scale) {
-  scale = kCap ? f.softcap * f.scale : f.scale;
-  if constexpr (std::is_same_v<T, A> && !kCap) {
-    return row;
-  } else {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      if constexpr (kCap) {
-        buffer[j] = tanh(load(row[j]) * f.inv_softcap);
-      } else {
-        buffer[j] = load(row[j]);
-      }
-    }
-    return buffer;
-  }
-}
-
 // Running sums in as many lanes as the widest vector unit keeps in flight: adding them up costs
 // nothing until the row ends.
 constexpr int64_t kLanes = 64;
 // How far ahead the walk asks for memory: the hardware's own prefetch ends with each 4 KiB page.
 constexpr int64_t kPrefetchBytes = 4096;
+
+template <typename T>
+RL_INLINE void prefetch_lanes(const T* at) {
+  for (int64_t line = 0; line < kLanes * int64_t{sizeof(T)}; line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes + line);
+}
 
 // Largest z / scale, sum e^(z - base) and sum (z - base) e^(z - base) of a block, by lanes.
 template <typename A>
@@ -86,8 +71,7 @@ template <bool kCap, typename T, typename A>
 RL_INLINE void add_block(const T* row, int64_t n, const RowMaths<A>& f, A scale, A base, A floor,
                          LaneSums<A>& out) {
   for (int64_t j = 0; j < n; j += kLanes) {
-    for (int64_t line = 0; line < kLanes * int64_t{sizeof(T)}; line += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(row + j) + kPrefetchBytes + line);
+    prefetch_lanes(row + j);
     const int64_t lanes = n - j < kLanes ? n - j : kLanes;
     const auto add = [&](int64_t l) RL_LAMBDA_INLINE {
       const A z = unscaled<kCap>(row[j + l], f);
@@ -163,24 +147,28 @@ template <bool kCap, typename T, typename A>
 RL_INLINE void row_backward(const T* row, T* out, int64_t width, int64_t target, A g, A h,
                             const RowStats<A>& stats, const RowMaths<A>& f) {
   const A floor = opaque(exp_floor<A>());
-  A buffer[kBlock];
   const A base = stats.max, log_sum = stats.log_sum;
   const A shifted = h * stats.entropy + g;
+  const A scale = kCap ? f.softcap * f.scale : f.scale;
   // The target's own element, with 1 - p from expm1, before an in-place pass overwrites its logit.
   const A target_logit = load(row[target]);
-  for (int64_t start = 0; start < width; start += kBlock) {
-    const int64_t n = width - start < kBlock ? width - start : kBlock;
-    A scale;
-    const A* z = block_logits<kCap>(row + start, n, f, buffer, scale);
-    T* const to = out + start;
-    const T* const from = row + start;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      const A raw = (z[j] * scale - base) - log_sum;
+  for (int64_t start = 0; start < width; start += kLanes) {
+    prefetch_lanes(row + start);
+    const int64_t lanes = width - start < kLanes ? width - start : kLanes;
+    const auto write = [&](int64_t l) RL_LAMBDA_INLINE {
+      const A z = unscaled<kCap>(row[start + l], f);
+      const A raw = (z * scale - base) - log_sum;
       const A d = at_least(floor, raw);
       A grad = -exp_clamped(d) * (h * d + shifted) * f.scale;
-      if constexpr (kCap) grad *= sech2(load(from[j]) * f.inv_softcap);
-      store(to[j], grad);
+      if constexpr (kCap) grad *= sech2(load(row[start + l]) * f.inv_softcap);
+      store(out[start + l], grad);
+    };
+    if (lanes == kLanes) {
+#pragma omp simd
+      for (int64_t l = 0; l < kLanes; ++l) write(l);
+    } else {
+#pragma omp simd
+      for (int64_t l = 0; l < lanes; ++l) write(l);
     }
   }
   A capped = target_logit, chain = f.scale;

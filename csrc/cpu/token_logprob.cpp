@@ -8,6 +8,7 @@
 //   cancellation),
 // and m and log s are kept apart for the backward, so that a large m costs no precision.
 
+#include "huge_pages.h"
 #include "logit_rows.h"
 
 namespace rl {
@@ -112,6 +113,7 @@ Tensor token_logprob_bwd(std::optional<Tensor> grad_logprob, std::optional<Tenso
                          std::optional<Tensor> mask) {
   const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
   Tensor out = empty_like_device(logits, shape_of(logits), logits.scalar_type());
+  advise_huge_pages(out);
   Rows out_rows;
   rows_of(out, out_rows);
   run_backward(b, grad_logprob, grad_entropy, entropy, stats, out, out_rows);

@@ -7,6 +7,7 @@
 
 #include "../token_loss.h"
 
+#include "huge_pages.h"
 #include "logit_rows.h"
 
 namespace rl {
@@ -85,7 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd_(
   const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
   const LossInputs loss =
       make_loss(b, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
-  const LossTensors to = run(b, loss, targets, &out, gradient_rows(b, logits, out));
+  if (out.const_data_ptr() != logits.const_data_ptr()) advise_huge_pages(out);
+  const LossTensors to = run(b, loss, targets, &out, gradient_rows(logits, out));
   return {to.loss, to.logprob, to.slope, to.stats};
 }
 

@@ -45,6 +45,13 @@ class Tokens {
     outer_stride_ = t.dim() == 2 ? t.stride(0) : 0;
     flat_ = t.dim() == 1 || t.size(0) == 1 || outer_stride_ == inner_ * inner_stride_;
   }
+  // `count` contiguous tokens.
+  template <typename A>
+  Tokens(const A* data, int64_t count)
+      : data_(reinterpret_cast<const char*>(data)),
+        dtype_(std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float),
+        count_(count),
+        inner_(count) {}
   explicit Tokens(const std::optional<Tensor>& t) : Tokens(t.has_value() ? Tokens(*t) : Tokens()) {}
 
   bool defined() const { return data_ != nullptr || count_ > 0; }
@@ -227,6 +234,14 @@ auto with_acc(const Tensor& like, const F& f) {
 inline Tensor new_tokens(const Tensor& like) {
   std::vector<int64_t> sizes(like.dim());
   for (int64_t d = 0; d < like.dim(); ++d) sizes[d] = like.size(d);
+  return empty_like_device(like, sizes, acc_dtype(like.scalar_type()));
+}
+
+// Several outputs of one shape as one tensor [count, ...]: one allocation, which the C library
+// recycles where it hands the pages of several smaller ones back to the system after each call.
+inline Tensor new_stacked_tokens(const Tensor& like, int64_t count) {
+  std::vector<int64_t> sizes{count};
+  for (int64_t d = 0; d < like.dim(); ++d) sizes.push_back(like.size(d));
   return empty_like_device(like, sizes, acc_dtype(like.scalar_type()));
 }
 

@@ -86,11 +86,14 @@ __device__ __forceinline__ void close_copies() {
 #endif
 }
 
-// Waits until at most kOpen of this thread's groups are under way.
-template <int kOpen>
-__device__ __forceinline__ void wait_copies() {
+// Waits until at most `open` (0 to 3) of this thread's groups are under way.
+__device__ __forceinline__ void wait_copies(int open) {
 #ifdef RL_ASYNC_COPIES
-  asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
+  // The instruction takes a constant.
+  if (open == 0) asm volatile("cp.async.wait_group 0;" ::: "memory");
+  if (open == 1) asm volatile("cp.async.wait_group 1;" ::: "memory");
+  if (open == 2) asm volatile("cp.async.wait_group 2;" ::: "memory");
+  if (open == 3) asm volatile("cp.async.wait_group 3;" ::: "memory");
 #endif
 }
 

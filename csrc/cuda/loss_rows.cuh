@@ -50,11 +50,19 @@ struct Running {
   __device__ __forceinline__ void add(const A (&u)[kCount], A c) {
     A top = u[0];
 #pragma unroll
-    for (int j = 1; j < kCount; ++j) top = u[j] > top ? u[j] : top;
+    for (int j = 1; j < kCount; ++j)
+      top = std::fmax(top, u[j]);  // of a NaN and a number: the number
     raise(top, c);
     const A b = base(c);
+    A e[kCount];
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) sum += exp2_fast(std::fma(u[j], c, -b));
+    for (int j = 0; j < kCount; ++j) e[j] = exp2_fast(std::fma(u[j], c, -b));
+#pragma unroll
+    for (int half = kCount / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int j = 0; j < half; ++j) e[j] += e[j + half];
+    }
+    sum += e[0];
   }
 
   // The same bits whichever of the two is merged into the other.

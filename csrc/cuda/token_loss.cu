@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
   const Share<T> share(row, width, rank, blocks);
   const int stage = ((share.count + kStages - 1) / kStages + kThreads - 1) / kThreads * kThreads;
   if constexpr (kOnChip) {
-#pragma unroll
+#pragma unroll 1
     for (int s = 0; s < kStages; ++s) {
       const int end = min(share.count, (s + 1) * stage);
       for (int v = s * stage + thread; v < end; v += kThreads) {
@@ -110,15 +110,11 @@ __global__ void __launch_bounds__(kThreads)
     all.add(u, c);
   }
   if constexpr (kOnChip) {
-    static_assert(kStages == 4);
-    wait_copies<3>();
-    add(0, min(share.count, stage));
-    wait_copies<2>();
-    add(stage, min(share.count, 2 * stage));
-    wait_copies<1>();
-    add(2 * stage, min(share.count, 3 * stage));
-    wait_copies<0>();
-    add(3 * stage, share.count);
+#pragma unroll 1
+    for (int s = 0; s < kStages; ++s) {
+      wait_copies(kStages - 1 - s);
+      add(s * stage, min(share.count, (s + 1) * stage));
+    }
   } else {
     add(0, share.count);
   }
@@ -335,7 +331,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd_(
   const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
   const LossInputs loss =
       make_loss(b, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
-  const LossTensors to = run(b, loss, targets, &out, gradient_rows(b, logits, out));
+  const LossTensors to = run(b, loss, targets, &out, gradient_rows(logits, out));
   return {to.loss, to.logprob, to.slope, to.stats};
 }
 

@@ -102,6 +102,11 @@ def empty_tokens(x: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=acc_dtype(x))
 
 
+def empty_stacked(x: Tensor, count: int) -> Tensor:
+    """The same for `count` outputs, which the ops return as one tensor [count, ...]."""
+    return x.new_empty((count, *x.shape), dtype=acc_dtype(x))
+
+
 def rows(x: Tensor | None) -> Tensor | None:
     """The same tokens as a 1-d or 2-d tensor, which is what the C++ and CUDA ops read in place."""
     if x is None or x.dim() in (1, 2):

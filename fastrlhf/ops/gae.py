@@ -76,7 +76,7 @@ def gae(
             )
         return torch.ops.fastrlhf.gae(
             rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten
-        )
+        ).unbind()
 
 
 def check(op, first, like, values, gamma, lam, whiten):
@@ -90,7 +90,7 @@ def check(op, first, like, values, gamma, lam, whiten):
 
 
 def _fake(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten):
-    return _sequence.empty_tokens(rewards), _sequence.empty_tokens(rewards)
+    return _sequence.empty_stacked(rewards, 2)
 
 
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:

@@ -92,12 +92,12 @@ def kl_gae(
                 whiten,
                 cu_seqlens,
                 mask,
-            )
+            ).unbind()
         )
 
 
 def _fake(logprob, *rest):
-    return tuple(_sequence.empty_tokens(logprob) for _ in KLGAEOutput._fields)
+    return _sequence.empty_stacked(logprob, len(KLGAEOutput._fields))
 
 
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:

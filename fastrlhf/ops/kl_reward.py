@@ -77,7 +77,7 @@ def kl_reward(
             )
         return torch.ops.fastrlhf.kl_reward(
             logprob, ref_logprob, score, beta, index, cu_seqlens, mask
-        )
+        ).unbind()
 
 
 def check(op, logprob, ref_logprob, beta, estimator):
@@ -88,7 +88,7 @@ def check(op, logprob, ref_logprob, beta, estimator):
 
 
 def _fake(logprob, ref_logprob, score, beta, estimator, cu_seqlens, mask):
-    return _sequence.empty_tokens(logprob), _sequence.empty_tokens(logprob)
+    return _sequence.empty_stacked(logprob, 2)
 
 
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:

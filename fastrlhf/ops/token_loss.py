@@ -8,7 +8,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrlhf import reference
 from fastrlhf.ops import _backend, _checks
@@ -196,12 +195,15 @@ class _GradientInForward(torch.autograd.Function):
         return loss, logprob
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss, _grad_logprob):
         nothing = (None,) * 12
         if grad_loss is None:
             return None, *nothing
         logits = ctx.saved_tensors[0]
+        if torch.is_grad_enabled():  # create_graph: an op whose own gradient says that it has none
+            if ctx.inplace:
+                raise NotImplementedError(f"{OP}: create_graph must not meet inplace_backward=True")
+            return _from_logits(ctx, grad_loss), *nothing
         if ctx.inplace:
             grad = logits.detach()
             # One gradient, given away once: a second backward raises at saved_tensors.

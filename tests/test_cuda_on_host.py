@@ -51,7 +51,7 @@ def test_kernels(source, libraries):
     library = libraries[source]
     assert isinstance(library, Path), library
     # Not --capture=fd: the sanitizer's report must not die with the process.
-    options = ("-p", "shim_plugin", "-p", "no:cacheprovider", "--capture=sys", "-q", "-x")
+    options = ("-p", "shim_plugin", "-p", "no:cacheprovider", "--capture=sys", "-q")
     done = run(library, "-m", "pytest", *options, op_tests(source))
     output = f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     assert done.returncode == 0, output

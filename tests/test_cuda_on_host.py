@@ -1,7 +1,7 @@
 """The CUDA kernels run on the CPU: the same .cu source, built by g++ with AddressSanitizer (host_shim/build.py).
 
 The op's own test file runs in a process where backend="cuda" is that library, on CPU tensors: values and gradients
-against the reference, layouts, masks, empty inputs. Every call of an op runs twice, with blocks and threads in
+against the reference, layouts, masks, empty inputs (not torch.compile: that is Python's side). Every call of an op runs twice, with blocks and threads in
 another order, and must give the same bits. What the shim would not see is listed and tried at the end of this file.
 """
 
@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,18 +42,31 @@ def run(library, *command):
 
 
 @pytest.fixture(scope="module")
-def libraries():
-    return build.build_all([*SOURCES, FAULTS], jobs=os.cpu_count())
+def runs():
+    """{source: its library or the error of its build, and the finished run of its tests or None}."""
+    jobs = int(os.environ.get("MAX_JOBS", os.cpu_count()))
+    libraries = build.build_all([*SOURCES, FAULTS], jobs)
+
+    def job(source):
+        library = libraries[source]
+        if not isinstance(library, Path):
+            return library, None
+        if source == FAULTS:
+            script = ROOT / "tests" / "host_shim" / "try_faults.py"
+            return library, run(library, script, "sound", *SEEN, *POISONED)
+        # Not --capture=fd: the sanitizer's report must not die with the process.
+        options = ("-p", "shim_plugin", "-p", "no:cacheprovider", "--capture=sys", "-q")
+        return library, run(library, "-m", "pytest", *options, op_tests(source))
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(zip(libraries, pool.map(job, libraries), strict=True))
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
-def test_kernels(source, libraries):
+def test_kernels(source, runs):
     assert op_tests(source).is_file(), f"{source.name} needs a test of its op, {op_tests(source)}"
-    library = libraries[source]
-    assert isinstance(library, Path), library
-    # Not --capture=fd: the sanitizer's report must not die with the process.
-    options = ("-p", "shim_plugin", "-p", "no:cacheprovider", "--capture=sys", "-q")
-    done = run(library, "-m", "pytest", *options, op_tests(source))
+    library, done = runs[source]
+    assert done, library
     output = f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     assert done.returncode == 0, output
     passed = re.search(r"(\d+) passed", done.stdout)
@@ -84,10 +98,9 @@ POISONED = {"unwritten shared": slice(0, 64, 2), "unwritten tensor": slice(0, 61
 
 
 @pytest.fixture(scope="module")
-def faults(libraries):
-    library = libraries[FAULTS]
-    assert isinstance(library, Path), library
-    done = run(library, ROOT / "tests" / "host_shim" / "try_faults.py", "sound", *SEEN, *POISONED)
+def faults(runs):
+    library, done = runs[FAULTS]
+    assert done, library
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout)
 

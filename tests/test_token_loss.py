@@ -185,7 +185,10 @@ def test_gradcheck(backend):
     targets = randint(5, (6,), 1, device=device)
     row = torch.arange(6, dtype=torch.float64, device=device)
     kwargs = {"temperature": 0.5 + row, "softcap": 2.5, "mask": row != 1, "backend": backend}
-    old = token_logprob(logits, targets, softcap=2.5, temperature=0.5 + row).detach() + 0.5 * row.sin()
+    old = (
+        token_logprob(logits, targets, softcap=2.5, temperature=0.5 + row).detach()
+        + 0.5 * row.sin()
+    )
     for more in ({}, {"old_logprob": old, "dual_clip": 1.3, "scale": 0.3}):
 
         def function(x, more=more):
@@ -249,7 +252,9 @@ def test_views_at_every_offset(backend, dtype):
         for o, e in zip(
             gradient(token_loss, poisoned, targets, g=g, backend=backend), expected, strict=True
         ):
-            torch.testing.assert_close(o, e, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                o, e, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-5
+            )
         logits = view.detach().requires_grad_()
         loss, _ = token_loss(logits, targets, inplace_backward=True, backend=backend)
         (grad,) = torch.autograd.grad(loss, logits, g)
@@ -425,7 +430,9 @@ def test_offsets_beyond_32_bits(backend):
     options = {"g": g, "inplace_backward": True, "backend": backend}
     for o, e in zip(gradient(token_loss, logits, targets, **options), expected, strict=True):
         torch.testing.assert_close(o, e, rtol=2e-3, atol=1e-6)
-    torch.testing.assert_close(buffer.as_strided((2, 20), (stride, 1)), expected[2], rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(
+        buffer.as_strided((2, 20), (stride, 1)), expected[2], rtol=2e-3, atol=1e-6
+    )
 
 
 @fused

@@ -125,6 +125,6 @@ struct Repeated<F> {
 }  // namespace shim
 
 #undef TORCH_BOX
-#define TORCH_BOX(func)                                                                      \
+#define TORCH_BOX(func)                                                                        \
   torch::stable::detail::boxer<std::remove_pointer_t<decltype(&shim::Repeated<(func)>::call)>, \
                                &shim::Repeated<(func)>::call>::boxed_fn

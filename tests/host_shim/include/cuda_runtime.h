@@ -21,14 +21,10 @@
 
 // ---- vectors ------------------------------------------------------------------------------------
 
-#define SHIM_VECTORS(T, name)                                                 \
-  struct alignas(2 * sizeof(T)) name##2 {                                     \
-    T x, y;                                                                   \
-  };                                                                          \
-  struct alignas(sizeof(T) < 8 ? 4 * sizeof(T) : 16) name##4 {                \
-    T x, y, z, w;                                                             \
-  };                                                                          \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                  \
+#define SHIM_VECTORS(T, name)                                                   \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                            \
+  struct alignas(sizeof(T) < 8 ? 4 * sizeof(T) : 16) name##4 { T x, y, z, w; }; \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                    \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 SHIM_VECTORS(float, float)
 SHIM_VECTORS(double, double)
@@ -47,9 +43,9 @@ const T* aligned(const T* from, const char* what) {
 }
 }  // namespace shim
 
-#define SHIM_LOAD(name)     \
-  template <typename T>     \
-  T name(const T* from) {   \
+#define SHIM_LOAD(name)                 \
+  template <typename T>                 \
+  T name(const T* from) {               \
     return *shim::aligned(from, #name); \
   }
 SHIM_LOAD(__ldg)
@@ -59,10 +55,10 @@ SHIM_LOAD(__ldca)
 SHIM_LOAD(__ldlu)
 #undef SHIM_LOAD
 
-#define SHIM_STORE(name)                                      \
-  template <typename T>                                       \
-  void name(T* to, T value) {                                 \
-    *const_cast<T*>(shim::aligned(to, #name)) = value;        \
+#define SHIM_STORE(name)                               \
+  template <typename T>                                \
+  void name(T* to, T value) {                          \
+    *const_cast<T*>(shim::aligned(to, #name)) = value; \
   }
 SHIM_STORE(__stcs)
 SHIM_STORE(__stcg)
@@ -131,9 +127,8 @@ inline void __syncwarp(unsigned mask = ~0u, SHIM_AT) {
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, SHIM_AT) {
-  return shim::shuffle(SHIM_HERE("__shfl_sync"), mask, value, width, [=](int lane) {
-    return (lane & -width) | (source & (width - 1));
-  });
+  return shim::shuffle(SHIM_HERE("__shfl_sync"), mask, value, width,
+                       [=](int lane) { return (lane & -width) | (source & (width - 1)); });
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, SHIM_AT) {
@@ -259,7 +254,7 @@ constexpr int kSharedOptIn = 166912;              // 163 KiB of sm_80
 inline cudaError_t cudaGetLastError() { return std::exchange(shim::last_error, cudaSuccess); }
 inline cudaError_t cudaPeekAtLastError() { return shim::last_error; }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess           ? "no error"
+  return error == cudaSuccess             ? "no error"
          : error == cudaErrorInvalidValue ? "invalid argument"
                                           : "invalid configuration argument";
 }
@@ -313,7 +308,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                    block.z > 64;
   if (bad) return shim::last_error = cudaErrorInvalidConfiguration;
   if (config->dynamicSmemBytes > most) return shim::last_error = cudaErrorInvalidValue;
-  shim::run(grid, block, config->dynamicSmemBytes,
-            [&] { kernel(static_cast<Params>(args)...); });
+  shim::run(grid, block, config->dynamicSmemBytes, [&] { kernel(static_cast<Params>(args)...); });
   return cudaSuccess;
 }

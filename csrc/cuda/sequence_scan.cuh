@@ -6,10 +6,12 @@
 // alone: not on the warps that share it, its neighbours, its place in memory, or masked tokens
 // behind its end.
 //
-// Walks. A group of 1 to 8 warps walks a sequence from its end, a tile for each warp and round;
-// rounds prefetch. Few long sequences would leave most of a GPU idle: they are cut into ranges of
-// 4096 tokens. One launch composes every tile (gae_runs_kernel), a second one walks all ranges at
-// the same time, each carrying the advantage over the tiles behind it first.
+// Walks. A group of 1 to 8 warps walks a sequence from its end, in each round a tile for every
+// warp. Few long sequences would leave most of a GPU idle: they are cut into ranges of 4096 tokens.
+// One launch composes every tile (gae_runs_kernel), a second one walks all ranges at the same time,
+// each carrying the advantage over the tiles behind it first. Limits: one long sequence among many
+// short packed ones is walked by one group; and where a masked gap follows a range, a warp searches
+// it.
 #pragma once
 
 #include "sequence_walk.cuh"
@@ -24,13 +26,14 @@ namespace {
 template <typename A, bool kKl, bool kScan>
 struct TileReads {
   RawTile<A> first, second, values;  // logprob and ref_logprob, or the given rewards
-  RawMask mask;
+  uint32_t mask;
+  unsigned as_vector;  // a bit for each of the above
 
   __device__ __forceinline__ void start(const SequenceArgs<A>& p, const Place& place) {
-    fetch(kKl ? p.logprob : p.given_rewards, place, first);
-    if constexpr (kKl) fetch(p.ref_logprob, place, second);
-    if constexpr (kScan) fetch(p.values, place, values);
-    fetch(p.mask, place, mask);
+    as_vector = fetch(kKl ? p.logprob : p.given_rewards, place, first);
+    if constexpr (kKl) as_vector |= fetch(p.ref_logprob, place, second) << 1;
+    if constexpr (kScan) as_vector |= fetch(p.values, place, values) << 2;
+    as_vector |= fetch(p.mask, place, mask) << 3;
   }
 };
 
@@ -140,18 +143,18 @@ struct Round {
   // `tile` of this warp; behind the last tile of the round stands `carry`, which moves to its
   // begin.
   __device__ __forceinline__ void run(const TileReads<A, kKl, kScan>& reads, const Walk& walk,
-                                      int64_t tile, Carry<A>& carry, A score,
-                                      Spread<A>& spread) const {
+                                      int tile, Carry<A>& carry, A score, Spread<A>& spread) const {
     const Place place = place_of(p, walk, tile);
-    const int64_t out = walk.begin + tile * kTile;
-    const unsigned keep = settle(p.mask, place, reads.mask);
+    const int64_t out = walk.begin + int64_t{tile} * kTile;
+    const unsigned keep = settle(p.mask, place, reads.mask, reads.as_vector & 8);
     A reward[kPerLane], value[kPerLane] = {};
-    settle(reads.first, (kKl ? p.logprob : p.given_rewards).kind, stage, reward);
-    if constexpr (kScan) settle(reads.values, p.values.kind, stage, value);
+    settle(reads.first, reads.as_vector & 1, (kKl ? p.logprob : p.given_rewards).kind, stage,
+           reward);
+    if constexpr (kScan) settle(reads.values, reads.as_vector & 4, p.values.kind, stage, value);
     const Carry<A> behind = behind_lane(keep, value, carry);
     if constexpr (kKl) {
       A kl[kPerLane];
-      settle(reads.second, p.ref_logprob.kind, stage, kl);
+      settle(reads.second, reads.as_vector & 2, p.ref_logprob.kind, stage, kl);
       bool found = behind.found;
 #pragma unroll
       for (int j = kPerLane - 1; j >= 0; --j) {
@@ -202,15 +205,15 @@ struct Round {
 
 // Walks every sequence, or every range. Idle warps of a group's last tiles carry on unchanged.
 template <typename A, bool kKl, bool kScan>
-__global__ void __launch_bounds__(kMaxWarps * 32) sequence_kernel(const SequenceArgs<A> p) {
+__global__ void __launch_bounds__(kMaxWarps * 32, std::is_same_v<A, double> ? 2 : 4)
+    sequence_kernel(const SequenceArgs<A> p) {
   __shared__ alignas(16) A stages[kMaxWarps][kTile];
   __shared__ Shared<A> shared;
   const int warps = p.group_warps, groups = blockDim.x / 32 / warps;
   const int warp = threadIdx.x / 32 % warps, group = threadIdx.x / 32 / warps;
   const Round<A, kKl, kScan, false> round{p, stages[threadIdx.x / 32], shared, warp, warps};
   Spread<A> spread = Spread<A>::none();
-  for (int64_t work = int64_t{blockIdx.x} * groups + group; work < p.work;
-       work += int64_t{gridDim.x} * groups) {
+  for (unsigned work = blockIdx.x * groups + group; work < p.work; work += gridDim.x * groups) {
     const Walk walk = walk_of(p, work);
     if (walk.first >= walk.last) continue;
     Carry<A> carry{A(0), A(0), false};
@@ -222,15 +225,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32) sequence_kernel(const Sequence
       if constexpr (kScan) carry.advantage = carry_over(p, walk, walk.last);
     }
     // A range that does not end its sequence is a whole number of rounds.
-    int64_t tile = walk.first + (walk.last - walk.first - 1) / warps * warps + warp;
-    TileReads<A, kKl, kScan> reads;
-    reads.start(p, place_of(p, walk, tile));
+    int tile = walk.first + (walk.last - walk.first - 1) / warps * warps + warp;
 #pragma unroll 1
     for (; tile >= walk.first; tile -= warps) {
-      TileReads<A, kKl, kScan> next;
-      if (tile - warps >= walk.first) next.start(p, place_of(p, walk, tile - warps));
+      TileReads<A, kKl, kScan> reads;
+      reads.start(p, place_of(p, walk, tile));
       round.run(reads, walk, tile, carry, score, spread);
-      reads = next;
     }
   }
   if (p.partials == nullptr) return;
@@ -243,10 +243,10 @@ template <typename A, bool kKl>
 __global__ void __launch_bounds__(kMaxWarps * 32) gae_runs_kernel(const SequenceArgs<A> p) {
   __shared__ alignas(16) A stages[kMaxWarps][kTile];
   __shared__ Shared<A> shared;
-  const int64_t item = int64_t{blockIdx.x} * kMaxWarps + threadIdx.x / 32;
+  const unsigned item = blockIdx.x * kMaxWarps + threadIdx.x / 32;
   if (item / kRangeTiles >= p.work) return;
   const Walk walk = walk_of(p, item / kRangeTiles);
-  const int64_t tile = walk.first + item % kRangeTiles;
+  const int tile = walk.first + item % kRangeTiles;
   if (tile >= walk.last) return;
   const Round<A, kKl, true, true> round{p, stages[threadIdx.x / 32], shared, 0, 1};
   TileReads<A, kKl, true> reads;
@@ -271,7 +271,8 @@ std::optional<Tensor> set_layout(SequenceArgs<A>& p, const Tensor& like,
   p.tokens = like.numel();
   if (!cu_seqlens) {
     RL_CHECK(like.dim() == 2, "expected a [B, T] tensor, or cu_seqlens");
-    p.sequences = like.size(0);
+    RL_CHECK(like.size(0) < INT32_MAX, "expected fewer than 2^31 sequences");
+    p.sequences = static_cast<int>(like.size(0));
     p.steps = like.size(1);
     return std::nullopt;
   }
@@ -281,7 +282,8 @@ std::optional<Tensor> set_layout(SequenceArgs<A>& p, const Tensor& like,
            "cu_seqlens: expected an int32 tensor [B + 1]");
   const Tensor cu = as_contiguous(*cu_seqlens);
   p.cu_seqlens = static_cast<const int32_t*>(cu.const_data_ptr());
-  p.sequences = cu.numel() - 1;
+  RL_CHECK(cu.numel() <= INT32_MAX, "expected fewer than 2^31 sequences");
+  p.sequences = static_cast<int>(cu.numel() - 1);
   return cu;
 }
 
@@ -339,9 +341,10 @@ void run_sequences(const char* op, SequenceArgs<A> p, const Tensor& like, bool w
   // The same bits either way. Padded rows tell their length; packed ones only their mean.
   const int64_t tiles = (p.tokens / p.sequences + kTile - 1) / kTile;
   p.ranges = p.sequences < kFewSequences && tiles > 2 * kRangeTiles;
-  p.work = p.ranges ? p.tokens / kRange + p.sequences : p.sequences;
+  p.work = static_cast<unsigned>((p.ranges ? p.tokens / kRange : 0) + p.sequences);
+  const int64_t likely = p.cu_seqlens ? 2 * tiles : tiles;  // ragged: many are longer
   p.group_warps = kMaxWarps;
-  while (p.group_warps > 1 && p.group_warps / 2 >= tiles) p.group_warps /= 2;
+  while (p.group_warps > 1 && p.group_warps / 2 >= likely) p.group_warps /= 2;
   // Groups of several warps meet in __syncthreads, so each has a block of its own.
   const int groups = p.group_warps == 1 ? kMaxWarps : 1;
   const int64_t most = whiten ? kMaxPartials : std::numeric_limits<int32_t>::max();
@@ -356,8 +359,9 @@ void run_sequences(const char* op, SequenceArgs<A> p, const Tensor& like, bool w
       runs = empty_like_device(like, {p.tokens / kTile + p.sequences, 2},
                                acc_dtype(like.scalar_type()));
       p.runs = static_cast<GaeRun<A>*>(runs->mutable_data_ptr());
-      launch(op, gae_runs_kernel<A, kKl>, blocks_for(p.work * kRangeTiles, kMaxWarps, INT32_MAX),
-             kMaxWarps * 32, 0, stream, p);
+      launch(op, gae_runs_kernel<A, kKl>,
+             blocks_for(int64_t{p.work} * kRangeTiles, kMaxWarps, INT32_MAX), kMaxWarps * 32, 0,
+             stream, p);
     }
   }
   launch(op, sequence_kernel<A, kKl, kScan>, blocks, groups * p.group_warps * 32, 0, stream, p);

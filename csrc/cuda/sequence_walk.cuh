@@ -8,7 +8,7 @@
 
 namespace rl {
 
-constexpr int64_t kRangeTiles = 32;
+constexpr int kRangeTiles = 32;
 constexpr int64_t kRange = kRangeTiles * kTile;
 
 template <typename A>
@@ -18,8 +18,9 @@ struct SequenceArgs {
   TokensView values, bootstrap;
   TokensView mask;
   const int32_t* cu_seqlens;  // null: padded
-  int64_t sequences, steps, tokens;
-  int64_t work;     // sequences, or ranges
+  int sequences;
+  int64_t steps, tokens;
+  unsigned work;    // sequences, or ranges
   bool ranges;      // a group walks a range, not a sequence
   int group_warps;  // 1, 2, 4 or 8
   KlEstimator estimator;
@@ -33,10 +34,12 @@ namespace {
 
 // Sequence b, or the tiles [first, last) of it.
 struct Walk {
-  int64_t b, begin, length;
-  int64_t first, last;
+  int64_t begin, length;
+  int b, first, last;
 
-  __device__ __forceinline__ int64_t tiles() const { return (length + kTile - 1) / kTile; }
+  __device__ __forceinline__ int tiles() const {
+    return static_cast<int>((length + kTile - 1) / kTile);
+  }
 };
 
 // A wrong cu_seqlens cannot reach memory: ends are clamped to the tokens, and 0 <= begin <= end.
@@ -54,13 +57,13 @@ __device__ __forceinline__ int64_t first_unit(const SequenceArgs<A>& p, int64_t 
 }
 
 template <typename A>
-__device__ __forceinline__ Walk walk_of(const SequenceArgs<A>& p, int64_t work) {
+__device__ __forceinline__ Walk walk_of(const SequenceArgs<A>& p, unsigned work) {
   Walk walk;
-  walk.b = work;
+  walk.b = static_cast<int>(work);
   if (p.ranges) {
-    int64_t low = 0, high = p.sequences;  // the last b whose first unit is at most `work`
+    int low = 0, high = p.sequences;  // the last b whose first unit is at most `work`
     while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
+      const int middle = (low + high) / 2;
       (first_unit(p, middle, kRange) <= work ? low : high) = middle;
     }
     walk.b = low;
@@ -71,8 +74,8 @@ __device__ __forceinline__ Walk walk_of(const SequenceArgs<A>& p, int64_t work) 
   walk.first = 0;
   walk.last = walk.tiles();
   if (p.ranges) {
-    walk.first = (work - first_unit(p, walk.b, kRange)) * kRangeTiles;
-    const int64_t last = walk.first + kRangeTiles;
+    walk.first = static_cast<int>(work - first_unit(p, walk.b, kRange)) * kRangeTiles;
+    const int last = walk.first + kRangeTiles;
     walk.last = walk.last < last ? walk.last : last;
     if (walk.first < 0) walk.last = walk.first = 0;  // only where cu_seqlens is wrong
   }
@@ -80,9 +83,8 @@ __device__ __forceinline__ Walk walk_of(const SequenceArgs<A>& p, int64_t work) 
 }
 
 template <typename A>
-__device__ __forceinline__ Place place_of(const SequenceArgs<A>& p, const Walk& walk,
-                                          int64_t tile) {
-  const int64_t at = tile * kTile, left = walk.length - at;
+__device__ __forceinline__ Place place_of(const SequenceArgs<A>& p, const Walk& walk, int tile) {
+  const int64_t at = int64_t{tile} * kTile, left = walk.length - at;
   const bool packed = p.cu_seqlens != nullptr;
   const int count = left <= 0 ? 0 : left < kTile ? static_cast<int>(left) : kTile;
   return {packed ? 0 : walk.b, packed ? walk.begin + at : at, count};
@@ -99,13 +101,13 @@ struct Carry {
 // The first unmasked token from `tile` on.
 template <typename A, bool kScan>
 __device__ Carry<A> look_ahead(const SequenceArgs<A>& p, const Walk& walk, Carry<A> carry,
-                               int64_t tile) {
+                               int tile) {
 #pragma unroll 1
-  for (const int64_t tiles = walk.tiles(); tile < tiles; ++tile) {
+  for (const int tiles = walk.tiles(); tile < tiles; ++tile) {
     const Place place = place_of(p, walk, tile);
-    RawMask raw;
-    fetch(p.mask, place, raw);
-    const unsigned keep = settle(p.mask, place, raw);
+    uint32_t raw;
+    const bool as_vector = fetch(p.mask, place, raw);
+    const unsigned keep = settle(p.mask, place, raw, as_vector);
     const unsigned holders = __ballot_sync(kAllLanes, keep != 0);
     if (holders == 0) continue;
     const int lane = __ffs(holders) - 1;
@@ -119,12 +121,12 @@ __device__ Carry<A> look_ahead(const SequenceArgs<A>& p, const Walk& walk, Carry
 
 // The advantage behind `tile`, over the runs of the tiles from the sequence's end.
 template <typename A>
-__device__ A carry_over(const SequenceArgs<A>& p, const Walk& walk, int64_t tile) {
+__device__ A carry_over(const SequenceArgs<A>& p, const Walk& walk, int tile) {
   const GaeRun<A>* runs = p.runs + first_unit(p, walk.b, kTile);
   A advantage = 0;
 #pragma unroll 1
-  for (int64_t last = walk.tiles(); last > tile; last -= 32) {
-    const int64_t mine = last - 1 - lane_id();
+  for (int last = walk.tiles(); last > tile; last -= 32) {
+    const int mine = last - 1 - lane_id();
     GaeRun<A> run{A(0), A(1)};
     if (mine >= tile) run = runs[mine];
 #pragma unroll 8

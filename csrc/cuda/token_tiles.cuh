@@ -69,16 +69,15 @@ __device__ __forceinline__ A read_one(const TokensView& view, int64_t row, int64
 }
 
 // What a lane has read of a tile, before conversion: the reads of several tensors, and of the next
-// tile, are then in flight together. `as_vector`: its own four tokens, else every 32nd.
+// tile, are then in flight together. Its own four tokens as a vector, or every 32nd: fetch() says
+// which, and settle() must be told.
 template <typename A>
 struct RawTile {
   uint32_t bits[kPerLane];
-  bool as_vector;
 };
 template <>
 struct RawTile<double> {
   double bits[kPerLane];
-  bool as_vector;
 };
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
@@ -103,15 +102,15 @@ __device__ __forceinline__ void read_striped(const char* from, int64_t stride, i
   }
 }
 
-__device__ __forceinline__ void fetch(const TokensView& view, const Place& place,
+__device__ __forceinline__ bool fetch(const TokensView& view, const Place& place,
                                       RawTile<float>& raw) {
   const char* from = address_of(view, place);
   const bool wide = view.kind == TokenKind::f32;
-  raw.as_vector = view.stride == 1 && place.count == kTile && aligned(from, wide ? 16 : 8);
-  if (raw.as_vector && wide) {
+  const bool as_vector = view.stride == 1 && place.count == kTile && aligned(from, wide ? 16 : 8);
+  if (as_vector && wide) {
     const int4 v = read_as<int4>(from + lane_id() * 16);
     raw.bits[0] = v.x, raw.bits[1] = v.y, raw.bits[2] = v.z, raw.bits[3] = v.w;
-  } else if (raw.as_vector) {
+  } else if (as_vector) {
     const int2 v = read_as<int2>(from + lane_id() * 8);
     raw.bits[0] = v.x, raw.bits[1] = v.y, raw.bits[2] = raw.bits[3] = 0;
   } else if (wide) {
@@ -119,19 +118,21 @@ __device__ __forceinline__ void fetch(const TokensView& view, const Place& place
   } else {
     read_striped<uint16_t>(from, view.stride, place.count, raw.bits);
   }
+  return as_vector;
 }
 
-__device__ __forceinline__ void fetch(const TokensView& view, const Place& place,
+__device__ __forceinline__ bool fetch(const TokensView& view, const Place& place,
                                       RawTile<double>& raw) {
   const char* from = address_of(view, place);
-  raw.as_vector = view.stride == 1 && place.count == kTile && aligned(from, 16);
-  if (raw.as_vector) {
+  const bool as_vector = view.stride == 1 && place.count == kTile && aligned(from, 16);
+  if (as_vector) {
     const double2 low = read_as<double2>(from + lane_id() * 32);
     const double2 high = read_as<double2>(from + lane_id() * 32 + 16);
     raw.bits[0] = low.x, raw.bits[1] = low.y, raw.bits[2] = high.x, raw.bits[3] = high.y;
   } else {
     read_striped<double>(from, view.stride, place.count, raw.bits);
   }
+  return as_vector;
 }
 
 __device__ __forceinline__ float from_bits16(uint32_t bits, TokenKind kind) {
@@ -142,7 +143,7 @@ __device__ __forceinline__ float from_bits16(uint32_t bits, TokenKind kind) {
   return load(half);
 }
 
-__device__ __forceinline__ void convert(const RawTile<float>& raw, TokenKind kind,
+__device__ __forceinline__ void convert(const RawTile<float>& raw, bool as_vector, TokenKind kind,
                                         float (&x)[kPerLane]) {
   if (kind == TokenKind::f32) {
 #pragma unroll
@@ -153,11 +154,11 @@ __device__ __forceinline__ void convert(const RawTile<float>& raw, TokenKind kin
   for (int j = 0; j < kPerLane; ++j) {
     const uint32_t pair = raw.bits[j / 2];
     const uint32_t half = j % 2 ? pair >> 16 : pair & 0xffffu;
-    x[j] = from_bits16(raw.as_vector ? half : raw.bits[j], kind);
+    x[j] = from_bits16(as_vector ? half : raw.bits[j], kind);
   }
 }
 
-__device__ __forceinline__ void convert(const RawTile<double>& raw, TokenKind,
+__device__ __forceinline__ void convert(const RawTile<double>& raw, bool, TokenKind,
                                         double (&x)[kPerLane]) {
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) x[j] = raw.bits[j];
@@ -165,10 +166,10 @@ __device__ __forceinline__ void convert(const RawTile<double>& raw, TokenKind,
 
 // The lane's four tokens as numbers. `stage`: kTile elements of shared memory of this warp.
 template <typename A>
-__device__ __forceinline__ void settle(const RawTile<A>& raw, TokenKind kind, A* stage,
-                                       A (&x)[kPerLane]) {
-  convert(raw, kind, x);
-  if (raw.as_vector) return;
+__device__ __forceinline__ void settle(const RawTile<A>& raw, bool as_vector, TokenKind kind,
+                                       A* stage, A (&x)[kPerLane]) {
+  convert(raw, as_vector, kind, x);
+  if (as_vector) return;
   __syncwarp();
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) stage[j * 32 + lane_id()] = x[j];
@@ -202,43 +203,41 @@ __device__ __forceinline__ void put(A* to, int count, A* stage, const A (&x)[kPe
   }
 }
 
-// The mask bytes of a tile, unread words being 0; an absent mask keeps every token.
-struct RawMask {
-  uint32_t bytes[kPerLane];
-  bool as_vector;
-};
-
-__device__ __forceinline__ void fetch(const TokensView& view, const Place& place, RawMask& raw) {
-  raw.as_vector = false;
-  if (view.data == nullptr) return;
+// The mask bytes of a tile, four in a word; an absent mask keeps every token.
+__device__ __forceinline__ bool fetch(const TokensView& view, const Place& place, uint32_t& raw) {
+  raw = 0;
+  if (view.data == nullptr) return false;
   const char* from = address_of(view, place);
-  raw.as_vector = view.stride == 1 && place.count == kTile && aligned(from, 4);
-  if (raw.as_vector) {
-    raw.bytes[0] = read_as<uint32_t>(from + lane_id() * 4);
+  const bool as_vector = view.stride == 1 && place.count == kTile && aligned(from, 4);
+  if (as_vector) {
+    raw = read_as<uint32_t>(from + lane_id() * 4);
   } else {
-    read_striped<uint8_t>(from, view.stride, place.count, raw.bytes);
+    uint32_t bytes[kPerLane];
+    read_striped<uint8_t>(from, view.stride, place.count, bytes);
+    raw = bytes[0] | bytes[1] << 8 | bytes[2] << 16 | bytes[3] << 24;
   }
+  return as_vector;
 }
 
 // Bit j: the lane's token j exists and counts.
-__device__ __forceinline__ unsigned settle(const TokensView& view, const Place& place,
-                                           const RawMask& raw) {
+__device__ __forceinline__ unsigned settle(const TokensView& view, const Place& place, uint32_t raw,
+                                           bool as_vector) {
   unsigned keep = 0;
   if (view.data == nullptr) {
+    const int left = place.count - lane_id() * kPerLane;
+    return left >= kPerLane ? 0xfu : left <= 0 ? 0u : (1u << left) - 1u;
+  }
+  if (as_vector) {
 #pragma unroll
-    for (int j = 0; j < kPerLane; ++j)
-      keep |= (lane_id() * kPerLane + j < place.count ? 1u : 0u) << j;
-  } else if (raw.as_vector) {
+    for (int j = 0; j < kPerLane; ++j) keep |= (raw >> (8 * j) & 1u) << j;
+    return keep;
+  }
+  // Word j has a bit for each of the tokens [32 j, 32 j + 32); the lane's four lie in one word.
+  const int word = lane_id() * kPerLane / 32;
 #pragma unroll
-    for (int j = 0; j < kPerLane; ++j) keep |= (raw.bytes[0] >> (8 * j) & 1u) << j;
-  } else {
-    // Word j has a bit for each of the tokens [32 j, 32 j + 32); the lane's four lie in one word.
-    const int word = lane_id() * kPerLane / 32;
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) {
-      const unsigned ballot = __ballot_sync(kAllLanes, raw.bytes[j] != 0);
-      if (j == word) keep = ballot >> (lane_id() * kPerLane % 32) & 0xfu;
-    }
+  for (int j = 0; j < kPerLane; ++j) {
+    const unsigned ballot = __ballot_sync(kAllLanes, raw >> (8 * j) & 1u);
+    if (j == word) keep = ballot >> (lane_id() * kPerLane % 32) & 0xfu;
   }
   return keep;
 }

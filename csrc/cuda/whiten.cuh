@@ -19,7 +19,7 @@ template <typename A>
 struct Spread {
   A pivot;
   double sum, squares;
-  int64_t count;
+  int count;  // a thread meets fewer than 2^31 tokens
 
   __device__ __forceinline__ static Spread none() { return {A(0), 0.0, 0.0, 0}; }
   __device__ __forceinline__ void add(A x) {
@@ -84,12 +84,12 @@ __global__ void __launch_bounds__(kWhitenWarps * 32)
        tile += int64_t{gridDim.x} * kWhitenWarps) {
     const Place place = tiles.at(tile);
     RawTile<A> raw;
-    RawMask raw_mask;
-    fetch(x_view, place, raw);
-    fetch(mask_view, place, raw_mask);
+    uint32_t raw_mask;
+    const bool as_vector = fetch(x_view, place, raw);
+    const bool mask_as_vector = fetch(mask_view, place, raw_mask);
     A x[kPerLane];
-    settle(raw, x_view.kind, stages[warp], x);
-    const unsigned keep = settle(mask_view, place, raw_mask);
+    settle(raw, as_vector, x_view.kind, stages[warp], x);
+    const unsigned keep = settle(mask_view, place, raw_mask, mask_as_vector);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j)
       if (keep >> j & 1u) spread.add(x[j]);
@@ -122,12 +122,12 @@ __global__ void __launch_bounds__(kWhitenWarps * 32)
        tile += int64_t{gridDim.x} * kWhitenWarps) {
     const Place place = tiles.at(tile);
     RawTile<A> raw;
-    RawMask raw_mask;
-    fetch(x_view, place, raw);
-    fetch(mask_view, place, raw_mask);
+    uint32_t raw_mask;
+    const bool as_vector = fetch(x_view, place, raw);
+    const bool mask_as_vector = fetch(mask_view, place, raw_mask);
     A x[kPerLane];
-    settle(raw, x_view.kind, stages[warp], x);
-    const unsigned keep = settle(mask_view, place, raw_mask);
+    settle(raw, as_vector, x_view.kind, stages[warp], x);
+    const unsigned keep = settle(mask_view, place, raw_mask, mask_as_vector);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j)
       x[j] = keep >> j & 1u ? whitened(x[j], mean, scale, shift) : A(0);

@@ -189,9 +189,9 @@ __device__ __forceinline__ void write(A* to, const A (&x)[kTokens], int64_t i, i
 
 // The tokens of one thread, 0 where masked, so that nothing behind the mask enters any sum.
 template <typename A>
-__device__ __forceinline__ void unpack(const TokenView& view, const Quad<A>& quad,
+__device__ __forceinline__ void unpack(const TokenView& view, const Quad<A>& quad, int valid,
                                        const bool (&keep)[kTokens], A (&x)[kTokens]) {
-  view.convert(quad, x);
+  view.convert(quad, valid, x);
 #pragma unroll
   for (int k = 0; k < kTokens; ++k) x[k] = keep[k] ? x[k] : A(0);
 }
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 2 : 1)
     const int64_t i = start + threadIdx.x * kTokens;
     const int64_t left = call.tokens - i;
     const int valid = left >= kTokens ? kTokens : left > 0 ? static_cast<int>(left) : 0;
-    const Quad<float> mask = call.mask.template read<float>(i, valid);
+    const Quad<float> mask = call.mask.read_mask(i, valid);
     const Quad<A> raw_logprob = call.logprob.template read<A>(i, valid);
     const Quad<A> raw_old_logprob = call.old_logprob.template read<A>(i, valid);
     const Quad<A> raw_advantages = call.advantages.template read<A>(i, valid);
@@ -227,13 +227,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 2 : 1)
     }
     bool keep[kTokens];
 #pragma unroll
-    for (int k = 0; k < kTokens; ++k)
-      keep[k] = k < valid && (call.mask.data == nullptr || (mask.word[0] >> (8 * k) & 0xffu) != 0);
+    for (int k = 0; k < kTokens; ++k) keep[k] = call.mask.keeps(mask, k, valid);
 
     A logprob[kTokens], old_logprob[kTokens], advantage[kTokens];
-    unpack(call.logprob, raw_logprob, keep, logprob);
-    unpack(call.old_logprob, raw_old_logprob, keep, old_logprob);
-    unpack(call.advantages, raw_advantages, keep, advantage);
+    unpack(call.logprob, raw_logprob, valid, keep, logprob);
+    unpack(call.old_logprob, raw_old_logprob, valid, keep, old_logprob);
+    unpack(call.advantages, raw_advantages, valid, keep, advantage);
     A grad_logprob[kTokens], grad_value[kTokens] = {};
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
@@ -249,9 +248,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 2 : 1)
     }
     if (has_values) {
       A value[kTokens], old_value[kTokens], wanted[kTokens];
-      unpack(call.values, raw_values, keep, value);
-      unpack(call.returns, raw_returns, keep, wanted);
-      unpack(call.old_values, raw_old_values, keep, old_value);
+      unpack(call.values, raw_values, valid, keep, value);
+      unpack(call.returns, raw_returns, valid, keep, wanted);
+      unpack(call.old_values, raw_old_values, valid, keep, old_value);
       int seen = kept;
 #pragma unroll
       for (int k = 0; k < kTokens; ++k) {
@@ -268,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 2 : 1)
     }
     if (call.entropy.data != nullptr) {
       A entropy[kTokens];
-      unpack(call.entropy, raw_entropy, keep, entropy);
+      unpack(call.entropy, raw_entropy, valid, keep, entropy);
 #pragma unroll
       for (int k = 0; k < kTokens; ++k) mine.sum[kEntropy] += entropy[k];
     }

@@ -11,7 +11,8 @@ namespace rl {
 enum class Kind : int { fp32, bf16, fp16, fp64, byte };
 
 // Four tokens as they lie in memory, so that the loads of several tensors are under way before the
-// first is converted. fp32: a word each; 16-bit: two to a word; bytes: all in the first word.
+// first is converted. Read by one vector, 16-bit values lie two to a word and bytes all in the
+// first word; read one by one, each has a word of its own.
 template <typename A>
 struct alignas(16) Quad {
   uint32_t word[4];
@@ -72,34 +73,57 @@ struct TokenView {
     return static_cast<const uint8_t*>(data)[at] != 0;
   }
 
-  // Tokens i .. i + 3, of which the first `valid` exist; i is a multiple of 4.
+  // Tokens i .. i + 3, of which the first `valid` exist; i is a multiple of 4. The rest is any of
+  // the tensor's tokens, or 0.
   template <typename A>
   __device__ __forceinline__ Quad<A> read(int64_t i, int valid) const {
     Quad<A> quad{};
     if (data == nullptr || valid <= 0) return quad;
-    if (vector && valid == 4) {
+    if (packed(valid)) {
       read_vectors(quad, i);
       return quad;
     }
-    int64_t row = row_of(i), column = i - row * inner;
+    int64_t at[4];
+    locate(at, i, valid);
+    if constexpr (std::is_same_v<A, double>) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (k >= valid) break;
-      read_one(quad, k, row * outer_stride + column * inner_stride);
-      ++column;
-      if (!flat && column == inner) {
-        column = 0;
-        ++row;
-      }
+      for (int k = 0; k < 4; ++k) quad.at[k] = static_cast<const double*>(data)[at[k]];
+    } else if (kind == Kind::fp32) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) quad.word[k] = static_cast<const uint32_t*>(data)[at[k]];
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) quad.word[k] = static_cast<const uint16_t*>(data)[at[k]];
     }
     return quad;
   }
 
-  __device__ __forceinline__ void convert(const Quad<double>& quad, double (&x)[4]) const {
+  // The same of a mask.
+  __device__ __forceinline__ Quad<float> read_mask(int64_t i, int valid) const {
+    Quad<float> quad{};
+    if (data == nullptr || valid <= 0) return quad;
+    if (packed(valid)) {
+      quad.word[0] = *reinterpret_cast<const uint32_t*>(static_cast<const char*>(data) + i);
+      return quad;
+    }
+    int64_t at[4];
+    locate(at, i, valid);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) quad.word[k] = static_cast<const uint8_t*>(data)[at[k]];
+    return quad;
+  }
+
+  // Whether token k counts; without a mask, whether it exists.
+  __device__ __forceinline__ bool keeps(const Quad<float>& mask, int k, int valid) const {
+    const uint32_t byte = packed(valid) ? mask.word[0] >> (8 * k) & 0xffu : mask.word[k];
+    return k < valid && (data == nullptr || byte != 0);
+  }
+
+  __device__ __forceinline__ void convert(const Quad<double>& quad, int, double (&x)[4]) const {
 #pragma unroll
     for (int k = 0; k < 4; ++k) x[k] = quad.at[k];
   }
-  __device__ __forceinline__ void convert(const Quad<float>& quad, float (&x)[4]) const {
+  __device__ __forceinline__ void convert(const Quad<float>& quad, int valid, float (&x)[4]) const {
     if (kind == Kind::fp32) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) x[k] = __uint_as_float(quad.word[k]);
@@ -107,7 +131,8 @@ struct TokenView {
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const uint32_t bits = quad.word[k / 2] >> (16 * (k % 2)) & 0xffffu;
+      const uint32_t in_pair = quad.word[k / 2] >> (16 * (k % 2)) & 0xffffu;
+      const uint32_t bits = packed(valid) ? in_pair : quad.word[k];
       __half half;
       memcpy(&half, &bits, sizeof(half));
       x[k] = kind == Kind::bf16 ? __uint_as_float(bits << 16) : load(half);
@@ -115,6 +140,22 @@ struct TokenView {
   }
 
  private:
+  __device__ __forceinline__ bool packed(int valid) const { return vector && valid == 4; }
+
+  // Where the tokens lie, in elements; the last one again in place of those that do not exist.
+  __device__ __forceinline__ void locate(int64_t (&at)[4], int64_t i, int valid) const {
+    const int64_t row = row_of(i);
+    int64_t column = i - row * inner;
+    at[0] = row * outer_stride + column * inner_stride;
+#pragma unroll
+    for (int k = 1; k < 4; ++k) {
+      ++column;
+      const bool wraps = !flat && column == inner;
+      const int64_t step = wraps ? outer_stride - (inner - 1) * inner_stride : inner_stride;
+      if (wraps) column = 0;
+      at[k] = at[k - 1] + (k < valid ? step : 0);
+    }
+  }
   __device__ __forceinline__ void read_vectors(Quad<double>& quad, int64_t i) const {
     const auto* from = static_cast<const double*>(data) + i;
     const double2 low = *reinterpret_cast<const double2*>(from);
@@ -126,23 +167,9 @@ struct TokenView {
     if (kind == Kind::fp32) {
       const uint4 all = *reinterpret_cast<const uint4*>(bytes + 4 * i);
       quad.word[0] = all.x, quad.word[1] = all.y, quad.word[2] = all.z, quad.word[3] = all.w;
-    } else if (kind == Kind::byte) {
-      quad.word[0] = *reinterpret_cast<const uint32_t*>(bytes + i);
     } else {
       const uint2 both = *reinterpret_cast<const uint2*>(bytes + 2 * i);
       quad.word[0] = both.x, quad.word[1] = both.y;
-    }
-  }
-  __device__ __forceinline__ void read_one(Quad<double>& quad, int k, int64_t at) const {
-    quad.at[k] = static_cast<const double*>(data)[at];
-  }
-  __device__ __forceinline__ void read_one(Quad<float>& quad, int k, int64_t at) const {
-    if (kind == Kind::fp32) {
-      quad.word[k] = static_cast<const uint32_t*>(data)[at];
-    } else if (kind == Kind::byte) {
-      quad.word[0] |= uint32_t{static_cast<const uint8_t*>(data)[at]} << (8 * k);
-    } else {
-      quad.word[k / 2] |= uint32_t{static_cast<const uint16_t*>(data)[at]} << (16 * (k % 2));
     }
   }
 #endif

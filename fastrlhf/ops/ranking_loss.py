@@ -38,7 +38,8 @@ def ranking_loss(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or value, by argument name. On a GPU the
-            values of `ranks` and `cu_groups` are not read, which would cost a sync.
+            values of `ranks` and `cu_groups` are not read, which would cost a sync; `cu_groups` that
+            do not rise from 0 to M make loss and gradients NaN under backend "cuda".
 
     Source: Ouyang et al. 2022 (arXiv:2203.02155), eq. 1 and C.2.
 

@@ -42,6 +42,10 @@ CPU = [
         "token_logprob",
         [("Llama-2", 1024, 32000, "float32"), ("Llama-3", 512, 128256, "bfloat16")],
     ),
+    *_heads(
+        "token_loss",
+        [("Llama-2", 1024, 32000, "float32"), ("Llama-3", 512, 128256, "bfloat16")],
+    ),
     *_linear("linear_logprob", [("small head", 1024, 512, 32000, "float32")]),
     *_linear("linear_cross_entropy", [("small head", 1024, 512, 32000, "float32")]),
     *[case for op in _SEQUENCE_OPS for case in _sequences(op, "padded", (512, 1024))],
@@ -58,6 +62,16 @@ GPU = [
             ("Llama-3", 8192, 128256, "bfloat16"),
             ("Qwen", 8192, 151936, "bfloat16"),
             ("Llama-2", 8192, 32000, "float32"),
+        ],
+    ),
+    *_heads(
+        "token_loss",
+        [
+            ("Llama-3", 8192, 128256, "bfloat16"),
+            ("Qwen", 8192, 151936, "bfloat16"),
+            ("Llama-2", 8192, 32000, "float32"),
+            ("Qwen3.5", 4096, 248320, "bfloat16"),
+            ("GPT-2", 8192, 50257, "bfloat16"),
         ],
     ),
     *_linear("linear_logprob", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),

@@ -33,6 +33,7 @@ class Problem:
     backward_flops: int = 0
     floor_note: str = ""
     seconds: float = 2.0  # to spend on each direction, all providers together
+    ones: bool = False  # upstream gradients of ones, as of a sum; else random
     upstream: list[Tensor] = field(default_factory=list)
 
     def call(self, function: Callable, args: dict | None = None, **more) -> list[Tensor]:
@@ -59,12 +60,17 @@ def prepare(problem: Problem) -> Problem:
         outputs = problem.call(getattr(reference, problem.op))
         generator = torch.Generator(outputs[0].device).manual_seed(1)
         problem.upstream = [
-            torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype) for o in outputs
+            torch.ones_like(o)
+            if problem.ones
+            else torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype)
+            for o in outputs
+            if o.requires_grad
         ]
     return problem
 
 
 def gradients(problem: Problem, outputs: list[Tensor], args: dict) -> tuple[Tensor, ...]:
+    outputs = [o for o in outputs if o.requires_grad]
     upstream = [g.to(o.dtype) for g, o in zip(problem.upstream, outputs, strict=True)]
     return torch.autograd.grad(outputs, [args[name] for name in problem.wrt], upstream)
 

@@ -34,7 +34,13 @@ from harness import (
     times,
 )
 
-MODULES = ("bench_token_logprob", "bench_linear_logprob", "bench_sequence_ops", "bench_losses")
+MODULES = (
+    "bench_token_logprob",
+    "bench_token_loss",
+    "bench_linear_logprob",
+    "bench_sequence_ops",
+    "bench_losses",
+)
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

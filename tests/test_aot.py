@@ -143,3 +143,31 @@ def test_cuda_kernels(source, tmp_path):
     assert done.stderr.count("Compiling entry function") >= 3
     assert not spills(done.stderr)
     assert "warning" not in done.stderr
+
+
+# Instructions without which a kernel is right and slow: (source, architecture) -> what its PTX must hold.
+# token_loss keeps a row on chip: asynchronous copies into shared memory, and on sm_90 and later a
+# cluster of blocks that write into each other's.
+ON_CHIP = ("cp.async.cg.shared.global",)
+CLUSTER = ("barrier.cluster.arrive.release", "barrier.cluster.wait.acquire", "mapa.shared::cluster")
+NEEDED = {
+    ("token_loss", "80"): ON_CHIP,
+    ("token_loss", "90"): (*ON_CHIP, *CLUSTER, "st.shared::cluster", "%cluster_nctarank"),
+    ("token_loss", "100"): (*ON_CHIP, *CLUSTER, "st.shared::cluster", "%cluster_nctarank"),
+}
+
+
+@pytest.mark.skipif(bool(NO_NVCC), reason=NO_NVCC)
+@pytest.mark.parametrize(("kernel", "arch"), NEEDED)
+def test_the_fast_path_is_compiled(kernel, arch, tmp_path):
+    include, out = Path(torch.__file__).parent / "include", tmp_path / "out.ptx"
+    command = ["nvcc", "-std=c++20", "-O3", "-DUSE_CUDA", "-ptx", f"-arch=compute_{arch}"]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}", f"-I{include}"]
+    source = ROOT / "csrc" / "cuda" / f"{kernel}.cu"
+    done = subprocess.run([*command, source, "-o", out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = out.read_text()
+    missing = [instruction for instruction in NEEDED[kernel, arch] if instruction not in text]
+    assert not missing
+    if arch == "80":  # the test reads what it should: no clusters there
+        assert not [instruction for instruction in CLUSTER if instruction in text]

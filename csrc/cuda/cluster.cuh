@@ -9,19 +9,14 @@
 
 #include <cstdint>
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define RL_CLUSTERS 1
-#endif
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-#define RL_ASYNC_COPIES 1
-#endif
+#include "device.cuh"
 
 namespace rl {
 
 constexpr int kMaxCluster = 8;  // the largest that every device with clusters takes
 
 __device__ __forceinline__ unsigned cluster_size() {
-#ifdef RL_CLUSTERS
+#if RL_PTX >= 900
   unsigned size;
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
@@ -32,7 +27,7 @@ __device__ __forceinline__ unsigned cluster_size() {
 
 // This block's number in its cluster.
 __device__ __forceinline__ unsigned cluster_rank() {
-#ifdef RL_CLUSTERS
+#if RL_PTX >= 900
   unsigned rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
@@ -44,12 +39,12 @@ __device__ __forceinline__ unsigned cluster_rank() {
 // A barrier of all threads of the cluster in two halves: what a thread wrote before it arrived is
 // seen by every thread that has waited.
 __device__ __forceinline__ void cluster_arrive() {
-#ifdef RL_CLUSTERS
+#if RL_PTX >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {
-#ifdef RL_CLUSTERS
+#if RL_PTX >= 900
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #else
   __syncthreads();
@@ -59,7 +54,7 @@ __device__ __forceinline__ void cluster_wait() {
 // *to = value in the shared memory of block `rank`; `to` is the address of the same variable here.
 // That block must have started: after a barrier of the cluster.
 __device__ __forceinline__ void store_remote(float* to, unsigned rank, float value) {
-#ifdef RL_CLUSTERS
+#if RL_PTX >= 900
   const auto here = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
@@ -71,7 +66,7 @@ __device__ __forceinline__ void store_remote(float* to, unsigned rank, float val
 
 // Starts to copy 16 bytes, both sides aligned. Only the thread itself sees them without a barrier.
 __device__ __forceinline__ void copy_async(void* to_shared, const void* from) {
-#ifdef RL_ASYNC_COPIES
+#if RL_PTX >= 800
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 #else
@@ -81,14 +76,14 @@ __device__ __forceinline__ void copy_async(void* to_shared, const void* from) {
 
 // Ends a group of this thread's copies.
 __device__ __forceinline__ void close_copies() {
-#ifdef RL_ASYNC_COPIES
+#if RL_PTX >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
 // Waits until at most `open` (0 to 3) of this thread's groups are under way.
 __device__ __forceinline__ void wait_copies(int open) {
-#ifdef RL_ASYNC_COPIES
+#if RL_PTX >= 800
   // The instruction takes a constant.
   if (open == 0) asm volatile("cp.async.wait_group 0;" ::: "memory");
   if (open == 1) asm volatile("cp.async.wait_group 1;" ::: "memory");

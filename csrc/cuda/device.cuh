@@ -7,6 +7,13 @@
 
 #include "../rl_math.h"
 
+// The architecture whose PTX may be written here; 0 where a host compiler reads the file.
+#if defined(__NVCC__) && defined(__CUDA_ARCH__)
+#define RL_PTX __CUDA_ARCH__
+#else
+#define RL_PTX 0
+#endif
+
 namespace rl {
 
 __device__ __forceinline__ float load(float x) { return x; }

@@ -13,7 +13,7 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 
 __device__ __forceinline__ float exp2_fast(float x) {
-#ifdef __CUDA_ARCH__
+#if RL_PTX
   float y;  // relative error 2^-22; a result below 2^-126 is 0
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
@@ -85,6 +85,18 @@ struct Running {
     }
   }
 };
+
+// (u - max) factor / temperature - log_sum with one rounding at the size of the result: what the
+// difference (Dekker's sum of two) and 1 / temperature lost is added to the small term first.
+template <typename A>
+__device__ __forceinline__ A log_softmax(A u, A max, A log_sum, A factor, const RowMaths<A>& f) {
+  const A distance = u - max;
+  if (!(distance > -A(INFINITY))) return distance - log_sum;  // -inf, or NaN
+  const A back = distance - u;
+  const A lost = (u - (distance - back)) - (max + back);
+  const A missed = std::fma(distance, f.scale_low, lost * f.scale) * factor;
+  return std::fma(distance * factor, f.scale, missed - log_sum);
+}
 
 // Where a block works: 16-byte vectors [first, first + count) of the row, and in the first block
 // the elements before the first and after the last vector, one a thread.

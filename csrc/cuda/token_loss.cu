@@ -50,14 +50,15 @@ struct RowGradient {
 // grad_ptr: nullptr where only the values are wanted; may be the logits (no __restrict__: the
 // thread that reads an element writes it, and all have read the target's before any writes).
 template <typename T, bool kCap, bool kOnChip>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, std::is_same_v<T, double> ? 1 : 2)
     token_loss_fwd_kernel(const T* logits_ptr, RowsView view, LossView<acc_t<T>> loss,
                           LossOutputs<acc_t<T>> to, T* grad_ptr, Rows grad_rows) {
   using A = acc_t<T>;
   constexpr int kSize = Vector<T>::kSize;
   constexpr int kSlots = kOnChip ? kMaxCluster * kWarps : kWarps;
   extern __shared__ int4 chip_bytes[];
-  __shared__ A slot_max[kSlots], slot_sum[kSlots];
+  __shared__ A slot_max[kSlots];
+  __shared__ A slot_sum[kSlots];
   T* const chip = reinterpret_cast<T*>(chip_bytes);
   const int blocks = kOnChip ? cluster_size() : 1, rank = kOnChip ? cluster_rank() : 0;
   const int64_t r = blockIdx.x / blocks, rows = view.rows.count;
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kThreads)
   const A b = all.base(c);
   const A log_sum = log(all.sum) - std::fma(all.max, c, -b) * A(0.6931471805599453);
   const A u_target = inside ? unscaled<kCap>(target_logit, f) : A(NAN);
-  const A logprob = (u_target - all.max) * dz_du - log_sum;
+  const A logprob = log_softmax(u_target, all.max, log_sum, kCap ? f.softcap : A(1), f);
   TokenTerm<A> term = loss.term(r, logprob);
   if (!inside) term.slope = A(NAN);
   if (speaker) {

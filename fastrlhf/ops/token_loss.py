@@ -50,8 +50,8 @@ def token_loss(
 
     (the product of a loss scaler and of gradient accumulation belongs into `scale`, too). Any other
     upstream gradient is right as well, and costs one more read and write of the rows it concerns.
-    Under torch.compile, and in every backward after the first of a retained graph, the gradient is
-    made in the backward, from the logits: two reads and one write in all.
+    Under torch.compile the gradient is made in the backward: two reads and one write in all. Every
+    backward of a retained graph after the first makes it again.
 
     Args:
         logits: [..., V], float32, bfloat16, float16, or float64 (CPU). Any strides before a unit
@@ -187,8 +187,9 @@ class _GradientInForward(torch.autograd.Function):
         if inplace:
             # The logits are gone: let autograd notice whoever has saved them.
             torch.autograd.graph.increment_version(logits)
-        targets, _, _, _, _, row_temperature, ctx.temperature, ctx.softcap, mask, _, _ = arguments
-        ctx.save_for_backward(logits, targets, slope, stats, row_temperature, mask)
+        tensors = [x if isinstance(x, Tensor) else None for x in arguments]
+        ctx.save_for_backward(logits, slope, stats, *tensors)
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in arguments]
         ctx.inplace, ctx.grad = inplace, None if inplace else out
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(logprob)
@@ -199,26 +200,28 @@ class _GradientInForward(torch.autograd.Function):
         nothing = (None,) * 12
         if grad_loss is None:
             return None, *nothing
-        logits = ctx.saved_tensors[0]
+        logits, slope, stats, *tensors = ctx.saved_tensors
+        arguments = [n if t is None else t for t, n in zip(tensors, ctx.numbers, strict=True)]
         if torch.is_grad_enabled():  # create_graph: an op whose own gradient says that it has none
             if ctx.inplace:
                 raise NotImplementedError(f"{OP}: create_graph must not meet inplace_backward=True")
-            return _from_logits(ctx, grad_loss), *nothing
+            return _from_stats(grad_loss, logits, slope, stats, *arguments), *nothing
         if ctx.inplace:
             grad = logits.detach()
             # One gradient, given away once: a second backward raises at saved_tensors.
             torch.autograd.graph.increment_version(logits)
-        else:
+        elif ctx.grad is not None:
             grad, ctx.grad = ctx.grad, None
-        if grad is None:
-            return _from_logits(ctx, grad_loss), *nothing
+        else:  # a retained graph: the same bits once more
+            grad = logits.new_empty(logits.shape)
+            torch.ops.fastrlhf.token_loss_fwd_(logits, *arguments, grad)
         torch.ops.fastrlhf.token_loss_bwd_(grad, grad_loss)
         return grad, *nothing
 
 
-def _from_logits(ctx, grad_loss):
+def _from_stats(grad_loss, logits, slope, stats, targets, *arguments):
     """dL/dlogits from the logits and the statistics of their rows."""
-    logits, targets, slope, stats, row_temperature, mask = ctx.saved_tensors
+    _, _, _, _, row_temperature, temperature, softcap, mask, _, _ = arguments
     return torch.ops.fastrlhf.token_logprob_bwd(
         grad_loss * slope,
         None,
@@ -227,8 +230,8 @@ def _from_logits(ctx, grad_loss):
         torch.zeros_like(slope),  # the entropy, which has no gradient here
         stats,
         row_temperature,
-        ctx.temperature,
-        ctx.softcap,
+        temperature,
+        softcap,
         mask,
     )
 
@@ -250,12 +253,16 @@ def _setup_context(ctx, inputs, output):
     _, logprob, slope, stats = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(logprob, slope, stats)
-    ctx.save_for_backward(logits, targets, slope, stats, row_temperature, mask)
+    ctx.save_for_backward(logits, slope, stats, targets, row_temperature, mask)
 
 
 def _backward(ctx, grad_loss, *_):
-    grad = None if grad_loss is None else _from_logits(ctx, grad_loss)
-    return grad, *(None,) * 11
+    if grad_loss is None:
+        return (None,) * 12
+    logits, slope, stats, targets, row_temperature, mask = ctx.saved_tensors
+    unused = (None,) * 4
+    arguments = (targets, *unused, row_temperature, ctx.temperature, ctx.softcap, mask, None, None)
+    return _from_stats(grad_loss, logits, slope, stats, *arguments), *(None,) * 11
 
 
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:

@@ -186,8 +186,6 @@ T __reduce_min_sync(unsigned mask, T value, SHIM_AT) {
 #define __log2f(x) ::log2f(x)
 #define __powf(x, y) ::powf(x, y)
 #define __fdividef(x, y) ((x) / (y))
-// The one PTX instruction in use, see build.py: subnormal results are 0.
-inline float shim_ex2_ftz(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fmul_rn(float x, float y) { return x * y; }
@@ -259,16 +257,15 @@ inline const char* cudaGetErrorString(cudaError_t error) {
                                           : "invalid configuration argument";
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-// An sm_75 with few multiprocessors (grids sized by them stay small, yet have more than one block)
-// and the shared memory of an A100.
+// An A100 with few multiprocessors: grids sized by them stay small, and have more than one block.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       return *value = 3, cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
-      return *value = 7, cudaSuccess;
+      return *value = 8, cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
-      return *value = 5, cudaSuccess;
+      return *value = 0, cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       return *value = shim::kSharedOptIn, cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
@@ -278,7 +275,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 template <typename K>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, K*) {
-  return *attributes = {75, 75, 0}, cudaSuccess;
+  return *attributes = {80, 80, 0}, cudaSuccess;
 }
 template <typename K>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, K, int, size_t) {

@@ -30,10 +30,10 @@ def op_tests(source):
     return [*folder.glob(f"test_{stem}.py"), *sorted(folder.glob(f"test_{stem}_*.py"))]
 
 
-def run(library, *command):
+def run(libraries, *command):
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        env=build.environment(library),
+        env=build.environment(libraries),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -46,6 +46,8 @@ def runs():
     """{source: its library or the error of its build, and the finished run of its tests or None}."""
     jobs = int(os.environ.get("MAX_JOBS", os.cpu_count()))
     libraries = build.build_all([*SOURCES, FAULTS], jobs)
+    # All ops in each process, for tests and backwards that use more than their own.
+    good = [build.build_schemas(), *(p for s, p in libraries.items() if isinstance(p, Path))]
 
     def job(source):
         library = libraries[source]
@@ -53,10 +55,10 @@ def runs():
             return library, None
         if source == FAULTS:
             script = ROOT / "tests" / "host_shim" / "try_faults.py"
-            return library, run(library, script, "sound", *SEEN, *POISONED)
+            return library, run([library], script, "sound", *SEEN, *POISONED)
         # Not --capture=fd: the sanitizer's report must not die with the process.
         options = ("-p", "shim_plugin", "-p", "no:cacheprovider", "--capture=sys", "-q")
-        return library, run(library, "-m", "pytest", *options, *op_tests(source))
+        return library, run(good, "-m", "pytest", *options, *op_tests(source))
 
     with ThreadPoolExecutor(jobs) as pool:
         return dict(zip(libraries, pool.map(job, libraries), strict=True))

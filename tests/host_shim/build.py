@@ -176,7 +176,7 @@ def _compile(source, stem, key, *options):
 
 @functools.cache
 def _base():
-    """What every library shares: a key, the options of a .cu, the objects of scheduler and schemas."""
+    """What every library shares: a key, the options of a .cu, the scheduler."""
     CACHE.mkdir(parents=True, exist_ok=True)
     compiler = subprocess.run([CXX, "--version"], capture_output=True, text=True, check=True).stdout
     shim = [p.read_bytes() for p in sorted(HERE.rglob("*.h")) + [HERE / "fibers.cpp"]]
@@ -189,24 +189,33 @@ def _base():
     precompile = [CXX, *FLAGS, "-xc++-header", str(header)]
     _once(folder / "repeat.h.gch", lambda to: _run([*precompile, f"-o{to}"]))
     options = ["-include", str(header), "-DSHIM_CUDACC", "-DSHIM_CUDA_ARCH=800"]
-    text = schemas()
-    file = CACHE / f"schemas-{_digest(text)}.cpp"
-    _once(file, lambda to: to.write_text(text))
     # Last options win: the scheduler switches some ten thousand times a block, and is not on trial.
     scheduler = _compile(HERE / "fibers.cpp", "fibers", key, "-O2", "-fno-sanitize=all")
-    return key, options, [scheduler, _compile(file, "schemas", _digest(key, text))]
+    return key, options, scheduler
+
+
+def _link(stem, *objects):
+    library = CACHE / f"{stem}-{_digest(*objects)}.so"
+    # -Bsymbolic: our stand-ins for the stream and the device guard, not libtorch's.
+    link = [CXX, *FLAGS, "-shared", "-Wl,-Bsymbolic", *map(str, objects)]
+    link += [f"-L{LIBRARIES}", "-ltorch_cpu", "-ltorch", "-lc10", f"-Wl,-rpath,{LIBRARIES}"]
+    return _once(library, lambda to: _run([*link, f"-o{to}"]))
+
+
+def build_schemas():
+    """The library that defines the ops; it must be loaded before those that implement them."""
+    key, text = _base()[0], schemas()
+    file = CACHE / f"schemas-{_digest(text)}.cpp"
+    _once(file, lambda to: to.write_text(text))
+    return _link("schemas", _compile(file, "schemas", _digest(key, text)))
 
 
 def build(source):
-    """Compiles one .cu file and links it with the shim; the path of the library."""
-    key, options, objects = _base()
+    """Compiles one .cu file and links it with the scheduler; the path of the library."""
+    key, options, scheduler = _base()
     tree, digest = _tree(source)
     device = _compile(tree / "cuda" / source.name, source.stem, _digest(key, digest), *options)
-    library = CACHE / f"{source.stem}-{_digest(device, *objects)}.so"
-    # -Bsymbolic: our stand-ins for the stream and the device guard, not libtorch's.
-    link = [CXX, *FLAGS, "-shared", "-Wl,-Bsymbolic", *map(str, [device, *objects])]
-    link += [f"-L{LIBRARIES}", "-ltorch_cpu", "-ltorch", "-lc10", f"-Wl,-rpath,{LIBRARIES}"]
-    return _once(library, lambda to: _run([*link, f"-o{to}"]))
+    return _link(source.stem, device, scheduler)
 
 
 def build_all(sources, jobs):
@@ -228,8 +237,8 @@ def missing():
     return "" if shutil.which(CXX) else f"{CXX} is not on PATH"
 
 
-def environment(library):
-    """The environment of a Python process that loads `library`: the sanitizer must come first."""
+def environment(libraries):
+    """The environment of a Python process that loads `libraries`: the sanitizer must come first."""
 
     def runtime(name):
         return subprocess.run(
@@ -252,5 +261,5 @@ def environment(library):
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), str(ROOT)]),
-        "FASTRLHF_HOST_SHIM": str(library),
+        "FASTRLHF_HOST_SHIM": os.pathsep.join(map(str, libraries)),
     }

@@ -237,12 +237,4 @@ inline Tensor new_tokens(const Tensor& like) {
   return empty_like_device(like, sizes, acc_dtype(like.scalar_type()));
 }
 
-// Several outputs of one shape as one tensor [count, ...]: one allocation, which the C library
-// recycles where it hands the pages of several smaller ones back to the system after each call.
-inline Tensor new_stacked_tokens(const Tensor& like, int64_t count) {
-  std::vector<int64_t> sizes{count};
-  for (int64_t d = 0; d < like.dim(); ++d) sizes.push_back(like.size(d));
-  return empty_like_device(like, sizes, acc_dtype(like.scalar_type()));
-}
-
 }  // namespace rl

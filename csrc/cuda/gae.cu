@@ -6,23 +6,23 @@
 namespace rl {
 namespace {
 
-std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, double gamma, double lam,
-                               std::optional<Tensor> cu_seqlens, std::optional<Tensor> mask,
-                               std::optional<Tensor> bootstrap, bool whiten) {
+Tensor gae(Tensor rewards, Tensor values, double gamma, double lam,
+           std::optional<Tensor> cu_seqlens, std::optional<Tensor> mask,
+           std::optional<Tensor> bootstrap, bool whiten) {
   const torch::stable::accelerator::DeviceGuard guard(rewards.get_device_index());
-  Tensor advantages = new_tokens(rewards);
-  Tensor returns = new_tokens(rewards);
+  Tensor out = new_stacked_tokens(rewards, 2);
   with_acc(rewards, [&](auto zero) {
     using A = decltype(zero);
     SequenceArgs<A> p{};
     const auto cu = set_layout(p, rewards, cu_seqlens);
     p.given_rewards = view_of(rewards, "rewards");
     p.bootstrap = per_sequence(p, bootstrap, "bootstrap");
-    set_gae(p, rewards, values, gamma, lam, advantages, returns);
+    A* const advantages_ptr = output<A>(out);
+    set_gae(p, rewards, values, gamma, lam, advantages_ptr, advantages_ptr + p.tokens);
     p.mask = mask_like(mask, rewards);
     run_sequences<A, false, true>("gae", p, rewards, whiten);
   });
-  return {advantages, returns};
+  return out;
 }
 
 }  // namespace

@@ -8,26 +8,23 @@
 namespace rl {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> kl_gae(Tensor logprob, Tensor ref_logprob, Tensor score,
-                                                  Tensor values, double beta, int64_t estimator,
-                                                  double gamma, double lam, bool whiten,
-                                                  std::optional<Tensor> cu_seqlens,
-                                                  std::optional<Tensor> mask) {
+Tensor kl_gae(Tensor logprob, Tensor ref_logprob, Tensor score, Tensor values, double beta,
+              int64_t estimator, double gamma, double lam, bool whiten,
+              std::optional<Tensor> cu_seqlens, std::optional<Tensor> mask) {
   const torch::stable::accelerator::DeviceGuard guard(logprob.get_device_index());
-  Tensor advantages = new_tokens(logprob);
-  Tensor returns = new_tokens(logprob);
-  Tensor rewards = new_tokens(logprob);
-  Tensor kl = new_tokens(logprob);
+  Tensor out = new_stacked_tokens(logprob, 4);
   with_acc(logprob, [&](auto zero) {
     using A = decltype(zero);
     SequenceArgs<A> p{};
     const auto cu = set_layout(p, logprob, cu_seqlens);
-    set_kl(p, logprob, ref_logprob, score, beta, estimator, rewards, kl);
-    set_gae(p, logprob, values, gamma, lam, advantages, returns);
+    A* const out_ptr = output<A>(out);  // advantages, returns, rewards, kl
+    const int64_t n = p.tokens;
+    set_kl(p, logprob, ref_logprob, score, beta, estimator, out_ptr + 2 * n, out_ptr + 3 * n);
+    set_gae(p, logprob, values, gamma, lam, out_ptr, out_ptr + n);
     p.mask = mask_like(mask, logprob);
     run_sequences<A, true, true>("kl_gae", p, logprob, whiten);
   });
-  return {advantages, returns, rewards, kl};
+  return out;
 }
 
 }  // namespace

@@ -7,21 +7,20 @@
 namespace rl {
 namespace {
 
-std::tuple<Tensor, Tensor> kl_reward(Tensor logprob, Tensor ref_logprob, Tensor score, double beta,
-                                     int64_t estimator, std::optional<Tensor> cu_seqlens,
-                                     std::optional<Tensor> mask) {
+Tensor kl_reward(Tensor logprob, Tensor ref_logprob, Tensor score, double beta, int64_t estimator,
+                 std::optional<Tensor> cu_seqlens, std::optional<Tensor> mask) {
   const torch::stable::accelerator::DeviceGuard guard(logprob.get_device_index());
-  Tensor rewards = new_tokens(logprob);
-  Tensor kl = new_tokens(logprob);
+  Tensor out = new_stacked_tokens(logprob, 2);
   with_acc(logprob, [&](auto zero) {
     using A = decltype(zero);
     SequenceArgs<A> p{};
     const auto cu = set_layout(p, logprob, cu_seqlens);
-    set_kl(p, logprob, ref_logprob, score, beta, estimator, rewards, kl);
+    A* const rewards_ptr = output<A>(out);
+    set_kl(p, logprob, ref_logprob, score, beta, estimator, rewards_ptr, rewards_ptr + p.tokens);
     p.mask = mask_like(mask, logprob);
     run_sequences<A, true, false>("kl_reward", p, logprob, false);
   });
-  return {rewards, kl};
+  return out;
 }
 
 }  // namespace

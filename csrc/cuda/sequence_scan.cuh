@@ -309,8 +309,7 @@ A* output(const Tensor& t) {
 
 template <typename A>
 void set_kl(SequenceArgs<A>& p, const Tensor& logprob, const Tensor& ref_logprob,
-            const Tensor& score, double beta, int64_t estimator, const Tensor& rewards,
-            const Tensor& kl) {
+            const Tensor& score, double beta, int64_t estimator, A* rewards_ptr, A* kl_ptr) {
   RL_CHECK(estimator >= 0 && estimator <= static_cast<int64_t>(KlEstimator::abs),
            "unknown estimator");
   p.logprob = view_of(logprob, "logprob");
@@ -318,18 +317,18 @@ void set_kl(SequenceArgs<A>& p, const Tensor& logprob, const Tensor& ref_logprob
   p.score = per_sequence(p, score, "score");
   p.beta = static_cast<A>(beta);
   p.estimator = static_cast<KlEstimator>(estimator);
-  p.rewards = output<A>(rewards);
-  p.kl = output<A>(kl);
+  p.rewards = rewards_ptr;
+  p.kl = kl_ptr;
 }
 
 template <typename A>
 void set_gae(SequenceArgs<A>& p, const Tensor& like, const Tensor& values, double gamma, double lam,
-             const Tensor& advantages, const Tensor& returns) {
+             A* advantages_ptr, A* returns_ptr) {
   p.values = tokens_like(values, like, "values");
   p.gamma = static_cast<A>(gamma);
   p.gamma_lam = static_cast<A>(gamma * lam);
-  p.advantages = output<A>(advantages);
-  p.returns = output<A>(returns);
+  p.advantages = advantages_ptr;
+  p.returns = returns_ptr;
 }
 
 // Runs the kernels, and whitens p.advantages on request. All but the walks must be set.

@@ -16,6 +16,7 @@ for path in LIBRARIES:
 sys.modules["fastrlhf._C"] = types.ModuleType("fastrlhf._C")
 
 import logit_cases  # noqa: E402
+import sequence_cases  # noqa: E402
 from fastrlhf.ops import _backend  # noqa: E402
 
 # The shim registers for CPU tensors; the package must know these ops as CUDA's.
@@ -29,6 +30,7 @@ def unavailable_reason(op, backend, device="cpu"):
 
 _backend.unavailable_reason = unavailable_reason
 logit_cases.DEVICE["cuda"] = "cpu"
+sequence_cases.BACKENDS += ("cuda",)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -92,7 +92,7 @@ __device__ Running<A> merge_block(Running<A> mine) {
 }
 
 template <typename T, bool kCap>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3)  // fp64 must not spill
     token_logprob_fwd_kernel(const T* __restrict__ logits_ptr, RowsView view,
                              acc_t<T>* __restrict__ logprob_ptr, acc_t<T>* __restrict__ entropy_ptr,
                              acc_t<T>* __restrict__ stats_ptr) {

@@ -24,6 +24,7 @@ PIP := $(PY) -m pip install --quiet --no-compile
 # The extras' lists in pyproject.toml are the one place where versions stand.
 extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',"')
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
+SHIM := $(wildcard tests/host_shim/*.h tests/host_shim/*.cpp tests/host_shim/*.cu tests/host_shim/include/*.h)
 PREFLIGHT := build/preflight
 ORACLES := build/oracles
 
@@ -113,12 +114,12 @@ preflight:
 check: $(VENV)/.stamp-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP) $(SHIM)
 
 fmt: $(VENV)/.stamp-dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/clang-format -i $(CPP)
+	$(VENV)/bin/clang-format -i $(CPP) $(SHIM)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV)/.stamp-build-*

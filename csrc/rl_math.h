@@ -96,8 +96,9 @@ RL_INLINE void store(f16& out, float x) {
 // -87.7; NaN stays NaN.
 RL_HD float exp_clamped(float x) {
 #ifdef __CUDA_ARCH__
-  // ex2.approx: relative error 2^-22 near 0, where the sums live.
-  return __expf(x);
+  // ex2.approx: relative error 2^-22 near 0, where the sums live. Subnormals would come out as
+  // such.
+  return x < -87.7f ? 0.0f : __expf(x);
 #else
   // x log2(e) = n + r with |r| <= 1/2; adding and taking away 1.5 * 2^23 rounds to the nearest
   // integer.

@@ -12,21 +12,13 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-import logit_cases
-from logit_cases import DEVICE
+from logit_cases import DEVICE, each_backend  # noqa: F401
 
 FUSED = ("cpu", "triton", "cuda")
 CPP = ("cpu", "cuda")  # the backends that are one C++ op on two devices
-BACKENDS = ("reference", "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The lengths meet the edges of the C++ kernels: chunks of 256 steps, blocks of 1024, eight lanes.
 LENGTHS = (5, 1, 0, 300, 256, 0, 257, 31, 2, 1, 1030, 64, 7, 513, 3, 0)
-
-
-def each_backend(op=None, names=("reference", *FUSED)):
-    if op is None:
-        return pytest.mark.parametrize("backend", BACKENDS)
-    return logit_cases.each_backend(op, names)
 
 
 def anywhere(function):

@@ -107,7 +107,7 @@ def test_score_lands_on_the_last_unmasked_token_only(backend):
 @fused
 def test_packed_padded_and_one_by_one_agree_bitwise(backend):
     logprob, ref_logprob, score, cu = packed()
-    options = {"beta": 0.1, "estimator": "k3", "backend": "cpu"}
+    options = {"beta": 0.1, "estimator": "k3", "backend": backend}
     together = kl_reward(logprob, ref_logprob, score, cu_seqlens=cu, **options)
     padded = kl_reward(
         cases.pad(logprob, LENGTHS, fill=NAN),
@@ -142,7 +142,7 @@ def test_nothing_behind_the_mask_is_used(backend):
 @fused
 def test_layouts_threads_and_unwritten_memory(backend):
     logprob, ref_logprob, score, cu = packed()
-    options = {"beta": 0.1, "cu_seqlens": cu, "backend": "cpu"}
+    options = {"beta": 0.1, "cu_seqlens": cu, "backend": backend}
     plain = kl_reward(logprob, ref_logprob, score, **options)
     with cases.poisoned_empty():
         strided = kl_reward(

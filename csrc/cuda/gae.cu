@@ -13,12 +13,12 @@ Tensor gae(Tensor rewards, Tensor values, double gamma, double lam,
   Tensor out = new_stacked_tokens(rewards, 2);
   with_acc(rewards, [&](auto zero) {
     using A = decltype(zero);
-    A* const advantages = static_cast<A*>(out.mutable_data_ptr());
     SequenceArgs<A> p{};
     const auto cu = set_layout(p, rewards, cu_seqlens);
     p.given_rewards = view_of(rewards, "rewards");
     p.bootstrap = per_sequence(p, bootstrap, "bootstrap");
-    set_gae(p, rewards, values, gamma, lam, advantages, advantages + rewards.numel());
+    A* const advantages_ptr = output<A>(out);
+    set_gae(p, rewards, values, gamma, lam, advantages_ptr, advantages_ptr + p.tokens);
     p.mask = mask_like(mask, rewards);
     run_sequences<A, false, true>("gae", p, rewards, whiten);
   });

@@ -15,13 +15,12 @@ Tensor kl_gae(Tensor logprob, Tensor ref_logprob, Tensor score, Tensor values, d
   Tensor out = new_stacked_tokens(logprob, 4);
   with_acc(logprob, [&](auto zero) {
     using A = decltype(zero);
-    A* const advantages = static_cast<A*>(out.mutable_data_ptr());
-    A* const returns = advantages + logprob.numel();
-    A* const rewards = returns + logprob.numel();
     SequenceArgs<A> p{};
     const auto cu = set_layout(p, logprob, cu_seqlens);
-    set_kl(p, logprob, ref_logprob, score, beta, estimator, rewards, rewards + logprob.numel());
-    set_gae(p, logprob, values, gamma, lam, advantages, returns);
+    A* const out_ptr = output<A>(out);  // advantages, returns, rewards, kl
+    const int64_t n = p.tokens;
+    set_kl(p, logprob, ref_logprob, score, beta, estimator, out_ptr + 2 * n, out_ptr + 3 * n);
+    set_gae(p, logprob, values, gamma, lam, out_ptr, out_ptr + n);
     p.mask = mask_like(mask, logprob);
     run_sequences<A, true, true>("kl_gae", p, logprob, whiten);
   });

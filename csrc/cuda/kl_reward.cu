@@ -13,10 +13,10 @@ Tensor kl_reward(Tensor logprob, Tensor ref_logprob, Tensor score, double beta, 
   Tensor out = new_stacked_tokens(logprob, 2);
   with_acc(logprob, [&](auto zero) {
     using A = decltype(zero);
-    A* const rewards = static_cast<A*>(out.mutable_data_ptr());
     SequenceArgs<A> p{};
     const auto cu = set_layout(p, logprob, cu_seqlens);
-    set_kl(p, logprob, ref_logprob, score, beta, estimator, rewards, rewards + logprob.numel());
+    A* const rewards_ptr = output<A>(out);
+    set_kl(p, logprob, ref_logprob, score, beta, estimator, rewards_ptr, rewards_ptr + p.tokens);
     p.mask = mask_like(mask, logprob);
     run_sequences<A, true, false>("kl_reward", p, logprob, false);
   });

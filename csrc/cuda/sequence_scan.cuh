@@ -303,8 +303,13 @@ void with_acc(const Tensor& like, const F& body) {
 }
 
 template <typename A>
+A* output(const Tensor& t) {
+  return static_cast<A*>(t.mutable_data_ptr());
+}
+
+template <typename A>
 void set_kl(SequenceArgs<A>& p, const Tensor& logprob, const Tensor& ref_logprob,
-            const Tensor& score, double beta, int64_t estimator, A* rewards, A* kl) {
+            const Tensor& score, double beta, int64_t estimator, A* rewards_ptr, A* kl_ptr) {
   RL_CHECK(estimator >= 0 && estimator <= static_cast<int64_t>(KlEstimator::abs),
            "unknown estimator");
   p.logprob = view_of(logprob, "logprob");
@@ -312,18 +317,18 @@ void set_kl(SequenceArgs<A>& p, const Tensor& logprob, const Tensor& ref_logprob
   p.score = per_sequence(p, score, "score");
   p.beta = static_cast<A>(beta);
   p.estimator = static_cast<KlEstimator>(estimator);
-  p.rewards = rewards;
-  p.kl = kl;
+  p.rewards = rewards_ptr;
+  p.kl = kl_ptr;
 }
 
 template <typename A>
 void set_gae(SequenceArgs<A>& p, const Tensor& like, const Tensor& values, double gamma, double lam,
-             A* advantages, A* returns) {
+             A* advantages_ptr, A* returns_ptr) {
   p.values = tokens_like(values, like, "values");
   p.gamma = static_cast<A>(gamma);
   p.gamma_lam = static_cast<A>(gamma * lam);
-  p.advantages = advantages;
-  p.returns = returns;
+  p.advantages = advantages_ptr;
+  p.returns = returns_ptr;
 }
 
 // Runs the kernels, and whitens p.advantages on request. All but the walks must be set.

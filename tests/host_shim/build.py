@@ -4,12 +4,14 @@ The sources are copied with a few words rewritten, everything else is the very c
 
 - `__shared__` variables become fresh, poisoned, guarded memory of their block;
 - a kernel's body first says its name, so that a test can demand that every kernel ran;
-- `__CUDACC__` and `__CUDA_ARCH__` (here 800: no clusters) select the device's branches;
+- `__CUDACC__` and `__CUDA_ARCH__` (here 800: no clusters) select the device's branches; PTX stays out
+  (csrc/cuda/device.cuh asks for nvcc);
 - implementations register for CPU tensors instead of CUDA's.
 
 Objects are kept under build/host_shim by the hash of everything that went into them.
 """
 
+import functools
 import hashlib
 import os
 import re
@@ -47,21 +49,25 @@ FLAGS = [
     f"-I{HERE / 'include'}",
 ]
 
-SHARED = re.compile(
-    r"(?P<extern>extern\s+)?__shared__\s+(?:(?:alignas|__align__)\s*\([^)]*\)\s*)?"
-    r"(?P<type>[^;]+?)\s*\b(?P<name>\w+)\s*(?P<size>(?:\[[^\]]*\]\s*)*);"
-)
+SHARED = re.compile(r"(extern\s+)?\b__shared__\s+(?:(?:alignas|__align__)\s*\([^)]*\)\s*)?([^;]+);")
+DECLARED = re.compile(r"(?P<type>.*?)\s*\b(?P<name>\w+)\s*(?P<size>(?:\[[^\]]*\]\s*)*)", re.DOTALL)
 
 
 def _shared(match):
-    kind, name, size = match["type"], match["name"], match["size"]
-    if match["extern"]:
-        return f"{kind}* {name} = static_cast<{kind}*>(::shim::dynamic_shared());"
-    return (
-        f"typedef {kind} {name}_shared_t{size}; static const char {name}_site = 0; "
-        f"{name}_shared_t& {name} = "
-        f"*static_cast<{name}_shared_t*>(::shim::shared(&{name}_site, sizeof({name}_shared_t)));"
-    )
+    """`__shared__ T a[3], b;` -> references to memory of the block, one allocation a variable."""
+    kind, out = "", []
+    for part in re.split(r",(?![^<]*>)", match[2]):
+        declared = DECLARED.fullmatch(part.strip())
+        kind, name, size = declared["type"] or kind, declared["name"], declared["size"]
+        if match[1]:
+            out.append(f"{kind}* {name} = static_cast<{kind}*>(::shim::dynamic_shared());")
+            continue
+        out.append(
+            f"typedef {kind} {name}_shared_t{size}; static const char {name}_site = 0; "
+            f"{name}_shared_t& {name} = *static_cast<{name}_shared_t*>"
+            f"(::shim::shared(&{name}_site, sizeof({name}_shared_t)));"
+        )
+    return " ".join(out)
 
 
 def _closing(text, start):
@@ -139,17 +145,18 @@ def _digest(*parts):
     return hashed.hexdigest()[:20]
 
 
-def _tree(files):
-    """A copy of csrc with everything rewritten, and the rest of `files` in its cuda folder."""
-    sources = {p.relative_to(ROOT / "csrc"): p for p in (ROOT / "csrc").rglob("*.[hc]*")}
-    headers = {n: p for n, p in sources.items() if p.suffix in (".h", ".cuh")}
-    texts = {name: rewrite(path.read_text(), path) for name, path in sorted(headers.items())}
-    bodies = {Path("cuda") / p.name: rewrite(p.read_text(), p) for p in files}
-    tree = CACHE / f"src-{_digest(*texts.values(), *bodies.values())}"
-    for name, text in (texts | bodies).items():
+def _tree(source):
+    """A copy of csrc's headers and of `source` in its cuda folder, rewritten; and its hash."""
+    paths = {p.relative_to(ROOT / "csrc"): p for p in (ROOT / "csrc").rglob("*.h")}
+    paths |= {p.relative_to(ROOT / "csrc"): p for p in (ROOT / "csrc").rglob("*.cuh")}
+    paths[Path("cuda") / source.name] = source
+    texts = {name: rewrite(path.read_text(), path) for name, path in sorted(paths.items())}
+    digest = _digest(*texts.values())
+    tree = CACHE / f"src-{digest}"
+    for name, text in texts.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         _once(tree / name, lambda to, text=text: to.write_text(text))
-    return tree, _digest(*texts.values())
+    return tree, digest
 
 
 def schemas():
@@ -161,44 +168,68 @@ def schemas():
     return f"#include <torch/csrc/stable/library.h>\n{block[0]}\n"
 
 
-def build(files, with_schemas=True, jobs=2):
-    """Compiles and links the .cu `files` into one library; its path."""
+def _compile(source, stem, key, *options):
+    target = CACHE / f"{stem}-{_digest(key, *options)}.o"
+    command = [CXX, *FLAGS, *options, "-xc++", "-c", str(source)]
+    return _once(target, lambda to: _run([*command, f"-o{to}"]))
+
+
+@functools.cache
+def _base():
+    """What every library shares: a key, the options of a .cu, the scheduler."""
     CACHE.mkdir(parents=True, exist_ok=True)
     compiler = subprocess.run([CXX, "--version"], capture_output=True, text=True, check=True).stdout
-    tree, headers = _tree(files)
     shim = [p.read_bytes() for p in sorted(HERE.rglob("*.h")) + [HERE / "fibers.cpp"]]
-    base = _digest(*shim, *FLAGS, compiler, torch.__version__, Path(__file__).read_bytes())
-    texts = CACHE / f"schemas-{_digest(schemas())}.cpp"
-    _once(texts, lambda to: to.write_text(schemas()))
-
+    key = _digest(*shim, *FLAGS, compiler, torch.__version__)
     # One precompiled header: PyTorch's take longer to read than our kernels.
-    folder = CACHE / base
+    folder = CACHE / key
     folder.mkdir(exist_ok=True)
-    _once(folder / "repeat.h", lambda to: to.write_text(f'#include "{HERE}/repeat.h"\n'))
-    header = folder / "repeat.h.gch"
-    _once(header, lambda to: _run([CXX, *FLAGS, "-xc++-header", f"{folder}/repeat.h", f"-o{to}"]))
+    header = folder / "repeat.h"
+    _once(header, lambda to: to.write_text(f'#include "{HERE}/repeat.h"\n'))
+    precompile = [CXX, *FLAGS, "-xc++-header", str(header)]
+    _once(folder / "repeat.h.gch", lambda to: _run([*precompile, f"-o{to}"]))
+    options = ["-include", str(header), "-DSHIM_CUDACC", "-DSHIM_CUDA_ARCH=800"]
+    # Last options win: the scheduler switches some ten thousand times a block, and is not on trial.
+    scheduler = _compile(HERE / "fibers.cpp", "fibers", key, "-O2", "-fno-sanitize=all")
+    return key, options, scheduler
 
-    def compile_one(job):
-        source, text, extra = job
-        target = CACHE / f"{source.stem}-{_digest(base, text, headers)}.o"
-        return _once(
-            target, lambda to: _run([CXX, *FLAGS, *extra, "-xc++", "-c", str(source), f"-o{to}"])
-        )
 
-    device = ["-include", str(folder / "repeat.h"), "-DSHIM_CUDACC", "-DSHIM_CUDA_ARCH=800"]
-    jobs_list = [
-        (tree / "cuda" / p.name, (tree / "cuda" / p.name).read_text(), device) for p in files
-    ]
-    jobs_list.append((HERE / "fibers.cpp", "", []))
-    if with_schemas:
-        jobs_list.append((texts, texts.read_text(), []))
-    with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(compile_one, jobs_list))
-    library = CACHE / f"shim-{_digest(*objects)}.so"
+def _link(stem, *objects):
+    library = CACHE / f"{stem}-{_digest(*objects)}.so"
     # -Bsymbolic: our stand-ins for the stream and the device guard, not libtorch's.
     link = [CXX, *FLAGS, "-shared", "-Wl,-Bsymbolic", *map(str, objects)]
     link += [f"-L{LIBRARIES}", "-ltorch_cpu", "-ltorch", "-lc10", f"-Wl,-rpath,{LIBRARIES}"]
     return _once(library, lambda to: _run([*link, f"-o{to}"]))
+
+
+def build_schemas():
+    """The library that defines the ops; it must be loaded before those that implement them."""
+    key, text = _base()[0], schemas()
+    file = CACHE / f"schemas-{_digest(text)}.cpp"
+    _once(file, lambda to: to.write_text(text))
+    return _link("schemas", _compile(file, "schemas", _digest(key, text)))
+
+
+def build(source):
+    """Compiles one .cu file and links it with the scheduler; the path of the library."""
+    key, options, scheduler = _base()
+    tree, digest = _tree(source)
+    device = _compile(tree / "cuda" / source.name, source.stem, _digest(key, digest), *options)
+    return _link(source.stem, device, scheduler)
+
+
+def build_all(sources, jobs):
+    """{source: its library, or the error of its build}."""
+
+    def attempt(source):
+        try:
+            return build(source)
+        except (RuntimeError, ValueError) as error:
+            return error
+
+    _base()
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(zip(sources, pool.map(attempt, sources), strict=True))
 
 
 def missing():
@@ -206,8 +237,8 @@ def missing():
     return "" if shutil.which(CXX) else f"{CXX} is not on PATH"
 
 
-def environment(library):
-    """The environment of a Python process that loads `library`: the sanitizer must come first."""
+def environment(libraries):
+    """The environment of a Python process that loads `libraries`: the sanitizer must come first."""
 
     def runtime(name):
         return subprocess.run(
@@ -230,5 +261,5 @@ def environment(library):
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), str(ROOT)]),
-        "FASTRLHF_HOST_SHIM": str(library),
+        "FASTRLHF_HOST_SHIM": os.pathsep.join(map(str, libraries)),
     }

@@ -107,8 +107,7 @@ void fault(Tensor x, Tensor out, std::string kind) {
   if (kind == "other barrier") return run(other_barrier_kernel, to);
   if (kind == "lane missing") return run(lane_missing_kernel, to);
   if (kind == "lane outside") return run(lane_outside_kernel, to);
-  if (kind == "block order")
-    return launch("fault", block_order_kernel, 3, kThreads, 0, stream, to);
+  if (kind == "block order") return launch("fault", block_order_kernel, 3, kThreads, 0, stream, to);
   if (kind == "empty grid") return launch("fault", early_exit_kernel, 0, kThreads, 0, stream, to);
   if (kind == "too many threads") return launch("fault", early_exit_kernel, 1, 1025, 0, stream, to);
   if (kind == "too much shared")

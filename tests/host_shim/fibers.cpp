@@ -247,8 +247,8 @@ void run(dim3 grid, dim3 threads, size_t dynamic_bytes, const std::function<void
 }
 
 void fail(const char* why, Place place) {
-  block.error = where() + ", thread " + std::to_string(block.current) + ": " + text(place) + ": " +
-                why;
+  block.error =
+      where() + ", thread " + std::to_string(block.current) + ": " + text(place) + ": " + why;
   to_scheduler(false);
   std::abort();
 }
@@ -276,7 +276,8 @@ int barrier(Place place, int value) {
   if (block.waiting == 0) {
     block.barrier = place;
     block.sum = 0;
-  } else if (block.barrier.line != place.line || std::strcmp(block.barrier.file, place.file)) {
+  } else if (block.barrier.line != place.line ||
+             (block.barrier.file != place.file && std::strcmp(block.barrier.file, place.file))) {
     fail(("others of its block wait at " + text(block.barrier)).c_str(), place);
   }
   block.sum += value;
@@ -306,7 +307,7 @@ Meeting& meet(Place place, unsigned mask, const void* value, size_t bytes) {
     mine->arrived = 0;
     mine->place = place;
   }
-  if (std::strcmp(mine->place.what, place.what) != 0)
+  if (mine->place.what != place.what && std::strcmp(mine->place.what, place.what) != 0)
     fail(("others of its warp wait at " + text(mine->place)).c_str(), place);
   std::memcpy(mine->brought[lane()], value, bytes);
   mine->arrived |= me;

@@ -66,8 +66,7 @@ inline void check_lane(const Meeting& m, int source) {
 template <typename T, typename Pick>
 T shuffle(Place place, unsigned mask, T value, int width, Pick pick) {
   static_assert(sizeof(T) <= 8, "the hardware shuffles up to 8 bytes");
-  if (width < 1 || width > 32 || (width & (width - 1)))
-    fail("its width is no power of two", place);
+  if (width < 1 || width > 32 || (width & (width - 1))) fail("its width is no power of two", place);
   Meeting& m = meet(place, mask, &value, sizeof(T));
   const int source = pick(lane());
   check_lane(m, source);

@@ -1,6 +1,6 @@
 """pytest plugin (-p shim_plugin): backend="cuda" means csrc/cuda on CPU tensors, in this process.
 
-Loads the library that build.py made in place of fastrlhf._C and keeps only the tests of backend "cuda".
+Loads the libraries that build.py made in place of fastrlhf._C and keeps only the tests of backend "cuda".
 """
 
 import ctypes
@@ -10,7 +10,9 @@ import types
 
 import torch
 
-torch.ops.load_library(os.environ["FASTRLHF_HOST_SHIM"])
+LIBRARIES = os.environ["FASTRLHF_HOST_SHIM"].split(os.pathsep)
+for path in LIBRARIES:
+    torch.ops.load_library(path)
 sys.modules["fastrlhf._C"] = types.ModuleType("fastrlhf._C")
 
 import logit_cases  # noqa: E402
@@ -31,14 +33,18 @@ logit_cases.DEVICE["cuda"] = "cpu"
 
 def pytest_collection_modifyitems(config, items):
     def chosen(item):
-        return hasattr(item, "callspec") and item.callspec.params.get("backend") == "cuda"
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        return (
+            backend == "cuda" and "compiles" not in item.name
+        )  # the compiler is no kernel's matter
 
     config.hook.pytest_deselected(items=[item for item in items if not chosen(item)])
     items[:] = [item for item in items if chosen(item)]
 
 
 def pytest_terminal_summary(terminalreporter):
-    library = ctypes.CDLL(os.environ["FASTRLHF_HOST_SHIM"])
-    library.shim_kernels_run.restype = ctypes.c_char_p
-    for name in library.shim_kernels_run().decode().split():
-        terminalreporter.write_line(f"kernel ran: {name}")
+    for path in LIBRARIES[1:]:  # the first holds the schemas
+        library = ctypes.CDLL(path)
+        library.shim_kernels_run.restype = ctypes.c_char_p
+        for name in library.shim_kernels_run().decode().split():
+            terminalreporter.write_line(f"kernel ran: {name}")

@@ -21,14 +21,10 @@
 
 // ---- vectors ------------------------------------------------------------------------------------
 
-#define SHIM_VECTORS(T, name)                                                 \
-  struct alignas(2 * sizeof(T)) name##2 {                                     \
-    T x, y;                                                                   \
-  };                                                                          \
-  struct alignas(sizeof(T) < 8 ? 4 * sizeof(T) : 16) name##4 {                \
-    T x, y, z, w;                                                             \
-  };                                                                          \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                  \
+#define SHIM_VECTORS(T, name)                                                   \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                            \
+  struct alignas(sizeof(T) < 8 ? 4 * sizeof(T) : 16) name##4 { T x, y, z, w; }; \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                    \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 SHIM_VECTORS(float, float)
 SHIM_VECTORS(double, double)
@@ -47,9 +43,9 @@ const T* aligned(const T* from, const char* what) {
 }
 }  // namespace shim
 
-#define SHIM_LOAD(name)     \
-  template <typename T>     \
-  T name(const T* from) {   \
+#define SHIM_LOAD(name)                 \
+  template <typename T>                 \
+  T name(const T* from) {               \
     return *shim::aligned(from, #name); \
   }
 SHIM_LOAD(__ldg)
@@ -59,10 +55,10 @@ SHIM_LOAD(__ldca)
 SHIM_LOAD(__ldlu)
 #undef SHIM_LOAD
 
-#define SHIM_STORE(name)                                      \
-  template <typename T>                                       \
-  void name(T* to, T value) {                                 \
-    *const_cast<T*>(shim::aligned(to, #name)) = value;        \
+#define SHIM_STORE(name)                               \
+  template <typename T>                                \
+  void name(T* to, T value) {                          \
+    *const_cast<T*>(shim::aligned(to, #name)) = value; \
   }
 SHIM_STORE(__stcs)
 SHIM_STORE(__stcg)
@@ -131,9 +127,8 @@ inline void __syncwarp(unsigned mask = ~0u, SHIM_AT) {
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, SHIM_AT) {
-  return shim::shuffle(SHIM_HERE("__shfl_sync"), mask, value, width, [=](int lane) {
-    return (lane & -width) | (source & (width - 1));
-  });
+  return shim::shuffle(SHIM_HERE("__shfl_sync"), mask, value, width,
+                       [=](int lane) { return (lane & -width) | (source & (width - 1)); });
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, SHIM_AT) {
@@ -219,7 +214,11 @@ enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaFuncAttributePreferredSharedMemoryCarveout,
 };
-constexpr int cudaSharedmemCarveoutMaxShared = 100;
+enum { cudaSharedmemCarveoutMaxShared = 100 };
+struct cudaFuncAttributes {
+  int ptxVersion, binaryVersion;
+  size_t sharedSizeBytes;  // of the static variables; unknown here, and 0
+};
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrComputeCapabilityMajor,
@@ -227,15 +226,13 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
 };
-struct cudaFuncAttributes {
-  size_t sharedSizeBytes;
-  int ptxVersion;
-};
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
-    dim3 clusterDim;
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -255,34 +252,40 @@ constexpr int kSharedOptIn = 166912;              // 163 KiB of sm_80
 inline cudaError_t cudaGetLastError() { return std::exchange(shim::last_error, cudaSuccess); }
 inline cudaError_t cudaPeekAtLastError() { return shim::last_error; }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess           ? "no error"
+  return error == cudaSuccess             ? "no error"
          : error == cudaErrorInvalidValue ? "invalid argument"
                                           : "invalid configuration argument";
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 // An A100 with few multiprocessors: grids sized by them stay small, and have more than one block.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? 3
-           : attribute == cudaDevAttrComputeCapabilityMajor ? 8
-           : attribute == cudaDevAttrComputeCapabilityMinor ? 0
-           : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? shim::kSharedOptIn + 1024
-                                                            : shim::kSharedOptIn;
-  return cudaSuccess;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      return *value = 3, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      return *value = 8, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      return *value = 0, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      return *value = shim::kSharedOptIn, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      return *value = shim::kSharedOptIn + 1024, cudaSuccess;
+  }
+  return shim::last_error = cudaErrorInvalidValue;
+}
+template <typename K>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, K*) {
+  return *attributes = {80, 80, 0}, cudaSuccess;
 }
 template <typename K>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, K, int, size_t) {
   return *blocks = 1, cudaSuccess;
 }
-// Compiled for sm_80; its __shared__ variables are not counted.
 template <typename K>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, K*) {
-  return *attributes = {0, 80}, cudaSuccess;
-}
-template <typename K>
-cudaError_t cudaFuncSetAttribute(K* kernel, cudaFuncAttribute attribute, int bytes) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (bytes > shim::kSharedOptIn) return shim::last_error = cudaErrorInvalidValue;
-  shim::dynamic_limit[reinterpret_cast<const void*>(kernel)] = bytes;
+cudaError_t cudaFuncSetAttribute(K* kernel, cudaFuncAttribute which, int value) {
+  if (which != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (value > shim::kSharedOptIn) return shim::last_error = cudaErrorInvalidValue;
+  shim::dynamic_limit[reinterpret_cast<const void*>(kernel)] = value;
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* at, int byte, size_t bytes, cudaStream_t) {
@@ -292,7 +295,7 @@ inline cudaError_t cudaMemsetAsync(void* at, int byte, size_t bytes, cudaStream_
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
-  if (config->numAttrs) throw std::runtime_error("host shim: no launch attributes (clusters)");
+  if (config->numAttrs) throw std::runtime_error("host shim: no clusters here");
   const dim3 grid = config->gridDim, block = config->blockDim;
   const auto limit = shim::dynamic_limit.find(reinterpret_cast<const void*>(kernel));
   const size_t most = limit == shim::dynamic_limit.end() ? 48 << 10 : limit->second;
@@ -302,7 +305,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                    block.z > 64;
   if (bad) return shim::last_error = cudaErrorInvalidConfiguration;
   if (config->dynamicSmemBytes > most) return shim::last_error = cudaErrorInvalidValue;
-  shim::run(grid, block, config->dynamicSmemBytes,
-            [&] { kernel(static_cast<Params>(args)...); });
+  shim::run(grid, block, config->dynamicSmemBytes, [&] { kernel(static_cast<Params>(args)...); });
   return cudaSuccess;
 }

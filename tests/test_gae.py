@@ -335,7 +335,7 @@ def test_any_mask(data):
     bits = data.draw(st.lists(st.booleans(), min_size=rows * steps, max_size=rows * steps))
     mask = torch.tensor(bits, dtype=torch.bool).reshape(rows, steps)
     rewards, values = (cases.randn((rows, steps), i) for i in (0, 1))
-    for backend in (*cases.BACKENDS, "triton"):
+    for backend in ("reference", "cpu", "triton"):
         got = gae(rewards, values, mask=mask, backend=backend)
         for a, b in zip(got, naive(rewards, values, mask), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -150,7 +150,7 @@ def test_any_values(values, unbiased, data):
     expected = torch.tensor(
         cases.naive_whiten(x[mask].tolist(), unbiased=unbiased), dtype=torch.float64
     )
-    for backend in (*cases.BACKENDS, "triton"):
+    for backend in ("reference", "cpu", "triton"):
         got = masked_whiten(x, mask=mask, unbiased=unbiased, backend=backend)
         # Where all values are equal up to rounding, rounding is what 1 / sqrt(var) magnifies.
         torch.testing.assert_close(got[mask], expected, rtol=1e-9, atol=1e-9)

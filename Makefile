@@ -12,6 +12,8 @@ FASTRLHF_BUILD ?= auto
 # Results of `make gpu`, and more arguments for the command or pytest behind a target.
 OUT ?= build/gpu
 ARGS ?=
+# Processes of the test run.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 export FASTRLHF_BUILD
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -81,7 +83,7 @@ demo: install
 	$(VENV)/bin/fastrlhf demo --overwrite $(ARGS)
 
 test: install $(VENV)/.stamp-test $(ORACLES)/.stamp-$(VERL)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # With the test requirements: TRL is timed beside ours.
 bench: install $(VENV)/.stamp-test

@@ -14,6 +14,12 @@ if not torch.cuda.is_available():
     if importlib.util.find_spec("triton") is not None:
         fast_scan.install()
 
+# Processes side by side share the cores: more threads than cores would wait for each other.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))  # of the processes that tests start
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 
 @pytest.fixture
 def poisoned():

@@ -18,6 +18,7 @@ class GivenRewards {
  public:
   explicit GivenRewards(const Tensor& rewards) : rewards_(rewards) {}
   int64_t scored_token(int64_t, int64_t) const { return -1; }
+  void skip(int64_t, int64_t) const {}
   const A* run(int64_t, int64_t, int64_t start, int64_t count, const uint8_t* keep,
                A* scratch) const {
     return rewards_.load(start, count, keep, scratch);
@@ -67,9 +68,11 @@ class GaeScan {
     const auto refill = [&] {
       for (; live < kLanes && next < last; ++next) {
         if (sequences.begin(next) == sequences.end(next)) continue;
+        const auto [begin, end] = trim(sequences.begin(next), sequences.end(next));
+        if (begin == end) continue;
         Lane& lane = lanes[live++];
-        lane = Lane{next, sequences.begin(next), sequences.end(next)};
-        lane.scored = rewards_.scored_token(lane.begin, lane.at);
+        lane = Lane{next, begin, end};
+        lane.scored = rewards_.scored_token(begin, end);
         if (!bootstrap_.empty()) lane.next_value = bootstrap_[next];
       }
     };
@@ -87,6 +90,18 @@ class GaeScan {
         advance<1>(lanes + i, std::min(kChunk, lanes[i].at - lanes[i].begin));
       }
     }
+  }
+
+  // The tokens from the first to the last unmasked one; outputs of those outside are 0. Padding is
+  // most of what masks hold, and so it takes no part in the scan.
+  std::pair<int64_t, int64_t> trim(int64_t begin, int64_t end) const {
+    const auto [first, last] = mask_.kept_range(begin, end);
+    for (const auto& [from, to] : {std::pair{begin, first}, std::pair{last, end}}) {
+      std::fill(advantages_ + from, advantages_ + to, A(0));
+      std::fill(returns_ + from, returns_ + to, A(0));
+      rewards_.skip(from, to);
+    }
+    return {first, last};
   }
 
   // Moves each of `Count` lanes `steps` tokens towards its beginning. The chains run in scratch

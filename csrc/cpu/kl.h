@@ -33,6 +33,12 @@ class KlRewards {
     return t >= begin ? t : -1;
   }
 
+  // Outputs of the masked tokens [begin, end).
+  void skip(int64_t begin, int64_t end) const {
+    std::fill(rewards_ + begin, rewards_ + end, A(0));
+    std::fill(kl_ + begin, kl_ + end, A(0));
+  }
+
   // Writes and returns the rewards of the `count` tokens from `start` masked by `keep`, which
   // belong to sequence b scored at `scored`.
   const A* run(int64_t b, int64_t scored, int64_t start, int64_t count, const uint8_t* keep,

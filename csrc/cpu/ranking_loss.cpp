@@ -9,6 +9,11 @@
 namespace rl {
 namespace {
 
+struct Pair {
+  int64_t better, worse;
+  int64_t of_prompt;  // pairs of the same prompt
+};
+
 std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& ranks,
                                             const Tensor& cu_groups, bool with_grad) {
   RL_CHECK(ranks.scalar_type() == ScalarType::Long && ranks.numel() == scores.numel(),
@@ -20,15 +25,18 @@ std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& 
   Tensor loss = empty_like_device(scores, {}, dtype);
   Tensor grad = with_grad ? new_tokens(scores) : empty_like_device(scores, {0}, dtype);
 
-  // Strict pairs of each prompt; a prompt of ties alone is not counted.
-  std::vector<int64_t> pairs(groups.count());
+  // Strict pairs of all prompts, in order; a prompt of ties alone is not counted.
+  std::vector<Pair> pairs;
   int64_t prompts = 0;
   for (int64_t p = 0; p < groups.count(); ++p) {
+    const size_t before = pairs.size();
     for (int64_t i = groups.begin(p); i < groups.end(p); ++i) {
-      for (int64_t j = groups.begin(p); j < groups.end(p); ++j)
-        pairs[p] += ranks_above(rank[i], rank[j]);
+      for (int64_t j = groups.begin(p); j < groups.end(p); ++j) {
+        if (ranks_above(rank[i], rank[j])) pairs.push_back({i, j, 0});
+      }
     }
-    prompts += pairs[p] > 0;
+    for (size_t k = before; k < pairs.size(); ++k) pairs[k].of_prompt = pairs.size() - before;
+    prompts += pairs.size() > before;
   }
 
   with_acc(scores, [&](auto zero) {
@@ -37,18 +45,27 @@ std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& 
     const A* score = Tokens(scores).load(0, scores.numel(), scratch.data());
     std::vector<double> slope(scores.numel());
     double total = 0;
-    for (int64_t p = 0; p < groups.count(); ++p) {
-      if (pairs[p] == 0) continue;
-      const double weight = pair_weight(pairs[p], prompts);
-      for (int64_t better = groups.begin(p); better < groups.end(p); ++better) {
-        for (int64_t worse = groups.begin(p); worse < groups.end(p); ++worse) {
-          if (!ranks_above(rank[better], rank[worse])) continue;
-          const PairTerm<A> term = pair_term(score[better], score[worse]);
-          const double g = weight * term.grad;
-          total += weight * term.loss;
-          slope[better] += g;
-          slope[worse] -= g;
+    PairTerm<A> term[kBlock];
+    for (size_t start = 0; start < pairs.size(); start += kBlock) {
+      const Pair* pair = pairs.data() + start;
+      const int64_t count = std::min<int64_t>(kBlock, pairs.size() - start);
+      dispatch_isa([&]() RL_LAMBDA_INLINE {
+        A margin[kBlock], value[kBlock], grad[kBlock];
+        for (int64_t k = 0; k < count; ++k)
+          margin[k] = score[pair[k].better] - score[pair[k].worse];
+#pragma omp simd
+        for (int64_t k = 0; k < count; ++k) {
+          value[k] = neg_log_sigmoid(margin[k]);
+          grad[k] = neg_log_sigmoid_grad(margin[k]);
         }
+        for (int64_t k = 0; k < count; ++k) term[k] = {value[k], grad[k]};
+      });
+      for (int64_t k = 0; k < count; ++k) {
+        const double weight = pair_weight(pair[k].of_prompt, prompts);
+        const double g = weight * term[k].grad;
+        total += weight * term[k].loss;
+        slope[pair[k].better] += g;
+        slope[pair[k].worse] -= g;
       }
     }
     *static_cast<A*>(loss.mutable_data_ptr()) = static_cast<A>(total);

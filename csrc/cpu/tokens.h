@@ -133,6 +133,22 @@ class Mask {
   }
   // All bytes, or null.
   const uint8_t* data() const { return data_; }
+  // The smallest range of [begin, end) that holds every token which counts; empty at `end` if none
+  // does.
+  std::pair<int64_t, int64_t> kept_range(int64_t begin, int64_t end) const {
+    if (data_ == nullptr) return {begin, end};
+    uint64_t eight;
+    const auto none_at = [&](int64_t at) {
+      std::memcpy(&eight, data_ + at, sizeof(eight));
+      return eight == 0;
+    };
+    while (end - begin >= 8 && none_at(begin)) begin += 8;
+    while (begin < end && !data_[begin]) ++begin;
+    int64_t last = end;
+    while (last - begin >= 8 && none_at(last - 8)) last -= 8;
+    while (last > begin && !data_[last - 1]) --last;
+    return {begin == end ? end : begin, last};
+  }
   int64_t count_kept(int64_t start, int64_t count) const {
     if (data_ == nullptr) return count;
     int64_t kept = 0;

@@ -6,6 +6,8 @@ VENV ?= .venv
 # Installed first, and only where .venv holds no torch yet. The extension is then built against that torch.
 TORCH ?= torch==2.13.0
 PREFLIGHT_TORCH ?= torch==2.11.0
+# Whose functions tests/test_oracles.py compares with: unpacked alone, for its pins clash with ours.
+VERL ?= verl==0.9.1
 FASTRLHF_BUILD ?= auto
 # Results of `make gpu`, and more arguments for the command or pytest behind a target.
 OUT ?= build/gpu
@@ -22,16 +24,19 @@ PIP := $(PY) -m pip install --quiet --no-compile
 # The extras' lists in pyproject.toml are the one place where versions stand.
 extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',"')
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
+SHIM := $(wildcard tests/host_shim/*.h tests/host_shim/*.cpp tests/host_shim/*.cu tests/host_shim/include/*.h)
 PREFLIGHT := build/preflight
+ORACLES := build/oracles
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench gpu preflight check fmt clean
+.PHONY: help install demo test bench bench-readme gpu preflight check fmt clean
 
 help:
 	@echo "make demo       align the shipped tiny model end to end and write its report (minutes, 2 CPU cores)"
 	@echo "make test       the whole test suite"
 	@echo "make bench      time the ops against eager PyTorch; writes benchmarks/results/"
-	@echo "make gpu        on a CUDA machine: build, test, bench; results in OUT=$(OUT)"
+	@echo "make bench-readme  README's performance section and plots from the committed results"
+	@echo "make gpu        on a CUDA machine, < 10 minutes: build, tests, sanitizer, quickstart, bench; OUT=$(OUT)"
 	@echo "make preflight  build the CUDA extension against $(PREFLIGHT_TORCH) in a venv of its own, no GPU needed"
 	@echo "make check      formatting and lint; edits nothing (make fmt does)"
 	@echo "make clean      remove build outputs; keeps .venv and runs/"
@@ -61,6 +66,11 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-deps
 	$(PIP) $(call extra,test)
 	@touch $@
 
+$(ORACLES)/.stamp-$(VERL): $(VENV)/.stamp-venv
+	rm -rf $(ORACLES)
+	$(PIP) --no-deps --ignore-requires-python --target $(ORACLES) $(VERL)
+	@touch $@
+
 $(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml
 	$(PIP) $(call extra,dev)
 	@touch $@
@@ -70,24 +80,24 @@ install: $(VENV)/.stamp-build-$(FASTRLHF_BUILD)
 demo: install
 	$(VENV)/bin/fastrlhf demo --overwrite $(ARGS)
 
-test: install $(VENV)/.stamp-test
+test: install $(VENV)/.stamp-test $(ORACLES)/.stamp-$(VERL)
 	$(PY) -m pytest $(ARGS)
 
-bench: install
+# With the test requirements: TRL is timed beside ours.
+bench: install $(VENV)/.stamp-test
 	$(PY) benchmarks/run.py $(ARGS)
 
-# Uses no network and the first Python whose torch finds a GPU: .venv's, or the machine's own.
+bench-readme: $(VENV)/.stamp-deps
+	$(PY) benchmarks/readme.py $(ARGS)
+
+# Needs no network. Takes the first Python whose torch finds a GPU: .venv's, or the machine's own.
 gpu:
 	@set -e; py=; \
 	for p in $(PY) $(PYTHON); do \
 	  if $$p -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then py=$$p; break; fi; \
 	done; \
 	[ -n "$$py" ] || { echo "make gpu: no CUDA device that the torch of $(PY) or $(PYTHON) can use" >&2; exit 1; }; \
-	export FASTRLHF_BUILD=cuda PYTHONPATH=$(CURDIR); mkdir -p $(OUT); set -x; \
-	$$py setup.py --quiet build_ext --inplace; \
-	$$py -m fastrlhf doctor --json > $(OUT)/doctor.json; \
-	$$py -m pytest --junitxml=$(OUT)/tests.xml $(ARGS); \
-	$$py benchmarks/run.py --out $(OUT)/bench.json
+	$$py benchmarks/gpu.py --out $(OUT) $(ARGS)
 
 # A copy of the tracked tree, so that the CUDA build does not replace the checkout's own extension.
 preflight:
@@ -104,12 +114,12 @@ preflight:
 check: $(VENV)/.stamp-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP) $(SHIM)
 
 fmt: $(VENV)/.stamp-dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/clang-format -i $(CPP)
+	$(VENV)/bin/clang-format -i $(CPP) $(SHIM)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV)/.stamp-build-*

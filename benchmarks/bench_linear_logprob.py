@@ -2,6 +2,7 @@
 
 import torch
 
+import peers
 from cases import Case
 from harness import Problem
 
@@ -26,6 +27,7 @@ def _linear(case: Case, device: str) -> Problem:
         backward_flops=6 * n * h * v,
         floor_note="2*N*H*V FLOP forward, 6*N*H*V backward (recomputed logits, dX, dW)",
         seconds=6.0,
+        peers=getattr(peers, case.op)(),
     )
 
 

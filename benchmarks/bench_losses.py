@@ -32,6 +32,7 @@ def ppo_loss(case: Case, device: str) -> Problem:
         forward_bytes=tokens * (7 * 4 + 1),
         backward_bytes=tokens * 3 * 4,
         floor_note="seven fp32 inputs and the mask read once, three gradients written once",
+        compiled=True,
     )
 
 

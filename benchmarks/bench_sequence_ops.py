@@ -2,11 +2,14 @@
 
 import torch
 
+import fastrlhf
+import peers
 from cases import Case
 from harness import Problem
 
 # fp32 tensors that an op reads and writes per token, as its definition needs them.
 TENSORS = {"kl_reward": 2 + 2, "gae": 2 + 2, "kl_gae": 3 + 4, "masked_whiten": 2 + 1}
+LOOPS = {"gae": peers.python_loop_gae, "kl_gae": peers.python_loop_kl_gae}
 
 
 def _sequences(case: Case, device: str) -> Problem:
@@ -40,11 +43,19 @@ def _sequences(case: Case, device: str) -> Problem:
         args["score"] = torch.randn(b, generator=generator, device=device)
     tokens = args[next(iter(args))].numel()
     whitened = 2 * args.get("whiten", False)
+    yardsticks = {}
+    if case.op == "kl_gae":  # what the fusion costs over its last part
+        rewards, values = draw(), args["values"]
+        yardsticks["gae"] = lambda: fastrlhf.gae(rewards, values, whiten=True, **layout)
     return Problem(
         case.op,
         {**args, **layout},
         forward_bytes=tokens * (4 * (TENSORS[case.op] + whitened) + (0 if packed else 1)),
         floor_note="each fp32 input read once, each output written once, whitening one more pass",
+        # A loop of T steps would be unrolled, for minutes; packed sequences are no fixed shape.
+        compiled=case.op in ("kl_reward", "masked_whiten"),
+        peers={"python loop": LOOPS[case.op]} if case.op in LOOPS and not packed else {},
+        yardsticks=yardsticks,
     )
 
 

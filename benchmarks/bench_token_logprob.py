@@ -1,28 +1,42 @@
-"""token_logprob with entropy: one read of the logits forward, one read and one write backward."""
+"""token_logprob: one read of the logits forward, one read and one write backward."""
 
 import torch
 
+import peers
 from cases import Case
 from harness import Problem
 
 
 def token_logprob(case: Case, device: str) -> Problem:
-    n, v = case.sizes["N"], case.sizes["V"]
+    n, v, entropy = (case.sizes[k] for k in ("N", "V", "entropy"))
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
     logits = (2 * torch.randn(n, v, generator=generator, device=device)).to(dtype)
-    size = logits.element_size()
+    size, outputs = logits.element_size(), 4 * (1 + entropy)
+    # Beside the outputs: what the backward needs of a row (max, sum, E[z]), and nothing of size N*V.
+    extra = 64 * n + 2**16
     return Problem(
         "token_logprob",
         {
             "logits": logits,
             "targets": torch.randint(v, (n,), generator=generator, device=device),
-            "return_entropy": True,
+            "return_entropy": bool(entropy),
         },
         wrt=("logits",),
-        forward_bytes=n * v * size + n * (8 + 8),
-        backward_bytes=2 * n * v * size + n * (8 + 8),
+        forward_bytes=n * v * size + n * (8 + outputs),
+        backward_bytes=2 * n * v * size + n * (8 + outputs),
         floor_note="forward reads N*V, backward reads and writes N*V",
+        # eager's 50 ms and the others' turns; entropy is the same kernel
+        seconds=1.5 if entropy else 3.0,
+        compiled=not entropy,
+        backward_alone=True,
+        peers=peers.token_logprob(logits, bool(entropy)),
+        yardsticks={"read_floor": lambda: logits.detach().sum()},
+        peak_limits={
+            "forward": extra,
+            "backward": n * v * size + extra,
+            "forward+backward": n * v * size + extra,
+        },
     )
 
 

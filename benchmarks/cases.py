@@ -16,8 +16,16 @@ class Case(NamedTuple):
     sizes: dict[str, int]
 
 
-def _heads(op: str, rows: list[tuple[str, int, int, str]]) -> list[Case]:
-    return [Case(op, f"{name} {n}x{v}", dtype, {"N": n, "V": v}) for name, n, v, dtype in rows]
+def _heads(op: str, rows: list[tuple[str, int, int, str]], entropy: bool = False) -> list[Case]:
+    return [
+        Case(
+            op,
+            f"{name} {n}x{v}{' with entropy' * entropy}",
+            dtype,
+            {"N": n, "V": v, "entropy": int(entropy)},
+        )
+        for name, n, v, dtype in rows
+    ]
 
 
 def _linear(op: str, rows: list[tuple[str, int, int, int, str]]) -> list[Case]:
@@ -42,6 +50,11 @@ CPU = [
         "token_logprob",
         [("Llama-2", 1024, 32000, "float32"), ("Llama-3", 512, 128256, "bfloat16")],
     ),
+    *_heads("token_logprob", [("Llama-2", 1024, 32000, "float32")], entropy=True),
+    *_heads(
+        "token_loss",
+        [("Llama-2", 1024, 32000, "float32"), ("Llama-3", 512, 128256, "bfloat16")],
+    ),
     *_linear("linear_logprob", [("small head", 1024, 512, 32000, "float32")]),
     *_linear("linear_cross_entropy", [("small head", 1024, 512, 32000, "float32")]),
     *[case for op in _SEQUENCE_OPS for case in _sequences(op, "padded", (512, 1024))],
@@ -58,6 +71,17 @@ GPU = [
             ("Llama-3", 8192, 128256, "bfloat16"),
             ("Qwen", 8192, 151936, "bfloat16"),
             ("Llama-2", 8192, 32000, "float32"),
+        ],
+    ),
+    *_heads("token_logprob", [("Llama-3", 8192, 128256, "bfloat16")], entropy=True),
+    *_heads(
+        "token_loss",
+        [
+            ("Llama-3", 8192, 128256, "bfloat16"),
+            ("Qwen", 8192, 151936, "bfloat16"),
+            ("Llama-2", 8192, 32000, "float32"),
+            ("Qwen3.5", 4096, 248320, "bfloat16"),
+            ("GPT-2", 8192, 50257, "bfloat16"),
         ],
     ),
     *_linear("linear_logprob", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),

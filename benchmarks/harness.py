@@ -2,9 +2,11 @@
 
 A number is only given where the result is right: each provider's values and gradients are compared with
 the reference in fp64, and must be within twice eager's own error. Providers take turns sample by sample,
-so that a machine that slows down slows all of them.
+so that a machine that slows down slows all of them. The yardsticks of a problem (a plain read of its
+input, say) take turns with them, and are not compared with anything.
 """
 
+import math
 import os
 import platform
 import statistics
@@ -18,6 +20,9 @@ from torch import Tensor
 
 import fastrlhf
 from fastrlhf import reference
+
+SHORT = 0.01  # seconds: a shorter call is warmed up by WARM calls before each sample
+WARM = 3
 
 
 @dataclass
@@ -33,7 +38,17 @@ class Problem:
     backward_flops: int = 0
     floor_note: str = ""
     seconds: float = 2.0  # to spend on each direction, all providers together
+    compiled: bool = False  # torch.compile can take the eager definition whole, in seconds
+    backward_alone: bool = False  # the backward is work of its own, and timed on its own
+    peers: dict[str, Callable] = field(default_factory=dict)  # other people's, called as the op is
+    yardsticks: dict[str, Callable] = field(default_factory=dict)  # called with nothing
+    # Direction -> bytes that our backends may hold at the peak of a call, its outputs with them.
+    peak_limits: dict[str, int] = field(default_factory=dict)
+    ones: bool = False  # upstream gradients of ones, as of a sum; else random
     upstream: list[Tensor] = field(default_factory=list)
+    raised: dict[str, str] = field(
+        default_factory=dict
+    )  # provider -> the error it gave at the gate
 
     def call(self, function: Callable, args: dict | None = None, **more) -> list[Tensor]:
         """Call an implementation and return its tensors, without the metrics."""
@@ -59,22 +74,31 @@ def prepare(problem: Problem) -> Problem:
         outputs = problem.call(getattr(reference, problem.op))
         generator = torch.Generator(outputs[0].device).manual_seed(1)
         problem.upstream = [
-            torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype) for o in outputs
+            torch.ones_like(o)
+            if problem.ones
+            else torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype)
+            for o in outputs
+            if o.requires_grad
         ]
     return problem
 
 
-def gradients(problem: Problem, outputs: list[Tensor], args: dict) -> tuple[Tensor, ...]:
+def gradients(
+    problem: Problem, outputs: list[Tensor], args: dict, retain_graph: bool = False
+) -> tuple[Tensor, ...]:
+    outputs = [o for o in outputs if o.requires_grad]
     upstream = [g.to(o.dtype) for g, o in zip(problem.upstream, outputs, strict=True)]
-    return torch.autograd.grad(outputs, [args[name] for name in problem.wrt], upstream)
+    wanted = [args[name] for name in problem.wrt]
+    return torch.autograd.grad(outputs, wanted, upstream, retain_graph=retain_graph)
 
 
 def providers(problem: Problem, compiled: bool) -> dict[str, Callable]:
-    """Name -> function: eager, optionally torch.compile of it, and ours on each backend here."""
+    """Name -> function: eager, torch.compile of it, the peers, and ours on each backend here."""
     eager = getattr(reference, problem.op)
     found = {"eager": eager}
-    if compiled:
-        found["torch.compile"] = torch.compile(eager)
+    if compiled and problem.compiled:
+        found["torch.compile"] = torch.compile(eager, fullgraph=True, dynamic=False)
+    found |= problem.peers
     op = getattr(fastrlhf, problem.op)
     device = next(v.device.type for v in problem.args.values() if isinstance(v, Tensor))
     for backend, state in fastrlhf.backends()[problem.op].items():
@@ -94,9 +118,15 @@ def errors(problem: Problem, found: dict[str, Callable]) -> dict[str, float]:
         truth += gradients(problem, truth, doubled)
     measured = {}
     for name, function in found.items():
-        outputs = problem.call(function)
-        if problem.wrt:
-            outputs += gradients(problem, outputs, problem.args)
+        try:
+            outputs = problem.call(function)
+            if problem.wrt:
+                outputs += gradients(problem, outputs, problem.args)
+        except Exception as error:
+            if name == "eager":
+                raise
+            problem.raised[name] = f"{type(error).__name__}: {error}"
+            outputs = [torch.full_like(t, math.nan) for t in truth]
         measured[name] = [
             (o.double() - t).abs().max().item() for o, t in zip(outputs, truth, strict=True)
         ]
@@ -125,30 +155,45 @@ def sample(function: Callable, device: str) -> float:
 
 
 def times(functions: dict[str, Callable], device: str, seconds: float) -> dict[str, list[float]]:
-    """Samples per provider, in turns, until `seconds` are spent; at least 5 each, at most 500."""
-    for function in functions.values():
+    """Samples per provider, in turns, until `seconds` are spent; at least 5 each, at most 500.
+
+    On the CPU a short call is made a few times more, untimed, before it is timed: what the provider before
+    it left in the caches and in the allocator is not its cost. (On a GPU the L2 cache is emptied instead.)
+    """
+    again = set()
+    for name, function in functions.items():
         sample(function, device)
-        sample(function, device)
+        if sample(function, device) < SHORT and device == "cpu":
+            again.add(name)
     taken: dict[str, list[float]] = {name: [] for name in functions}
     start = time.perf_counter()
     for turn in range(500):
         if turn >= 5 and time.perf_counter() - start > seconds:
             break
         for name, function in functions.items():
+            for _ in range(WARM if name in again else 0):
+                function()
             taken[name].append(sample(function, device))
     return taken
 
 
-def peak_bytes(function: Callable, device: str) -> int | None:
-    """Bytes allocated on the GPU at the peak of one call; the CPU allocator keeps no such count."""
-    if device == "cpu":
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+def peak_bytes(function: Callable, device: str) -> int:
+    """Bytes that torch's allocator handed out and had not got back, at the peak of one call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    held = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()  # negative where memory is given back
+            peak = max(peak, held)
+    return peak
 
 
 def quantiles(samples: list[float]) -> dict[str, float]:

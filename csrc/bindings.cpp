@@ -38,6 +38,20 @@ STABLE_TORCH_LIBRARY(fastrlhf, m) {
       "Tensor targets, Tensor entropy, Tensor stats, Tensor? row_temperature, float temperature, "
       "float softcap, Tensor? mask) -> ()");
 
+  // token_loss: slope = d loss / d logprob, stats as above; fwd_ writes dL/dlogits to `out`, which
+  // may be the logits, and bwd_ multiplies its rows by the upstream gradients that are not 1.
+  m.def(
+      "token_loss_fwd(Tensor logits, Tensor targets, Tensor? advantages, Tensor? old_logprob, "
+      "float clip, float dual_clip, Tensor? row_temperature, float temperature, float softcap, "
+      "Tensor? mask, Tensor? scale_tensor, float scale) "
+      "-> (Tensor loss, Tensor logprob, Tensor slope, Tensor stats)");
+  m.def(
+      "token_loss_fwd_(Tensor logits, Tensor targets, Tensor? advantages, Tensor? old_logprob, "
+      "float clip, float dual_clip, Tensor? row_temperature, float temperature, float softcap, "
+      "Tensor? mask, Tensor? scale_tensor, float scale, Tensor(a!) out) "
+      "-> (Tensor loss, Tensor logprob, Tensor slope, Tensor stats)");
+  m.def("token_loss_bwd_(Tensor(a!) grad, Tensor upstream) -> ()");
+
   // Sequence ops: tokens [B, T], or [N] with cu_seqlens [B + 1]; estimator 0..3 = k1, k2, k3, abs.
   // Their outputs are stacked along a new first axis: one allocation a call.
   m.def(

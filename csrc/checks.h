@@ -51,6 +51,21 @@ inline Tensor empty_like_device(const Tensor& like, std::vector<int64_t> sizes, 
   return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
 }
 
+// An output of one float per token of `like`.
+inline Tensor new_tokens(const Tensor& like) {
+  std::vector<int64_t> sizes(like.dim());
+  for (int64_t d = 0; d < like.dim(); ++d) sizes[d] = like.size(d);
+  return empty_like_device(like, sizes, acc_dtype(like.scalar_type()));
+}
+
+// Several outputs of one shape as one tensor [count, ...]: one allocation, which the C library
+// recycles where it hands the pages of several smaller ones back to the system after each call.
+inline Tensor new_stacked_tokens(const Tensor& like, int64_t count) {
+  std::vector<int64_t> sizes{count};
+  for (int64_t d = 0; d < like.dim(); ++d) sizes.push_back(like.size(d));
+  return empty_like_device(like, sizes, acc_dtype(like.scalar_type()));
+}
+
 // Leading dimensions of a [..., V] tensor as at most two strides, without a copy: row r starts at
 // (r / inner) * outer_stride + (r % inner) * inner_stride. A slice logits[:, :-1] of [B, T, V] is
 // such a layout.

@@ -96,8 +96,9 @@ RL_INLINE void store(f16& out, float x) {
 // -87.7; NaN stays NaN.
 RL_HD float exp_clamped(float x) {
 #ifdef __CUDA_ARCH__
-  // ex2.approx: relative error 2^-22 near 0, where the sums live.
-  return __expf(x);
+  // ex2.approx: relative error 2^-22 near 0, where the sums live. Subnormals would come out as
+  // such.
+  return x < -87.7f ? 0.0f : __expf(x);
 #else
   // x log2(e) = n + r with |r| <= 1/2; adding and taking away 1.5 * 2^23 rounds to the nearest
   // integer.
@@ -227,29 +228,6 @@ RL_HD float expm1_excess(float x) {
 }
 
 RL_HD double expm1_excess(double x) { return ::expm1(x) - x; }
-
-enum class KlEstimator : int64_t { k1, k2, k3, abs };
-
-// Estimate of KL(pi | ref) from one sampled token.
-template <KlEstimator E, typename A>
-RL_HD A kl_term(A logprob, A ref_logprob) {
-  const A d = logprob - ref_logprob;
-  if constexpr (E == KlEstimator::k1) return d;
-  if constexpr (E == KlEstimator::abs) return d < A(0) ? -d : d;
-  if constexpr (E == KlEstimator::k2) return A(0.5) * d * d;
-  const A kl = expm1_excess(clamp(-d, A(-kLogRatioLimit), A(kLogRatioLimit)));
-  return kl > A(kK3Limit) ? A(kK3Limit) : kl;
-}
-
-// delta_t = r_t + gamma * V_{t+1} - V_t, and A_t = delta_t + gamma * lam * A_{t+1}.
-template <typename A>
-RL_HD A td_error(A reward, A value, A next_value, A gamma) {
-  return reward + gamma * next_value - value;
-}
-template <typename A>
-RL_HD A gae_step(A delta, A next_advantage, A gamma_lam) {
-  return delta + gamma_lam * next_advantage;
-}
 
 // The clipped policy loss of one token: max(-A rho, -A clip(rho, low, high)), at most -A *
 // dual_clip where A < 0. A dual_clip of infinity is none.

@@ -15,6 +15,7 @@ struct RowMaths {
   A scale;
   A softcap;      // 0: none
   A inv_softcap;  // 1 / softcap
+  A scale_low;    // 1 / temperature - scale
 };
 
 // Plain pointers and numbers: passed to CUDA kernels by value.
@@ -39,8 +40,11 @@ struct RowsView {
   RL_HD bool counts(int64_t row) const { return mask == nullptr || mask[row]; }
   template <typename A>
   RL_HD RowMaths<A> maths(int64_t row) const {
-    const A t = static_cast<A>(row_temperature ? row_temperature_of(row) : temperature);
-    return {A(1) / t, static_cast<A>(softcap), softcap > 0 ? A(1) / static_cast<A>(softcap) : A(0)};
+    const double exact = row_temperature ? row_temperature_of(row) : temperature;
+    const A t = static_cast<A>(exact), scale = A(1) / t;
+    const A missed = std::fma(-scale, t, A(1)) - scale * static_cast<A>(exact - t);
+    return {scale, static_cast<A>(softcap), softcap > 0 ? A(1) / static_cast<A>(softcap) : A(0),
+            scale * missed};
   }
 };
 

@@ -22,6 +22,7 @@ _HOME = {
     "ppo_loss": "fastrlhf.ops.ppo_loss",
     "ranking_loss": "fastrlhf.ops.ranking_loss",
     "token_logprob": "fastrlhf.ops.token_logprob",
+    "token_loss": "fastrlhf.ops.token_loss",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -13,7 +13,7 @@ class BenchConfig:
     """Time every op against eager PyTorch; the same as `make bench`."""
 
     ops: list[str] = field(default_factory=list)  # which ops; none given: all
-    compile: bool = False  # also time torch.compile of the eager definition
+    compile: bool = True  # also time torch.compile of the eager definition
     out: str = ""  # JSON file to write; empty: benchmarks/results/<machine>-<date>.json
     quick: bool = False  # small shapes only
 
@@ -27,6 +27,6 @@ def main(cfg: BenchConfig) -> int:
             "with `pip install --no-build-isolation -e .` and run `fastrlhf bench` there"
         )
     command = [sys.executable, str(script), *cfg.ops]
-    command += ["--compile"] * cfg.compile + ["--quick"] * cfg.quick
+    command += ["--no-compile"] * (not cfg.compile) + ["--quick"] * cfg.quick
     command += ["--out", cfg.out] if cfg.out else []
     return subprocess.run(command, check=False).returncode

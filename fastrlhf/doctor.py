@@ -110,11 +110,14 @@ def examine() -> dict:
         report["problems"].append(f"torch {torch.__version__} is older than {oldest}")
     from fastrlhf.ops import _backend
 
-    probe = torch.empty(0, device=device)
     report["device"] = device
-    report["ops"] = {
-        op: {"auto": _backend.choose(op, "auto", probe), **table}
-        for op, table in _backend.backends().items()
+    report["ops"] = _backend.backends()
+    report["auto"] = {
+        op: {
+            "order": list(_backend.AUTO[op, device].order),
+            "measured": _backend.measured(op, device),
+        }
+        for op in _backend.OPS
     }
     report["attention"] = _attention(device)
     return report
@@ -172,14 +175,26 @@ def show(report: dict) -> None:
         ops.add_column("auto")
         ops.add_column("available")
         for op, table in report["ops"].items():
-            ready = [b for b, state in table.items() if b != "auto" and state == "available"]
+            ready = [backend for backend, state in table.items() if state == "available"]
             ops.add_row(op, table["auto"], ", ".join(ready))
         console.print(ops)
+        console.print(Text("how auto's order was decided", "bold"))
+        for measured, names in _measured(report["auto"]).items():
+            console.print(Text(f"  {measured} ({', '.join(names)})"), soft_wrap=True)
         console.print(Text("unavailable, and why", "bold"))
         for reason, pairs in _reasons(report["ops"]).items():
             console.print(Text(f"  {pairs}: {reason}"), soft_wrap=True)
     for problem in report["problems"]:
         console.print(Text(f"broken install: {problem}", "bold red"), soft_wrap=True)
+
+
+def _measured(auto: dict) -> dict[str, list[str]]:
+    """Order and its measurement -> the ops that share them."""
+    grouped: dict[str, list[str]] = {}
+    for op, entry in auto.items():
+        text = f"{' before '.join(entry['order'])}: {entry['measured']}"
+        grouped.setdefault(text, []).append(op)
+    return grouped
 
 
 def _reasons(ops: dict) -> dict[str, str]:

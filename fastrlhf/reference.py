@@ -308,6 +308,17 @@ def masked_whiten(x, *, cu_seqlens=None, mask=None, shift_mean=True, unbiased=Tr
 # losses
 
 
+def _policy_loss(log_ratio, a, clip, dual_clip):
+    """Clipped policy loss of each token, its ratio, and where the clip decides."""
+    ratio = torch.exp(log_ratio)
+    unclipped, clipped = -a * ratio, -a * ratio.clamp(1 - clip, 1 + clip)
+    loss = torch.where(clipped > unclipped, clipped, unclipped)
+    if dual_clip is not None:
+        bound = -a * dual_clip
+        loss = torch.where((a < 0) & (bound < loss), bound, loss)
+    return loss, ratio, clipped > unclipped
+
+
 def ppo_loss(
     logprob,
     old_logprob,
@@ -341,18 +352,13 @@ def ppo_loss(
     a = load(advantages.detach())
     log_ratio = load(logprob) - load(old_logprob.detach())
     log_ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio = torch.exp(log_ratio)
-    unclipped, clipped = -a * ratio, -a * ratio.clamp(1 - clip, 1 + clip)
-    token_loss = torch.where(clipped > unclipped, clipped, unclipped)
-    if dual_clip is not None:
-        bound = -a * dual_clip
-        token_loss = torch.where((a < 0) & (bound < token_loss), bound, token_loss)
-    policy_loss = mean(token_loss)
+    per_token, ratio, clipped = _policy_loss(log_ratio, a, clip, dual_clip)
+    policy_loss = mean(per_token)
     loss = policy_loss
     metrics = {
         "policy_loss": policy_loss,
         "approx_kl": mean(torch.expm1(log_ratio) - log_ratio),
-        "clip_fraction": mean((clipped > unclipped).to(ratio.dtype)),
+        "clip_fraction": mean(clipped.to(ratio.dtype)),
         "ratio_mean": mean(ratio),
         "ratio_max": ratio.masked_fill(~keep, 0.0).max() if ratio.numel() else ratio.sum(),
     }
@@ -377,6 +383,41 @@ def ppo_loss(
         loss = loss - entropy_coef * mean_entropy
         metrics["entropy"] = mean_entropy
     return PPOLossOutput(loss, {name: x.detach().float() for name, x in metrics.items()})
+
+
+def token_loss(
+    logits,
+    targets,
+    advantages=None,
+    *,
+    old_logprob=None,
+    clip=0.2,
+    dual_clip=None,
+    temperature=1.0,
+    softcap=None,
+    mask=None,
+    scale=1.0,
+    inplace_backward=False,
+):
+    """scale * policy loss of each row, and `token_logprob`, detached -> (loss, logprob).
+
+    -A * logprob without `old_logprob` (A = 1 without `advantages`), else the clipped loss of
+    `ppo_loss`. Forward and backward together read V*s and write V*s per row.
+    """
+    del inplace_backward  # as in `token_logprob`
+    logprob = token_logprob(logits, targets, temperature=temperature, softcap=softcap, mask=mask)
+    keep = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask.bool()
+
+    def load(x):
+        return _upcast(x.detach()).masked_fill(~keep, 0.0)
+
+    a = torch.ones_like(logprob) if advantages is None else load(advantages)
+    if old_logprob is None:
+        loss = -a * logprob
+    else:
+        log_ratio = (logprob - load(old_logprob)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        loss = _policy_loss(log_ratio, a, clip, dual_clip)[0]
+    return (scale * loss).masked_fill(~keep, 0.0), logprob.detach()
 
 
 def ranking_loss(scores, ranks, cu_groups):

@@ -1,9 +1,12 @@
-"""Host side of the kernels: row strides without copies, block sizes, the device guard."""
+"""Host side of the kernels: strides without copies, block sizes, grids, the device guard."""
 
 from contextlib import nullcontext
 
 import torch
 import triton
+import triton.language as tl
+
+from ._moments import PROGRAMS
 
 
 def rows_of(x):
@@ -39,3 +42,52 @@ def row_block(width, largest=4096):
 
 def device_guard(x):
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def row_strides(x):
+    """(row stride, column stride) of a [B, T] tensor; (0, stride) of [N]; zeros for None."""
+    if x is None:
+        return 0, 0
+    return (0, *x.stride()) if x.dim() == 1 else x.stride()
+
+
+def sequence_grid(x, cu_seqlens):
+    """(B, T, grid) of the tokens x: a program takes every PROGRAMS-th sequence."""
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return sequences, x.shape[-1], (min(sequences, PROGRAMS),)
+
+
+FLAT_LIMIT = 2**31  # tokens of a tensor that is walked by rows and columns
+
+
+def token_layout(*tensors):
+    """(tensors, T, FLAT, strides) of tensors [N] or [B, T] of one shape, walked by one flat index.
+
+    FLAT: element i lies at i * column stride in each of them. Else at (i // T) * row stride
+    + (i % T) * column stride. `strides` has a pair for each tensor, zeros for None.
+    """
+    pairs = [_flat_strides(x) for x in tensors]
+    first = tensors[0]
+    if None not in pairs:
+        return tensors, first.shape[-1], True, pairs
+    if first.numel() < FLAT_LIMIT:
+        return tensors, first.shape[-1], False, [row_strides(x) for x in tensors]
+    # The division would have to be one of 64 bits, which costs more than this copy.
+    return token_layout(*(None if x is None else x.contiguous() for x in tensors))
+
+
+def _flat_strides(x):
+    row, col = row_strides(x)
+    if x is None or x.dim() == 1:
+        return 0, col
+    if x.shape[1] == 1:
+        return 0, row
+    return (0, col) if x.shape[0] == 1 or row == col * x.shape[1] else None
+
+
+@triton.jit
+def token_offset(index, T, stride_row, stride_col, FLAT: tl.constexpr):
+    if FLAT:
+        return index * stride_col
+    small = index.to(tl.int32)
+    return (small // T).to(tl.int64) * stride_row + (small % T).to(tl.int64) * stride_col

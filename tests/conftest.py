@@ -1,13 +1,18 @@
 """Settings that every test runs under. Imported by pytest before any test module."""
 
+import importlib.util
 import os
 
 import pytest
 import torch
 
+import fast_scan
+
 # Read by Triton when a kernel is decorated, so it must be set before fastrlhf.kernels is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        fast_scan.install()
 
 
 @pytest.fixture

@@ -29,9 +29,13 @@ def test_json_agrees_with_the_package(capsys):
     table = fastrlhf.backends()
     assert set(report["ops"]) == set(table)
     for op, row in report["ops"].items():
-        assert {b: row[b] for b in BACKENDS} == table[op]
+        assert row == table[op]
+        assert set(row) == {*BACKENDS, "auto"}
         assert row[row["auto"]] == "available"
         assert all(row.values())
+        order = report["auto"][op]["order"]
+        assert row["auto"] == next(b for b in order if row[b] == "available")
+        assert report["auto"][op]["measured"] == _backend.measured(op, report["device"])
     assert report["attention"]["path"]
 
 
@@ -40,8 +44,10 @@ def test_text_names_every_op_and_reason(capsys):
     text = capsys.readouterr().out
     for op, row in fastrlhf.backends().items():
         assert op in text
-        for state in row.values():
-            assert state == "available" or state in text
+        for backend in BACKENDS:
+            assert row[backend] == "available" or row[backend] in text
+        assert any(f" {op} " in x and f" {row['auto']} " in x for x in text.splitlines())
+        assert _backend.measured(op, "cuda" if torch.cuda.is_available() else "cpu") in text
 
 
 @pytest.mark.skipif(bool(_backend._extension_error), reason="the extension is not built")

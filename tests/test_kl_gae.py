@@ -6,12 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sequence_cases as cases
-from fastrlhf import KLGAEOutput, gae, kl_gae, kl_reward, reference
+from fastrlhf import KLGAEOutput, reference
+from fastrlhf import gae as plain_gae
+from fastrlhf import kl_gae as plain_kl_gae
+from fastrlhf import kl_reward as plain_kl_reward
 from fastrlhf.ops import _backend, _sequence
 
 LENGTHS = cases.LENGTHS
 N, B = sum(LENGTHS), len(LENGTHS)
 NAN = float("nan")
+gae, kl_gae, kl_reward = map(cases.anywhere, (plain_gae, plain_kl_gae, plain_kl_reward))
+each_backend = cases.each_backend("kl_gae")
+fused = cases.each_backend("kl_gae", cases.FUSED)
+each_triton = cases.each_backend("kl_gae", ("triton",))
 
 
 def packed(dtype=torch.float32):
@@ -27,10 +34,11 @@ def parts(logprob, ref_logprob, score, values, *, beta, estimator, gamma, lam, w
     return KLGAEOutput(advantages, returns, rewards, kl)
 
 
+@fused
 @pytest.mark.parametrize("estimator", _sequence.ESTIMATORS)
 @pytest.mark.parametrize("dtype", [*cases.DTYPES, torch.float64])
 @pytest.mark.parametrize("layout", ["packed", "masked"])
-def test_equals_its_parts_bitwise(estimator, dtype, layout):
+def test_equals_its_parts_bitwise(backend, estimator, dtype, layout):
     logprob, ref_logprob, score, values = packed(dtype)
     options = {"cu_seqlens": cases.cu_of(LENGTHS)}
     if layout == "masked":
@@ -41,17 +49,19 @@ def test_equals_its_parts_bitwise(estimator, dtype, layout):
         options = {"mask": mask & cases.random_mask(mask.shape, 5)}
     options |= {"beta": 0.1, "estimator": estimator, "gamma": 0.99, "lam": 0.9, "whiten": True}
     inputs = (logprob, ref_logprob, score, values)
-    fused, separate = kl_gae(*inputs, **options, backend="cpu"), parts(*inputs, **options)
-    for name, a, b in zip(KLGAEOutput._fields, fused, separate, strict=True):
+    options["backend"] = backend
+    together, separate = kl_gae(*inputs, **options), parts(*inputs, **options)
+    for name, a, b in zip(KLGAEOutput._fields, together, separate, strict=True):
         assert torch.equal(a, b), name
 
 
+@fused
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("whiten", [False, True])
-def test_error_at_most_twice_eager(dtype, whiten):
+def test_error_at_most_twice_eager(backend, dtype, whiten):
     inputs = packed(dtype)
     options = {"beta": 0.05, "cu_seqlens": cases.cu_of(LENGTHS), "whiten": whiten}
-    ours = kl_gae(*inputs, **options, backend="cpu")
+    ours = kl_gae(*inputs, **options, backend=backend)
     eager = reference.kl_gae(*inputs, **options)
     truth = reference.kl_gae(*(x.double() for x in inputs), **options)
     for name, a, b, c in zip(KLGAEOutput._fields, ours, eager, truth, strict=True):
@@ -59,7 +69,7 @@ def test_error_at_most_twice_eager(dtype, whiten):
         cases.assert_close_to_eager(a, b, c, name)
 
 
-@cases.each_backend()
+@each_backend
 def test_equals_naive_loops(backend):
     logprob, ref_logprob, score, values = packed(torch.float64)
     cu = cases.cu_of(LENGTHS)
@@ -78,29 +88,31 @@ def test_equals_naive_loops(backend):
             )
 
 
-def test_packed_padded_and_one_by_one_agree_bitwise():
+@fused
+def test_packed_padded_and_one_by_one_agree_bitwise(backend):
     logprob, ref_logprob, score, values = packed()
     cu = cases.cu_of(LENGTHS)
-    together = kl_gae(logprob, ref_logprob, score, values, beta=0.1, cu_seqlens=cu)
+    options = {"beta": 0.1, "backend": backend}
+    together = kl_gae(logprob, ref_logprob, score, values, cu_seqlens=cu, **options)
     padded = kl_gae(
         cases.pad(logprob, LENGTHS, fill=NAN),
         cases.pad(ref_logprob, LENGTHS, fill=NAN),
         score,
         cases.pad(values, LENGTHS, fill=NAN),
-        beta=0.1,
         mask=cases.length_mask(LENGTHS),
+        **options,
     )
     for a, b in zip(together, padded, strict=True):
         assert torch.equal(a, cases.unpad(b, LENGTHS))
         assert (b[~cases.length_mask(LENGTHS)] == 0).all()
     for b, (start, end) in enumerate(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)):
         one = (x[None, start:end] for x in (logprob, ref_logprob))
-        alone = kl_gae(*one, score[b : b + 1], values[None, start:end], beta=0.1)
+        alone = kl_gae(*one, score[b : b + 1], values[None, start:end], **options)
         for x, y in zip(together, alone, strict=True):
             assert torch.equal(x[start:end], y[0])
 
 
-@cases.each_backend()
+@each_backend
 def test_empty_and_shortest_inputs(backend):
     def run(shape, **options):
         x = torch.ones(shape)
@@ -116,47 +128,61 @@ def test_empty_and_shortest_inputs(backend):
     assert [float(x) for x in out] == [0.0, 1.0, 1.0, 0.0]
 
 
-def test_layouts_threads_and_unwritten_memory():
+@fused
+def test_layouts_threads_and_unwritten_memory(backend):
     inputs, cu = packed(), cases.cu_of(LENGTHS)
-    plain = kl_gae(*inputs, beta=0.1, cu_seqlens=cu)
+    options = {"beta": 0.1, "cu_seqlens": cu, "backend": backend}
+    plain = kl_gae(*inputs, **options)
     with cases.poisoned_empty():
-        strided = kl_gae(*(cases.with_strides(x) for x in inputs), beta=0.1, cu_seqlens=cu)
+        strided = kl_gae(*(cases.with_strides(x) for x in inputs), **options)
     for a, b in zip(plain, strided, strict=True):
         assert torch.equal(a, b)
-    x = cases.randn((3, 90, 800), 1, torch.float32)
+    rows = 9 if cases.interpreted(backend) else 90
+    x = cases.randn((3, rows, 800), 1, torch.float32)
     cases.assert_same_for_any_threads(
-        lambda: kl_gae(x[0], x[1], torch.ones(90), x[2], beta=0.3, whiten=True, backend="cpu")
+        lambda: kl_gae(x[0], x[1], torch.ones(rows), x[2], beta=0.3, whiten=True, backend=backend)
     )
 
 
-@cases.each_backend()
+@each_backend
 def test_is_a_constant_to_autograd(backend):
     x = torch.zeros(2, 3, requires_grad=True)
     for out in kl_gae(x, x * 2, torch.ones(2), x * 3, beta=0.1, backend=backend):
         assert not out.requires_grad
 
 
-def test_compiles_without_a_graph_break():
+@fused
+def test_compiles_without_a_graph_break(backend):
     cases.assert_compiles(
-        lambda a, b, s, v, c: kl_gae(a, b, s, v, beta=0.1, whiten=True, cu_seqlens=c),
+        lambda a, b, s, v, c: kl_gae(
+            a, b, s, v, beta=0.1, whiten=True, cu_seqlens=c, backend=backend
+        ),
         *packed(),
         cases.cu_of(LENGTHS),
     )
 
 
-def test_opcheck():
+@fused
+def test_opcheck(backend):
     x, mask = cases.randn((3, 4, 6), 1, torch.float32), cases.random_mask((4, 6), 2)
-    torch.library.opcheck(
-        torch.ops.fastrlhf.kl_gae.default,
-        (x[0], x[1], torch.ones(4), x[2], 0.1, 0, 1.0, 0.9, True, None, mask),
-    )
+    arguments = (x[0], x[1], torch.ones(4), x[2], 0.1, 0, 1.0, 0.9, True, None, mask)
+    cases.opcheck("kl_gae", backend, arguments)
 
 
-def test_says_which_backend_ran():
-    before = _backend.calls["kl_gae", "cpu"]
-    x = torch.ones(1, 2)
-    kl_gae(x, x, torch.ones(1), x, beta=0.1)
-    assert _backend.calls["kl_gae", "cpu"] == before + 1
+@fused
+def test_says_which_backend_ran(backend):
+    before = _backend.calls["kl_gae", backend]
+    x, named = torch.ones(1, 2), "auto" if backend == "cpu" else backend
+    kl_gae(x, x, torch.ones(1), x, beta=0.1, backend=named)
+    assert _backend.calls["kl_gae", backend] == before + 1
+
+
+@each_triton
+def test_two_launches_with_whitening(backend):
+    x = torch.ones(2, 3)
+    with cases.triton_launches() as names:
+        kl_gae(x, x, torch.ones(2), x, beta=0.1, whiten=True, backend=backend)
+    assert names == ["kl_gae_kernel", "masked_whiten_kernel"]
 
 
 @settings(max_examples=30, deadline=None)
@@ -197,4 +223,4 @@ def test_errors_name_the_argument(arguments, kind, words):
     call = {"logprob": X, "ref_logprob": X, "score": SCORE, "values": X, "beta": 0.1}
     call |= {"cu_seqlens": CU, **arguments}
     tensors = [call.pop(name) for name in ("logprob", "ref_logprob", "score", "values")]
-    cases.assert_raises(lambda: kl_gae(*tensors, **call), kind, "kl_gae", *words)
+    cases.assert_raises(lambda: plain_kl_gae(*tensors, **call), kind, "kl_gae", *words)

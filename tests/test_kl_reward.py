@@ -6,12 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sequence_cases as cases
-from fastrlhf import kl_reward, reference
+from fastrlhf import kl_reward as plain_kl_reward
+from fastrlhf import reference
 from fastrlhf.ops import _sequence
 
 LENGTHS = cases.LENGTHS
 N, B = sum(LENGTHS), len(LENGTHS)
 NAN = float("nan")
+kl_reward = cases.anywhere(plain_kl_reward)
+each_backend = cases.each_backend("kl_reward")
+fused = cases.each_backend("kl_reward", cases.FUSED)
+each_triton = cases.each_backend("kl_reward", ("triton",))
 each_estimator = pytest.mark.parametrize("estimator", _sequence.ESTIMATORS)
 
 
@@ -31,7 +36,7 @@ def packed(dtype=torch.float32, scale=0.3):
     return logprob, ref_logprob, cases.randn(B, 3, dtype), cases.cu_of(LENGTHS)
 
 
-@cases.each_backend()
+@each_backend
 @each_estimator
 def test_equals_naive_loop_on_random_masks(backend, estimator):
     shape = (8, 60)
@@ -47,13 +52,14 @@ def test_equals_naive_loop_on_random_masks(backend, estimator):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@fused
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("scale", [0.01, 0.3, 10.0])
 @each_estimator
-def test_error_at_most_twice_eager(dtype, scale, estimator):
+def test_error_at_most_twice_eager(backend, dtype, scale, estimator):
     logprob, ref_logprob, score, cu = packed(dtype, scale)
     options = {"beta": 0.1, "estimator": estimator, "cu_seqlens": cu}
-    ours = kl_reward(logprob, ref_logprob, score, **options, backend="cpu")
+    ours = kl_reward(logprob, ref_logprob, score, **options, backend=backend)
     eager = reference.kl_reward(logprob, ref_logprob, score, **options)
     doubles = (x.double() for x in (logprob, ref_logprob, score))
     truth = reference.kl_reward(*doubles, **options)
@@ -62,15 +68,18 @@ def test_error_at_most_twice_eager(dtype, scale, estimator):
         cases.assert_close_to_eager(a, b, c, name)
 
 
-def test_small_k3_has_no_cancellation():
+@fused
+def test_small_k3_has_no_cancellation(backend):
     # k3 = d^2/2 + O(d^3): exp(x) - 1 - x in fp32 would leave no digit here.
     d = torch.tensor([[1e-4, -1e-4, 1e-3]])
-    kl = kl_reward(d, torch.zeros(1, 3), torch.zeros(1), beta=0.0, estimator="k3", backend="cpu")[1]
+    kl = kl_reward(d, torch.zeros(1, 3), torch.zeros(1), beta=0.0, estimator="k3", backend=backend)[
+        1
+    ]
     expected = torch.expm1(-d.double()) + d.double()
     torch.testing.assert_close(kl.double(), expected, rtol=1e-6, atol=0)
 
 
-@cases.each_backend()
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_k3_cannot_overflow(backend, dtype):
     d = torch.tensor([[1e4, -1e4, 100.0, -100.0, 3.0, -3.0]], dtype=dtype)
@@ -81,7 +90,7 @@ def test_k3_cannot_overflow(backend, dtype):
     torch.testing.assert_close(kl[0], expected)
 
 
-@cases.each_backend()
+@each_backend
 def test_score_lands_on_the_last_unmasked_token_only(backend):
     zeros, score = torch.zeros(4, 5), torch.tensor([1.0, 2.0, 3.0, 4.0])
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 0]])
@@ -95,9 +104,10 @@ def test_score_lands_on_the_last_unmasked_token_only(backend):
     assert torch.equal(rewards, torch.tensor([0.0, 1.0, 3.0]))
 
 
-def test_packed_padded_and_one_by_one_agree_bitwise():
+@fused
+def test_packed_padded_and_one_by_one_agree_bitwise(backend):
     logprob, ref_logprob, score, cu = packed()
-    options = {"beta": 0.1, "estimator": "k3", "backend": "cpu"}
+    options = {"beta": 0.1, "estimator": "k3", "backend": backend}
     together = kl_reward(logprob, ref_logprob, score, cu_seqlens=cu, **options)
     padded = kl_reward(
         cases.pad(logprob, LENGTHS, fill=NAN),
@@ -116,7 +126,7 @@ def test_packed_padded_and_one_by_one_agree_bitwise():
             assert torch.equal(x[part], y[0])
 
 
-@cases.each_backend()
+@each_backend
 def test_nothing_behind_the_mask_is_used(backend):
     logprob, ref_logprob = cases.randn((5, 70), 1, torch.float32), torch.zeros(5, 70)
     mask, score = cases.random_mask((5, 70), 2), torch.ones(5)
@@ -129,9 +139,10 @@ def test_nothing_behind_the_mask_is_used(backend):
         assert torch.equal(a, b)
 
 
-def test_layouts_threads_and_unwritten_memory():
+@fused
+def test_layouts_threads_and_unwritten_memory(backend):
     logprob, ref_logprob, score, cu = packed()
-    options = {"beta": 0.1, "cu_seqlens": cu, "backend": "cpu"}
+    options = {"beta": 0.1, "cu_seqlens": cu, "backend": backend}
     plain = kl_reward(logprob, ref_logprob, score, **options)
     with cases.poisoned_empty():
         strided = kl_reward(
@@ -142,13 +153,14 @@ def test_layouts_threads_and_unwritten_memory():
         )
     for a, b in zip(plain, strided, strict=True):
         assert torch.equal(a, b)
-    wide = cases.randn((90, 800), 1, torch.float32)
+    rows = 9 if cases.interpreted(backend) else 90
+    wide = cases.randn((rows, 800), 1, torch.float32)
     cases.assert_same_for_any_threads(
-        lambda: kl_reward(wide, -wide, torch.ones(90), beta=0.3, estimator="k3", backend="cpu")
+        lambda: kl_reward(wide, -wide, torch.ones(rows), beta=0.3, estimator="k3", backend=backend)
     )
 
 
-@cases.each_backend()
+@each_backend
 def test_empty_inputs(backend):
     for shape in ((0, 5), (5, 0)):
         outputs = kl_reward(
@@ -161,24 +173,32 @@ def test_empty_inputs(backend):
         assert [x.shape for x in outputs] == [shape, shape]
 
 
-@cases.each_backend()
+@each_backend
 def test_is_a_constant_to_autograd(backend):
     logprob = torch.zeros(2, 3, requires_grad=True)
     for out in kl_reward(logprob, logprob * 2, torch.ones(2), beta=0.1, backend=backend):
         assert not out.requires_grad
 
 
-def test_compiles_without_a_graph_break():
+@fused
+def test_compiles_without_a_graph_break(backend):
     cases.assert_compiles(
-        lambda a, b, s, c: kl_reward(a, b, s, beta=0.1, cu_seqlens=c, backend="cpu"), *packed()
+        lambda a, b, s, c: kl_reward(a, b, s, beta=0.1, cu_seqlens=c, backend=backend), *packed()
     )
 
 
-def test_opcheck():
+@fused
+def test_opcheck(backend):
     x, mask = cases.randn((2, 4, 6), 1, torch.float32), cases.random_mask((4, 6), 2)
-    torch.library.opcheck(
-        torch.ops.fastrlhf.kl_reward.default, (*x, torch.ones(4), 0.1, 2, None, mask)
-    )
+    cases.opcheck("kl_reward", backend, (*x, torch.ones(4), 0.1, 2, None, mask))
+
+
+@each_triton
+def test_one_launch(backend):
+    x = torch.ones(2, 3)
+    with cases.triton_launches() as names:
+        kl_reward(x, x, torch.ones(2), beta=0.1, backend=backend)
+    assert names == ["kl_reward_kernel"]
 
 
 @settings(max_examples=30, deadline=None)
@@ -218,11 +238,11 @@ X, CU, SCORE = torch.zeros(4), torch.tensor([0, 4], dtype=torch.int32), torch.ze
         ({"cu_seqlens": None}, ValueError, ("logprob", "[B, T]", "(4,)")),
         ({"mask": torch.ones(4)}, ValueError, ("cu_seqlens", "mask", "not both")),
         ({"cu_seqlens": torch.tensor([0, 3]).int()}, ValueError, ("cu_seqlens", "4", "[0, 3]")),
-        ({"backend": "triton"}, ValueError, ("triton", "cannot run")),
+        ({"backend": "cuda"}, ValueError, ("cuda", "cannot run")),
     ],
 )
 def test_errors_name_the_argument(arguments, kind, words):
     call = {"logprob": X, "ref_logprob": X, "score": SCORE, "beta": 0.1, "cu_seqlens": CU}
     call |= arguments
     tensors = [call.pop(name) for name in ("logprob", "ref_logprob", "score")]
-    cases.assert_raises(lambda: kl_reward(*tensors, **call), kind, "kl_reward", *words)
+    cases.assert_raises(lambda: plain_kl_reward(*tensors, **call), kind, "kl_reward", *words)

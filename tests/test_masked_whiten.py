@@ -6,12 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sequence_cases as cases
-from fastrlhf import masked_whiten, reference
+from fastrlhf import masked_whiten as plain_whiten
+from fastrlhf import reference
 
 NAN = float("nan")
+masked_whiten = cases.anywhere(plain_whiten)
+each_backend = cases.each_backend("masked_whiten")
+fused = cases.each_backend("masked_whiten", cases.FUSED)
+each_triton = cases.each_backend("masked_whiten", ("triton",))
 
 
-@cases.each_backend()
+@each_backend
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_equals_naive_sums(backend, shift_mean, unbiased):
@@ -24,26 +29,28 @@ def test_equals_naive_sums(backend, shift_mean, unbiased):
     assert (got[~mask] == 0).all()
 
 
+@fused
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 @pytest.mark.parametrize("masked", [False, True])
-def test_error_at_most_twice_eager(dtype, offset, masked):
+def test_error_at_most_twice_eager(backend, dtype, offset, masked):
     x = (offset + cases.randn((37, 301), 1)).to(dtype)
     mask = cases.random_mask(x.shape, 2) if masked else None
-    ours = masked_whiten(x, mask=mask, backend="cpu")
+    ours = masked_whiten(x, mask=mask, backend=backend)
     truth = reference.masked_whiten(x.double(), mask=mask)
     assert ours.dtype == torch.float32
     cases.assert_close_to_eager(ours, reference.masked_whiten(x, mask=mask), truth)
 
 
-def test_far_from_zero_the_variance_keeps_its_digits():
+@fused
+def test_far_from_zero_the_variance_keeps_its_digits(backend):
     # sum(x^2) - n mean^2 in fp32 would be all rounding error here.
     x = (1000 + cases.randn(50_000, 1)).float()
     truth = reference.masked_whiten(x.double())
-    torch.testing.assert_close(masked_whiten(x, backend="cpu").double(), truth, rtol=0, atol=1e-4)
+    torch.testing.assert_close(masked_whiten(x, backend=backend).double(), truth, rtol=0, atol=1e-4)
 
 
-@cases.each_backend()
+@each_backend
 def test_counts_below_two(backend):
     def run(x, **options):
         return masked_whiten(torch.tensor(x), **options, backend=backend)
@@ -58,52 +65,81 @@ def test_counts_below_two(backend):
     assert torch.equal(run([2.0, 2.0, 2.0]), torch.zeros(3))
 
 
-@cases.each_backend()
+@each_backend
 def test_nothing_behind_the_mask_is_used(backend):
     x, mask = cases.randn((7, 300), 1, torch.float32), cases.random_mask((7, 300), 2)
     clean = masked_whiten(x, mask=mask, backend=backend)
     assert torch.equal(clean, masked_whiten(x.masked_fill(~mask, NAN), mask=mask, backend=backend))
 
 
-def test_any_rank_and_stride():
+@fused
+def test_any_rank_and_stride(backend):
     x, mask = cases.randn((6, 5, 40), 1, torch.float32), cases.random_mask((6, 5, 40), 2)
-    flat = masked_whiten(x.flatten(), mask=mask.flatten(), backend="cpu")
+    flat = masked_whiten(x.flatten(), mask=mask.flatten(), backend=backend)
     views = [(x, mask), (x.flatten(1), mask.flatten(1))]
     views.append((cases.with_strides(x.flatten(1)), mask.flatten(1).T.contiguous().T))
     views.append((x.transpose(0, 2).contiguous().transpose(0, 2), mask))
     with cases.poisoned_empty():
         for view, view_mask in views:
-            out = masked_whiten(view, mask=view_mask, backend="cpu")
+            out = masked_whiten(view, mask=view_mask, backend=backend)
             assert out.shape == view.shape
             assert torch.equal(out.flatten(), flat)
-    assert masked_whiten(torch.tensor(3.0), backend="cpu").shape == ()
+    assert masked_whiten(torch.tensor(3.0), backend=backend).shape == ()
 
 
-def test_packed_equals_flat():
+@fused
+def test_packed_equals_flat(backend):
     x = cases.randn(20, 1, torch.float32)
     cu = cases.cu_of([4, 0, 16])
-    assert torch.equal(masked_whiten(x, cu_seqlens=cu), masked_whiten(x))
+    packed = masked_whiten(x, cu_seqlens=cu, backend=backend)
+    assert torch.equal(packed, masked_whiten(x, backend=backend))
 
 
-def test_same_bits_for_any_number_of_threads():
-    x, mask = cases.randn((100, 701), 1, torch.float32), cases.random_mask((100, 701), 2)
-    cases.assert_same_for_any_threads(lambda: (masked_whiten(x, backend="cpu"),))
-    cases.assert_same_for_any_threads(lambda: (masked_whiten(x, mask=mask, backend="cpu"),))
+@each_triton
+def test_tensors_too_large_for_short_divisions_are_copied(backend, monkeypatch):
+    from fastrlhf.kernels import _launch
+
+    x = cases.with_strides(cases.randn((6, 40), 1, torch.float32))
+    plain = masked_whiten(x, backend=backend)
+    monkeypatch.setattr(_launch, "FLAT_LIMIT", 240)
+    assert torch.equal(masked_whiten(x, backend=backend), plain)
 
 
-@cases.each_backend()
+@each_triton
+def test_a_program_takes_several_blocks(backend, monkeypatch):
+    from fastrlhf.kernels import masked_whiten as kernels
+
+    x, mask = 5 + cases.randn((7, 900), 1), cases.random_mask((7, 900), 2)
+    with cases.triton_launches() as names:
+        whole = masked_whiten(x, mask=mask, backend=backend)
+    assert names == ["masked_whiten_moments_kernel", "masked_whiten_kernel"]
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    torch.testing.assert_close(masked_whiten(x, mask=mask, backend=backend), whole)
+
+
+@fused
+def test_same_bits_for_any_number_of_threads(backend):
+    rows = 9 if cases.interpreted(backend) else 100
+    x, mask = cases.randn((rows, 701), 1, torch.float32), cases.random_mask((rows, 701), 2)
+    cases.assert_same_for_any_threads(lambda: (masked_whiten(x, backend=backend),))
+    cases.assert_same_for_any_threads(lambda: (masked_whiten(x, mask=mask, backend=backend),))
+
+
+@each_backend
 def test_is_a_constant_to_autograd(backend):
     assert not masked_whiten(torch.ones(3, requires_grad=True), backend=backend).requires_grad
 
 
-def test_compiles_without_a_graph_break():
+@fused
+def test_compiles_without_a_graph_break(backend):
     x, mask = cases.randn((4, 9), 1, torch.float32), cases.random_mask((4, 9), 2)
-    cases.assert_compiles(lambda x, m: (masked_whiten(x, mask=m, backend="cpu"),), x, mask)
+    cases.assert_compiles(lambda x, m: (masked_whiten(x, mask=m, backend=backend),), x, mask)
 
 
-def test_opcheck():
+@fused
+def test_opcheck(backend):
     x, mask = cases.randn((4, 9), 1, torch.float32), cases.random_mask((4, 9), 2)
-    torch.library.opcheck(torch.ops.fastrlhf.masked_whiten.default, (x, mask, True, False))
+    cases.opcheck("masked_whiten", backend, (x, mask, True, False))
 
 
 @settings(max_examples=40, deadline=None)
@@ -114,7 +150,7 @@ def test_any_values(values, unbiased, data):
     expected = torch.tensor(
         cases.naive_whiten(x[mask].tolist(), unbiased=unbiased), dtype=torch.float64
     )
-    for backend in cases.BACKENDS:
+    for backend in ("reference", "cpu", "triton"):
         got = masked_whiten(x, mask=mask, unbiased=unbiased, backend=backend)
         # Where all values are equal up to rounding, rounding is what 1 / sqrt(var) magnifies.
         torch.testing.assert_close(got[mask], expected, rtol=1e-9, atol=1e-9)
@@ -145,4 +181,4 @@ def test_any_values(values, unbiased, data):
 )
 def test_errors_name_the_argument(arguments, kind, words):
     call = {"x": torch.zeros(4), **arguments}
-    cases.assert_raises(lambda: masked_whiten(**call), kind, "masked_whiten", *words)
+    cases.assert_raises(lambda: plain_whiten(**call), kind, "masked_whiten", *words)

@@ -60,7 +60,7 @@ class KlRewards {
     A* __restrict kl = kl_ + start;
     for (int64_t i = 0; i < count; ++i) {
       kl[i] = kl_term<E>(logprob[i], ref_logprob[i]);
-      rewards[i] = A(0) - beta_ * kl[i];
+      rewards[i] = kl_penalty(beta_, kl[i]);
     }
     if (scored >= start && scored < start + count) rewards[scored - start] += score_[b];
     return rewards;

@@ -11,7 +11,7 @@
 #include <memory>
 
 #include "../checks.h"
-#include "../rl_math.h"
+#include "../sequence_math.h"
 
 namespace rl {
 
@@ -229,20 +229,6 @@ void for_each_block(int64_t tokens, const F& f) {
 template <typename F>
 auto with_acc(const Tensor& like, const F& f) {
   return like.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
-}
-
-inline Tensor new_tokens(const Tensor& like) {
-  std::vector<int64_t> sizes(like.dim());
-  for (int64_t d = 0; d < like.dim(); ++d) sizes[d] = like.size(d);
-  return empty_like_device(like, sizes, acc_dtype(like.scalar_type()));
-}
-
-// Several outputs of one shape as one tensor [count, ...]: one allocation, which the C library
-// recycles where it hands the pages of several smaller ones back to the system after each call.
-inline Tensor new_stacked_tokens(const Tensor& like, int64_t count) {
-  std::vector<int64_t> sizes{count};
-  for (int64_t d = 0; d < like.dim(); ++d) sizes.push_back(like.size(d));
-  return empty_like_device(like, sizes, acc_dtype(like.scalar_type()));
 }
 
 }  // namespace rl

@@ -51,7 +51,6 @@ RL_INLINE Moments block_moments(const A* x, const uint8_t* keep, int64_t count) 
 // 0. In place if `out` is what `x` reads.
 template <typename A>
 void whiten(const Tokens& x, const Mask& mask, bool shift_mean, bool unbiased, A* out) {
-  constexpr double kEps = 1e-8;
   const int64_t tokens = x.count();
   std::vector<Moments> partial((tokens + kBlock - 1) / kBlock);
   for_each_block(tokens, [&](int64_t block, int64_t start, int64_t count) RL_LAMBDA_INLINE {
@@ -61,10 +60,8 @@ void whiten(const Tokens& x, const Mask& mask, bool shift_mean, bool unbiased, A
   });
   Moments all;
   for (const Moments& moments : partial) all.merge(moments);
-  const double variance = all.m2 / std::max(1.0, all.count - (unbiased ? 1.0 : 0.0));
-  const A scale = static_cast<A>(1.0 / std::sqrt(variance + kEps));
-  const A mean = static_cast<A>(all.mean);
-  const A shift = shift_mean ? A(0) : mean;
+  const Whitening<A> to_unit(all, shift_mean, unbiased);
+  const A mean = to_unit.mean, scale = to_unit.scale, shift = to_unit.shift;
   for_each_block(tokens, [&](int64_t, int64_t start, int64_t count) RL_LAMBDA_INLINE {
     A scratch[kBlock];
     const uint8_t* keep = mask.from(start, count);
@@ -73,10 +70,10 @@ void whiten(const Tokens& x, const Mask& mask, bool shift_mean, bool unbiased, A
     if (keep) {
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i)
-        to[i] = blend(keep[i], (in[i] - mean) * scale + shift, A(0));
+        to[i] = blend(keep[i], whitened(in[i], mean, scale, shift), A(0));
     } else {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) to[i] = (in[i] - mean) * scale + shift;
+      for (int64_t i = 0; i < count; ++i) to[i] = whitened(in[i], mean, scale, shift);
     }
   });
 }

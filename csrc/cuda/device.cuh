@@ -7,6 +7,13 @@
 
 #include "../rl_math.h"
 
+// The architecture whose PTX may be written here; 0 where a host compiler reads the file.
+#if defined(__NVCC__) && defined(__CUDA_ARCH__)
+#define RL_PTX __CUDA_ARCH__
+#else
+#define RL_PTX 0
+#endif
+
 namespace rl {
 
 __device__ __forceinline__ float load(float x) { return x; }
@@ -36,6 +43,14 @@ __device__ __forceinline__ Vector<T> read_vector(const T* from) {
 template <typename T>
 __device__ __forceinline__ void write_vector(T* to, const Vector<T>& v) {
   *reinterpret_cast<int4*>(to) = *reinterpret_cast<const int4*>(&v);
+}
+
+// Elements before the first 16-byte boundary.
+template <typename T>
+__device__ __forceinline__ int64_t misaligned_head(const T* row, int64_t width) {
+  const auto past = reinterpret_cast<uintptr_t>(row) % 16;
+  const int64_t head = past == 0 ? 0 : static_cast<int64_t>((16 - past) / sizeof(T));
+  return head < width ? head : width;
 }
 
 }  // namespace rl

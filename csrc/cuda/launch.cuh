@@ -20,20 +20,33 @@ inline cudaStream_t current_stream(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Starts kernel(args...); an error names `op`. The arguments are converted to the kernel's own
-// types. Callers return early on an empty grid, which CUDA refuses.
+// Starts kernel(args...) in clusters of `cluster` blocks (more than 1: sm_90 and later); an error
+// names `op`. The arguments are converted to the kernel's own types. Callers return early on an
+// empty grid, which CUDA refuses.
 template <typename... Params, typename... Args>
-void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
-            cudaStream_t stream, Args&&... args) {
+void launch_clusters(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block,
+                     size_t shared_bytes, unsigned cluster, cudaStream_t stream, Args&&... args) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute shape{};
+  shape.id = cudaLaunchAttributeClusterDimension;
+  shape.val.clusterDim.x = cluster;
+  shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
+  config.attrs = &shape;
+  config.numAttrs = cluster > 1 ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
   if (error == cudaSuccess) return;
   cudaGetLastError();  // or the next call of anybody would report it again
   RL_CHECK(false, op, ": ", cudaGetErrorString(error));
+}
+
+template <typename... Params, typename... Args>
+void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t stream, Args&&... args) {
+  launch_clusters(op, kernel, grid, block, shared_bytes, 1, stream, std::forward<Args>(args)...);
 }
 
 // body(T{}) with the device type of `dtype`.

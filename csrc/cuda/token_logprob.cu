@@ -3,9 +3,11 @@
 // Shapes: logits [..., V] with any row strides, N rows; targets, mask, row_temperature, outputs: N.
 // One block walks one row. Each thread keeps its own running (max, sum e^d, sum d e^d), d = z -
 // max, over 16-byte loads; warps merge by shuffles and the block by shared memory, in a fixed
-// order: results repeat bit for bit and do not depend on other rows. Rows that start off a 16-byte
-// boundary peel single elements first. A target outside [0, V) is not read: its row's logprob and
-// gradient are NaN (a check without a host sync).
+// order: results repeat bit for bit and do not depend on other rows, nor on where a row lies: in
+// the forward the columns of a thread are the same at every alignment (off a 16-byte boundary it
+// loads single elements), so a row of an odd V has the same log-prob wherever it stands in a batch.
+// A target outside [0, V) is not read: its row's logprob and gradient are NaN (a check without a
+// host sync).
 
 #include "../token_logprob.h"
 #include "device.cuh"
@@ -17,14 +19,6 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kVectorsPerBlock = 4;  // 16-byte vectors a thread handles in the backward
-
-// Elements before the first 16-byte boundary.
-template <typename T>
-__device__ __forceinline__ int64_t misaligned_head(const T* row, int64_t width) {
-  const auto past = reinterpret_cast<uintptr_t>(row) % 16;
-  const int64_t head = past == 0 ? 0 : static_cast<int64_t>((16 - past) / sizeof(T));
-  return head < width ? head : width;
-}
 
 template <bool kCap, typename T, typename A>
 __device__ __forceinline__ A logit(T x, const RowMaths<A>& f) {
@@ -98,7 +92,7 @@ __device__ Running<A> merge_block(Running<A> mine) {
 }
 
 template <typename T, bool kCap>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3)  // fp64 must not spill
     token_logprob_fwd_kernel(const T* __restrict__ logits_ptr, RowsView view,
                              acc_t<T>* __restrict__ logprob_ptr, acc_t<T>* __restrict__ entropy_ptr,
                              acc_t<T>* __restrict__ stats_ptr) {
@@ -112,19 +106,26 @@ __global__ void __launch_bounds__(kThreads)
   }
   const RowMaths<A> f = view.maths<A>(r);
   const T* row = logits_ptr + view.rows.offset(r);
-  const int64_t head = misaligned_head(row, width);
-  const int64_t vectors = (width - head) / kSize;
+  // fp64 always loads single elements: it has no registers to spare.
+  const bool aligned = kSize > 2 && reinterpret_cast<uintptr_t>(row) % 16 == 0;
+  const int64_t vectors = width / kSize;
   Running<A> mine = Running<A>::empty();
+#pragma unroll 1
   for (int64_t v = threadIdx.x; v < vectors; v += kThreads) {
-    const Vector<T> x = read_vector(row + head + v * kSize);
+    Vector<T> x;
+    if (aligned) {
+      x = read_vector(row + v * kSize);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) x.at[j] = row[v * kSize + j];
+    }
     A z[kSize];
 #pragma unroll
     for (int j = 0; j < kSize; ++j) z[j] = logit<kCap>(x.at[j], f);
     mine.add(z);
   }
-  // At most kSize - 1 elements before the first and after the last vector.
-  const int64_t tail = head + vectors * kSize;
-  const int64_t single = threadIdx.x < head ? threadIdx.x : tail + (threadIdx.x - head);
+  // At most kSize - 1 elements behind the last vector.
+  const int64_t single = vectors * kSize + threadIdx.x;
   if (single < width) {
     const A z[1] = {logit<kCap>(row[single], f)};
     mine.add(z);

@@ -1,13 +1,16 @@
 """Which implementation of an op runs: "auto" | "reference" | "cpu" | "triton" | "cuda".
 
-auto: CPU tensors take "cpu" (C++), CUDA tensors "cuda" and then "triton"; what is not built falls to
-"reference". A backend that is named but cannot run is an error which says why and what to use.
+auto takes the first backend of AUTO that can run, which the committed measurement beside it found the
+fastest; where that is only the reference, it warns once and says why. A backend that is named but cannot
+run is an error which says why and what to use.
 """
 
 import importlib.util
 import os
 import threading
+import warnings
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +37,7 @@ _CPP_OPS = {
     "masked_whiten": "masked_whiten_fwd",
     "ppo_loss": "ppo_loss_fwd",
     "ranking_loss": "ranking_loss_fwd",
+    "token_loss": "token_loss_fwd",
 }
 OPS = tuple(_CPP_OPS)
 # Public op -> the file under fastrlhf/kernels that serves it.
@@ -41,6 +45,47 @@ _TRITON_KERNELS = {
     "token_logprob": "token_logprob",
     "linear_logprob": "token_logprob",
     "linear_cross_entropy": "token_logprob",
+    "kl_reward": "kl_reward",
+    "gae": "gae",
+    "kl_gae": "kl_gae",
+    "masked_whiten": "masked_whiten",
+    "ppo_loss": "ppo_loss",
+    "ranking_loss": "ranking_loss",
+}
+
+
+class Auto(NamedTuple):
+    """`order`: backends, the fastest first. `row`: the benchmark case whose figures gave that order."""
+
+    order: tuple[str, ...]
+    row: str
+
+
+# Device -> the file under benchmarks/results/ that holds the rows of AUTO; empty: not measured yet.
+# tests/test_dispatch.py compares the order with the file.
+RESULTS = {"cpu": "", "cuda": ""}
+_CPU, _CUDA = ("cpu", "reference"), ("cuda", "triton", "reference")
+AUTO = {
+    ("token_logprob", "cpu"): Auto(_CPU, "Llama-2 1024x32000"),
+    ("token_logprob", "cuda"): Auto(_CUDA, "Llama-3 8192x128256"),
+    ("token_loss", "cpu"): Auto(_CPU, "Llama-2 1024x32000"),
+    ("token_loss", "cuda"): Auto(("cuda", "reference"), "Llama-3 8192x128256"),
+    ("linear_logprob", "cpu"): Auto(_CPU, "small head 1024x512x32000"),
+    ("linear_logprob", "cuda"): Auto(_CUDA, "Llama-3-8B 8192x4096x128256"),
+    ("linear_cross_entropy", "cpu"): Auto(_CPU, "small head 1024x512x32000"),
+    ("linear_cross_entropy", "cuda"): Auto(_CUDA, "Llama-3-8B 8192x4096x128256"),
+    ("kl_reward", "cpu"): Auto(_CPU, "padded 512x1024"),
+    ("kl_reward", "cuda"): Auto(_CUDA, "padded 512x4096"),
+    ("gae", "cpu"): Auto(_CPU, "padded 512x1024"),
+    ("gae", "cuda"): Auto(_CUDA, "padded 512x4096"),
+    ("kl_gae", "cpu"): Auto(_CPU, "padded 512x1024"),
+    ("kl_gae", "cuda"): Auto(_CUDA, "padded 512x4096"),
+    ("masked_whiten", "cpu"): Auto(_CPU, "padded 512x1024"),
+    ("masked_whiten", "cuda"): Auto(_CUDA, "padded 512x4096"),
+    ("ppo_loss", "cpu"): Auto(_CPU, "64k tokens"),
+    ("ppo_loss", "cuda"): Auto(_CUDA, "64k tokens"),
+    ("ranking_loss", "cpu"): Auto(_CPU, "512 prompts x 9"),
+    ("ranking_loss", "cuda"): Auto(_CUDA, "512 prompts x 9"),
 }
 
 
@@ -67,6 +112,7 @@ _TRITON_OPS = frozenset(
 
 # Public calls by (op, backend): the proof of what ran. Calls that torch.compile traces do not count.
 calls: Counter = Counter()
+_warned: set[tuple[str, str]] = set()
 _lock = threading.Lock()
 
 
@@ -95,24 +141,50 @@ def unavailable_reason(op: str, backend: str, device: str = "cpu") -> str:
     return _extension_error or "the op has no CUDA kernel"
 
 
-def _auto(op: str, device: str) -> str:
-    for backend in ("cpu",) if device == "cpu" else ("cuda", "triton"):
-        if unavailable_reason(op, backend, device) == "":
-            return backend
+def auto(op: str, device: str) -> str:
+    """The backend that "auto" takes for `op` on tensors of `device`."""
+    if (op, device) in AUTO:
+        for backend in AUTO[op, device].order:
+            if unavailable_reason(op, backend, device) == "":
+                return backend
     return "reference"
+
+
+def measured(op: str, device: str) -> str:
+    """The committed measurement behind the order of "auto", or "not measured yet"."""
+    file = RESULTS.get(device, "")
+    return f"{file}: {AUTO[op, device].row}" if file else "not measured yet"
+
+
+def _warn_of_reference(op: str, device: str) -> None:
+    """Once an op and device: the user did not ask for the reference, and should know."""
+    with _lock:
+        if (op, device) in _warned:
+            return
+        _warned.add((op, device))
+    if (op, device) in AUTO:
+        fused = [b for b in AUTO[op, device].order if b != "reference"]
+        why = "; ".join(f"{b} cannot run: {unavailable_reason(op, b, device)}" for b in fused)
+    else:
+        why = f"no fused backend takes {device} tensors"
+    warnings.warn(
+        f"{op}: backend='auto' takes the reference, the slow one. {why}", UserWarning, stacklevel=4
+    )
 
 
 def choose(op: str, backend: str, tensor: torch.Tensor) -> str:
     """The backend that will run `op` on `tensor`; ValueError for a name that cannot run here."""
     device = tensor.device.type
     if backend == "auto":
-        chosen = _auto(op, device)
+        chosen = auto(op, device)
+        if chosen == "reference" and not torch.compiler.is_compiling():
+            _warn_of_reference(op, device)
     elif backend in BACKENDS:
         reason = unavailable_reason(op, backend, device)
         if reason:
             raise ValueError(
                 f"{op}: backend={backend!r} cannot run: {reason}. "
-                f"Use backend='auto' (here: {_auto(op, device)!r}) or backend='reference'."
+                f"Use backend='auto' (here: {auto(op, device)!r}) or backend='reference'."
             )
         chosen = backend
     else:
@@ -124,12 +196,17 @@ def choose(op: str, backend: str, tensor: torch.Tensor) -> str:
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """For each op and backend, "available" or the reason why it cannot run on this machine."""
-    cuda = torch.cuda.is_available()
+    """For each op and backend, "available" or the reason why it cannot run on this machine.
+
+    Beside the four backends stands "auto": the one it takes for tensors on this machine's GPU, or on
+    its CPU where torch finds no GPU.
+    """
+    here = "cuda" if torch.cuda.is_available() else "cpu"
     table: dict[str, dict[str, str]] = {}
     for op in OPS:
         table[op] = {}
         for backend in BACKENDS:
-            device = "cuda" if cuda and backend in ("triton", "cuda") else "cpu"
+            device = here if backend in ("triton", "cuda") else "cpu"
             table[op][backend] = unavailable_reason(op, backend, device) or "available"
+        table[op]["auto"] = auto(op, here)
     return table

@@ -74,9 +74,9 @@ def gae(
                 bootstrap=bootstrap,
                 whiten=whiten,
             )
-        return torch.ops.fastrlhf.gae(
-            rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten
-        ).unbind()
+        arguments = (rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten)
+        op = torch.ops.fastrlhf.gae_triton if chosen == "triton" else torch.ops.fastrlhf.gae
+        return op(*arguments).unbind()
 
 
 def check(op, first, like, values, gamma, lam, whiten):
@@ -95,3 +95,22 @@ def _fake(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten):
 
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
     torch.library.register_fake("fastrlhf::gae", _fake)
+
+
+@torch.library.custom_op("fastrlhf::gae_triton", mutates_args=())
+def _triton(
+    rewards: Tensor,
+    values: Tensor,
+    gamma: float,
+    lam: float,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    whiten: bool,
+) -> Tensor:
+    from fastrlhf.kernels import gae as kernels  # imported when the op first runs
+
+    return kernels.forward(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten)
+
+
+torch.library.register_fake("fastrlhf::gae_triton", _fake)

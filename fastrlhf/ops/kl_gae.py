@@ -79,8 +79,10 @@ def kl_gae(
                 cu_seqlens=cu_seqlens,
                 mask=mask,
             )
+        ops = torch.ops.fastrlhf
+        op = ops.kl_gae_triton if chosen == "triton" else ops.kl_gae
         return KLGAEOutput(
-            *torch.ops.fastrlhf.kl_gae(
+            *op(
                 logprob,
                 ref_logprob,
                 score,
@@ -102,3 +104,26 @@ def _fake(logprob, *rest):
 
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
     torch.library.register_fake("fastrlhf::kl_gae", _fake)
+
+
+@torch.library.custom_op("fastrlhf::kl_gae_triton", mutates_args=())
+def _triton(
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    score: Tensor,
+    values: Tensor,
+    beta: float,
+    estimator: int,
+    gamma: float,
+    lam: float,
+    whiten: bool,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    from fastrlhf.kernels import kl_gae as kernels  # imported when the op first runs
+
+    rewarded = (logprob, ref_logprob, score, values, beta, estimator)
+    return kernels.forward(*rewarded, gamma, lam, whiten, cu_seqlens, mask)
+
+
+torch.library.register_fake("fastrlhf::kl_gae_triton", _fake)

@@ -75,9 +75,10 @@ def kl_reward(
                 cu_seqlens=cu_seqlens,
                 mask=mask,
             )
-        return torch.ops.fastrlhf.kl_reward(
-            logprob, ref_logprob, score, beta, index, cu_seqlens, mask
-        ).unbind()
+        arguments = (logprob, ref_logprob, score, beta, index, cu_seqlens, mask)
+        ops = torch.ops.fastrlhf
+        op = ops.kl_reward_triton if chosen == "triton" else ops.kl_reward
+        return op(*arguments).unbind()
 
 
 def check(op, logprob, ref_logprob, beta, estimator):
@@ -93,3 +94,21 @@ def _fake(logprob, ref_logprob, score, beta, estimator, cu_seqlens, mask):
 
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
     torch.library.register_fake("fastrlhf::kl_reward", _fake)
+
+
+@torch.library.custom_op("fastrlhf::kl_reward_triton", mutates_args=())
+def _triton(
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    score: Tensor,
+    beta: float,
+    estimator: int,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    from fastrlhf.kernels import kl_reward as kernels  # imported when the op first runs
+
+    return kernels.forward(logprob, ref_logprob, score, beta, estimator, cu_seqlens, mask)
+
+
+torch.library.register_fake("fastrlhf::kl_reward_triton", _fake)

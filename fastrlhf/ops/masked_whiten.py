@@ -62,7 +62,9 @@ def masked_whiten(
         if chosen == "reference":
             return reference.masked_whiten(x, mask=mask, shift_mean=shift_mean, unbiased=unbiased)
         tokens, kept = _sequence.rows(x), _sequence.rows(mask)
-        out = torch.ops.fastrlhf.masked_whiten(tokens, kept, shift_mean, unbiased)
+        ops = torch.ops.fastrlhf
+        op = ops.masked_whiten_triton if chosen == "triton" else ops.masked_whiten
+        out = op(tokens, kept, shift_mean, unbiased)
         return out.reshape(x.shape)
 
 
@@ -72,3 +74,13 @@ def _fake(x, mask, shift_mean, unbiased):
 
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
     torch.library.register_fake("fastrlhf::masked_whiten", _fake)
+
+
+@torch.library.custom_op("fastrlhf::masked_whiten_triton", mutates_args=())
+def _triton(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool) -> Tensor:
+    from fastrlhf.kernels import masked_whiten as kernels  # imported when the op first runs
+
+    return kernels.forward(x, mask, shift_mean, unbiased)
+
+
+torch.library.register_fake("fastrlhf::masked_whiten_triton", _fake)

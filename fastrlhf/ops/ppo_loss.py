@@ -98,7 +98,8 @@ def ppo_loss(
     value_coef = _checks.number(OP, "value_coef", value_coef)
     entropy_coef = _checks.number(OP, "entropy_coef", entropy_coef)
     _check_value_tensors(values, old_values, returns, value_clip)
-    if _backend.choose(OP, backend, logprob) == "reference":
+    chosen = _backend.choose(OP, backend, logprob)
+    if chosen == "reference":
         return reference.ppo_loss(
             logprob,
             old_logprob,
@@ -112,7 +113,9 @@ def ppo_loss(
             entropy_coef=entropy_coef,
         )
     trained = [x for x in (logprob, values, entropy) if x is not None]
-    loss, metrics, *_ = torch.ops.fastrlhf.ppo_loss_fwd(
+    ops = torch.ops.fastrlhf
+    op = ops.ppo_loss_triton_fwd if chosen == "triton" else ops.ppo_loss_fwd
+    loss, metrics, *_ = op(
         *(_sequence.rows(x) for x in (logprob, old_logprob, advantages)),
         _sequence.rows(values),
         None if value_clip is None else _sequence.rows(old_values),
@@ -171,9 +174,12 @@ def _setup_context(ctx, inputs, output):
 @once_differentiable
 def _backward(ctx, grad_loss, *_):
     wanted = [ctx.needs_input_grad[i] for i in (0, 3, 6)]
+    # The Triton op leaves its gradients without 1 / n, which stands before them.
+    *factor, logprob, values, entropy = ctx.saved_tensors
+    scale = grad_loss * factor[0] if factor else grad_loss
     logprob, values, entropy = (
-        (grad * grad_loss).to(dtype) if want else None
-        for grad, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, wanted, strict=True)
+        (grad * scale).to(dtype) if want else None
+        for grad, dtype, want in zip((logprob, values, entropy), ctx.dtypes, wanted, strict=True)
     )
     return logprob, None, None, values, None, None, entropy, *(None,) * 7
 
@@ -183,3 +189,38 @@ if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
     torch.library.register_autograd(
         "fastrlhf::ppo_loss_fwd", _backward, setup_context=_setup_context
     )
+
+
+@torch.library.custom_op("fastrlhf::ppo_loss_triton_fwd", mutates_args=())
+def _triton_fwd(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    entropy: Tensor | None,
+    mask: Tensor | None,
+    clip: float,
+    dual_clip: float,
+    value_clip: float,
+    value_coef: float,
+    entropy_coef: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from fastrlhf.kernels import ppo_loss as kernels  # imported when the op first runs
+
+    tensors = (logprob, old_logprob, advantages, values, old_values, returns, entropy)
+    options = (clip, dual_clip, value_clip, value_coef, entropy_coef, with_grad)
+    return kernels.forward(tensors, mask, *options)
+
+
+@torch.library.register_fake("fastrlhf::ppo_loss_triton_fwd")
+def _triton_fwd_fake(*inputs):
+    loss, metrics, *grads = _fwd_fake(*inputs)
+    return loss, metrics, torch.empty_like(loss), *grads
+
+
+torch.library.register_autograd(
+    "fastrlhf::ppo_loss_triton_fwd", _backward, setup_context=_setup_context
+)

@@ -56,9 +56,12 @@ def ranking_loss(
     if scores.device.type == "cpu" and not torch.compiler.is_compiling():
         if ranks.numel() and int(ranks.min()) < 1:
             raise ValueError(f"{OP}: ranks must be at least 1 (1 = best); got {int(ranks.min())}")
-    if _backend.choose(OP, backend, scores) == "reference":
+    chosen = _backend.choose(OP, backend, scores)
+    if chosen == "reference":
         return reference.ranking_loss(scores, ranks, cu_groups)
     with_grad = torch.is_grad_enabled() and scores.requires_grad
+    if chosen == "triton":
+        return torch.ops.fastrlhf.ranking_loss_triton_fwd(scores, ranks, cu_groups, with_grad)[0]
     loss, _ = torch.ops.fastrlhf.ranking_loss_fwd(scores, ranks.long(), cu_groups, with_grad)
     return loss
 
@@ -79,14 +82,16 @@ def _fwd_fake(scores, ranks, cu_groups, with_grad):
 
 def _setup_context(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
 
 
 @once_differentiable
-def _backward(ctx, grad_loss, _):
-    (grad,) = ctx.saved_tensors
-    return (grad * grad_loss).to(ctx.dtype), None, None, None
+def _backward(ctx, grad_loss, *_):
+    # The Triton op leaves its gradient without 1 / (counted prompts), which stands before it.
+    *factor, grad = ctx.saved_tensors
+    scale = grad_loss * factor[0] if factor else grad_loss
+    return (grad * scale).to(ctx.dtype), None, None, None
 
 
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
@@ -94,3 +99,23 @@ if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
     torch.library.register_autograd(
         "fastrlhf::ranking_loss_fwd", _backward, setup_context=_setup_context
     )
+
+
+@torch.library.custom_op("fastrlhf::ranking_loss_triton_fwd", mutates_args=())
+def _triton_fwd(
+    scores: Tensor, ranks: Tensor, cu_groups: Tensor, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fastrlhf.kernels import ranking_loss as kernels  # imported when the op first runs
+
+    return kernels.forward(scores, ranks, cu_groups, with_grad)
+
+
+@torch.library.register_fake("fastrlhf::ranking_loss_triton_fwd")
+def _triton_fwd_fake(*inputs):
+    loss, grad = _fwd_fake(*inputs)
+    return loss, torch.empty_like(loss), grad
+
+
+torch.library.register_autograd(
+    "fastrlhf::ranking_loss_triton_fwd", _backward, setup_context=_setup_context
+)

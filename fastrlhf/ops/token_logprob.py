@@ -151,17 +151,22 @@ def check_target_values(op, targets, vocab, mask):
         raise ValueError(f"{op}: targets must be in [0, {vocab}); got {value} at row {row}")
 
 
-def _reference(logits, targets, row_temperature, temperature, softcap, mask, return_entropy):
-    vocab, wrong = logits.shape[-1], None
+def reference_targets(op, logits, targets, row_temperature, mask):
+    """(targets that the reference may gather, rows whose target was wrong); None: it has raised."""
+    vocab = logits.shape[-1]
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_target_values(OP, targets, vocab, mask)
+        check_target_values(op, targets, vocab, mask)
         if row_temperature is not None and not bool((row_temperature > 0).all()):
-            raise ValueError(f"{OP}: temperature must be above 0; got {row_temperature.min()}")
-    else:
-        # A gather outside the vocabulary would bring the device down: read class 0, report NaN.
-        wrong = (targets < 0) | (targets >= vocab)
-        wrong = wrong if mask is None else wrong & mask
-        targets = targets.masked_fill(wrong, 0)
+            raise ValueError(f"{op}: temperature must be above 0; got {row_temperature.min()}")
+        return targets, None
+    # A gather outside the vocabulary would bring the device down: read class 0, report NaN.
+    wrong = (targets < 0) | (targets >= vocab)
+    wrong = wrong if mask is None else wrong & mask
+    return targets.masked_fill(wrong, 0), wrong
+
+
+def _reference(logits, targets, row_temperature, temperature, softcap, mask, return_entropy):
+    targets, wrong = reference_targets(OP, logits, targets, row_temperature, mask)
     out = reference.token_logprob(
         logits,
         targets,

@@ -1,0 +1,194 @@
+"""README's performance section and its plots, generated from the newest results file of each device.
+
+    python benchmarks/readme.py [--check]
+
+Writes between the marks in README.md and into benchmarks/plots/. With --check it writes nothing, and the
+exit status is 1 where the section is not what the committed results give.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+RESULTS, PLOTS = HERE / "results", HERE / "plots"
+BEGIN, END = "<!-- bench-table -->", "<!-- /bench-table -->"
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+FAMILIES = {
+    "From logits": ("token_logprob", "token_loss"),
+    "From hidden states": ("linear_logprob", "linear_cross_entropy"),
+    "Sequences": ("kl_reward", "gae", "kl_gae", "masked_whiten"),
+    "Losses": ("ppo_loss", "ranking_loss"),
+}
+YARDSTICKS = {
+    "read_floor_ms": "time ÷ `logits.sum()`",
+    "gae_ms": "time ÷ `gae`",
+}
+NONE_YET = "No results file is committed yet; `make bench` writes one."
+
+
+def newest(folder: Path = RESULTS) -> dict[str, tuple[str, dict]]:
+    """Device -> (file name, document) of the newest whole run in `folder`."""
+    found: dict[str, tuple[str, dict]] = {}
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text())
+        device = document["device"]
+        if document["quick"] or (device in found and found[device][1]["date"] > document["date"]):
+            continue
+        found[device] = (path.name, document)
+    return {device: found[device] for device in DEVICES if device in found}
+
+
+def section(found: dict[str, tuple[str, dict]]) -> str:
+    """The Markdown that stands between the marks."""
+    parts = [_device(device, *found[device]) for device in found] or [NONE_YET]
+    if "cuda" not in found:
+        parts.append("No GPU figure exists yet.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _device(device: str, file: str, document: dict) -> str:
+    machine = document["machine"]
+    head = (
+        f"**{DEVICES[device]}**: {machine['name']}, {machine['threads']} threads, "
+        f"torch {machine['torch']}, {document['date']} "
+        f"([`{file}`](benchmarks/results/{file})). *n*× is how many times as fast as that provider, "
+        "in turns within one run; *of floor* is the share of this machine's own copy bandwidth (or of "
+        "its matrix product rate) that the op's definition needs."
+    )
+    tables = [_family(title, ops, document["rows"]) for title, ops in FAMILIES.items()]
+    return "\n\n".join([head, *(t for t in tables if t), _plots(device, document["rows"])])
+
+
+def _family(title: str, ops: tuple[str, ...], rows: list[dict]) -> str:
+    rows = [row for row in rows if row["op"] in ops]
+    ours = [row for row in rows if row["ours"]]
+    if not ours:
+        return ""
+    others = list(dict.fromkeys(row["provider"] for row in rows if not row["ours"]))
+    yardsticks = [key for key in YARDSTICKS if any(key in row for row in ours)]
+    head = [title, "direction", "backend", "ms", *(f"× {other}" for other in others)]
+    lines = [head + [YARDSTICKS[key] for key in yardsticks] + ["of floor"]]
+    lines.append(["---"] * 3 + ["---:"] * (len(lines[0]) - 3))
+    for row in ours:
+        group = ("op", "case", "dtype", "direction")
+        beside = {r["provider"]: r for r in rows if all(r[key] == row[key] for key in group)}
+        cells = [f"`{row['op']}` {row['case']} {row['dtype']}", row["direction"], row["provider"]]
+        cells.append(_number(row.get("median_ms"), "wrong"))
+        for other in others:
+            if other not in beside or "median_ms" not in row:
+                cells.append("")
+            elif "median_ms" in beside[other]:
+                cells.append(f"{_number(row['times_as_fast_as'][other])}×")
+            else:
+                cells.append("wrong")
+        for key in yardsticks:
+            cells.append(_number(row["median_ms"] / row[key]) if key in row else "")
+        cells.append(f"{row['fraction_of_floor']:.0%}" if "median_ms" in row else "")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _number(value: float | None, missing: str = "") -> str:
+    """Three digits, no exponent."""
+    if value is None:
+        return missing
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.3g}"
+
+
+def _ops(rows: list[dict]) -> list[str]:
+    known = [op for ops in FAMILIES.values() for op in ops]
+    return [op for op in known if any(row["op"] == op and "median_ms" in row for row in rows)]
+
+
+def _plots(device: str, rows: list[dict]) -> str:
+    return "\n".join(
+        f"![{op} on {DEVICES[device]}](benchmarks/plots/{device}-{op}.svg)" for op in _ops(rows)
+    )
+
+
+def draw(device: str, file: str, document: dict, folder: Path) -> list[Path]:
+    """One SVG an op: time of every provider, and the floor. Each names the file it was drawn from."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    style = {"svg.fonttype": "none", "svg.hashsalt": "fastrlhf", "font.size": 9}
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for op in _ops(document["rows"]):
+        rows = [r for r in document["rows"] if r["op"] == op and "median_ms" in r]
+        groups = list(dict.fromkeys((r["case"], r["dtype"], r["direction"]) for r in rows))
+        with pyplot.rc_context(style):
+            height = 0.6 + 0.2 * (len(rows) + len(groups))
+            figure, axes = pyplot.subplots(figsize=(7, height), layout="constrained")
+            place, ticks = 0.0, []
+            for group in groups:
+                axes.text(0, place, "  " + ", ".join(group), va="center", weight="bold")
+                axes.texts[-1].set_transform(axes.get_yaxis_transform())
+                place += 1
+                for row in rows:
+                    if (row["case"], row["dtype"], row["direction"]) != group:
+                        continue
+                    low, high = (abs(row[k] - row["median_ms"]) for k in ("p20_ms", "p80_ms"))
+                    axes.barh(
+                        place,
+                        row["median_ms"],
+                        xerr=[[low], [high]],
+                        color="#0f766e" if row["ours"] else "#9aa1ab",
+                        height=0.8,
+                    )
+                    axes.plot(
+                        [row["floor_ms"]] * 2, [place - 0.5, place + 0.5], "--", color="#d97706"
+                    )
+                    ticks.append((place, row["provider"]))
+                    place += 1
+            axes.set_xscale("log")
+            axes.set_yticks([t for t, _ in ticks], [name for _, name in ticks])
+            axes.set_ylim(place - 0.4, -0.7)
+            axes.set_xlabel("ms a call, 20 to 80 % of samples (dashed: the floor)")
+            axes.set_title(f"{op}, {document['machine']['name']}", loc="left")
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+            path = folder / f"{device}-{op}.svg"
+            # Without the date, the same results give the same file.
+            figure.savefig(path, metadata={"Date": None, "Source": file})
+            pyplot.close(figure)
+            written.append(path)
+    return written
+
+
+def spliced(text: str, body: str) -> str:
+    """`text` with `body` between the marks."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"README.md must hold {BEGIN} and {END} once each, in this order")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{body}{END}{rest.partition(END)[2]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; is README up to date?")
+    arguments = parser.parse_args()
+    found = newest()
+    old = README.read_text()
+    new = spliced(old, section(found))
+    if arguments.check:
+        stale = old != new
+        print(
+            "README's performance section is "
+            + ("stale: make bench-readme" if stale else "current")
+        )
+        return int(stale)
+    for device, (file, document) in found.items():
+        draw(device, file, document, PLOTS)
+    README.write_text(new)
+    print(f"wrote README.md from {', '.join(f for f, _ in found.values()) or 'no results file'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

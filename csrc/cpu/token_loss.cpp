@@ -1,0 +1,134 @@
+// token_loss on CPU: loss, log-probability and dL/dlogits of a row while it is in the L2 cache.
+//
+// Shapes: logits [..., V] with any row strides, N rows; targets, advantages, old_logprob, mask,
+// outputs: N. A row is walked for its statistics (memory), and at once again for its gradient
+// (cache): one read and one write of the logits. The backward then only multiplies the rows whose
+// upstream gradient is not 1.
+
+#include "../token_loss.h"
+
+#include "huge_pages.h"
+#include "logit_rows.h"
+
+namespace rl {
+namespace {
+
+// `grad` is nullptr where only the values are wanted, and may be the logits.
+template <typename T, bool kCap>
+void loss_rows(const Batch& b, const LossView<acc_t<T>>& loss, const LossOutputs<acc_t<T>>& to,
+               T* grad, const Rows& grad_rows) {
+  using A = acc_t<T>;
+  const T* data = static_cast<const T*>(b.logits.const_data_ptr());
+  const int64_t count = b.view.rows.count, width = b.view.rows.width;
+  torch::stable::parallel_for(0, count, grain(b.view.rows), [&](int64_t begin, int64_t end) {
+    dispatch_isa([&]() RL_LAMBDA_INLINE {
+      for (int64_t r = begin; r < end; ++r) {
+        T* out = grad ? grad + grad_rows.offset(r) : nullptr;
+        TokenTerm<A> term{0, 0};
+        RowStats<A> s{0, 0, 0};
+        A logprob = 0;
+        const T* row = data + b.view.rows.offset(r);
+        const bool counts = b.view.counts(r);
+        if (counts) {
+          const RowMaths<A> f = b.view.maths<A>(r);
+          s = row_stats<kCap>(row, width, f);
+          logprob = (logit<kCap>(row[b.view.target(r)], f) - s.max) - s.log_sum;
+          term = loss.term(r, logprob);
+        }
+        to.loss[r] = term.loss;
+        to.logprob[r] = logprob;
+        to.slope[r] = term.slope;
+        to.stats[r] = s.max;
+        to.stats[count + r] = s.log_sum;
+        if (out == nullptr) continue;
+        if (term.slope == 0) {
+          std::memset(static_cast<void*>(out), 0, width * sizeof(T));
+        } else {
+          row_backward<kCap>(row, out, width, b.view.target(r), term.slope, A(0), s,
+                             b.view.maths<A>(r));
+        }
+      }
+    });
+  });
+}
+
+LossTensors run(const Batch& b, const LossInputs& loss, const Tensor& targets, const Tensor* out,
+                const Rows& out_rows) {
+  check_rows(b);
+  const LossTensors to = new_outputs(b, targets);
+  dispatch_float(b.logits.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    using A = acc_t<T>;
+    auto* rows = b.view.softcap > 0 ? loss_rows<T, true> : loss_rows<T, false>;
+    rows(b, loss.view<A>(), to.outputs<A>(),
+         out ? static_cast<T*>(out->mutable_data_ptr()) : nullptr, out_rows);
+  });
+  return to;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd(
+    Tensor logits, Tensor targets, std::optional<Tensor> advantages,
+    std::optional<Tensor> old_logprob, double clip, double dual_clip,
+    std::optional<Tensor> row_temperature, double temperature, double softcap,
+    std::optional<Tensor> mask, std::optional<Tensor> scale_tensor, double scale) {
+  const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
+  const LossInputs loss =
+      make_loss(b, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
+  const LossTensors to = run(b, loss, targets, nullptr, Rows{});
+  return {to.loss, to.logprob, to.slope, to.stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd_(
+    Tensor logits, Tensor targets, std::optional<Tensor> advantages,
+    std::optional<Tensor> old_logprob, double clip, double dual_clip,
+    std::optional<Tensor> row_temperature, double temperature, double softcap,
+    std::optional<Tensor> mask, std::optional<Tensor> scale_tensor, double scale, Tensor out) {
+  const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
+  const LossInputs loss =
+      make_loss(b, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
+  if (out.const_data_ptr() != logits.const_data_ptr()) advise_huge_pages(out);
+  const LossTensors to = run(b, loss, targets, &out, gradient_rows(logits, out));
+  return {to.loss, to.logprob, to.slope, to.stats};
+}
+
+// ---- backward: the upstream gradient, row by row
+
+template <typename T, typename A>
+RL_INLINE void scale_row(T* row, int64_t width, A factor) {
+#pragma omp simd
+  for (int64_t j = 0; j < width; ++j) store(row[j], load(row[j]) * factor);
+}
+
+void token_loss_bwd_(Tensor grad, Tensor upstream) {
+  Rows rows;
+  RL_CHECK(rows_of(grad, rows), "grad must have unit last stride and at most two row strides");
+  const RowScales scales = row_scales(grad, upstream, rows);
+  dispatch_float(grad.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    using A = acc_t<T>;
+    T* data = static_cast<T*>(grad.mutable_data_ptr());
+    const A* factors = static_cast<const A*>(scales.keep.const_data_ptr());
+    torch::stable::parallel_for(0, rows.count, grain(rows), [&](int64_t begin, int64_t end) {
+      dispatch_isa([&]() RL_LAMBDA_INLINE {
+        for (int64_t r = begin; r < end; ++r) {
+          const A factor = factors[r * scales.step];
+          T* row = data + rows.offset(r);
+          if (factor == 0) {
+            std::memset(static_cast<void*>(row), 0, rows.width * sizeof(T));
+          } else if (factor != 1) {
+            scale_row(row, rows.width, factor);
+          }
+        }
+      });
+    });
+  });
+}
+
+}  // namespace
+}  // namespace rl
+
+STABLE_TORCH_LIBRARY_IMPL(fastrlhf, CPU, m) {
+  m.impl("token_loss_fwd", TORCH_BOX(&rl::token_loss_fwd));
+  m.impl("token_loss_fwd_", TORCH_BOX(&rl::token_loss_fwd_));
+  m.impl("token_loss_bwd_", TORCH_BOX(&rl::token_loss_bwd_));
+}

@@ -1,0 +1,125 @@
+// token_loss: what the CPU and CUDA implementations share. The loss of a row and its slope from the
+// row's log-probability; host checks.
+//
+// Shapes: advantages, old_logprob, outputs: N rows, in the accumulator's dtype; scale: 0-d.
+#pragma once
+
+#include "token_logprob.h"
+
+namespace rl {
+
+// slope = d loss / d logprob: dL/dlogits_j = slope (1[j = target] - p_j) dz_j/dlogits_j.
+template <typename A>
+struct TokenTerm {
+  A loss;
+  A slope;
+};
+
+// Plain pointers and numbers: passed to CUDA kernels by value.
+template <typename A>
+struct LossView {
+  const A* advantages = nullptr;   // nullptr: 1
+  const A* old_logprob = nullptr;  // nullptr: the loss is -advantage * logprob
+  const A* scale_ptr = nullptr;    // nullptr: `scale`
+  A scale = 1;
+  A low = 0, high = 0, dual_clip = 0;
+
+  RL_HD TokenTerm<A> term(int64_t row, A logprob) const {
+    const A factor = scale_ptr ? *scale_ptr : scale;
+    const A advantage = advantages ? advantages[row] : A(1);
+    if (old_logprob == nullptr) {
+      return {-advantage * logprob * factor, -advantage * factor};
+    }
+    const PolicyTerm<A> t = policy_term(logprob, old_logprob[row], advantage, low, high, dual_clip);
+    // A NaN compares like a clipped token, whose gradient is 0: it must not hide there.
+    return {t.loss * factor, (t.loss == t.loss ? t.grad : t.loss) * factor};
+  }
+};
+
+// The per-row inputs of the loss, and the tensors that keep their pointers alive.
+struct LossInputs {
+  std::optional<Tensor> advantages, old_logprob, scale_tensor;
+  double scale, clip, dual_clip;
+
+  template <typename A>
+  LossView<A> view() const {
+    const auto pointer = [](const std::optional<Tensor>& t) {
+      return t ? static_cast<const A*>(t->const_data_ptr()) : nullptr;
+    };
+    return {pointer(advantages),      pointer(old_logprob),     pointer(scale_tensor),
+            static_cast<A>(scale),    static_cast<A>(1 - clip), static_cast<A>(1 + clip),
+            static_cast<A>(dual_clip)};
+  }
+};
+
+inline LossInputs make_loss(const Batch& b, const std::optional<Tensor>& advantages,
+                            const std::optional<Tensor>& old_logprob, double clip, double dual_clip,
+                            const std::optional<Tensor>& scale_tensor, double scale) {
+  const ScalarType dtype = acc_dtype(b.logits.scalar_type());
+  const auto checked = [dtype](const std::optional<Tensor>& t, int64_t count, const char* name) {
+    if (!t) return std::optional<Tensor>{};
+    RL_CHECK(t->scalar_type() == dtype && t->numel() == count, name,
+             " must have the outputs' dtype and ", count, " elements");
+    return std::optional<Tensor>{as_contiguous(*t)};
+  };
+  return {checked(advantages, b.view.rows.count, "advantages"),
+          checked(old_logprob, b.view.rows.count, "old_logprob"),
+          checked(scale_tensor, 1, "scale"),
+          scale,
+          clip,
+          dual_clip};
+}
+
+// Where a row's results go.
+template <typename A>
+struct LossOutputs {
+  A* loss;
+  A* logprob;
+  A* slope;
+  A* stats;  // [2, N]: as token_logprob's
+};
+
+// The N-row outputs of one call.
+struct LossTensors {
+  Tensor loss, logprob, slope, stats;
+
+  template <typename A>
+  LossOutputs<A> outputs() const {
+    const auto pointer = [](const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); };
+    return {pointer(loss), pointer(logprob), pointer(slope), pointer(stats)};
+  }
+};
+
+inline LossTensors new_outputs(const Batch& b, const Tensor& targets) {
+  const ScalarType dtype = acc_dtype(b.logits.scalar_type());
+  const auto rows = [&] { return empty_like_device(targets, shape_of(targets), dtype); };
+  return {rows(), rows(), rows(), empty_like_device(targets, {2, b.view.rows.count}, dtype)};
+}
+
+// The rows of `out`, which takes the gradient and may be the logits themselves.
+inline Rows gradient_rows(const Tensor& logits, const Tensor& out) {
+  Rows rows;
+  RL_CHECK(rows_of(out, rows) && shape_of(out) == shape_of(logits) &&
+               out.scalar_type() == logits.scalar_type(),
+           "out must be like logits, with unit last stride and at most two row strides");
+  return rows;
+}
+
+// Upstream gradients of the rows of `grad`; one number that was expanded is read where it lies.
+struct RowScales {
+  Tensor keep;
+  int64_t step = 1;
+};
+
+inline RowScales row_scales(const Tensor& grad, const Tensor& upstream, const Rows& rows) {
+  RL_CHECK(
+      upstream.scalar_type() == acc_dtype(grad.scalar_type()) && upstream.numel() == rows.count,
+      "upstream gradients must have the outputs' dtype and shape");
+  bool expanded = true;
+  for (int64_t d = 0; d < upstream.dim(); ++d) {
+    expanded = expanded && (upstream.stride(d) == 0 || upstream.size(d) == 1);
+  }
+  return expanded ? RowScales{upstream, 0} : RowScales{as_contiguous(upstream), 1};
+}
+
+}  // namespace rl

@@ -1,0 +1,264 @@
+"""token_loss: the policy loss of each row and its gradient in the logits, in one pass over them.
+
+Shapes: logits [..., V] -> N rows; targets, advantages, old_logprob, mask, outputs [...]; slope [N] =
+d loss / d logprob; stats [2, N] as in token_logprob.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastrlhf import reference
+from fastrlhf.ops import _backend, _checks
+from fastrlhf.ops import token_logprob as _logprob
+
+OP = "token_loss"
+
+
+def token_loss(
+    logits: Tensor,
+    targets: Tensor,
+    advantages: Tensor | None = None,
+    *,
+    old_logprob: Tensor | None = None,
+    clip: float = 0.2,
+    dual_clip: float | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Loss of each row and log softmax(z)[target], z = softcap * tanh(logits / softcap) / temperature.
+
+    With l = log softmax(z)[target], A the advantage (1 if None) and rho = exp(clamp(l - l_old, -20,
+    20)):
+
+    - without `old_logprob`: loss = scale * (-A l): cross entropy, or the policy gradient;
+    - with it: loss = scale * max(-A rho, -A clip(rho, 1 - clip, 1 + clip)); with `dual_clip`, where
+      A < 0, at most scale * (-A dual_clip). The terms of `ppo_loss`, before their mean.
+
+    d loss / d l is known as soon as l is, so the forward makes dL/dlogits_j = (d loss / d l)
+    (1[j = target] - p_j) dz_j/dlogits_j while the row is still on the chip: one read and one write
+    of the logits for forward and backward together. The backward multiplies row i by the upstream
+    gradient of loss_i. **Where that is 1 it touches nothing**, so fold the mean into the loss::
+
+        loss, logprob = token_loss(logits, targets, advantages, scale=1 / n, ...)
+        loss.sum().backward()
+
+    (the product of a loss scaler and of gradient accumulation belongs into `scale`, too). Any other
+    upstream gradient is right as well, and costs one more read and write of the rows it concerns.
+    Under torch.compile the gradient is made in the backward: two reads and one write in all. Every
+    backward of a retained graph after the first makes it again.
+
+    Args:
+        logits: [..., V], float32, bfloat16, float16, or float64 (CPU). Any strides before a unit
+            last stride are read in place when they reduce to two (``logits[:, :-1]`` does).
+        targets: [...], int32 or int64, in [0, V).
+        advantages: [...], float, or None. A constant to autograd.
+        old_logprob: [...], float, in nats, from the policy that sampled; or None. A constant.
+        clip: above 0. Only used with `old_logprob`.
+        dual_clip: above 1, or None. Only used with `old_logprob`.
+        temperature: above 0; a number, or a float tensor that broadcasts to ``targets``. A constant.
+        softcap: above 0, or None. Applied before the temperature, as Gemma 2 does.
+        mask: [...], True (or non-zero) where the row counts. Other rows are not read, nor their
+            targets; loss, logprob and gradient are 0 there.
+        scale: a number, or a 0-d float tensor (``1 / mask.sum()`` needs no sync). A constant.
+        inplace_backward: let the **forward** write the gradient over ``logits``, when autograd asks
+            for it: no second tensor of their size exists, and whoever reads ``logits`` after this
+            call reads the gradient. A second backward through the graph raises. A licence, not an
+            order: the reference, torch.compile and overlapping layouts do not use it.
+        backend: see `fastrlhf.backends`.
+
+    Returns:
+        (loss [...], logprob [...]); float32 (float64 for float64 logits); logprob is detached. A row
+        that holds a NaN gives NaN. Rows whose gradient is exactly 0 (clipped, A = 0) are zero-filled.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or value. On CPU a counted target outside
+            [0, V) raises ValueError, before the logits are touched; on a GPU, where that would cost a
+            host sync, the row's loss, logprob and gradient are NaN, and nothing outside it is read.
+
+    Source: Schulman et al. 2017 (arXiv:1707.06347), eq. 7; Ye et al. 2020 (arXiv:1912.09729) for the
+        dual clip; Milakov and Gimelshein 2018 (arXiv:1805.02867) for the online softmax.
+
+    >>> loss, logprob = token_loss(torch.zeros(2, 4), torch.tensor([1, 3]), scale=0.5)
+    >>> loss, logprob
+    (tensor([0.6931, 0.6931]), tensor([-1.3863, -1.3863]))
+    """
+    row_temperature, temperature, softcap, mask = _logprob.check(
+        OP, logits, targets, temperature, softcap, mask
+    )
+    advantages = _row_constant("advantages", advantages, logits, targets)
+    old_logprob = _row_constant("old_logprob", old_logprob, logits, targets)
+    clip = _checks.number(OP, "clip", clip, low=0, strict=True)
+    if dual_clip is not None:
+        dual_clip = _checks.number(OP, "dual_clip", dual_clip, low=1, strict=True)
+    scale_tensor, scale = _scale(scale, logits)
+    if _backend.choose(OP, backend, logits) == "reference":
+        return _reference(
+            logits,
+            targets,
+            advantages,
+            old_logprob=old_logprob,
+            clip=clip,
+            dual_clip=dual_clip,
+            row_temperature=row_temperature,
+            temperature=temperature,
+            softcap=softcap or None,
+            mask=mask,
+            scale=scale if scale_tensor is None else scale_tensor,
+        )
+    arguments = (
+        targets,
+        advantages,
+        old_logprob,
+        clip,
+        math.inf if dual_clip is None else dual_clip,
+        row_temperature,
+        temperature,
+        softcap,
+        mask,
+        scale_tensor,
+        scale,
+    )
+    # A compiled graph plans memory itself, and must not meet a hidden mutation.
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
+        op = torch.ops.fastrlhf.token_loss_fwd
+        loss, logprob, _, _ = _logprob.run(OP, op, (logits, *arguments))
+        return loss, logprob.detach()
+    return _GradientInForward.apply(
+        logits, inplace_backward and _checks.overwritable(logits), *arguments
+    )
+
+
+def _row_constant(name, value, logits, targets):
+    """A float tensor of the rows in the accumulator's dtype, contiguous; None passes."""
+    if value is None:
+        return None
+    _checks.float_tensor(OP, name, value)
+    _checks.shape(OP, name, value, targets.shape)
+    _checks.same_device(OP, name, value, logits.device)
+    return value.detach().to(_logprob._acc_dtype(logits)).contiguous()
+
+
+def _scale(scale, logits):
+    """(0-d tensor | None, number)."""
+    if not isinstance(scale, Tensor):
+        return None, _checks.number(OP, "scale", scale)
+    _checks.float_tensor(OP, "scale", scale)
+    _checks.shape(OP, "scale", scale, ())
+    _checks.same_device(OP, "scale", scale, logits.device)
+    return scale.detach().to(_logprob._acc_dtype(logits)), 1.0
+
+
+def _reference(logits, targets, *rest, row_temperature, temperature, mask, **options):
+    targets, wrong = _logprob.reference_targets(OP, logits, targets, row_temperature, mask)
+    temperature = temperature if row_temperature is None else row_temperature
+    out = reference.token_loss(
+        logits, targets, *rest, temperature=temperature, mask=mask, **options
+    )
+    return out if wrong is None else tuple(x.masked_fill(wrong, math.nan) for x in out)
+
+
+# ---- the gradient made in the forward: eager mode ------------------------------------------------
+
+
+class _GradientInForward(torch.autograd.Function):
+    """fwd_ writes dL/dlogits for an upstream gradient of 1; the backward hands it out, scaled."""
+
+    @staticmethod
+    def forward(ctx, logits, inplace, *arguments):
+        out = logits if inplace else logits.new_empty(logits.shape)
+        op = torch.ops.fastrlhf.token_loss_fwd_
+        loss, logprob, slope, stats = _logprob.run(OP, op, (logits, *arguments, out))
+        if inplace:
+            # The logits are gone: let autograd notice whoever has saved them.
+            torch.autograd.graph.increment_version(logits)
+        tensors = [x if isinstance(x, Tensor) else None for x in arguments]
+        ctx.save_for_backward(logits, slope, stats, *tensors)
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in arguments]
+        ctx.inplace, ctx.grad = inplace, None if inplace else out
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(logprob)
+        return loss, logprob
+
+    @staticmethod
+    def backward(ctx, grad_loss, _grad_logprob):
+        nothing = (None,) * 12
+        if grad_loss is None:
+            return None, *nothing
+        logits, slope, stats, *tensors = ctx.saved_tensors
+        arguments = [n if t is None else t for t, n in zip(tensors, ctx.numbers, strict=True)]
+        if torch.is_grad_enabled():  # create_graph: an op whose own gradient says that it has none
+            if ctx.inplace:
+                raise NotImplementedError(f"{OP}: create_graph must not meet inplace_backward=True")
+            return _from_stats(grad_loss, logits, slope, stats, *arguments), *nothing
+        if ctx.inplace:
+            grad = logits.detach()
+            # One gradient, given away once: a second backward raises at saved_tensors.
+            torch.autograd.graph.increment_version(logits)
+        elif ctx.grad is not None:
+            grad, ctx.grad = ctx.grad, None
+        else:  # a retained graph: the same bits once more
+            grad = logits.new_empty(logits.shape)
+            torch.ops.fastrlhf.token_loss_fwd_(logits, *arguments, grad)
+        torch.ops.fastrlhf.token_loss_bwd_(grad, grad_loss)
+        return grad, *nothing
+
+
+def _from_stats(grad_loss, logits, slope, stats, targets, *arguments):
+    """dL/dlogits from the logits and the statistics of their rows."""
+    _, _, _, _, row_temperature, temperature, softcap, mask, _, _ = arguments
+    return torch.ops.fastrlhf.token_logprob_bwd(
+        grad_loss * slope,
+        None,
+        logits,
+        targets,
+        torch.zeros_like(slope),  # the entropy, which has no gradient here
+        stats,
+        row_temperature,
+        temperature,
+        softcap,
+        mask,
+    )
+
+
+# ---- registration -------------------------------------------------------------------------------
+
+
+def _fwd_fake(logits, targets, *rest):
+    rows = logits.new_empty(targets.shape, dtype=_logprob._acc_dtype(logits))
+    return rows, torch.empty_like(rows), torch.empty_like(rows), rows.new_empty(2, rows.numel())
+
+
+def _bwd_fake(grad, upstream):
+    return None
+
+
+def _setup_context(ctx, inputs, output):
+    logits, targets, _, _, _, _, row_temperature, ctx.temperature, ctx.softcap, mask, _, _ = inputs
+    _, logprob, slope, stats = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(logprob, slope, stats)
+    ctx.save_for_backward(logits, slope, stats, targets, row_temperature, mask)
+
+
+def _backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 12
+    logits, slope, stats, targets, row_temperature, mask = ctx.saved_tensors
+    unused = (None,) * 4
+    arguments = (targets, *unused, row_temperature, ctx.temperature, ctx.softcap, mask, None, None)
+    return _from_stats(grad_loss, logits, slope, stats, *arguments), *(None,) * 11
+
+
+if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
+    torch.library.register_fake("fastrlhf::token_loss_fwd", _fwd_fake)
+    torch.library.register_fake("fastrlhf::token_loss_fwd_", _fwd_fake)
+    torch.library.register_fake("fastrlhf::token_loss_bwd_", _bwd_fake)
+    torch.library.register_autograd(
+        "fastrlhf::token_loss_fwd", _backward, setup_context=_setup_context
+    )

@@ -1,0 +1,20 @@
+// __half for a host compiler, on PyTorch's conversions.
+#pragma once
+
+#include <torch/headeronly/util/Half.h>
+
+#include "cuda_runtime.h"
+
+struct __half {
+  torch::headeronly::Half value;
+};
+struct alignas(4) __half2 {
+  __half x, y;
+};
+inline float __half2float(__half x) { return static_cast<float>(x.value); }
+inline __half __float2half_rn(float x) { return {torch::headeronly::Half(x)}; }
+inline __half __float2half(float x) { return __float2half_rn(x); }
+inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {__float2half_rn(x), __float2half_rn(y)};
+}

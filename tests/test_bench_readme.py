@@ -1,0 +1,121 @@
+"""README's performance section: generated, current, and honest about what is missing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def readme(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import readme
+
+    return readme
+
+
+def row(**more):
+    base = {"op": "gae", "case": "padded 2x3", "dtype": "float32", "direction": "forward"}
+    base |= {"ours": False, "median_ms": 8.0, "p20_ms": 7.5, "p80_ms": 9.0, "floor_ms": 0.5}
+    return base | {"fraction_of_floor": 0.0625, "times_as_fast_as": {}} | more
+
+
+def document(date="2026-01-02", device="cpu", quick=False):
+    ours = row(provider="cpu", ours=True, median_ms=2.0, p20_ms=1.9, p80_ms=2.2, gae_ms=1.6)
+    ours |= {"fraction_of_floor": 0.25, "times_as_fast_as": {"eager": 4.0, "python loop": 123.4}}
+    wrong = row(provider="peer")
+    del wrong["median_ms"], wrong["fraction_of_floor"]
+    rows = [row(provider="eager"), row(provider="python loop", median_ms=246.8), wrong, ours]
+    machine = {"name": "A CPU", "threads": 2, "torch": "2.13.0"}
+    return {"date": date, "device": device, "quick": quick, "machine": machine, "rows": rows}
+
+
+def write(folder, name, **more):
+    (folder / name).write_text(json.dumps(document(**more)))
+
+
+def test_readme_is_what_the_committed_results_give(readme):
+    text = readme.README.read_text()
+    found = readme.newest()
+    assert readme.spliced(text, readme.section(found)) == text, "stale: run make bench-readme"
+    if not found:
+        pytest.skip("current, but says little: no results file is committed yet")
+
+
+def test_plots_are_those_of_the_committed_results(readme):
+    for device, (file, results) in readme.newest().items():
+        for op in {r["op"] for r in results["rows"] if r["op"] != "pack"}:
+            assert file in (readme.PLOTS / f"{device}-{op}.svg").read_text(), (
+                "run make bench-readme"
+            )
+
+
+def test_table(readme):
+    text = readme.section({"cpu": ("r.json", document())})
+    head, _, line = (x for x in text.splitlines() if x.startswith("|"))
+    assert head == (
+        "| Sequences | direction | backend | ms | × eager | × python loop | × peer "
+        "| time ÷ `gae` | of floor |"
+    )
+    assert (
+        line == "| `gae` padded 2x3 float32 | forward | cpu | 2 | 4× | 123× | wrong | 1.25 | 25% |"
+    )
+    assert f"[`r.json`]({readme.RESULTS.relative_to(ROOT)}/r.json)" in text
+    assert "No GPU figure exists yet." in text
+    assert "No GPU figure" not in readme.section({"cuda": ("r.json", document(device="cuda"))})
+    assert readme.NONE_YET in readme.section({})
+
+
+def test_a_wrong_result_of_ours_has_no_number(readme):
+    results = document()
+    del results["rows"][-1]["median_ms"], results["rows"][-1]["gae_ms"]
+    (line,) = [
+        x for x in readme.section({"cpu": ("r.json", results)}).splitlines() if "| cpu |" in x
+    ]
+    assert line == "| `gae` padded 2x3 float32 | forward | cpu | wrong |  |  |  |  |"
+
+
+def test_newest_whole_run_of_each_device(readme, tmp_path):
+    write(tmp_path, "b.json", date="2026-01-01")
+    write(tmp_path, "a.json", date="2026-02-01")
+    write(tmp_path, "c.json", date="2026-03-01", quick=True)
+    write(tmp_path, "g.json", date="2025-01-01", device="cuda")
+    assert {d: f for d, (f, _) in readme.newest(tmp_path).items()} == {
+        "cpu": "a.json",
+        "cuda": "g.json",
+    }
+
+
+def test_splice_replaces_only_what_stands_between_the_marks(readme):
+    text = f"a\n{readme.BEGIN}\nold\n{readme.END}\nb\n"
+    assert readme.spliced(text, "new\n") == f"a\n{readme.BEGIN}\nnew\n{readme.END}\nb\n"
+    for broken in ("nothing", f"{readme.END}{readme.BEGIN}", f"{readme.BEGIN} only"):
+        with pytest.raises(ValueError, match="once each"):
+            readme.spliced(broken, "new")
+
+
+def test_plots(readme, tmp_path):
+    (path,) = readme.draw("cpu", "r.json", document(), tmp_path)
+    assert path.name == "cpu-gae.svg"
+    first = path.read_text()
+    assert "r.json" in first and "python loop" in first and "peer" not in first
+    readme.draw("cpu", "r.json", document(), tmp_path)
+    assert path.read_text() == first
+    assert len(first) < 30_000
+
+
+def test_check_tells_stale_from_current(readme, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    monkeypatch.setattr(readme, "newest", lambda: {"cpu": ("r.json", document())})
+    monkeypatch.setattr(readme, "PLOTS", tmp_path / "plots")
+    readme.README.write_text(f"{readme.BEGIN}\n{readme.END}\n")
+    monkeypatch.setattr("sys.argv", ["readme.py", "--check"])
+    assert readme.main() == 1
+    monkeypatch.setattr("sys.argv", ["readme.py"])
+    assert readme.main() == 0
+    monkeypatch.setattr("sys.argv", ["readme.py", "--check"])
+    assert readme.main() == 0
+    assert (tmp_path / "plots" / "cpu-gae.svg").exists()
+    capsys.readouterr()

@@ -20,10 +20,21 @@ from torch.autograd.function import once_differentiable
 
 from fastrlhf.ops import _chunks
 from fastrlhf.ops._rows import RowMaths
-from fastrlhf.ops.token_logprob import run
+from fastrlhf.ops.token_logprob import check_target_values, run
 
 
-def check_group(op: str, group: object, hidden: Tensor, weight: Tensor) -> int:
+@torch.compiler.disable
+def logprob(op, hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest):
+    """(logprob, entropy) of checked arguments; the last of `rest` is the process group."""
+    vocab = _check_group(op, rest[-1], hidden, weight)
+    if hidden.device.type == "cpu":
+        check_target_values(op, targets, vocab, mask)
+    return _VocabParallel.apply(
+        hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest
+    )
+
+
+def _check_group(op: str, group: object, hidden: Tensor, weight: Tensor) -> int:
     """V, after every rank has shown that its shard is as large as the others'."""
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
@@ -57,7 +68,7 @@ def _same_shapes(op: str, group, device: torch.device, shape: tuple[int, int, in
 _same_shapes_once = functools.lru_cache(maxsize=256)(_same_shapes)
 
 
-class VocabParallelLogprob(torch.autograd.Function):
+class _VocabParallel(torch.autograd.Function):
     """(logprob, entropy), as `linear_logprob`, of a weight and bias shard."""
 
     @staticmethod

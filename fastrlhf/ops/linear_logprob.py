@@ -68,8 +68,10 @@ def linear_logprob(
     )
     chosen = _backend.choose(OP, backend, hidden)
     if process_group is not None:
+        from fastrlhf.ops import _vocab_parallel  # torch.distributed: only where it is asked for
+
         settings = (row_temperature, temperature, softcap, mask, workspace, chosen, process_group)
-        logprob, entropy = _vocab_parallel(hidden, weight, targets, bias, *settings)
+        logprob, entropy = _vocab_parallel.logprob(OP, hidden, weight, targets, bias, *settings)
         return (logprob, entropy) if return_entropy else logprob
     if chosen == "reference" and not torch.compiler.is_compiling() and hidden.device.type == "cpu":
         check_target_values(OP, targets, weight.shape[0], mask)
@@ -94,18 +96,6 @@ def linear_logprob(
         ),
     )
     return (logprob, entropy) if return_entropy else logprob
-
-
-@torch.compiler.disable
-def _vocab_parallel(hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest):
-    from fastrlhf.ops import _vocab_parallel as shards  # torch.distributed: where it is asked for
-
-    vocab = shards.check_group(OP, rest[-1], hidden, weight)
-    if hidden.device.type == "cpu":
-        check_target_values(OP, targets, vocab, mask)
-    return shards.VocabParallelLogprob.apply(
-        hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest
-    )
 
 
 def check_linear(op, hidden, weight, bias, workspace):

@@ -254,3 +254,14 @@ def test_fsdp2_weight_inside_and_outside_its_module(name):
         assert f"call {name} inside the forward of the module that owns weight" in weight
         assert "or pass weight.full_tensor()" in weight
         assert f"{name}: bias must be a plain tensor; got a DTensor (302,)" in bias
+
+
+def test_a_shard_of_padding_weighs_nothing_whatever_its_log_sum():
+    """Of a row of -inf a backend may say log-sum NaN or -inf, and entropy NaN."""
+    combine = importlib.import_module("fastrlhf.ops._vocab_parallel")._combine
+    real = torch.tensor([[2.0], [0.5], [0.3], [-1.0]])  # max, log-sum, entropy, log-prob
+    for log_sum in (torch.nan, -torch.inf):
+        padding = torch.tensor([[-torch.inf], [log_sum], [torch.nan], [torch.nan]])
+        logprob, entropy, stats = combine(torch.stack((real, padding)), torch.tensor([0]))
+        torch.testing.assert_close(torch.stack((logprob, entropy)), torch.tensor([[-1.0], [0.3]]))
+        torch.testing.assert_close(stats, real[:2])

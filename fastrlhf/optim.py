@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from fastrlhf import sharded
 from fastrlhf.errors import UserError
 
 
@@ -52,7 +53,8 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
                 state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(state["momentum"], group["momentum"])
+                # Sharded matrices are made whole: every rank orthogonalises all of them and takes its part.
+                update = sharded.full(parameter.grad.lerp(state["momentum"], group["momentum"]))
                 # As wide matrices (views): the transpose's update is the update's transpose.
                 tall = update.shape[0] > update.shape[1]
                 pair = (parameter.t(), update.t()) if tall else (parameter, update)
@@ -64,7 +66,8 @@ class Muon(torch.optim.Optimizer):
                     for (parameter, _), update in zip(part, updates, strict=True):
                         parameter.mul_(1 - group["lr"] * group["weight_decay"])
                         scale = 0.2 * max(parameter.shape) ** 0.5
-                        parameter.add_(update.to(parameter.dtype), alpha=-scale * group["lr"])
+                        update = sharded.like(update.to(parameter.dtype), parameter)
+                        parameter.add_(update, alpha=-scale * group["lr"])
 
     @classmethod
     def _orthogonal(cls, matrices: torch.Tensor) -> torch.Tensor:
@@ -118,7 +121,12 @@ class Optimizers:
 
     def load_state_dict(self, state: list[dict]) -> None:
         for part, saved in zip(self.parts, state, strict=True):
-            part.load_state_dict(saved)
+            owners = [p for group in part.param_groups for p in group["params"]]
+            slots = {
+                i: {k: sharded.like(v, owners[i]) if k != "step" else v for k, v in found.items()}
+                for i, found in saved["state"].items()
+            }
+            part.load_state_dict({**saved, "state": slots})
 
 
 def cosine(step: int, total: int, *, warmup: int = 0, floor: float = 0.1) -> float:
@@ -144,6 +152,11 @@ class EMA:
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         torch._foreach_lerp_(self.shadow, [p.detach() for p in module.parameters()], 1 - self.decay)
+
+    def load(self, shadow: list[torch.Tensor]) -> None:
+        """Continue from a checkpoint's whole tensors."""
+        pairs = zip(shadow, self.shadow, strict=True)
+        self.shadow = [sharded.like(t.to(own.device), own) for t, own in pairs]
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:

@@ -4,16 +4,24 @@ Multi-process runs are accelerate's (DDP, FSDP2 under torchrun or `accelerate la
 the work is its own.
 """
 
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    fsdp2_prepare_model,
+    set_seed,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from fastrlhf import attention
+from fastrlhf import attention, sharded
 from fastrlhf.config import check_ranges
 from fastrlhf.errors import UserError
 from fastrlhf.ops._backend import OPS, unavailable_reason
@@ -46,8 +54,17 @@ class Runtime:
                 f"device: expected auto or cpu, got {cfg.device!r} (choose a GPU by CUDA_VISIBLE_DEVICES)"
             )
         mixed = "no" if cfg.precision == "fp32" else cfg.precision
-        self.accelerator = Accelerator(mixed_precision=mixed, cpu=cfg.device == "cpu")
         self.compute_dtype = PRECISIONS[cfg.precision]
+        plugin = _fsdp_plugin(self.compute_dtype)
+        self.accelerator = Accelerator(
+            mixed_precision=mixed, cpu=cfg.device == "cpu", fsdp_plugin=plugin
+        )
+        if plugin is not None and self.world > 1 and self.device.type == "cpu":
+            # accelerate 1.15 turns FSDP on for accelerators only and would run DDP on CPU without a word.
+            # It reads the type from both of its states.
+            self.accelerator.state.fsdp_plugin = plugin
+            for state in (self.accelerator.state, PartialState()):
+                state.distributed_type = DistributedType.FSDP
         self.trust_remote_code = cfg.trust_remote_code
         _check_backend(cfg.backend, self.accelerator.device.type)
         set_seed(cfg.seed + self.rank)
@@ -68,6 +85,11 @@ class Runtime:
         return self.accelerator.num_processes
 
     @property
+    def fsdp(self) -> bool:
+        """Whether models are sharded over the ranks (FSDP2)."""
+        return self.accelerator.is_fsdp2
+
+    @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
@@ -75,15 +97,35 @@ class Runtime:
         """One line for the start of a stage: device, ranks, precision, threads, attention path."""
         kernel = attention.plan(self.device, self.compute_dtype).kernel
         return (
-            f"device {self.device.type} x{self.world}, {self.compute_dtype}".replace("torch.", "")
+            f"device {self.device.type} x{self.world}{' (FSDP2)' * self.fsdp}, {self.compute_dtype}".replace(
+                "torch.", ""
+            )
             + f", {torch.get_num_threads()} threads, attention: {kernel}"
         )
 
     def prepare(self, module, optimizer):
         """Hand a trainable module and its optimizers to accelerate."""
+        self._name_layers(module)
         prepared = self.accelerator.prepare(module, *optimizer.parts)
         optimizer.parts = list(prepared[1:])
         return prepared[0]
+
+    def share_frozen(self, module):
+        """A module that is not trained: sharded as the trained ones are under FSDP2, elsewhere whole on each rank."""
+        if self.fsdp:
+            self._name_layers(module)
+            module = fsdp2_prepare_model(self.accelerator, module)
+            module.set_reshard_after_forward(True)  # the root's too: no backward will free it
+        return module
+
+    def _name_layers(self, module) -> None:
+        # accelerate remembers the layer classes of the first model, but the models of PPO may differ in theirs.
+        if self.fsdp and "FSDP_TRANSFORMER_CLS_TO_WRAP" not in os.environ:
+            names = next(m for m in module.modules() if isinstance(m, PreTrainedModel))
+            present = {type(m).__name__ for m in module.modules()}
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(
+                present & set(names._no_split_modules or ())
+            )
 
     def unwrap(self, module):
         return self.accelerator.unwrap_model(module)
@@ -111,10 +153,32 @@ class Runtime:
 
     def clip(self, module, limit: float | None) -> float:
         """Global gradient norm, clipped to `limit` where given."""
-        norm = self.accelerator.clip_grad_norm_(
-            module.parameters(), float("inf") if limit is None else limit
-        )
-        return float(norm)
+        limit = float("inf") if limit is None else limit
+        if not self.fsdp:
+            return float(self.accelerator.clip_grad_norm_(module.parameters(), limit))
+        # accelerate compares the parameters with those of each model by ==, which fails with two models of one size.
+        self.accelerator.unscale_gradients()
+        return float(sharded.full(torch.nn.utils.clip_grad_norm_(module.parameters(), limit)))
+
+
+def _fsdp_plugin(compute: torch.dtype) -> FullyShardedDataParallelPlugin | None:
+    """What accelerate's environment (ACCELERATE_USE_FSDP=true, FSDP_*) asks for, with FSDP2's defaults set straight."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("true", "1"):
+        return None
+    if os.environ.get("FSDP_VERSION", "2") != "2":
+        raise UserError(f"FSDP_VERSION: expected 2, got {os.environ['FSDP_VERSION']!r}")
+    os.environ["ACCELERATE_USE_FSDP"] = "true"  # the only spelling that all of accelerate reads
+    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    low = compute != torch.float32
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        # accelerate's own would sum gradients and hand back log-probs in 16 bit.
+        mixed_precision_policy=MixedPrecisionPolicy(
+            param_dtype=compute if low else None, reduce_dtype=torch.float32 if low else None
+        ),
+        # Every rank reads the folder: frozen models would stay empty on the others.
+        cpu_ram_efficient_loading=False,
+    )
 
 
 def _check_backend(backend: str, device: str) -> None:

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from fastrlhf import attention
+from fastrlhf import attention, sharded
 from fastrlhf.models import Policy
 from fastrlhf.packing import collate
 
@@ -123,7 +123,8 @@ class HFSampler:
             attention.NAME
         )  # decodes at per-row positions, which flash-attn's path cannot
         self.policy.eval()
-        try:
+
+        def batches() -> Samples:
             out = Samples([], [], [])
             for start in range(0, len(prompts), self.max_batch):
                 part = self._batch(
@@ -133,6 +134,9 @@ class HFSampler:
                 out.logprobs += part.logprobs
                 out.finished += part.finished
             return out
+
+        try:
+            return sharded.with_whole_weights(self.policy, batches)
         finally:
             config._attn_implementation = implementation
             self.policy.train(training)

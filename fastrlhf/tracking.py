@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from safetensors import SafetensorError
 
-from fastrlhf import checkpoint
+from fastrlhf import checkpoint, sharded
 from fastrlhf.config import plain, read_section, save_resolved
 from fastrlhf.errors import UserError
 from fastrlhf.folder import OutputFolder
@@ -229,20 +229,24 @@ class Run:
 
             rngs = [None] * self.runtime.world
             all_gather_object(rngs, checkpoint.rng_state())
+        held = sharded.whole(state(), self.runtime.is_main)
         if self.runtime.is_main:
             whole = {"stage": self.stage, "step": step, "seconds": self.seconds, "rng": rngs}
-            whole |= {"metrics": self.last, **state()}
+            whole |= {"metrics": self.last, **held}
             self._check_weights(step, whole)
             checkpoint.save(self.checkpoints, step, whole)
         self.runtime.accelerator.wait_for_everyone()
 
     def save_model(self, model, tokenizer, folder: Path) -> None:
-        """Write a model in Hugging Face's layout into `folder`, file by file in whole."""
-        self._check_weights(self.total, model.state_dict())
+        """Write a model in Hugging Face's layout into `folder`, file by file in whole. Every rank must call it."""
+        state = sharded.whole(model.state_dict(), self.runtime.is_main)
+        if not self.runtime.is_main:
+            return
+        self._check_weights(self.total, state)
         scratch = self.out / ".model"
         shutil.rmtree(scratch, ignore_errors=True)
         try:
-            model.save_pretrained(scratch)
+            model.save_pretrained(scratch, state_dict=state)
         except SafetensorError as error:  # a full disk comes as this
             raise OSError(f"{scratch}: {error}") from error
         tokenizer.save_pretrained(scratch)
@@ -257,8 +261,8 @@ class Run:
     def finish(self, model, tokenizer, summary: dict) -> dict:
         """Write the model folder (Hugging Face layout) and, last, summary.json: the stage is done."""
         summary = {"stage": self.stage, "seconds": self.seconds, **summary}
+        self.save_model(model, tokenizer, self.out)
         if self.runtime.is_main:
-            self.save_model(model, tokenizer, self.out)
             checkpoint.replace_file(self.out / SUMMARY, json.dumps(summary, indent=2) + "\n")
             if self.cfg.log_every:
                 self.progress.console.print(

@@ -21,6 +21,16 @@ def float_tensor(op: str, name: str, value: object) -> None:
         )
 
 
+def whole_tensor(op: str, name: str, value: object) -> None:
+    """Refuses a DTensor: the kernels would read one rank's part of it."""
+    if hasattr(value, "device_mesh"):
+        raise TypeError(
+            f"{op}: {name} must be a plain tensor; got a DTensor {tuple(value.shape)} with placements "
+            f"{value.placements}. Under FSDP2 (fully_shard) call {op} inside the forward of the module "
+            f"that owns {name}, where it is gathered, or pass {name}.full_tensor()"
+        )
+
+
 def index_tensor(op: str, name: str, value: object) -> None:
     tensor(op, name, value)
     if value.dtype not in INDEX_DTYPES:

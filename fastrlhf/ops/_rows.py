@@ -43,7 +43,7 @@ class RowMaths:
         return logprob, entropy, torch.stack((top, log_sum))
 
     def backward_(self, grad_logprob, grad_entropy, logits, targets, entropy, stats, row_t, mask):
-        """Overwrites the chunk's logits with dL/dlogits."""
+        """Overwrites the chunk's logits with dL/dlogits; "reference" takes targets None: no column is one."""
         if self.backend != "reference":
             self._bwd_(
                 grad_logprob,
@@ -65,9 +65,11 @@ class RowMaths:
             chain = chain * (1.0 - torch.tanh(logits / self.softcap).square())
         logp = (self._scaled(logits, row_t) - stats[0].unsqueeze(-1)) - stats[1].unsqueeze(-1)
         p = logp.exp()
-        index, wrong = self._index(targets, p.shape[-1], mask)
         grad = torch.zeros_like(logits)
-        if grad_logprob is not None:
+        if grad_logprob is not None and targets is None:
+            grad.sub_(grad_logprob.unsqueeze(-1) * p)
+        elif grad_logprob is not None:
+            index, wrong = self._index(targets, p.shape[-1], mask)
             g = grad_logprob.masked_fill(wrong, math.nan).unsqueeze(-1)
             grad.scatter_(-1, index.unsqueeze(-1), g).sub_(g * p)
         if grad_entropy is not None:

@@ -26,6 +26,7 @@ def linear_logprob(
     mask: Tensor | None = None,
     return_entropy: bool = False,
     workspace: str = "fast",
+    process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`token_logprob` of the logits hidden @ weight.T + bias, made a chunk of rows at a time.
@@ -44,13 +45,17 @@ def linear_logprob(
         temperature, softcap, mask, return_entropy: as in `token_logprob`.
         workspace: "fast" or "compact": bytes of logits held at a time (GPU 1 GiB or 256 MiB, CPU
             24 MiB or 6 MiB). Results do not depend on it, beyond the rounding of dW's sum.
+        process_group: its W ranks share out the vocabulary: weight [V / W, H] and bias [V / W] are
+            rank r's rows [r V / W, (r + 1) V / W); targets count in [0, V). Every rank passes the same
+            hidden, targets, mask and upstream gradients and gets the same log-probs, entropies and
+            (summed) dX, and dW and db of its own rows. Not traced by torch.compile.
         backend: who does the row maths; the GEMMs are the library's. See `fastrlhf.backends`.
 
     Returns:
         logprob [...], or (logprob, entropy); float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError, ValueError: as `token_logprob`; also for weight, bias and workspace.
+        TypeError, ValueError: as `token_logprob`; also for weight, bias, workspace, process_group.
 
     Source: the chunked head of Liger Kernel (arXiv:2410.10989), with arbitrary upstream gradients.
 
@@ -62,6 +67,12 @@ def linear_logprob(
         OP, hidden, targets, temperature, softcap, mask, vocab=weight.shape[0]
     )
     chosen = _backend.choose(OP, backend, hidden)
+    if process_group is not None:
+        from fastrlhf.ops import _vocab_parallel  # torch.distributed: only where it is asked for
+
+        settings = (row_temperature, temperature, softcap, mask, workspace, chosen, process_group)
+        logprob, entropy = _vocab_parallel.logprob(OP, hidden, weight, targets, bias, *settings)
+        return (logprob, entropy) if return_entropy else logprob
     if chosen == "reference" and not torch.compiler.is_compiling() and hidden.device.type == "cpu":
         check_target_values(OP, targets, weight.shape[0], mask)
     trained = torch.is_grad_enabled() and (
@@ -88,6 +99,8 @@ def linear_logprob(
 
 
 def check_linear(op, hidden, weight, bias, workspace):
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        _checks.whole_tensor(op, name, value)
     _checks.float_tensor(op, "hidden", hidden)
     _checks.float_tensor(op, "weight", weight)
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fastrlhf import data, rollout
+from fastrlhf import data, rollout, sharded
 from fastrlhf.errors import UserError
 from fastrlhf.models import (
     REWARD_BIAS,
@@ -159,6 +159,8 @@ class Trainer:
         self.value_optimizer = Optimizers(self.value, value_cfg)
         self.policy_module = runtime.prepare(self.policy, self.optimizer)
         self.value_module = runtime.prepare(self.value, self.value_optimizer)
+        self.reference = runtime.share_frozen(self.reference)
+        self.reward = runtime.share_frozen(self.reward)
         self.ema = EMA(self.policy, cfg.ema_decay) if cfg.ema_decay > 0 else None
         self.sampler = HFSampler(self.policy, self.tokenizer)
 
@@ -321,7 +323,8 @@ class Trainer:
             p.grad if b is None else p.grad - b
             for p, b in zip(self.policy.parameters(), before, strict=True)
         ]
-        return {"ptx/loss": float(loss), "grad_norm/ptx": float(torch.nn.utils.get_total_norm(own))}
+        norm = float(sharded.full(torch.nn.utils.get_total_norm(own)))
+        return {"ptx/loss": float(loss), "grad_norm/ptx": norm}
 
     def state_dict(self) -> dict:
         """All that a resumed run needs to go on as if it had not stopped."""
@@ -335,20 +338,19 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.policy.load_state_dict(state["policy"])
-        self.value.load_state_dict(state["value"])
+        sharded.load(self.policy, state["policy"])
+        sharded.load(self.value, state["value"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.value_optimizer.load_state_dict(state["value_optimizer"])
         if self.ema is not None:
-            self.ema.shadow = [t.to(self.runtime.device) for t in state["ema"]]
+            self.ema.load(state["ema"])
         self.order.cursor, self.text_order.cursor = state["cursors"]
 
     def finish(self, run: Run) -> dict:
         """Write the averaged policy and the value model."""
         if self.ema is not None:
             self.ema.copy_to(self.policy)
-        if self.runtime.is_main:
-            run.save_model(self.value.model, self.tokenizer, run.out / "value")
+        run.save_model(self.value.model, self.tokenizer, run.out / "value")
         kept = ("reward/rm", "reward/labeler", "kl/reference", "ptx/loss")
         return run.finish(
             self.policy.lm, self.tokenizer, {k: run.last[k] for k in kept if k in run.last}

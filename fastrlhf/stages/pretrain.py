@@ -51,6 +51,11 @@ class PretrainConfig(OptimConfig, RuntimeConfig, OutputConfig):
 def main(cfg: PretrainConfig) -> dict:
     """Train a base model; returns {"train/loss", "valid/loss", ...}."""
     runtime = Runtime(cfg)
+    if runtime.fsdp:
+        raise UserError(
+            "pretrain: expected one process or data-parallel ones, got FSDP2; its last step edits whole "
+            "embedding rows (unset ACCELERATE_USE_FSDP)"
+        )
     if not cfg.text:
         raise UserError("text: expected a file of text to train on, got nothing")
     with Run(cfg, "pretrain", runtime) as run:

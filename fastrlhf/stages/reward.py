@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastrlhf import data
+from fastrlhf import data, sharded
 from fastrlhf.errors import UserError
 from fastrlhf.models import (
     REWARD_BIAS,
@@ -87,7 +87,7 @@ def main(cfg: RewardConfig) -> dict:
         order = data.Shuffle(len(usable), cfg.seed)
         module = runtime.prepare(scorer, optimizer)
         if run.state:
-            scorer.load_state_dict(run.state["model"])
+            sharded.load(scorer, run.state["model"])
             optimizer.load_state_dict(run.state["optimizer"])
             order.cursor = run.state["cursor"]
 

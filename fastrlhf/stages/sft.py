@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fastrlhf import data
+from fastrlhf import data, sharded
 from fastrlhf.errors import UserError
 from fastrlhf.models import (
     check_vocabulary,
@@ -80,7 +80,7 @@ def main(cfg: SFTConfig) -> dict:
         text_order = data.Shuffle(max(1, len(windows)), cfg.seed + 1)
         module = runtime.prepare(policy, optimizer)
         if run.state:
-            policy.load_state_dict(run.state["model"])
+            sharded.load(policy, run.state["model"])
             optimizer.load_state_dict(run.state["optimizer"])
             order.cursor, text_order.cursor = run.state["cursors"]
 

@@ -1,0 +1,202 @@
+"""linear_logprob with a weight whose vocabulary rows are shared out over a process group.
+
+Shapes: N rows, H hidden, V whole vocabulary, W ranks, V/W rows of a shard: rank r holds [r V/W, (r+1) V/W).
+
+Forward: each rank runs the ordinary op on its shard and has four numbers a row: max, log-sum and
+entropy of its own softmax, and the log-prob of the target if it lies there. One gather of these
+16 bytes a row combines them. A gather and not a MAX with a SUM after it, because one collective
+waits once, and because every rank then adds up in rank order: all of them hold the same bits.
+Backward: dlogits of the shard from the combined max and log-sum; dW and db are local, dX is summed
+over the ranks in fp32, a chunk's sum under way while the next chunk's GEMMs run, and rounded once.
+"""
+
+import functools
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastrlhf.ops import _chunks
+from fastrlhf.ops._rows import RowMaths
+from fastrlhf.ops.token_logprob import check_target_values, run
+
+
+@torch.compiler.disable
+def logprob(op, hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest):
+    """(logprob, entropy) of checked arguments; the last of `rest` is the process group."""
+    vocab = _check_group(op, rest[-1], hidden, weight)
+    if hidden.device.type == "cpu":
+        check_target_values(op, targets, vocab, mask)
+    return _VocabParallel.apply(
+        hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest
+    )
+
+
+def _check_group(op: str, group: object, hidden: Tensor, weight: Tensor) -> int:
+    """V, after every rank has shown that its shard is as large as the others'."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{op}: process_group must be a torch.distributed.ProcessGroup that this rank belongs to "
+            f"(of a DeviceMesh: mesh.get_group()); got {type(group).__name__}"
+        )
+    # On a GPU reading the shapes is a host sync, so a shard's shape is compared once.
+    if hidden.device.type == "cpu":
+        _same_shapes(op, group, weight.device, (hidden.shape[:-1].numel(), *weight.shape))
+    else:
+        _same_shapes_once(op, group, weight.device, (0, *weight.shape))
+    return weight.shape[0] * group.size()
+
+
+def _same_shapes(op: str, group, device: torch.device, shape: tuple[int, int, int]) -> None:
+    mine = torch.tensor(shape, device=device)
+    every = _gather(mine, group).tolist()
+    shards = [v for _, v, _ in every]
+    if len(set(shards)) > 1:
+        raise ValueError(
+            f"{op}: weight must have V / {group.size()} rows on every rank of process_group "
+            f"(pad the vocabulary to a multiple of {group.size()}); got {shards} rows"
+        )
+    if any(one != every[0] for one in every):
+        raise ValueError(
+            f"{op}: hidden must be the same on every rank of process_group; "
+            f"got (rows, features) {[(n, h) for n, _, h in every]}"
+        )
+
+
+_same_shapes_once = functools.lru_cache(maxsize=256)(_same_shapes)
+
+
+class _VocabParallel(torch.autograd.Function):
+    """(logprob, entropy), as `linear_logprob`, of a weight and bias shard."""
+
+    @staticmethod
+    @_chunks.without_autocast
+    def forward(
+        ctx, hidden, weight, targets, bias, row_t, temperature, softcap, mask, workspace, backend, group
+    ):  # fmt: skip
+        shard, rank = weight.shape[0], group.rank()
+        vocab = shard * group.size()
+        local = targets.reshape(-1) - rank * shard
+        mine = (local >= 0) & (local < shard)
+        local.masked_fill_(~mine, 0)  # a column that exists; what is made of it is not used
+        logprob, entropy, stats, _ = run(
+            "linear_logprob",
+            torch.ops.fastrlhf.linear_logprob_fwd,
+            (
+                hidden,
+                weight,
+                local.view(targets.shape),
+                bias,
+                row_t,
+                temperature,
+                softcap,
+                mask,
+                workspace,
+                backend,
+                False,
+            ),
+        )
+        record = torch.cat((stats, entropy.view(1, -1), logprob.view(1, -1)))
+        every = _gather(record, group)
+        owner = targets.reshape(-1).long().div(shard, rounding_mode="floor")
+        # A few numbers a row: fp64 costs nothing here, and each is rounded once.
+        combined = _combine(every.double(), owner.clamp(0, group.size() - 1))
+        logprob, entropy, stats = (x.to(record.dtype) for x in combined)
+        # On CPU such targets were refused; a GPU cannot tell without a host sync.
+        wrong = (targets < 0) | (targets >= vocab)
+        logprob, entropy = logprob.view(targets.shape), entropy.view(targets.shape)
+        logprob = logprob.masked_fill(wrong, math.nan)
+        if mask is not None:
+            logprob, entropy = logprob.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
+        ctx.settings = temperature, softcap, workspace, backend, group
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, local, mine, wrong, entropy, stats, row_t, mask)
+        return logprob, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprob, grad_entropy):
+        if grad_logprob is None and grad_entropy is None:
+            return (None,) * 11
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        d_hidden, d_weight, d_bias = (
+            grad if need else None
+            for grad, need in zip(
+                _backward(grad_logprob, grad_entropy, ctx.saved_tensors, needs, *ctx.settings),
+                needs,
+                strict=True,
+            )
+        )
+        return (d_hidden, d_weight, None, d_bias, *(None,) * 7)
+
+
+def _gather(mine: Tensor, group) -> Tensor:
+    """[W, ...]: everyone's tensor, in rank order."""
+    every = mine.new_empty((group.size(), *mine.shape))
+    dist.all_gather(list(every.unbind(0)), mine, group=group)
+    return every
+
+
+def _combine(every: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprob [N], entropy [N], stats [2, N]) from [W, 4, N]: with w_r = exp(lse_r - lse),
+
+    logprob = logprob_owner + log w_owner, entropy = sum_r w_r (entropy_r - log w_r).
+    """
+    tops, log_sums, entropies, logprobs = every.unbind(1)
+    top = tops.amax(0)
+    # A shard that is all -inf (padding) has log-sum -inf or NaN; it weighs nothing.
+    log_w = (tops - top + log_sums).masked_fill(tops == -torch.inf, -torch.inf)
+    log_sum = log_w.exp().sum(0).log()
+    log_w = log_w - log_sum
+    w = log_w.exp()
+    entropy = (w * (entropies - log_w)).masked_fill(w == 0, 0.0).sum(0)
+    logprob = (logprobs + log_w).gather(0, owner.unsqueeze(0)).squeeze(0)
+    return logprob, entropy, torch.stack((top, log_sum))
+
+
+@_chunks.without_autocast
+def _backward(
+    grad_logprob, grad_entropy, saved, needs, temperature, softcap, workspace, backend, group
+):
+    hidden, weight, bias, local, mine, wrong, entropy, stats, row_t, mask = saved
+    if grad_logprob is not None:
+        grad_logprob = grad_logprob.masked_fill(wrong, math.nan)
+    index = _chunks.counted_rows(mask)
+    operands = _chunks.Operands(hidden, weight, bias, index)
+    maths = RowMaths(backend, temperature, softcap)
+    exact = RowMaths("reference", temperature, softcap)
+    grads = _chunks.Gradients(operands, needs)
+    take = operands.take
+    y, own, t, g, h = take(local), take(mine), take(row_t), take(grad_logprob), take(grad_entropy)
+    m = None if index is not None else take(mask)
+    e, s = take(entropy), stats if index is None else stats.index_select(1, index)
+    shard = weight.shape[0]
+    step = _chunks.chunk_rows(workspace, shard, operands.acc, hidden.device)
+    buffer = torch.empty(
+        (min(step, operands.rows), shard), dtype=operands.acc, device=hidden.device
+    )
+    sums = []
+    for start in range(0, operands.rows, step):
+        stop = min(start + step, operands.rows)
+        rows = slice(start, stop)
+        x, logits = operands.hidden_chunk(start, stop), buffer[: stop - start]
+        operands.logits(x, logits)
+        upstream = [None if v is None else v[rows] for v in (g, h)]
+        rest = [e[rows], s[:, rows].contiguous(), *(None if v is None else v[rows] for v in (t, m))]
+        # The row maths counts column `y` as the target. Where the target is another rank's, that is
+        # column 0, whose gradient is made apart, without a target: subtracting would lose digits.
+        first = logits[:, :1].clone()
+        exact.backward_(*upstream, first, None, *rest)
+        maths.backward_(*upstream, logits, y[rows], *rest)
+        logits[:, :1] = torch.where(own[rows].unsqueeze(1), logits[:, :1], first)
+        grads.add(start, stop, x, logits)
+        if grads.hidden is not None and index is None:
+            part = grads.hidden[start:stop]
+            sums.append(dist.all_reduce(part, group=group, async_op=True))
+    if grads.hidden is not None and index is not None:
+        dist.all_reduce(grads.hidden, group=group)
+    for work in sums:
+        work.wait()
+    return grads.finish(hidden, weight, bias, lambda like: like.dtype)

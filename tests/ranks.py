@@ -26,5 +26,6 @@ def _body(rank, function, folder):
     dist.init_process_group("gloo", **options)
     try:
         torch.save(function(rank), Path(folder) / f"{rank}.pt")
+        dist.barrier()  # a rank that leaves early takes the connections of the other with it
     finally:
         dist.destroy_process_group()

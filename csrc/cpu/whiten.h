@@ -55,8 +55,9 @@ void whiten(const Tokens& x, const Mask& mask, bool shift_mean, bool unbiased, A
   std::vector<Moments> partial((tokens + kBlock - 1) / kBlock);
   for_each_block(tokens, [&](int64_t block, int64_t start, int64_t count) RL_LAMBDA_INLINE {
     A scratch[kBlock];
-    const uint8_t* keep = mask.from(start, count);
-    partial[block] = block_moments(x.load(start, count, keep, scratch), keep, count);
+    const auto [first, last] = mask.kept_range(start, start + count);
+    const uint8_t* keep = mask.from(first, last - first);
+    partial[block] = block_moments(x.load(first, last - first, keep, scratch), keep, last - first);
   });
   Moments all;
   for (const Moments& moments : partial) all.merge(moments);
@@ -64,17 +65,20 @@ void whiten(const Tokens& x, const Mask& mask, bool shift_mean, bool unbiased, A
   const A mean = to_unit.mean, scale = to_unit.scale, shift = to_unit.shift;
   for_each_block(tokens, [&](int64_t, int64_t start, int64_t count) RL_LAMBDA_INLINE {
     A scratch[kBlock];
-    const uint8_t* keep = mask.from(start, count);
-    const A* in = x.load(start, count, keep, scratch);
-    A* to = out + start;
+    const auto [first, last] = mask.kept_range(start, start + count);
+    const uint8_t* keep = mask.from(first, last - first);
+    const A* in = x.load(first, last - first, keep, scratch);
+    A* to = out + first;
     if (keep) {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i)
+      for (int64_t i = 0; i < last - first; ++i)
         to[i] = blend(keep[i], whitened(in[i], mean, scale, shift), A(0));
     } else {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) to[i] = whitened(in[i], mean, scale, shift);
+      for (int64_t i = 0; i < last - first; ++i) to[i] = whitened(in[i], mean, scale, shift);
     }
+    std::fill(out + start, out + first, A(0));
+    std::fill(out + last, out + start + count, A(0));
   });
 }
 

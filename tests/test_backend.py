@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastrlhf
 from fastrlhf import backends, token_logprob
 from fastrlhf.ops import _backend
 
@@ -71,3 +72,9 @@ def test_every_instruction_set_of_this_machine(isa):
     command += [str(Path(__file__).with_name(name)) for name in files]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout
+
+
+def test_the_package_lists_its_public_names_and_nothing_else():
+    assert fastrlhf.token_logprob is token_logprob and backends()
+    assert dir(fastrlhf) == sorted(fastrlhf.__all__)
+    assert not [n for n in dir(fastrlhf) if n.startswith("_") and n != "__version__"]

@@ -57,7 +57,7 @@ RL_INLINE void policy_block(const Call<A>& call, int64_t start, int64_t count, c
 #pragma omp simd reduction(max : ratio_max)
       for (int64_t i = 0; i < count; ++i) {
         const A d = clamp(logprob[i] - old_logprob[i], A(-kLogRatioLimit), A(kLogRatioLimit));
-        const A r = blend(keep[i], exp_clamped(d), A(0));
+        const A r = blend(keep[i], exp_far(d), A(0));
         ratio_max = r > ratio_max ? r : ratio_max;
       }
     }

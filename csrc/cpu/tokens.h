@@ -250,7 +250,7 @@ template <typename F>
 void for_each_block(int64_t tokens, const F& f) {
   const int64_t blocks = (tokens + kBlock - 1) / kBlock;
   torch::stable::parallel_for(0, blocks, kGrainBlocks, [&](int64_t first, int64_t last) {
-    dispatch_isa([&]() RL_LAMBDA_INLINE {
+    dispatch_isa([&](auto) RL_LAMBDA_INLINE {
       for (int64_t block = first; block < last; ++block) {
         f(block, block * kBlock, std::min(kBlock, tokens - block * kBlock));
       }

@@ -94,8 +94,10 @@ def overwritable(logits: torch.Tensor) -> bool:
     """Whether a backward may write the gradient of [..., V] logits over them.
 
     Not where rows share memory (an expanded view), nor in layouts that the kernels copy before they
-    read (more than two row strides, or a last stride that is not 1).
+    read (more than two row strides, or a last stride that is not 1), nor under torch.func.vmap.
     """
+    if torch._C._are_functorch_transforms_active():
+        return False
     *row_sizes, width = logits.shape
     *row_strides, last = logits.stride()
     if width > 1 and last != 1:

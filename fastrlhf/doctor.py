@@ -1,7 +1,8 @@
 """fastrlhf doctor: what is installed, which backend runs each op here, and why the others do not.
 
-The hosts whose functions `fastrlhf.integrations` can replace are looked for, not imported. The exit status is 0 on every machine where the package does its work, however slowly, and 1 only
-where the install is broken: a requirement that is missing, or an extension that was built but does
+The hosts whose functions `fastrlhf.integrations` can replace are looked for, not imported. The exit
+status is 0 on every machine where the package does its work, however slowly, and 1 only where the
+install is broken: a requirement that is missing, or an extension that was built but does
 not load.
 """
 

@@ -44,7 +44,7 @@ class Target(NamedTuple):
     `attribute` is a name in `module`, "Class.method", or "TABLE[key]" for a module-level dict. `make(original,
     **options)` returns the function that takes its place; it may raise LeftAlone. `parameters` are the leading
     parameter names the replacement relies on. `new` rows add an entry (a registry's) that must be absent, and
-    their maker gets None.
+    their maker gets None. Without `by_value` only the named place is replaced.
     """
 
     module: str
@@ -53,6 +53,7 @@ class Target(NamedTuple):
     make: Callable
     parameters: tuple[str, ...] = ()
     new: bool = False
+    by_value: bool = True
 
     @property
     def name(self) -> str:
@@ -290,11 +291,12 @@ class Host:
             state = f"has {target.name} already" if target.new else f"has no {target.name}"
             raise HostMoved(f"{where} {state}")
         original = None if target.new else original
-        _check_parameters(where, target, original)
+        if target.parameters:
+            check_parameters(where, target.name, original, target.parameters)
         after = self._replacement(target, original, target.make(original, **options), live)
         if method and not inspect.isfunction(inspect.getattr_static(outer, method)):
             after = staticmethod(after)
-        return _Swap(target, home, before, after, by_value=not (method or target.new))
+        return _Swap(target, home, before, after, target.by_value and not (method or target.new))
 
     def _replacement(self, target: Target, original, ours: Callable, live: list[bool]) -> Callable:
         name, told, lock = target.name, set(), self._lock
@@ -344,17 +346,15 @@ class Host:
         return count
 
 
-def _check_parameters(where: str, target: Target, original) -> None:
-    if not target.parameters:
-        return
+def check_parameters(where: str, name: str, function: Callable, expected: tuple) -> None:
+    """HostMoved unless the function's parameters start with the expected names."""
     try:
-        names = tuple(inspect.signature(original).parameters)
+        names = tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError) as error:
-        raise HostMoved(f"{where}: {target.name} has no signature: {error}") from error
-    if names[: len(target.parameters)] != target.parameters:
+        raise HostMoved(f"{where}: {name} has no signature: {error}") from error
+    if names[: len(expected)] != expected:
         raise HostMoved(
-            f"{where}: {target.name} takes {names}; fastrlhf expects it to start with "
-            f"{target.parameters}"
+            f"{where}: {name} takes {names}; fastrlhf expects it to start with {expected}"
         )
 
 

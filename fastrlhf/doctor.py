@@ -1,7 +1,8 @@
 """fastrlhf doctor: what is installed, which backend runs each op here, and why the others do not.
 
-The exit status is 0 on every machine where the package does its work, however slowly, and 1 only
-where the install is broken: a requirement that is missing, or an extension that was built but does
+The hosts whose functions `fastrlhf.integrations` can replace are looked for, not imported. The exit
+status is 0 on every machine where the package does its work, however slowly, and 1 only where the
+install is broken: a requirement that is missing, or an extension that was built but does
 not load.
 """
 
@@ -10,6 +11,8 @@ import importlib.util
 import json
 import platform
 from dataclasses import dataclass
+
+from fastrlhf.integrations import _hosts
 
 REQUIREMENTS = (
     "torch",
@@ -76,6 +79,7 @@ def examine() -> dict:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
+        "hosts": _hosts.found(),
         "problems": [
             f"{name} is not installed"
             for name, version in versions.items()
@@ -128,6 +132,7 @@ def _facts(report: dict) -> list[tuple[str, str]]:
     rows = [
         ("fastrlhf", f"{report['fastrlhf']}, Python {report['python']}, {report['platform']}"),
         ("packages", ", ".join(f"{k} {v or 'MISSING'}" for k, v in report["versions"].items())),
+        ("hosts", ", ".join(_host(name, entry) for name, entry in report["hosts"].items())),
     ]
     if "torch" not in report:
         return rows
@@ -156,6 +161,13 @@ def _facts(report: dict) -> list[tuple[str, str]]:
         ("attention", f"{attention['path']}"),
     ]
     return rows
+
+
+def _host(name: str, entry: dict) -> str:
+    if entry["version"] is None:
+        return f"{name} not installed"
+    inside = "in" if entry["in_tested_range"] else "OUTSIDE"
+    return f"{name} {entry['version']} ({inside} the tested range {entry['tested']})"
 
 
 def show(report: dict) -> None:

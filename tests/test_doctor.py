@@ -10,6 +10,7 @@ import torch
 
 import fastrlhf
 from fastrlhf import cli, doctor
+from fastrlhf.integrations import _hosts
 from fastrlhf.ops import _backend
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -116,3 +117,19 @@ def test_flash_attention_is_looked_for(capsys, monkeypatch):
         importlib.util, "find_spec", lambda n, *r: spec if n == "flash_attn" else real(n, *r)
     )
     assert "flash-attn 2" in report_of(capsys)["attention"]["flash_attention"]
+
+
+def test_hosts_are_found_without_importing_them(capsys, monkeypatch):
+    versions = {"trl": "1.16.4", "transformers": "4.0.0", "openrlhf": "0.11.2"}
+    monkeypatch.setattr(_hosts, "installed", versions.get)
+    for name in ("trl", "openrlhf", "verl"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing one would raise
+    hosts = report_of(capsys)["hosts"]
+    assert hosts["trl"] == {"version": "1.16.4", "tested": "1.16", "in_tested_range": True}
+    assert hosts["transformers"]["in_tested_range"] is False
+    assert hosts["verl"]["version"] is None
+    assert cli.main(["doctor"]) == 0  # an untested host is no broken install
+    text = " ".join(capsys.readouterr().out.split())
+    assert "trl 1.16.4 (in the tested range 1.16)" in text
+    assert f"transformers 4.0.0 (OUTSIDE the tested range {_hosts.TESTED['transformers']})" in text
+    assert "verl not installed" in text

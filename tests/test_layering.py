@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "integrations": {"integrations", "library", "ops", "reference", "errors"},
     "demo": {"demo", "stages", "evals", "report", "library", "ops", "reference", "errors"},
     "report": {"report", "evals", "library", "errors"},
-    "doctor": {"library", "ops", "errors", "_C"},
+    "doctor": {"integrations", "library", "ops", "errors", "_C"},
     "bench": {"errors"},
     "cli": {"library", "errors"},
     "__main__": {"cli"},

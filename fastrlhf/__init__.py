@@ -25,10 +25,12 @@ _HOME = {
     "token_loss": "fastrlhf.ops.token_loss",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", "nn", *_HOME]
 
 
 def __getattr__(name):
+    if name == "nn":
+        return importlib.import_module("fastrlhf.nn")
     if name not in _HOME:
         raise AttributeError(f"module 'fastrlhf' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

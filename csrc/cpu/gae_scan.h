@@ -51,7 +51,7 @@ class GaeScan {
 
   void run(const Sequences& sequences) const {
     sequences.parallel([&](int64_t first, int64_t last) {
-      dispatch_isa([&]() RL_LAMBDA_INLINE { run_range(sequences, first, last); });
+      dispatch_isa([&](auto) RL_LAMBDA_INLINE { run_range(sequences, first, last); });
     });
   }
 

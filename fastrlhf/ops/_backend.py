@@ -178,17 +178,24 @@ def _warn_of_reference(op: str, device: str) -> None:
     )
 
 
+def check_name(op: str, backend: str) -> None:
+    """ValueError unless `backend` is a name; whether it can run is only known with the tensors."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"{op}: backend must be one of {('auto', *BACKENDS)}; got {backend!r}")
+
+
 def choose(op: str, backend: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> str:
     """The backend that will run `op` on `tensor`; ValueError for a name that cannot run here.
 
     `others`: the op's other tensors that are no constants to autograd: no tangent may be lost.
     """
     device = tensor.device.type
+    check_name(op, backend)
     if backend == "auto":
         chosen = auto(op, device)
         if chosen == "reference" and not torch.compiler.is_compiling():
             _warn_of_reference(op, device)
-    elif backend in BACKENDS:
+    else:
         reason = unavailable_reason(op, backend, device)
         if reason:
             raise ValueError(
@@ -196,8 +203,6 @@ def choose(op: str, backend: str, tensor: torch.Tensor, *others: torch.Tensor | 
                 f"Use backend='auto' (here: {auto(op, device)!r}) or backend='reference'."
             )
         chosen = backend
-    else:
-        raise ValueError(f"{op}: backend must be one of {('auto', *BACKENDS)}; got {backend!r}")
     if chosen != "reference" or op in _OWN_AUTOGRAD:
         way_out = "torch.autograd.grad" + (", or backend='reference'" * (op not in _OWN_AUTOGRAD))
         tensors = (tensor, *others)

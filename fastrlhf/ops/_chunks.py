@@ -21,6 +21,11 @@ _BUDGET = {
 _MIN_ROWS = 64  # a GEMM with fewer rows is bound by reading the weight
 
 
+def check_workspace(op: str, workspace: str) -> None:
+    if workspace not in WORKSPACES:
+        raise ValueError(f"{op}: workspace must be 'fast' or 'compact'; got {workspace!r}")
+
+
 def chunk_rows(workspace: str, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows of a chunk for a preset: as many as its bytes of fp32 (fp64) logits hold, at least 64."""
     kind = "cuda" if device.type == "cuda" else "cpu"

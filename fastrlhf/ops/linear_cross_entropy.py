@@ -57,10 +57,7 @@ def linear_cross_entropy(
     tensor(1.3863)
     """
     check_linear(OP, hidden, weight, bias, workspace)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{OP}: ignore_index must be an int; got {type(ignore_index).__name__}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{OP}: reduction must be 'mean', 'sum' or 'none'; got {reduction!r}")
+    check_settings(OP, ignore_index, reduction)
     _checks.index_tensor(OP, "targets", targets)
     vocab = weight.shape[0]
     if 0 <= ignore_index < vocab:
@@ -105,6 +102,13 @@ def linear_cross_entropy(
         ),
     )
     return loss
+
+
+def check_settings(op, ignore_index, reduction):
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{op}: ignore_index must be an int; got {type(ignore_index).__name__}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none'; got {reduction!r}")
 
 
 @torch.library.custom_op("fastrlhf::linear_cross_entropy_fwd", mutates_args=())

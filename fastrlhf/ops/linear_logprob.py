@@ -116,8 +116,7 @@ def check_linear(op, hidden, weight, bias, workspace):
         _checks.float_tensor(op, "bias", bias)
         _checks.shape(op, "bias", bias, weight.shape[:1])
         _checks.same_device(op, "bias", bias, hidden.device)
-    if workspace not in _chunks.WORKSPACES:
-        raise ValueError(f"{op}: workspace must be 'fast' or 'compact'; got {workspace!r}")
+    _chunks.check_workspace(op, workspace)
 
 
 def _keeps_logits(rows: int, vocab: int, acc: torch.dtype, trained: bool) -> bool:

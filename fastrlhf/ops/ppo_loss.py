@@ -89,13 +89,9 @@ def ppo_loss(
         OP, "logprob", logprob, old_logprob=old_logprob, advantages=advantages, **tensors
     )
     mask = _sequence.mask(OP, mask, logprob)
-    clip = _checks.number(OP, "clip", clip, low=0, strict=True)
-    if dual_clip is not None:
-        dual_clip = _checks.number(OP, "dual_clip", dual_clip, low=1, strict=True)
-    if value_clip is not None:
-        value_clip = _checks.number(OP, "value_clip", value_clip, low=0, strict=True)
-    value_coef = _checks.number(OP, "value_coef", value_coef)
-    entropy_coef = _checks.number(OP, "entropy_coef", entropy_coef)
+    clip, dual_clip, value_clip, value_coef, entropy_coef = check_settings(
+        OP, clip, dual_clip, value_clip, value_coef, entropy_coef
+    )
     _check_value_tensors(values, old_values, returns, value_clip)
     chosen = _backend.choose(OP, backend, logprob, values, entropy)
     if chosen == "reference":
@@ -131,6 +127,18 @@ def ppo_loss(
     absent |= set(() if entropy is not None else ("entropy",))
     named = zip(METRICS, metrics.unbind(), strict=True)
     return PPOLossOutput(loss, {name: x for name, x in named if name not in absent})
+
+
+def check_settings(op, clip, dual_clip, value_clip, value_coef, entropy_coef):
+    """The five numbers, checked, in this order."""
+    clip = _checks.number(op, "clip", clip, low=0, strict=True)
+    if dual_clip is not None:
+        dual_clip = _checks.number(op, "dual_clip", dual_clip, low=1, strict=True)
+    if value_clip is not None:
+        value_clip = _checks.number(op, "value_clip", value_clip, low=0, strict=True)
+    value_coef = _checks.number(op, "value_coef", value_coef)
+    entropy_coef = _checks.number(op, "entropy_coef", entropy_coef)
+    return clip, dual_clip, value_clip, value_coef, entropy_coef
 
 
 def _check_value_tensors(values, old_values, returns, value_clip):

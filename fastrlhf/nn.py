@@ -1,0 +1,177 @@
+"""The losses as torch.nn modules: settings in the constructor, which checks them, tensors in `forward`.
+
+A module's settings have the names and defaults of its op, and its results are the op's, bit for bit. None
+holds a parameter or a buffer: the weight of a head belongs to the model.
+Shapes: B sequences, T steps, N tokens, H hidden, V vocabulary, M completions, P prompts.
+"""
+
+from torch import Tensor, nn
+
+from fastrlhf.ops import _backend, _checks, _chunks
+from fastrlhf.ops import linear_cross_entropy as _linear_cross_entropy
+from fastrlhf.ops import ppo_loss as _ppo_loss
+from fastrlhf.ops import ranking_loss as _ranking_loss
+from fastrlhf.ops.ppo_loss import PPOLossOutput
+
+__all__ = ["LinearCrossEntropy", "PPOLoss", "RankingLoss"]
+
+
+class _Loss(nn.Module):
+    """An op and its settings; `forward` adds the tensors."""
+
+    def __init__(self, op: str, **settings):
+        super().__init__()
+        _backend.check_name(op, settings["backend"])
+        self._settings = settings
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def _current(self) -> dict:
+        """The settings as they are now: a schedule may change `module.clip` between steps."""
+        return {name: getattr(self, name) for name in self._settings}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self._current().items())
+
+
+class PPOLoss(_Loss):
+    """`fastrlhf.ppo_loss`: clipped policy loss, clipped value loss and entropy bonus, with metrics.
+
+    Args:
+        clip, dual_clip, value_clip, value_coef, entropy_coef, backend: as in `fastrlhf.ppo_loss`.
+
+    Raises:
+        TypeError, ValueError: a wrong setting, by name, when the module is made; the tensors' when it
+            is called.
+
+    >>> PPOLoss(clip=0.1)(torch.zeros(1), torch.zeros(1), torch.ones(1)).loss
+    tensor(-1.)
+    """
+
+    def __init__(
+        self,
+        *,
+        clip: float = 0.2,
+        dual_clip: float | None = None,
+        value_clip: float | None = 0.2,
+        value_coef: float = 0.5,
+        entropy_coef: float = 0.0,
+        backend: str = "auto",
+    ):
+        _ppo_loss.check_settings("PPOLoss", clip, dual_clip, value_clip, value_coef, entropy_coef)
+        super().__init__(
+            "PPOLoss",
+            clip=clip,
+            dual_clip=dual_clip,
+            value_clip=value_clip,
+            value_coef=value_coef,
+            entropy_coef=entropy_coef,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        logprob: Tensor,
+        old_logprob: Tensor,
+        advantages: Tensor,
+        *,
+        values: Tensor | None = None,
+        old_values: Tensor | None = None,
+        returns: Tensor | None = None,
+        entropy: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> PPOLossOutput:
+        """PPOLossOutput(loss, metrics); all tensors [...], one element a token."""
+        return _ppo_loss.ppo_loss(
+            logprob,
+            old_logprob,
+            advantages,
+            values=values,
+            old_values=old_values,
+            returns=returns,
+            entropy=entropy,
+            mask=mask,
+            **self._current(),
+        )
+
+
+class LinearCrossEntropy(_Loss):
+    """`fastrlhf.linear_cross_entropy`: the language-model loss from hidden states, without logits.
+
+    Args:
+        ignore_index, reduction, softcap, workspace, backend: as in `fastrlhf.linear_cross_entropy`.
+        temperature: a number; one for each row goes to `forward`.
+
+    Raises:
+        TypeError, ValueError: a wrong setting, by name, when the module is made; the tensors' when it
+            is called.
+
+    >>> targets = torch.tensor([1, -100])
+    >>> LinearCrossEntropy()(torch.zeros(2, 8), torch.zeros(4, 8), targets)
+    tensor(1.3863)
+    """
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        workspace: str = "fast",
+        backend: str = "auto",
+    ):
+        op = "LinearCrossEntropy"
+        _linear_cross_entropy.check_settings(op, ignore_index, reduction)
+        _checks.number(op, "temperature", temperature, low=0, strict=True)
+        if softcap is not None:
+            _checks.number(op, "softcap", softcap, low=0, strict=True)
+        _chunks.check_workspace(op, workspace)
+        super().__init__(
+            op,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            temperature=temperature,
+            softcap=softcap,
+            workspace=workspace,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        *,
+        bias: Tensor | None = None,
+        temperature: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, 0-d or [...] of ``reduction="none"``; hidden [..., H], weight [V, H], targets [...].
+
+        `temperature`: [...] or what broadcasts to it, in place of the module's number.
+        """
+        settings = self._current()
+        if temperature is not None:
+            settings["temperature"] = temperature
+        return _linear_cross_entropy.linear_cross_entropy(
+            hidden, weight, targets, bias=bias, **settings
+        )
+
+
+class RankingLoss(_Loss):
+    """`fastrlhf.ranking_loss`: the all-pairs loss of a reward model over ranked completions.
+
+    Args:
+        backend: see `fastrlhf.backends`.
+
+    >>> groups = torch.tensor([0, 2], dtype=torch.int32)
+    >>> RankingLoss()(torch.tensor([1.0, 0.0]), torch.tensor([1, 2]), groups)
+    tensor(0.3133)
+    """
+
+    def __init__(self, *, backend: str = "auto"):
+        super().__init__("RankingLoss", backend=backend)
+
+    def forward(self, scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> Tensor:
+        """The loss, 0-d; scores and ranks [M], cu_groups [P+1]."""
+        return _ranking_loss.ranking_loss(scores, ranks, cu_groups, **self._current())

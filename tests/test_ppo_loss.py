@@ -123,7 +123,18 @@ def test_nan_shows_in_the_loss(backend):
     for name in set(NAMES) - {"old_values"}:
         tensors = batch((40,), torch.float32)
         tensors[name][7] = NAN
-        assert run(on(backend), tensors, entropy_coef=0.1)[0].isnan(), name
+        loss, metrics, _ = run(on(backend), tensors, entropy_coef=0.1)
+        assert loss.isnan(), name
+        if name in ("logprob", "old_logprob"):
+            assert metrics["ratio_mean"].isnan() and metrics["ratio_max"].isnan()
+
+
+@each_backend
+def test_masked_tokens_cost_the_mean_ratio_no_digits(backend):
+    logprob, mask = torch.full((4096,), -6.5), torch.zeros(4096, dtype=torch.bool)
+    mask[::1024] = True
+    metrics = on(backend)(logprob, 0 * logprob, 0 * logprob, mask=mask).metrics
+    assert metrics["ratio_mean"].item() == pytest.approx(math.exp(-6.5), rel=1e-6)
 
 
 @each_backend

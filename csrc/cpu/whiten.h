@@ -43,7 +43,8 @@ RL_INLINE Moments block_moments(const A* x, const uint8_t* keep, int64_t count) 
   }
   out.count = kept;
   out.mean = static_cast<double>(mean) + static_cast<double>(drift) / kept;
-  out.m2 = std::max(0.0, static_cast<double>(m2) - static_cast<double>(drift) * drift / kept);
+  const double squares = static_cast<double>(m2) - static_cast<double>(drift) * drift / kept;
+  out.m2 = squares < 0 ? 0 : squares;  // NaN stays NaN
   return out;
 }
 

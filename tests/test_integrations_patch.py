@@ -143,6 +143,19 @@ def test_holders_are_counted_and_the_last_one_lets_go(home):
     assert home.double is original
 
 
+def test_suspended_runs_the_hosts_own(home):
+    fake = host()
+    with fake.patch() as patched:
+        with patched.suspended():
+            assert home.double(3) == 6
+            assert fake.patched
+        assert home.double(3) == ("ours", 3, 2)
+    assert patched.calls == {DOUBLE.name: 1}
+    with fake.suspended():
+        assert home.double(3) == 6
+    assert not fake.patched
+
+
 def test_unpatch_lets_go_for_all(home):
     fake, original = host(), home.double
     with fake.patch() as holder:

@@ -94,6 +94,17 @@ def test_both_in_one_pass(dtype, masked, differentiable):
     compare(BOTH, lambda x: utils.selective_log_softmax_and_entropy(x, index, **options), logits)
 
 
+def test_backward_in_place_is_asked_for():
+    logits, index, _ = logits_and_index(torch.float32)
+    before = logits.clone()
+    for inplace in (False, True):
+        with integration.patch(inplace_backward=inplace):
+            logits.requires_grad_().grad = None
+            utils.selective_log_softmax(logits, index).sum().backward()
+        assert torch.equal(logits, before) is not inplace
+        assert (logits.grad.data_ptr() == logits.data_ptr()) is inplace
+
+
 def test_a_last_stride_other_than_one():
     logits, index, _ = logits_and_index(torch.float32)
     logits = logits.transpose(-1, -2).contiguous()

@@ -1,6 +1,6 @@
 """Host functions before and after `fastrlhf.integrations`: time, extra memory, error against fp64.
 
-    python benchmarks/bench_hosts.py --host trl [--out benchmarks/results/hosts/NAME.json]
+    python benchmarks/bench_hosts.py --host trl [--only selective] [--out FILE.json]
 
 A row compares a host's own function with its replacement on the same tensors, in turns, in one run. The Trainer row is
 two processes that train the same model for some steps, for the peak of what torch's allocator held and of the resident
@@ -22,6 +22,7 @@ import torch
 
 import harness
 
+ONLY = ""  # functions whose name starts so are measured
 WIDTHS = {"B": 8, "T": 256, "V": 32000}
 
 
@@ -44,6 +45,8 @@ def errors(function, truth, inputs, upstream):
 
 def compare(name, ours, theirs, truth, inputs, device, seconds, **facts):
     """One row per direction: forward alone, and forward with backward."""
+    if not name.startswith(ONLY):
+        return
     torch.manual_seed(0)
     upstream = torch.randn(inputs[0].shape[:-1], device=device)
     mine = errors(ours, truth, inputs, upstream)
@@ -108,14 +111,15 @@ def trl_rows(device, dtype, seconds, sizes):
         "entropy_from_logits": (logits,),
         "selective_log_softmax_and_entropy": (logits, index),
     }
-    for inplace in (False, True):
+    in_place = {"selective_log_softmax": calls["selective_log_softmax"]}
+    for inplace, functions in ((False, calls), (True, in_place)):
         with integration.patch(inplace_backward=inplace) as patched:
-            for name, inputs in calls.items():
+            for name, inputs in functions.items():
                 ours = getattr(utils, name)
                 theirs = unpatched(ours, patched)
                 label = f"{name}, in-place backward" if inplace else name
                 yield from compare(label, ours, theirs, theirs, inputs, device, seconds, **facts)
-    del logits, inputs, calls
+    del logits, inputs, calls, in_place, functions
     rows, width = sizes["B"] * sizes["T"] // 2, 256
     hidden = torch.randn(rows, width, device=device, dtype=dtype)
     weight = (torch.randn(shape[-1], width, device=device) / width**0.5).to(dtype)
@@ -230,7 +234,18 @@ def line(row: dict) -> str:
     return text + f", resident +{resident['host']:.0f} -> +{resident['fastrlhf']:.0f} MiB"
 
 
+def save(path: Path, device: str, rows: list[dict]) -> None:
+    """Write the rows, and keep those of other functions that the file holds already."""
+    key = lambda row: (row["host"], row["function"], row["direction"], row["dtype"])  # noqa: E731
+    kept = json.loads(path.read_text())["rows"] if path.is_file() else []
+    merged = {key(row): row for row in [*kept, *rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = {"machine": harness.machine(device), "rows": list(merged.values())}
+    path.write_text(json.dumps(made, indent=1) + "\n")
+
+
 def main() -> None:
+    global ONLY
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--host", choices=ROWS, action="append", help="default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -238,10 +253,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each comparison")
     for key, value in WIDTHS.items():
         parser.add_argument(f"--{key}", type=int, default=value)
-    parser.add_argument("--out", type=Path, help="write the rows there as JSON")
+    parser.add_argument("--only", default="", help="functions whose name starts so")
+    parser.add_argument(
+        "--out", type=Path, help="write the rows there as JSON, beside those of others"
+    )
     parser.add_argument("--train", choices=("host", "fastrlhf"), help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    ONLY = args.only
     sizes = {key: getattr(args, key) for key in WIDTHS}
     if args.train:
         print(json.dumps(train(args.train == "fastrlhf", args.device, sizes, args.steps)))
@@ -252,10 +271,8 @@ def main() -> None:
         for row in ROWS[host](args.device, dtype, args.seconds, sizes):
             print(line(row), flush=True)
             rows.append(row)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        made = {"machine": harness.machine(args.device), "rows": rows}
-        args.out.write_text(json.dumps(made, indent=1) + "\n")
+            if args.out:
+                save(args.out, args.device, rows)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import subprocess
 import sys
 import threading
 import warnings
@@ -334,3 +335,12 @@ def test_found_reads_versions_without_importing_hosts(monkeypatch):
     assert table["verl"]["in_tested_range"] is False
     assert table["openrlhf"]["version"] is None
     assert table["openrlhf"]["in_tested_range"] is False
+
+
+def test_importing_an_integration_imports_no_host():
+    code = (
+        "import sys, fastrlhf.integrations.trl, fastrlhf.integrations.transformers;"
+        "print(sorted({'trl', 'transformers', 'verl', 'openrlhf', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -367,6 +367,21 @@ def test_other_heads_keep_their_logits(change, reason, caplog):
         torch.testing.assert_close(mine, host, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize(("layers", "fused"), [(["q_proj"], 1), (["q_proj", "lm_head"], 0)])
+def test_lora(layers, fused):
+    """LoRA of the layers below gains as any model does; LoRA of the head keeps its logits."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=layers, r=2))
+    inputs = batch(model)
+    theirs = step(model, inputs)
+    with integration.patch() as patched:
+        ours = step(model, inputs)
+    assert patched.calls.get(CALL, 0) == fused
+    assert len(patched.fallbacks) == 1 - fused
+    for mine, host in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, host, rtol=2e-5, atol=2e-6)
+
+
 def test_threads_do_not_meet_in_the_head():
     model = build("llama")
     inputs = batch(model)

@@ -253,7 +253,7 @@ def linear_logprob_bwd(
             None if t is None else t[rows],
             None if m is None else m[rows],
         )
-        grads.add(start, stop, x, logits)
+        grads.add(operands.where(rows), x, logits)
     return tuple(grads.finish(hidden, weight, bias, lambda like: like.dtype))
 
 

@@ -53,9 +53,7 @@ class LossHead:
         self.maths = RowMaths(backend, temperature, softcap)
         self.trains = any(needs)
         self.compact = compact and self.trains and hidden.device.type == "cpu"
-        self.grads = _chunks.Gradients(
-            ops, needs, into=into, apart=apart, scattered=self.compact
-        )
+        self.grads = _chunks.Gradients(ops, needs, into=into, apart=apart, scattered=self.compact)
         self.targets, self.row_temperature = ops.take(targets), ops.take(row_temperature)
         self.mask = None if index is not None else ops.take(mask)
         self.step = _chunks.chunk_rows(workspace, weight.shape[0], ops.acc, hidden.device)
@@ -124,9 +122,7 @@ def kept_dtype(like: Tensor) -> torch.dtype:
 def empty_gradients(parameters, needs) -> list[Tensor]:
     """What a fake returns for `LossHead.gradients`."""
     return [
-        like.new_empty(like.shape, dtype=kept_dtype(like))
-        if need
-        else parameters[0].new_empty(0)
+        like.new_empty(like.shape, dtype=kept_dtype(like)) if need else parameters[0].new_empty(0)
         for like, need in zip(parameters, needs, strict=True)
     ]
 

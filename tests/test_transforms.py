@@ -16,6 +16,8 @@ LIKE = {
     "token_loss": ((4, 3),),
     "linear_logprob": ((4, 3),),
     "linear_cross_entropy": ((4, 3),),
+    "linear_ppo_loss": ((4, 3),),
+    "linear_token_loss": ((4, 3),),
     "kl_reward": ((2, 3), (2, 3), (2,)),
     "gae": ((2, 3), (2, 3), (2,)),
     "kl_gae": ((2, 3), (2, 3), (2,), (2, 3)),
@@ -35,6 +37,14 @@ def call(op, backend, *x, **more):
     if op == "token_loss":
         rows = torch.linspace(-1, 1, 4, device=device)
         return function(*x, TARGETS.to(device), rows, old_logprob=rows, **more)[0]
+    if op == "linear_ppo_loss":
+        rows = torch.linspace(-1, 1, 4, device=device)
+        return function(
+            *x, torch.eye(3, device=device), TARGETS.to(device), rows, rows, **more
+        ).loss
+    if op == "linear_token_loss":
+        head = torch.eye(3, device=device)
+        return function(*x, head, TARGETS.to(device), lambda logprob: -logprob, **more).loss
     if op.startswith("linear"):
         return function(*x, torch.eye(3, device=device), TARGETS.to(device), **more)
     if op == "ranking_loss":
@@ -125,12 +135,18 @@ def test_second_derivatives_are_refused(op, backend):
         torch.autograd.functional.hessian(function, one)
 
 
-@each_case
+@cases([op for op in OPS if op != "linear_token_loss"])
 def test_vmap_is_a_loop(op, backend):
     one, *rest = inputs(op, backend)
     many = torch.stack([one, -2 * one])
     out = torch.func.vmap(lambda one: call(op, backend, one, *rest))(many)
     assert torch.equal(out, torch.stack([call(op, backend, x, *rest) for x in many]))
+
+
+@cases(["linear_token_loss"])
+def test_vmap_of_a_python_token_loss_is_refused(op, backend):
+    with pytest.raises(NotImplementedError, match="linear_token_loss: torch.func transforms"):
+        torch.func.vmap(lambda x: call(op, backend, x))(randn(2, 4, 3, device=DEVICE[backend]))
 
 
 @cases(TRAINED)

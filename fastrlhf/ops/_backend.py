@@ -47,7 +47,9 @@ OPS = tuple(_CPP_OPS)
 # Their outputs are constants to autograd.
 _CONSTANTS = frozenset({"kl_reward", "gae", "kl_gae", "masked_whiten"})
 # Their reference, too, is an op with a backward of its own: elsewhere it is plain PyTorch.
-_OWN_AUTOGRAD = frozenset({"linear_logprob", "linear_cross_entropy"})
+_OWN_AUTOGRAD = frozenset(
+    {"linear_logprob", "linear_cross_entropy", "linear_ppo_loss", "linear_token_loss"}
+)
 # Public op -> the file under fastrlhf/kernels that serves it.
 _TRITON_KERNELS = {
     "token_logprob": "token_logprob",

@@ -173,6 +173,15 @@ class GradientsInForward(torch.autograd.Function):
         return None, None, None, *scaled(ctx, grad_loss)
 
 
+def gradients_in_forward(op: str, body: Callable, accumulated: bool, *parameters) -> Tensor:
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{op}: torch.func transforms (vmap, grad, ...) are not implemented for a Python token_loss "
+            "or accumulate_into; loop over the batch, or use reduction='none' without accumulate_into"
+        )
+    return GradientsInForward.apply(op, body, accumulated, *parameters)
+
+
 def _one(op: str, grad_loss: Tensor) -> Tensor:
     """An upstream gradient that must be 1; on a GPU another one becomes NaN, for asking would wait."""
     if grad_loss.device.type != "cpu":

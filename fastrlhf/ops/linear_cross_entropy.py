@@ -119,7 +119,7 @@ def linear_cross_entropy(
             loss, *grads = _forward(*arguments, into=accumulate_into)
             return loss, grads
 
-        return _loss_head.GradientsInForward.apply(OP, body, True, hidden, weight, bias)
+        return _loss_head.gradients_in_forward(OP, body, True, hidden, weight, bias)
     loss, *_ = run(OP, torch.ops.fastrlhf.linear_cross_entropy_fwd, arguments)
     return loss
 

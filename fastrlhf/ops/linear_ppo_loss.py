@@ -152,7 +152,7 @@ def linear_ppo_loss(
             return loss, grads
 
         parameters = (hidden, weight, bias, values)
-        loss = _loss_head.GradientsInForward.apply(OP, body, True, *parameters)
+        loss = _loss_head.gradients_in_forward(OP, body, True, *parameters)
         metrics = found["metrics"]
     else:
         loss, metrics, *_ = run(OP, torch.ops.fastrlhf.linear_ppo_loss_fwd, arguments)

@@ -138,7 +138,7 @@ def linear_token_loss(
         head.run(tokens.slopes)
         return tokens.loss.sum() * factor, head.gradients(_loss_head.kept_dtype)
 
-    loss = _loss_head.GradientsInForward.apply(OP, body, accumulate_into is not None, *parameters)
+    loss = _loss_head.gradients_in_forward(OP, body, accumulate_into is not None, *parameters)
     shape = targets.shape
     return LinearTokenLossOutput(
         loss,

@@ -4,6 +4,7 @@ Shapes: N packed tokens, M rows asked for (M <= N), H hidden, V vocabulary, B se
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -76,14 +77,24 @@ class Policy(nn.Module):
         """Last hidden states [N, H] of a packed batch; a sampler's cache is filled on the way."""
         return _packed_hidden(self.lm.base_model, batch, cache)
 
-    def forward(self, batch: PackedBatch, rows, targets, *, mode: str, temperature: float = 1.0):
+    def forward(
+        self,
+        batch: PackedBatch,
+        rows,
+        targets,
+        *,
+        mode: str,
+        temperature: float = 1.0,
+        loss: Callable | None = None,
+    ):
         """Per-row numbers of a packed batch; `rows` [M] int64 picks the positions that predict `targets` [M].
 
-        mode "logprob": log-prob [M]; "entropy": (log-prob [M], entropy [M]); "nll": the sum of the NLL, 0-d.
+        mode "logprob": log-prob [M]; "entropy": (log-prob [M], entropy [M]); "nll": the sum of the NLL, 0-d;
+        "loss": what `loss`, a linear op with its rows bound to it, makes of (hidden, weight, targets). (Bound,
+        and not passed: FSDP would cast tensors that it sees to the compute dtype.)
         """
         hidden = self.hidden(batch).index_select(0, rows)
-        head = self.lm.get_output_embeddings()
-        weight, bias = head.weight, getattr(head, "bias", None)
+        weight, bias = head_parameters(self.lm)
         if (
             weight.dtype != hidden.dtype
         ):  # autocast hands back 16-bit hidden states of an fp32 model
@@ -95,6 +106,8 @@ class Policy(nn.Module):
         }
         if mode == "nll":
             return linear_cross_entropy(hidden, weight, targets, reduction="sum", **options)
+        if mode == "loss":
+            return loss(hidden, weight, targets, temperature=temperature, **options)
         return linear_logprob(
             hidden,
             weight,
@@ -103,6 +116,25 @@ class Policy(nn.Module):
             return_entropy=mode == "entropy",
             **options,
         )
+
+
+def head_parameters(lm) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight [V, H], bias [V] or None) of the unembedding, where they are all that it computes.
+
+    An adapter around the head (LoRA) would be dropped without a word by whoever multiplies with the weight.
+    """
+    head = lm.get_output_embeddings()
+    adapters = [
+        n for n in ("base_layer", "lora_A", "lora_B", "modules_to_save") if hasattr(head, n)
+    ]
+    inside = [name for name, _ in head.named_children()]
+    if adapters or inside or not isinstance(getattr(head, "weight", None), torch.Tensor):
+        what = ", ".join(adapters or inside) or "no weight"
+        raise UserError(
+            f"the output head {type(head).__name__} must be a plain linear layer; it has {what}, which the "
+            "fused head would leave out: merge the adapter (merge_and_unload), or leave lm_head out of its targets"
+        )
+    return head.weight, getattr(head, "bias", None)
 
 
 class Scorer(nn.Module):

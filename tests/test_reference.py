@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import sequence_cases as cases
-from fastrlhf import reference
+from fastrlhf import reference, reference_heads
 
 NAN, INF = float("nan"), float("inf")
 ROWS, HIDDEN, VOCAB = 37, 8, 53
@@ -26,7 +26,7 @@ def head(dtype=torch.float64):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of three rows (float64)."""
-    monkeypatch.setitem(reference._CHUNK_BYTES, "fast", 3 * VOCAB * 8)
+    monkeypatch.setitem(reference_heads._CHUNK_BYTES, "fast", 3 * VOCAB * 8)
 
 
 def test_token_logprob_is_log_softmax_and_entropy():
@@ -109,7 +109,7 @@ def test_linear_logprob_rounds_gradients_once(dtype, monkeypatch):
     whole = torch.autograd.grad(
         reference.linear_logprob(hidden, weight, targets).sum(), (hidden, weight)
     )
-    monkeypatch.setitem(reference._CHUNK_BYTES, "fast", 3 * VOCAB * 4)
+    monkeypatch.setitem(reference_heads._CHUNK_BYTES, "fast", 3 * VOCAB * 4)
     chunked = torch.autograd.grad(
         reference.linear_logprob(hidden, weight, targets).sum(), (hidden, weight)
     )

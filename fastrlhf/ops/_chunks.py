@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 WORKSPACES = ("fast", "compact")
-# Bytes of logits held at a time. CPU: within the size that malloc recycles, and near the last-level cache.
+# Bytes of logits held at a time. CPU: each chunk reads and writes dW and the weight once more, which few
+# and large chunks save; "compact" stays within the size that malloc recycles.
 _BUDGET = {
-    ("cpu", "fast"): 24 << 20,
-    ("cpu", "compact"): 6 << 20,
+    ("cpu", "fast"): 64 << 20,
+    ("cpu", "compact"): 24 << 20,
     ("cuda", "fast"): 1 << 30,
     ("cuda", "compact"): 256 << 20,
 }

@@ -44,7 +44,7 @@ def linear_logprob(
         bias: [V], or None.
         temperature, softcap, mask, return_entropy: as in `token_logprob`.
         workspace: "fast" or "compact": bytes of logits held at a time (GPU 1 GiB or 256 MiB, CPU
-            24 MiB or 6 MiB). Results do not depend on it, beyond the rounding of dW's sum.
+            64 MiB or 24 MiB). Results do not depend on it, beyond the rounding of dW's sum.
         process_group: its W ranks share out the vocabulary: weight [V / W, H] and bias [V / W] are
             rank r's rows [r V / W, (r + 1) V / W); targets count in [0, V). Every rank passes the same
             hidden, targets, mask and upstream gradients and gets the same log-probs, entropies and

@@ -10,6 +10,7 @@ same buffers before one optimizer step.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ from fastrlhf.models import (
     same_vocabulary,
     set_dropout,
 )
-from fastrlhf.ops.ppo_loss import ppo_loss
+from fastrlhf.ops.linear_ppo_loss import linear_ppo_loss
 from fastrlhf.optim import EMA, OptimConfig, Optimizers, warm_constant
 from fastrlhf.runtime import Runtime, RuntimeConfig
 from fastrlhf.sampler import HFSampler
@@ -253,22 +254,20 @@ class Trainer:
         (total,) = runtime.sum(float(sum(m.weight * len(m.targets) for m in micros)))
         sums: dict[str, torch.Tensor] = {}
         for number, m in enumerate(micros, 1):
-            logprob = self.policy_module(
-                m.batch, m.rows, m.targets, mode="logprob", temperature=cfg.temperature
-            )
-            values = self.value_module(m.batch, m.rows)
-            out = ppo_loss(
-                logprob,
-                m.old_logprob,
-                m.advantages,
-                values=values,
+            loss = partial(
+                linear_ppo_loss,
+                old_logprob=m.old_logprob,
+                advantages=m.advantages,
+                values=self.value_module(m.batch, m.rows),
                 old_values=m.values,
                 returns=m.returns,
                 clip=cfg.clip,
                 dual_clip=cfg.dual_clip,
                 value_clip=cfg.value_clip,
                 value_coef=1.0,  # the value model has its own optimizer
-                backend=cfg.backend,
+            )
+            out = self.policy_module(
+                m.batch, m.rows, m.targets, mode="loss", temperature=cfg.temperature, loss=loss
             )
             # The op's mean is over this micro-batch; the loss is a mean over the minibatch of all ranks.
             share = m.weight * len(m.targets) / total

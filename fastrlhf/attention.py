@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
+from transformers.masking_utils import sdpa_mask
 
 NAME = "fastrlhf_varlen"
 
@@ -114,12 +115,25 @@ def _packed_flash(query, key, value, cu_seqlens, max_seqlen: int, scale: float |
     )
 
 
+class PendingMask:
+    """transformers' mask arguments for `NAME`, kept until `build`: a packed batch never asks for its N x N mask."""
+
+    def __init__(self, **arguments):
+        self._arguments, self._built = arguments, ()
+
+    def build(self) -> torch.Tensor | None:
+        """The mask that transformers' SDPA would get: bool [B, 1, q, k], or None for a plain causal one."""
+        if not self._built:
+            self._built = (sdpa_mask(**self._arguments),)
+        return self._built[0]
+
+
 def attention(
     module,
     query: torch.Tensor,  # [1, h, N, D] packed, or [B, h, q, D] while decoding
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | PendingMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
@@ -130,18 +144,21 @@ def attention(
     **_,
 ):
     """transformers' attention signature -> (output [batch, q, h, D], None)."""
-    longest = max_length_q if cu_seq_lens_q is not None else key.shape[2]
-    if softcap is not None or (sliding_window is not None and longest > sliding_window):
+    packed = cu_seq_lens_q is not None
+    longest = max_length_q if packed else key.shape[2]
+    mask = attention_mask
+    if isinstance(mask, PendingMask):
+        mask = None if packed else mask.build()
+    windowed = sliding_window is not None and longest > sliding_window and (packed or mask is None)
+    if softcap is not None or windowed:
         raise ValueError(
             f"{NAME}: attention soft-cap and sliding windows shorter than the sequence are not supported here "
             f"(softcap={softcap}, sliding_window={sliding_window}, longest sequence {longest}); "
             "install flash-attn and use a CUDA device"
         )
-    if cu_seq_lens_q is None:
-        causal = attention_mask is None and query.shape[2] > 1
-        out = _sdpa(
-            query, key, value, mask=attention_mask, causal=causal, dropout=dropout, scale=scaling
-        )
+    if not packed:
+        causal = mask is None and query.shape[2] > 1
+        out = _sdpa(query, key, value, mask=mask, causal=causal, dropout=dropout, scale=scaling)
         return out.transpose(1, 2), None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0:
         out = _packed_flash(query, key, value, cu_seq_lens_q, max_length_q, scaling)

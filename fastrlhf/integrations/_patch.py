@@ -31,7 +31,10 @@ class HostMoved(RuntimeError):
 
 
 class Unserved(Exception):
-    """Raised by a replacement for a call it cannot serve, before it has done anything: the host's own runs."""
+    """Raised by a replacement for a call it cannot serve, before it has done anything: the host's own runs.
+
+    The reason is counted, and logged once; an empty one marks calls that are none of its business.
+    """
 
 
 class LeftAlone(Exception):
@@ -41,9 +44,9 @@ class LeftAlone(Exception):
 class Target(NamedTuple):
     """One row of a host's table.
 
-    `attribute` is a name in `module`, "Class.method", or "TABLE[key]" for a module-level dict. `make(original,
-    **options)` returns the function that takes its place; it may raise LeftAlone. `parameters` are the leading
-    parameter names the replacement relies on. `new` rows add an entry (a registry's) that must be absent, and
+    `attribute` is a name in `module`, "Class.method", or an entry of a dict, "TABLE[key]" or "Class.TABLE[key]".
+    `make(original, **options)` returns the function that takes its place; it may raise LeftAlone. `parameters`
+    are the leading parameter names the replacement relies on. `new` rows add an entry that must be absent, and
     their maker gets None. Without `by_value` only the named place is replaced.
     """
 
@@ -273,20 +276,19 @@ class Host:
             module = importlib.import_module(target.module)
         except ImportError as error:
             raise HostMoved(f"{where}: cannot import {target.module}: {error}") from error
-        owner, _, method = target.attribute.partition(".")
-        table = re.fullmatch(r"(\w+)\[(.+)\]", target.attribute)
-        outer = getattr(module, table[1] if table else owner, _ABSENT)
-        if (table or method) and outer is _ABSENT:
-            raise HostMoved(f"{where} has no {target.module}.{table[1] if table else owner}")
-        if table:
-            home = _Site(outer, table[2])
-        elif method:
-            home = _Site(outer, method)
-        else:
-            home = _Site(vars(module), owner)
+        table = re.fullmatch(r"(.+)\[(.+)\]", target.attribute)
+        path = table[1].split(".") if table else target.attribute.split(".")
+        key = table[2] if table else path.pop()
+        outer = module
+        for name in path:
+            outer = getattr(outer, name, _ABSENT)
+            if outer is _ABSENT:
+                raise HostMoved(f"{where} has no {target.module}.{'.'.join(path)}")
+        method = bool(path) and not table
+        home = _Site(outer if path else vars(module), key)
         before = home.get()
         # A method may be inherited: then the patch adds an attribute, and undoing it removes that.
-        original = getattr(outer, method, _ABSENT) if method else before
+        original = getattr(outer, key, _ABSENT) if method else before
         if (original is _ABSENT) != target.new:
             state = f"has {target.name} already" if target.new else f"has no {target.name}"
             raise HostMoved(f"{where} {state}")
@@ -294,7 +296,7 @@ class Host:
         if target.parameters:
             check_parameters(where, target.name, original, target.parameters)
         after = self._replacement(target, original, target.make(original, **options), live)
-        if method and not inspect.isfunction(inspect.getattr_static(outer, method)):
+        if method and not inspect.isfunction(inspect.getattr_static(outer, key)):
             after = staticmethod(after)
         return _Swap(target, home, before, after, target.by_value and not (method or target.new))
 
@@ -311,10 +313,10 @@ class Host:
                 reason = str(unserved)
                 if original is None:
                     raise ValueError(f"{name}: {reason}") from None
-                if not torch.compiler.is_compiling():
+                if reason and not torch.compiler.is_compiling():
                     with lock:
                         fallbacks[name, reason] += 1
-                    if reason not in told:
+                    if reason and reason not in told:
                         told.add(reason)
                         _log.warning("%s runs the host's own function: %s", name, reason)
             else:

@@ -10,12 +10,14 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastrlhf.integrations._patch import Host, Patch, Target, Unserved, check_parameters
-from fastrlhf.ops import _backend, _checks
-from fastrlhf.ops.linear_logprob import check_linear
+from fastrlhf.ops import _backend, _checks, _chunks
+from fastrlhf.ops._rows import RowMaths
+from fastrlhf.ops.linear_logprob import check_linear, linear_logprob
 from fastrlhf.ops.ranking_loss import ranking_loss
-from fastrlhf.ops.token_logprob import check, run, token_logprob
+from fastrlhf.ops.token_logprob import check, token_logprob
 
 _UTILS = "trl.trainer.utils"
 _HEAD = "trl.kernels.chunked_logprob.ChunkedLogProbFunction"
@@ -40,8 +42,7 @@ def patch(backend: str = "auto") -> Patch:
         RuntimeError: patched already with another backend.
 
     Calls that no op serves run TRL's own function and are counted in `fallbacks`: K indices a
-    position, a temperature that is no number above 0, float64 hidden states, `log_sum_sq_probs`
-    (WPO weights), and mean logits under a soft-cap.
+    position, a temperature that is no number above 0, and float64 hidden states.
     """
     return _HOST.patch(backend=backend)
 
@@ -146,10 +147,6 @@ def _chunked_head(original, backend):
         logit_scale=1.0,
         outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ):
-        if "log_sum_sq_probs" in outputs:
-            raise Unserved("log_sum_sq_probs is asked for")
-        if "mean_logits" in outputs and final_logit_softcapping is not None:
-            raise Unserved("mean_logits under a soft-cap is asked for")
         if hidden.dtype == torch.float64:
             raise Unserved("float64 hidden states, whose results TRL makes in float32")
         if not temperature > 0 or not logit_scale > 0:
@@ -160,18 +157,114 @@ def _chunked_head(original, backend):
         softcap = None if softcap is None else float(softcap / logit_scale)
         hidden, weight = _autocast(hidden), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
-        logprob, entropy, stats = _linear_logprob(
-            hidden, weight, bias, targets, temperature, softcap, backend
-        )
-        mean = top = None
-        if "mean_logits" in outputs:
-            mean = _mean_logits(hidden, weight, bias, temperature)
-        if "is_top1" in outputs:
-            # logprob = (z_target - max) - log_sum, and the difference is 0 for the maximum itself.
-            top = logprob.detach() >= -stats[1]
-        return logprob, entropy if "entropy" in outputs else None, None, mean, top
+        extras = tuple(name for name in _EXTRAS if name in outputs)
+        if extras:
+            check_linear(_LINEAR, hidden, weight, bias, "fast")
+            check(_LINEAR, hidden, targets, temperature, softcap, None, vocab=weight.shape[0])
+            chosen = _backend.choose(_LINEAR, backend, hidden)
+            logprob, entropy, *found = _HeadWithExtras.apply(
+                hidden, weight, bias, targets, temperature, softcap or 0.0, chosen, extras
+            )
+        else:
+            logprob, entropy = linear_logprob(
+                hidden,
+                weight,
+                targets,
+                bias=bias,
+                temperature=temperature,
+                softcap=softcap,
+                return_entropy=True,
+                backend=backend,
+            )
+            found = []
+        found = dict(zip(extras, found, strict=True))
+        entropy = entropy if "entropy" in outputs else None
+        return logprob, entropy, *(found.get(name) for name in _EXTRAS)
 
     return apply
+
+
+_LINEAR = "linear_logprob"
+_EXTRAS = ("log_sum_sq_probs", "mean_logits", "is_top1")  # in the order of TRL's results
+
+
+class _HeadWithExtras(torch.autograd.Function):
+    """`linear_logprob` with entropy, and the statistics that TRL logs, made while a chunk's logits are there."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, backend, extras):
+        ctx.set_materialize_grads(False)
+        ctx.settings = temperature, softcap, backend
+        arguments = (hidden, weight, bias, targets, temperature, softcap, backend, extras)
+        logprob, entropy, stats, found = _head_forward(*arguments)
+        ctx.save_for_backward(hidden, weight, bias, targets, entropy, stats)
+        ctx.mark_non_differentiable(*found)
+        return logprob, entropy, *found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprob, grad_entropy, *_):
+        if grad_logprob is None and grad_entropy is None:
+            return (None,) * 8
+        hidden, weight, bias, targets, entropy, stats = ctx.saved_tensors
+        temperature, softcap, backend = ctx.settings
+        needs = ctx.needs_input_grad[:3]
+        made_again = hidden.new_empty(0, dtype=stats.dtype)  # no logits were kept
+        grads = torch.ops.fastrlhf.linear_logprob_bwd(
+            grad_logprob,
+            grad_entropy,
+            hidden,
+            weight,
+            targets,
+            bias,
+            entropy,
+            stats,
+            made_again,
+            None,
+            temperature,
+            softcap,
+            None,
+            "fast",
+            backend,
+            *needs,
+        )
+        grads = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return (*grads, *(None,) * 5)
+
+
+@_chunks.without_autocast
+def _head_forward(hidden, weight, bias, targets, temperature, softcap, backend, extras):
+    """(logprob, entropy, stats [2, N], [each extra])."""
+    operands = _chunks.Operands(hidden, weight, bias, None)
+    maths = RowMaths(backend, temperature, softcap)
+    vocab, acc = weight.shape[0], operands.acc
+    step = _chunks.chunk_rows("fast", vocab, acc, hidden.device)
+    buffer = torch.empty((min(step, operands.rows), vocab), dtype=acc, device=hidden.device)
+    parts = []
+    for start in range(
+        0, max(operands.rows, 1), step
+    ):  # a batch in which nothing counts: one empty chunk
+        stop = min(start + step, operands.rows)
+        y = targets[start:stop]
+        logits = operands.logits(operands.hidden_chunk(start, stop), buffer[: stop - start])
+        logprob, entropy, stats = maths.forward(logits, y, None, None)
+        found = _extras(logits, y, temperature, softcap, extras)
+        parts.append((logprob, entropy, stats.t(), *found))
+    logprob, entropy, stats, *found = (torch.cat(column) for column in zip(*parts, strict=True))
+    return logprob, entropy, stats.t().contiguous(), found
+
+
+def _extras(logits, targets, temperature, softcap, names):
+    """The named statistics of a chunk's rows, of z = softcap * tanh(logits / softcap) / temperature."""
+    z = softcap * torch.tanh(logits / softcap) if softcap else logits
+    for name in names:
+        if name == "is_top1":
+            yield z.argmax(-1) == targets
+        elif name == "mean_logits":
+            yield z.mean(-1) / temperature
+        else:
+            e = ((z - z.amax(-1, keepdim=True)) / temperature).exp_()
+            yield e.square().sum(-1).log() - 2 * e.sum(-1).log()
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -180,31 +273,6 @@ def _autocast(x: Tensor) -> Tensor:
     if device == "cpu" or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
-
-
-def _linear_logprob(hidden, weight, bias, targets, temperature, softcap, backend):
-    """`fastrlhf.linear_logprob`, with the (max, log sum) of each row as well."""
-    op = "linear_logprob"
-    check_linear(op, hidden, weight, bias, "fast")
-    _, temperature, softcap, _ = check(
-        op, hidden, targets, temperature, softcap, None, vocab=weight.shape[0]
-    )
-    chosen = _backend.choose(op, backend, hidden)
-    trained = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (hidden, weight, bias)
-    )
-    settings = (None, temperature, softcap, None, "fast", chosen, trained)
-    out = run(op, torch.ops.fastrlhf.linear_logprob_fwd, (hidden, weight, targets, bias, *settings))
-    return out[:3]
-
-
-@torch.no_grad()
-def _mean_logits(hidden, weight, bias, temperature):
-    """Mean over V of (hidden @ weight.T + bias) / temperature: the mean row's product, no logits."""
-    mean = torch.mv(hidden.float(), weight.mean(0, dtype=torch.float32))
-    if bias is not None:
-        mean = mean + bias.float().mean()
-    return mean / temperature
 
 
 def _scores_only_what_counts(original, backend):

@@ -71,6 +71,7 @@ def test_actor(openrlhf, temperature):
     """OpenRLHF's own Actor around a tiny model: log-probs of actions, entropy, every gradient."""
     model = hosts.causal_lm()
     actor = openrlhf["openrlhf.models.actor"].Actor(model, temperature=temperature)
+    actor.packing_samples = False  # set where it loads a model by its name
     ids = randint(model.config.vocab_size, (3, 12), seed=1)
     attention, actions = ragged(2, 3, 12).long(), ragged(3, 3, 6)
 

@@ -103,11 +103,13 @@ gpu:
 	$$py benchmarks/gpu.py --out $(OUT) $(ARGS)
 
 # A copy of the tracked tree, so that the CUDA build does not replace the checkout's own extension.
+# numpy: the interpreter of that torch's Triton calls int() on arrays of one element, which numpy 2.4 refuses.
 preflight:
 	rm -rf $(PREFLIGHT) && mkdir -p $(PREFLIGHT)
 	git ls-files -z | tar --null -T - -cf - | tar -xf - -C $(PREFLIGHT)
 	test -x $(VENV)-preflight/bin/python || $(PYTHON) -m venv $(VENV)-preflight
-	$(VENV)-preflight/bin/python -m pip install --quiet "setuptools>=77" wheel ninja pybind11 $(PREFLIGHT_TORCH)
+	$(VENV)-preflight/bin/python -m pip install --quiet "setuptools>=77" wheel ninja pybind11 \
+	  "numpy<2.4" $(PREFLIGHT_TORCH)
 	cd $(PREFLIGHT) && FASTRLHF_BUILD=none $(abspath $(VENV))-preflight/bin/python -m pip install --quiet \
 	  --no-build-isolation -e . $(call extra,test)
 	cd $(PREFLIGHT) && FASTRLHF_BUILD=cuda $(abspath $(VENV))-preflight/bin/python setup.py --quiet build_ext --inplace

@@ -12,7 +12,9 @@ containers are built on machines without one.
 
 import importlib.util
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,11 +55,27 @@ def missing_for_cpu(ext):
     return ""
 
 
+def follow_nvcc(ext):
+    """Corrects CUDA_HOME where nvcc on PATH is a script: torch takes the folder above that."""
+    home = ext.CUDA_HOME
+    if home is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
+        return
+    if any(Path(home, lib, "libcudart.so").exists() for lib in ("lib64", "lib")):
+        return
+    nvcc = Path(home, "bin", "nvcc")
+    dry = subprocess.run([nvcc, "--dryrun", "none.cu"], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)
+    if top:
+        ext.CUDA_HOME = os.path.realpath(top.group(1).strip())
+
+
 def missing_for_cuda(ext):
     """What stops a CUDA build, as one clause; empty when nothing does."""
     if missing_for_cpu(ext):
         return missing_for_cpu(ext)
     import torch
+
+    follow_nvcc(ext)
 
     if torch.version.cuda is None:
         return (
@@ -151,4 +169,5 @@ def main():
     )
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -33,9 +33,13 @@ def newest(folder: Path = RESULTS) -> dict[str, tuple[str, dict]]:
     """Device -> (file name, document) of the newest whole run in `folder`."""
     found: dict[str, tuple[str, dict]] = {}
     for path in sorted(folder.glob("*.json")):
-        document = json.loads(path.read_text())
-        device = document["device"]
-        if document["quick"] or (device in found and found[device][1]["date"] > document["date"]):
+        try:
+            document = json.loads(path.read_text())
+            device, date, quick = (document[key] for key in ("device", "date", "quick"))
+            document["rows"], document["machine"]["name"]  # they must be there
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no whole results file of run.py: {error!r}") from error
+        if quick or (device in found and found[device][1]["date"] > date):
             continue
         found[device] = (path.name, document)
     return {device: found[device] for device in DEVICES if device in found}
@@ -173,7 +177,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; is README up to date?")
     arguments = parser.parse_args()
-    found = newest()
+    try:
+        found = newest()
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
     old = README.read_text()
     new = spliced(old, section(found))
     if arguments.check:

@@ -12,6 +12,7 @@ import argparse
 import datetime
 import importlib
 import json
+import os
 import re
 import statistics
 import sys
@@ -190,6 +191,16 @@ def failures(rows):
     return lines
 
 
+def scratch(out):
+    """A fresh file beside `out`, which takes its place in whole; OSError before anything is measured."""
+    if out.is_dir():
+        raise IsADirectoryError(21, "expected a file, got a directory", str(out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.with_name(f".{out.name}.{os.getpid()}")
+    path.touch()
+    return path
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("ops", nargs="*", help="which ops; none given: all")
@@ -197,7 +208,8 @@ def main():
         "--no-compile", action="store_true", help="leave out torch.compile of eager"
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does the harness run")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", choices=devices, default=devices[0])
     parser.add_argument(
         "--out", type=Path, help="default: benchmarks/results/<machine>-<date>.json"
     )
@@ -212,10 +224,30 @@ def main():
     if unknown:
         parser.error(f"unknown op {unknown[0]!r}; the ops are {', '.join(known)}")
 
+    facts = machine(arguments.device)
+    date = datetime.date.today().isoformat()
+    slug = re.sub(r"[^a-z0-9]+", "-", facts["name"].lower()).strip("-")
+    out = arguments.out or RESULTS / f"{slug}-{date}.json"
+    if not arguments.out and (arguments.quick or arguments.ops):
+        return measure(arguments, cases, makers, facts, date, None)
+    try:
+        unfinished = scratch(out)
+    except OSError as error:
+        parser.error(f"--out {out}: {error.strerror}")
+    try:
+        status = measure(arguments, cases, makers, facts, date, unfinished)
+        os.replace(unfinished, out)
+        print(f"wrote {out}")
+        return status
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def measure(arguments, cases, makers, facts, date, out):
+    """Times the cases, prints them, writes the document to `out` if given; the exit status."""
     console, start = Console(width=150), time.perf_counter()
     # The backward is timed on one graph again and again, which inductor would otherwise forbid.
     torch._functorch.config.donated_buffer = False
-    facts = machine(arguments.device)
     floor = measure_floor(arguments.device, arguments.quick)
     rates = ", ".join(f"{name} {rate:.3g}" for name, rate in floor.items())
     console.print(f"{facts['name']}, {facts['threads']} threads, torch {facts['torch']}: {rates}")
@@ -243,17 +275,12 @@ def main():
         rows += made
 
     show(console, rows)
-    date = datetime.date.today().isoformat()
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["name"].lower()).strip("-")
-    out = arguments.out or RESULTS / f"{slug}-{date}.json"
     command = " ".join(["python", "benchmarks/run.py", *sys.argv[1:]])
     document = {"date": date, "device": arguments.device, "command": command}
     document |= {"quick": arguments.quick, "seconds": round(time.perf_counter() - start, 1)}
     document |= {"machine": facts, "floor": floor, "rows": rows}
-    if arguments.out or not (arguments.quick or arguments.ops):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    if out is not None:
         out.write_text(json.dumps(document, indent=1) + "\n")
-        console.print(f"wrote {out}")
     lines = failures(rows)
     for line in lines:
         console.print(line, soft_wrap=True)

@@ -88,9 +88,9 @@ inline bool rows_of(const Tensor& t, Rows& rows) {
   RL_CHECK(dim >= 1, "logits must have at least one dimension");
   rows = Rows{};
   rows.width = t.size(dim - 1);
-  if (rows.width > 1 && t.stride(dim - 1) != 1) return false;
   for (int64_t d = 0; d < dim - 1; ++d) rows.count *= t.size(d);
-  if (rows.count == 0) return true;
+  if (rows.count == 0) return true;  // whatever the strides, which a copy of nothing may keep
+  if (rows.width > 1 && t.stride(dim - 1) != 1) return false;
   int64_t sizes[2] = {1, 1};
   int64_t strides[2] = {0, 0};
   int groups = 0;  // groups of leading dimensions that collapse into one stride, innermost first

@@ -51,7 +51,9 @@ RL_HD double ppo_finish(const PpoSums<double>& all, double normaliser, double va
 #pragma unroll
 #endif
   for (int i = 0; i < kMetrics; ++i) metrics[i] = static_cast<float>(all.sum[i] / normaliser);
-  metrics[kRatioMax] = static_cast<float>(all.sum[kRatioMax]);
+  // A maximum passes over NaN, a sum does not.
+  const double ratios = all.sum[kRatioMean];
+  metrics[kRatioMax] = static_cast<float>(ratios == ratios ? all.sum[kRatioMax] : ratios);
   metrics[kExplainedVariance] = static_cast<float>(explained);
   return all.sum[kPolicyLoss] / normaliser + value_coef * (all.sum[kValueLoss] / normaliser) -
          entropy_coef * (all.sum[kEntropy] / normaliser);

@@ -92,19 +92,18 @@ RL_INLINE void store(f16& out, float x) {
 // ---- exp, log, tanh
 // ------------------------------------------------------------------------------------------------
 
-// e^x for exp_floor <= x <= 88: callers clamp. Host fp32: relative error < 1.2e-7, exactly 0 below
-// -87.7; NaN stays NaN.
-RL_HD float exp_clamped(float x) {
-#ifdef __CUDA_ARCH__
-  // ex2.approx: relative error 2^-22 near 0, where the sums live. Subnormals would come out as
-  // such.
-  return x < -87.7f ? 0.0f : __expf(x);
-#else
+// e^x for exp_floor <= x <= 88 on the host, exactly 0 below -87.7; NaN stays NaN. kFar: relative
+// error < 2e-7 at any x; without it one operation less, and an error that grows to |x| 6e-8.
+template <bool kFar>
+RL_INLINE float exp_host(float x) {
   // x log2(e) = n + r with |r| <= 1/2; adding and taking away 1.5 * 2^23 rounds to the nearest
   // integer.
-  const float shifted = x * 1.44269504088896341f + 12582912.0f;
+  constexpr float kLog2E = 1.44269504088896341f;
+  const float shifted = x * kLog2E + 12582912.0f;
   const float n = shifted - 12582912.0f;
-  const float r = x * 1.44269504088896341f - n;
+  // n log(2) in two parts: so few bits in the first that the product is exact.
+  const float r =
+      kFar ? ((x - n * 0.693145751953125f) - n * 1.428606765330187e-6f) * kLog2E : x * kLog2E - n;
   // 2^r, minimax of degree 6: relative error 2e-9 before rounding.
   float p = 1.5353258640971035e-4f;
   p = p * r + 1.3399003073573112e-3f;
@@ -115,10 +114,39 @@ RL_HD float exp_clamped(float x) {
   p = p * r + 1.0f;
   // 2^n from its bits; n = -127 gives the bits of 0.
   return p * bits_to_float((float_to_bits(shifted) + 127) << 23);
+}
+
+// e^x for exp_floor <= x <= 88: callers clamp. For sums that the terms near x = 0 decide.
+RL_HD float exp_clamped(float x) {
+#ifdef __CUDA_ARCH__
+  // ex2.approx: relative error 2^-22 near 0, where the sums live. Subnormals would come out as
+  // such.
+  return x < -87.7f ? 0.0f : __expf(x);
+#else
+  return exp_host<false>(x);
 #endif
 }
 
+// The same to the last digits at any x.
+RL_HD float exp_far(float x) {
+#ifdef __CUDA_ARCH__
+  return ::expf(x);
+#else
+  return exp_host<true>(x);
+#endif
+}
+
+RL_HD double exp_far(double x) { return ::exp(x); }
+
 RL_HD double exp_clamped(double x) { return ::exp(x); }
+
+// a b + c of a hot loop, rounded once: fused by the compiler, or with the product in double, where
+// that of two floats is exact. fp64 without fused instructions rounds twice.
+template <bool kFma, typename A>
+RL_INLINE A multiply_add(A a, A b, A c) {
+  if constexpr (kFma || std::is_same_v<A, double>) return a * b + c;
+  return static_cast<A>(double{a} * double{b} + double{c});
+}
 
 // Clamps from below and keeps NaN.
 template <typename A>
@@ -145,7 +173,7 @@ RL_HD float exp(float x) {
 #ifdef __CUDA_ARCH__
   return ::expf(x);
 #else
-  const float half = exp_nonpositive(0.5f * (x > 178.0f ? 178.0f : x));
+  const float half = exp_far(at_least(exp_floor<float>(), 0.5f * (x > 178.0f ? 178.0f : x)));
   return x < -87.7f ? 0.0f : half * half;
 #endif
 }
@@ -223,7 +251,7 @@ RL_HD float expm1_excess(float x) {
   p = p * x + 1.0f / 24;
   p = p * x + 1.0f / 6;
   p = p * x + 0.5f;
-  const float far = exp_clamped(x) - 1.0f - x;
+  const float far = exp_far(x) - 1.0f - x;
   return (x < 0.0f ? -x : x) < 0.5f ? x * x * p : far;
 }
 
@@ -244,7 +272,7 @@ template <typename A>
 RL_HD PolicyTerm<A> policy_term(A logprob, A old_logprob, A advantage, A low, A high, A dual_clip) {
   const A d = logprob - old_logprob;
   const A log_ratio = clamp(d, A(-kLogRatioLimit), A(kLogRatioLimit));
-  const A ratio = exp_clamped(log_ratio);
+  const A ratio = exp_far(log_ratio);
   const A unclipped = -advantage * ratio;
   const A clipped = -advantage * clamp(ratio, low, high);
   const A bound = advantage < A(0) ? -advantage * dual_clip : A(INFINITY);
@@ -347,7 +375,8 @@ inline Isa running_isa() {
 }
 
 // Calls the generic callable `body` compiled for each instruction set, choosing at run time:
-//   rl::dispatch_isa([&]() RL_LAMBDA_INLINE { hot loop });
+//   rl::dispatch_isa([&](auto fma) RL_LAMBDA_INLINE { hot loop });
+// `fma` is std::true_type where the instruction set fuses a product and a sum (multiply_add).
 // The body and all that it calls must be always_inline (RL_INLINE / RL_HD / RL_LAMBDA_INLINE),
 // because that is how they take on the caller's instruction set.
 #define RL_LAMBDA_INLINE __attribute__((always_inline))
@@ -355,18 +384,22 @@ inline Isa running_isa() {
 #ifdef RL_X86
 template <typename F>
 __attribute__((target("avx2,fma"), noinline)) void run_avx2(const F& body) {
-  body();
+  body(std::true_type{});
 }
 template <typename F>
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"),
                noinline)) void
 run_avx512(const F& body) {
-  body();
+  body(std::true_type{});
 }
 #endif
 template <typename F>
 __attribute__((noinline)) void run_baseline(const F& body) {
-  body();
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  body(std::true_type{});
+#else
+  body(std::false_type{});
+#endif
 }
 
 template <typename F>

@@ -301,7 +301,7 @@ def masked_whiten(x, *, cu_seqlens=None, mask=None, shift_mean=True, unbiased=Tr
     centered = (x - mean).masked_fill(~keep, 0.0)
     variance = (centered * centered).sum() / (count - int(unbiased)).clamp(min=1)
     out = centered * torch.rsqrt(variance + WHITEN_EPS)
-    return out if shift_mean else (out + mean).masked_fill(~keep, 0.0)
+    return (out if shift_mean else out + mean).masked_fill(~keep, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -40,6 +40,35 @@ class RuntimeConfig:
     trust_remote_code: bool = False
 
 
+class SharedScaler:
+    """fp16's loss scaler, whose update waits for the next loss.
+
+    accelerate updates it after each optimizer, but all optimizers of a step hold gradients of one scale.
+    """
+
+    def __init__(self, scaler):
+        self._scaler, self._due = scaler, False
+
+    def __getattr__(self, name):
+        return getattr(self._scaler, name)
+
+    def update(self) -> None:
+        self._due = True
+
+    def _settle(self) -> None:
+        if self._due:
+            self._scaler.update()
+        self._due = False
+
+    def scale(self, loss):
+        self._settle()
+        return self._scaler.scale(loss)
+
+    def state_dict(self) -> dict:
+        self._settle()
+        return self._scaler.state_dict()
+
+
 class Runtime:
     """One process' view of the run."""
 
@@ -54,6 +83,8 @@ class Runtime:
                 f"device: expected auto or cpu, got {cfg.device!r} (choose a GPU by CUDA_VISIBLE_DEVICES)"
             )
         mixed = "no" if cfg.precision == "fp32" else cfg.precision
+        if cfg.precision == "fp16" and (cfg.device == "cpu" or not torch.cuda.is_available()):
+            raise UserError("precision: fp16 needs a GPU, and this run has none; use bf16 or fp32")
         self.compute_dtype = PRECISIONS[cfg.precision]
         plugin = _fsdp_plugin(self.compute_dtype)
         self.accelerator = Accelerator(
@@ -65,6 +96,8 @@ class Runtime:
             self.accelerator.state.fsdp_plugin = plugin
             for state in (self.accelerator.state, PartialState()):
                 state.distributed_type = DistributedType.FSDP
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler = SharedScaler(self.accelerator.scaler)
         self.trust_remote_code = cfg.trust_remote_code
         _check_backend(cfg.backend, self.accelerator.device.type)
         set_seed(cfg.seed + self.rank)
@@ -151,14 +184,26 @@ class Runtime:
                     stack.enter_context(self.accelerator.no_sync(module))
             self.accelerator.backward(loss)
 
+    @property
+    def scaler(self) -> SharedScaler | None:
+        """fp16's loss scaler, which skips the step of gradients that are not finite; None elsewhere."""
+        return self.accelerator.scaler
+
+    @property
+    def loss_scale(self) -> float:
+        """What the gradients are multiplied by until the optimizer steps."""
+        return 1.0 if self.scaler is None else self.scaler.get_scale()
+
     def clip(self, module, limit: float | None) -> float:
-        """Global gradient norm, clipped to `limit` where given."""
+        """Global gradient norm, clipped to `limit` where given; any number of times a step."""
         limit = float("inf") if limit is None else limit
-        if not self.fsdp:
+        if self.scaler is None and not self.fsdp:
             return float(self.accelerator.clip_grad_norm_(module.parameters(), limit))
-        # accelerate compares the parameters with those of each model by ==, which fails with two models of one size.
-        self.accelerator.unscale_gradients()
-        return float(sharded.full(torch.nn.utils.clip_grad_norm_(module.parameters(), limit)))
+        # accelerate compares the parameters with those of each model by ==, which fails with two models of one size,
+        # and takes fp16's scale out of the gradients, of all optimizers at once and only once a step.
+        scale = self.loss_scale
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit * scale)
+        return float(sharded.full(norm)) / scale
 
 
 def _fsdp_plugin(compute: torch.dtype) -> FullyShardedDataParallelPlugin | None:

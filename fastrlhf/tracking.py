@@ -122,6 +122,8 @@ class Run:
         if self.state:
             self.spent = float(self.state["seconds"])
             checkpoint.set_rng_state(self.state["rng"][self.runtime.rank])
+            if self.runtime.scaler is not None:
+                self.runtime.scaler.load_state_dict(self.state["scaler"])
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -163,6 +165,9 @@ class Run:
     def check(self, step: int, metrics: dict[str, float]) -> None:
         """Stop the run on a number that is not finite; called before the optimizer, so the weights stay good."""
         for name, value in metrics.items():
+            # A gradient too large for fp16 is no news: the scaler skips its step and comes down.
+            if self.runtime.scaler is not None and name.startswith("grad_norm"):
+                continue
             if not math.isfinite(value):
                 newest = checkpoint.steps(self.checkpoints)
                 kept = (
@@ -233,6 +238,8 @@ class Run:
         if self.runtime.is_main:
             whole = {"stage": self.stage, "step": step, "seconds": self.seconds, "rng": rngs}
             whole |= {"metrics": self.last, **held}
+            if self.runtime.scaler is not None:
+                whole["scaler"] = self.runtime.scaler.state_dict()
             self._check_weights(step, whole)
             checkpoint.save(self.checkpoints, step, whole)
         self.runtime.accelerator.wait_for_everyone()

@@ -14,11 +14,11 @@ def rows_of(x):
 
     Row r starts at (r // inner) * stride_outer + (r % inner) * stride_inner elements.
     """
+    count = x.shape[:-1].numel()
+    if count == 0:  # whatever the strides, which a copy of nothing may keep
+        return 0, 1, 0, 0
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         return None
-    count = x.shape[:-1].numel()
-    if count == 0:
-        return 0, 1, 0, 0
     sizes, strides = [], []  # leading axes that collapse into one stride, innermost first
     for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
         if size == 1:

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import fastrlhf
 from fastrlhf import backends, token_logprob
 from fastrlhf.ops import _backend
 
@@ -64,3 +66,15 @@ def test_every_instruction_set_of_this_machine(isa):
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in ("baseline", isa)
+    files = ("test_token_logprob.py", "test_token_loss.py", "test_ppo_loss.py")
+    chosen = "any_rows or to_its_last_digits or (values_and_gradients and cpu)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen]
+    command += [str(Path(__file__).with_name(name)) for name in files]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout
+
+
+def test_the_package_lists_its_public_names_and_nothing_else():
+    assert fastrlhf.token_logprob is token_logprob and backends()
+    assert dir(fastrlhf) == sorted(fastrlhf.__all__)
+    assert not [n for n in dir(fastrlhf) if n.startswith("_") and n != "__version__"]

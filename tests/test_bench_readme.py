@@ -119,3 +119,12 @@ def test_check_tells_stale_from_current(readme, tmp_path, monkeypatch, capsys):
     assert readme.main() == 0
     assert (tmp_path / "plots" / "cpu-gae.svg").exists()
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "damaged", ["", "{", "[]", "{}", '{"device": "cpu", "date": "", "quick": 0}']
+)
+def test_a_damaged_results_file_is_named(readme, tmp_path, damaged):
+    (tmp_path / "cpu.json").write_text(damaged)
+    with pytest.raises(ValueError, match=r"cpu.json is no whole results file of run.py"):
+        readme.newest(tmp_path)

@@ -96,6 +96,41 @@ def test_a_case_that_cannot_be_timed_leaves_the_others(harness, monkeypatch, tmp
     assert rows["masked_whiten"]["median_ms"] == 1.0
 
 
+def run_quickly(run, monkeypatch, out, device="cpu"):
+    monkeypatch.setattr("sys.argv", ["run.py", "--quick", "--device", device, "--out", str(out)])
+    return run.main()
+
+
+def test_an_out_that_cannot_be_written_stops_before_the_measurements(
+    harness, monkeypatch, tmp_path, capsys
+):
+    _, _, _, run = harness
+    monkeypatch.setattr(run, "measure_floor", lambda *_: pytest.fail("it measured"))
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file" / "r.json"):
+        with pytest.raises(SystemExit) as stopped:
+            run_quickly(run, monkeypatch, out)
+        assert stopped.value.code == 2 and f"--out {out}: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_quickly(run, monkeypatch, tmp_path / "r.json", device="gpu")
+    assert "--device: invalid choice: 'gpu'" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_leaves_the_old_results(harness, monkeypatch, tmp_path):
+    _, _, _, run = harness
+    out = tmp_path / "r.json"
+    out.write_text("old")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "show", interrupt)
+    monkeypatch.setattr(run, "CPU", [])
+    with pytest.raises(KeyboardInterrupt):
+        run_quickly(run, monkeypatch, out)
+    assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
+
+
 def test_a_wrong_gradient_does_not(harness):
     problem = problem_of(harness)
     found = harness[0].providers(problem, compiled=False)

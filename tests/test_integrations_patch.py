@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import subprocess
 import sys
 import threading
 import warnings
@@ -141,6 +142,19 @@ def test_holders_are_counted_and_the_last_one_lets_go(home):
     assert home.double is replacement
     second.unpatch()
     assert home.double is original
+
+
+def test_suspended_runs_the_hosts_own(home):
+    fake = host()
+    with fake.patch() as patched:
+        with patched.suspended():
+            assert home.double(3) == 6
+            assert fake.patched
+        assert home.double(3) == ("ours", 3, 2)
+    assert patched.calls == {DOUBLE.name: 1}
+    with fake.suspended():
+        assert home.double(3) == 6
+    assert not fake.patched
 
 
 def test_unpatch_lets_go_for_all(home):
@@ -321,3 +335,12 @@ def test_found_reads_versions_without_importing_hosts(monkeypatch):
     assert table["verl"]["in_tested_range"] is False
     assert table["openrlhf"]["version"] is None
     assert table["openrlhf"]["in_tested_range"] is False
+
+
+def test_importing_an_integration_imports_no_host():
+    code = (
+        "import sys, fastrlhf.integrations.trl, fastrlhf.integrations.transformers;"
+        "print(sorted({'trl', 'transformers', 'verl', 'openrlhf', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -66,6 +66,19 @@ def test_counts_below_two(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")])
+def test_one_bad_value_shows_in_all(backend, bad):
+    x = cases.randn((7, 300), 1, torch.float32)
+    x[3, 5] = bad
+    assert masked_whiten(x, backend=backend).isnan().all()
+    mask = cases.random_mask((7, 300), 2)
+    mask[3, 5] = True
+    for shift_mean in (True, False):  # but not behind the mask
+        out = masked_whiten(x, mask=mask, shift_mean=shift_mean, backend=backend)
+        assert torch.equal(out.isnan(), mask) and not out[~mask].any()
+
+
+@each_backend
 def test_nothing_behind_the_mask_is_used(backend):
     x, mask = cases.randn((7, 300), 1, torch.float32), cases.random_mask((7, 300), 2)
     clean = masked_whiten(x, mask=mask, backend=backend)

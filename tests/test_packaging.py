@@ -4,6 +4,7 @@ No network and one compilation: the wheel is built in the checkout, over the obj
 already, and the sdist's build takes the same objects once its sources are seen to be identical.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import tarfile
 import venv
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -224,3 +226,28 @@ def test_without_the_extension(sdist, scratch):
     assert "reference backend serves every op" in doctor["extension"]["reason"]
     assert {row["auto"] for row in doctor["ops"].values()} == {"reference"}
     assert doctor["problems"] == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the stand-in for nvcc is a shell script")
+def test_toolkit_behind_an_nvcc_that_is_a_script(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("fastrlhf_setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    toolkit, path = tmp_path / "cuda-13.0", tmp_path / "bin"
+    for folder in (toolkit / "bin", toolkit / "lib64", path):
+        folder.mkdir(parents=True)
+    (path / "nvcc").write_text(f"#!/bin/sh\necho '#$ TOP={toolkit}/bin/..' >&2\n")
+    (path / "nvcc").chmod(0o755)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    ext = SimpleNamespace(CUDA_HOME=str(tmp_path))
+    setup.follow_nvcc(ext)
+    assert ext.CUDA_HOME == str(toolkit)
+    (toolkit / "lib64" / "libcudart.so").touch()
+    (path / "nvcc").write_text("#!/bin/sh\nexit 1\n")
+    setup.follow_nvcc(ext)  # a toolkit that holds its runtime is not asked
+    assert ext.CUDA_HOME == str(toolkit)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    ext.CUDA_HOME = str(tmp_path)
+    setup.follow_nvcc(ext)  # what the user says counts
+    assert ext.CUDA_HOME == str(tmp_path)

@@ -123,7 +123,18 @@ def test_nan_shows_in_the_loss(backend):
     for name in set(NAMES) - {"old_values"}:
         tensors = batch((40,), torch.float32)
         tensors[name][7] = NAN
-        assert run(on(backend), tensors, entropy_coef=0.1)[0].isnan(), name
+        loss, metrics, _ = run(on(backend), tensors, entropy_coef=0.1)
+        assert loss.isnan(), name
+        if name in ("logprob", "old_logprob"):
+            assert metrics["ratio_mean"].isnan() and metrics["ratio_max"].isnan()
+
+
+@each_backend
+def test_masked_tokens_cost_the_mean_ratio_no_digits(backend):
+    logprob, mask = torch.full((4096,), -6.5), torch.zeros(4096, dtype=torch.bool)
+    mask[::1024] = True
+    metrics = on(backend)(logprob, 0 * logprob, 0 * logprob, mask=mask).metrics
+    assert metrics["ratio_mean"].item() == pytest.approx(math.exp(-6.5), rel=1e-6)
 
 
 @each_backend
@@ -213,9 +224,17 @@ def test_only_the_trained_tensors_get_gradients(backend):
 def test_gradient_of_the_gradient_is_refused(backend):
     x = torch.zeros(3, requires_grad=True)
     loss = on(backend)(x, torch.zeros(3), torch.ones(3)).loss
-    (grad,) = torch.autograd.grad(loss * loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(NotImplementedError, match="ppo_loss: the gradient of the gradient"):
+        torch.autograd.grad(loss * loss, x, create_graph=True)
+
+
+@pytest.mark.skipif("ppo_loss" not in _backend._CPU_OPS, reason="the C++ extension is not built")
+def test_the_ratio_to_its_last_digits_whatever_its_size():
+    logprob = torch.linspace(-20, 20, 4001, requires_grad=True)
+    zero = torch.zeros_like(logprob)
+    ppo_loss(logprob, zero, zero - 1, clip=1e9, backend="cpu").loss.backward()
+    expected = logprob.detach().double().exp() / logprob.numel()
+    assert ((logprob.grad - expected) / expected).abs().max() < 3e-7
 
 
 @fused

@@ -247,6 +247,9 @@ def test_empty_and_tiny(backend):
         (grad,) = torch.autograd.grad(out.sum(), logits)
         assert grad.shape == logits.shape
         torch.testing.assert_close(out, torch.log_softmax(logits, -1)[..., 0])
+    strided = torch.zeros(0, 5, 2, device=device)[..., 1].requires_grad_()  # contiguous, they say
+    out = token_logprob(strided, torch.zeros(0, dtype=torch.int64, device=device), backend=backend)
+    assert torch.autograd.grad(out.sum(), strided)[0].shape == (0, 5)
 
 
 @each_backend

@@ -115,8 +115,12 @@ def test_target_outside_the_vocabulary(backend, bad):
 @each_backend
 def test_empty_and_tiny(backend):
     device = DEVICE[backend]
-    for shape in ((0, 5), (2, 0, 5), (5,), (1, 1), (2, 1, 3, 4)):
-        logits = randn(*shape, seed=0, device=device)
+    shapes = ((0, 5), (2, 0, 5), (5,), (1, 1), (2, 1, 3, 4))
+    for logits in (
+        *(randn(*shape, seed=0, device=device) for shape in shapes),
+        torch.zeros(0, 5, 2, device=device)[..., 1],  # contiguous, they say
+    ):
+        shape = logits.shape
         targets = torch.zeros(shape[:-1], dtype=torch.int32, device=device)
         for inplace in (False, True):
             loss, logprob, grad = gradient(

@@ -2,10 +2,14 @@
 //
 // Each sequence is one serial chain (A_t needs A_{t+1}), bound by the latency of a multiply and an
 // add. So kLanes sequences advance together, step by step from their ends, and hide each other's
-// latency. A lane that has finished takes the next sequence, hence ragged lengths cost nothing. The
-// arithmetic of a sequence is that of the naive loop, whatever shares its group: compiled for the
-// baseline instruction set, which on x86-64 has no fused multiply-add, it is equal to that loop bit
-// for bit.
+// latency. Each lane works through chunks of its own: the TD errors of a chunk are vector code,
+// then the chains run until some lane's chunk is done, which is written out, and the lane goes on
+// to its next chunk or to the next sequence. So ragged lengths cost nothing, and memory is read and
+// written in long runs.
+//
+// The arithmetic of a sequence is that of the naive loop, whatever shares its group. On x86-64 it
+// is equal to that loop bit for bit: no product is fused with an addition, because the chains are
+// compiled for the baseline instruction set and td_errors() rounds its products to memory.
 #pragma once
 
 #include "tokens.h"
@@ -19,6 +23,9 @@ class GivenRewards {
   explicit GivenRewards(const Tensor& rewards) : rewards_(rewards) {}
   int64_t scored_token(int64_t, int64_t) const { return -1; }
   void skip(int64_t, int64_t) const {}
+  RL_INLINE void prefetch(int64_t start, int64_t count) const {
+    rewards_.template prefetch<A>(start, count);
+  }
   const A* run(int64_t, int64_t, int64_t start, int64_t count, const uint8_t* keep,
                A* scratch) const {
     return rewards_.load(start, count, keep, scratch);
@@ -43,167 +50,211 @@ class GaeScan {
         returns_(returns) {}
 
   void run(const Sequences& sequences) const {
-    sequences.parallel([&](int64_t first, int64_t last) { run_range(sequences, first, last); });
+    sequences.parallel([&](int64_t first, int64_t last) {
+      dispatch_isa([&](auto) RL_LAMBDA_INLINE { run_range(sequences, first, last); });
+    });
   }
 
  private:
   static constexpr int kLanes = 8;
-  static constexpr int64_t kChunk =
-      512;  // steps between two refills: four lanes of scratch stay in L1
+  static constexpr int64_t kChunk = 512;  // the advantages of all lanes stay in L1
   static_assert(kChunk <= kBlock);
 
-  // A sequence in progress: the tokens [begin, at) are still to do.
+  // Rows of T floats lie a power of two apart only too often, and would evict each other from L1:
+  // the chains run in here, with the lanes a cache line off such a distance.
+  struct alignas(64) Chunk {
+    A advantage[kChunk];  // TD errors at first
+    A value[kChunk];
+    A factor[kChunk];
+    A apart[64 / sizeof(A)];
+  };
+
+  // A sequence in progress: the tokens [begin, start) are still to be loaded, the first `left` of
+  // the `count` from `start` still to be scanned. An idle lane scans zeros for ever.
   struct Lane {
     int64_t b = 0;
     int64_t begin = 0;
-    int64_t at = 0;
+    int64_t start = 0;
+    int64_t count = 0;
+    int64_t left = kChunk;
     int64_t scored = -1;
+    const uint8_t* keep = nullptr;
+    const A* value = nullptr;
+    bool has_factors = false;
     A next_value = 0;
     A next_advantage = 0;
   };
 
-  void run_range(const Sequences& sequences, int64_t next, int64_t last) const {
+  RL_INLINE void run_range(const Sequences& sequences, int64_t next, int64_t last) const {
+    Chunk chunks[kLanes];
     Lane lanes[kLanes];
-    int live = 0;
-    const auto refill = [&] {
-      for (; live < kLanes && next < last; ++next) {
-        if (sequences.begin(next) == sequences.end(next)) continue;
-        const auto [begin, end] = trim(sequences.begin(next), sequences.end(next));
-        if (begin == end) continue;
-        Lane& lane = lanes[live++];
-        lane = Lane{next, begin, end};
-        lane.scored = rewards_.scored_token(begin, end);
-        if (!bootstrap_.empty()) lane.next_value = bootstrap_[next];
+    Lane upcoming;  // the sequence that the next free lane takes; idle where none is left
+    int busy = 0;
+    int masked = 0;  // lanes whose chunk has holes
+    const auto prepare = [&]() RL_LAMBDA_INLINE {
+      upcoming = Lane{};
+      while (next < last && upcoming.start == upcoming.begin) open(upcoming, sequences, next++);
+      prefetch(upcoming);
+    };
+    // Hands lane i its next chunk, of its own sequence or of the next one.
+    const auto feed = [&](int i) RL_LAMBDA_INLINE {
+      Lane& lane = lanes[i];
+      if (lane.start == lane.begin) {
+        lane = upcoming;
+        if (lane.start > lane.begin) prepare();
+      }
+      if (lane.start > lane.begin) {
+        load(lane, chunks[i]);
+        prefetch(lane);
+        masked += lane.keep != nullptr;
+        ++busy;
+      } else {
+        lane = Lane{};
+        std::fill_n(chunks[i].advantage, kChunk, A(0));
       }
     };
-    for (refill(); live == kLanes; refill()) {
+    prepare();
+    for (int i = 0; i < kLanes; ++i) feed(i);
+    while (busy > 0) {
       int64_t steps = kChunk;
-      for (const Lane& lane : lanes) steps = std::min(steps, lane.at - lane.begin);
-      advance<kLanes>(lanes, steps);
-      live =
-          static_cast<int>(std::remove_if(lanes, lanes + kLanes,
-                                          [](const Lane& lane) { return lane.at == lane.begin; }) -
-                           lanes);
-    }
-    for (int i = 0; i < live; ++i) {
-      while (lanes[i].at > lanes[i].begin) {
-        advance<1>(lanes + i, std::min(kChunk, lanes[i].at - lanes[i].begin));
+      for (const Lane& lane : lanes) steps = std::min(steps, lane.left);
+      masked > 0 ? scan_masked(lanes, chunks, steps) : scan(lanes, chunks, steps);
+      for (int i = 0; i < kLanes; ++i) {
+        Lane& lane = lanes[i];
+        if (lane.count == 0) continue;
+        lane.left -= steps;
+        if (lane.left > 0) continue;
+        store(lane, chunks[i]);
+        masked -= lane.keep != nullptr;
+        --busy;
+        feed(i);
       }
     }
   }
 
-  // The tokens from the first to the last unmasked one; outputs of those outside are 0. Padding is
-  // most of what masks hold, and so it takes no part in the scan.
-  std::pair<int64_t, int64_t> trim(int64_t begin, int64_t end) const {
+  // Only the tokens from the first to the last unmasked one take part; outputs of those outside are
+  // 0. Padding is most of what masks hold.
+  RL_INLINE void open(Lane& lane, const Sequences& sequences, int64_t b) const {
+    const int64_t begin = sequences.begin(b), end = sequences.end(b);
     const auto [first, last] = mask_.kept_range(begin, end);
     for (const auto& [from, to] : {std::pair{begin, first}, std::pair{last, end}}) {
       std::fill(advantages_ + from, advantages_ + to, A(0));
       std::fill(returns_ + from, returns_ + to, A(0));
       rewards_.skip(from, to);
     }
-    return {first, last};
+    lane = Lane{.b = b, .begin = first, .start = last};
+    lane.scored = rewards_.scored_token(first, last);
+    if (!bootstrap_.empty()) lane.next_value = bootstrap_[b];
   }
 
-  // Moves each of `Count` lanes `steps` tokens towards its beginning. The chains run in scratch
-  // memory: rows of T floats lie a power of two apart only too often, and would evict each other
-  // from L1.
-  template <int Count>
-  void advance(Lane* lanes, int64_t steps) const {
-    A advantage[Count][kChunk];  // TD errors at first
-    A value_scratch[Count][kChunk];
-    const A* value[Count];
-    const uint8_t* keep[Count];
-    bool masked = false;
-    for (int i = 0; i < Count; ++i) {
-      Lane& lane = lanes[i];
-      lane.at -= steps;
-      keep[i] = mask_.from(lane.at, steps);
-      masked |= keep[i] != nullptr;
-      A reward_scratch[kBlock];
-      const A* reward = rewards_.run(lane.b, lane.scored, lane.at, steps, keep[i], reward_scratch);
-      value[i] = values_.load(lane.at, steps, keep[i], value_scratch[i]);
-      lane.next_value = keep[i] ? td_errors_masked(reward, value[i], keep[i], steps,
-                                                   lane.next_value, advantage[i])
-                                : td_errors(reward, value[i], steps, lane.next_value, advantage[i]);
-    }
-    masked ? scan_masked<Count>(lanes, keep, steps, advantage)
-           : scan<Count>(lanes, steps, advantage);
-    for (int i = 0; i < Count; ++i) {
-      const A* __restrict a = advantage[i];
-      const A* __restrict v = value[i];
-      A* __restrict advantages = advantages_ + lanes[i].at;
-      A* __restrict returns = returns_ + lanes[i].at;
-      if (keep[i]) {
-        for (int64_t t = 0; t < steps; ++t) {
-          advantages[t] = blend(keep[i][t], a[t], A(0));
-          returns[t] = blend(keep[i][t], a[t] + v[t], A(0));
-        }
-      } else {
-        for (int64_t t = 0; t < steps; ++t) {
-          advantages[t] = a[t];
-          returns[t] = a[t] + v[t];
-        }
+  // Asks for the next chunk of a lane, that nothing waits for memory: the chunks of one sequence
+  // are walked backwards, each forwards, which no hardware foresees.
+  RL_INLINE void prefetch(const Lane& lane) const {
+    const int64_t count = std::min(kChunk, lane.start - lane.begin);
+    const int64_t start = lane.start - count;
+    rewards_.prefetch(start, count);
+    values_.template prefetch<A>(start, count);
+    prefetch_lines<true>(advantages_ + start, count);
+    prefetch_lines<true>(returns_ + start, count);
+  }
+
+  RL_INLINE void load(Lane& lane, Chunk& chunk) const {
+    const int64_t steps = std::min(kChunk, lane.start - lane.begin);
+    lane.start -= steps;
+    lane.count = lane.left = steps;
+    lane.keep = mask_.from(lane.start, steps);
+    lane.has_factors = false;
+    A scratch[kBlock];
+    const A* reward = rewards_.run(lane.b, lane.scored, lane.start, steps, lane.keep, scratch);
+    lane.value = values_.load(lane.start, steps, lane.keep, chunk.value);
+    lane.next_value = lane.keep ? td_errors_masked(reward, lane, chunk)
+                                : td_errors(reward, lane, chunk.advantage);
+  }
+
+  RL_INLINE void store(const Lane& lane, const Chunk& chunk) const {
+    const A* __restrict a = chunk.advantage;
+    const A* __restrict v = lane.value;
+    const uint8_t* __restrict keep = lane.keep;
+    A* __restrict advantages = advantages_ + lane.start;
+    A* __restrict returns = returns_ + lane.start;
+    if (keep) {
+      for (int64_t t = 0; t < lane.count; ++t) {
+        advantages[t] = blend(keep[t], a[t], A(0));
+        returns[t] = blend(keep[t], a[t] + v[t], A(0));
       }
+    } else {
+      // Two loops: inputs and outputs often lie at the same offset of a page, and a load that
+      // follows a store to such an address waits for it.
+      for (int64_t t = 0; t < lane.count; ++t) returns[t] = a[t] + v[t];
+      std::copy(a, a + lane.count, advantages);
     }
   }
 
   // TD errors to advantages in place, one serial chain per lane.
-  template <int Count>
-  void scan(Lane* lanes, int64_t steps, A (*advantage)[kChunk]) const {
-    A carry[Count];
-    for (int i = 0; i < Count; ++i) carry[i] = lanes[i].next_advantage;
+  __attribute__((noinline)) void scan(Lane* lanes, Chunk* chunks, int64_t steps) const {
+    A carry[kLanes];
+    A* at[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      carry[i] = lanes[i].next_advantage;
+      at[i] = chunks[i].advantage + lanes[i].left - steps;
+    }
     for (int64_t t = steps - 1; t >= 0; --t) {
 #pragma GCC unroll 8
-      for (int i = 0; i < Count; ++i) {
-        carry[i] = gae_step(advantage[i][t], carry[i], gamma_lam_);
-        advantage[i][t] = carry[i];
+      for (int i = 0; i < kLanes; ++i) {
+        carry[i] = gae_step(at[i][t], carry[i], gamma_lam_);
+        at[i][t] = carry[i];
       }
     }
-    for (int i = 0; i < Count; ++i) lanes[i].next_advantage = carry[i];
+    for (int i = 0; i < kLanes; ++i) lanes[i].next_advantage = carry[i];
   }
 
   // The same where a masked token has TD error 0 and factor 1, which hands the carry on unchanged.
-  template <int Count>
-  void scan_masked(Lane* lanes, const uint8_t* const* keep, int64_t steps,
-                   A (*advantage)[kChunk]) const {
-    A factor[Count][kChunk];
-    A carry[Count];
-    for (int i = 0; i < Count; ++i) {
+  __attribute__((noinline)) void scan_masked(Lane* lanes, Chunk* chunks, int64_t steps) const {
+    A carry[kLanes];
+    int64_t first[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
       carry[i] = lanes[i].next_advantage;
-      for (int64_t t = 0; t < steps; ++t) {
-        factor[i][t] = keep[i] ? blend(keep[i][t], gamma_lam_, A(1)) : gamma_lam_;
+      first[i] = lanes[i].left - steps;
+      if (!lanes[i].has_factors) {
+        std::fill_n(chunks[i].factor, kChunk, gamma_lam_);
+        lanes[i].has_factors = true;
       }
     }
     for (int64_t t = steps - 1; t >= 0; --t) {
 #pragma GCC unroll 8
-      for (int i = 0; i < Count; ++i) {
-        carry[i] = gae_step(advantage[i][t], carry[i], factor[i][t]);
-        advantage[i][t] = carry[i];
+      for (int i = 0; i < kLanes; ++i) {
+        A& advantage = chunks[i].advantage[first[i] + t];
+        carry[i] = gae_step(advantage, carry[i], chunks[i].factor[first[i] + t]);
+        advantage = carry[i];
       }
     }
-    for (int i = 0; i < Count; ++i) lanes[i].next_advantage = carry[i];
+    for (int i = 0; i < kLanes; ++i) lanes[i].next_advantage = carry[i];
   }
 
-  // TD errors of a run; returns the value that the token before it sees as V_{t+1}.
-  A td_errors(const A* reward, const A* value, int64_t steps, A next_value,
-              A* __restrict out) const {
-    for (int64_t t = 0; t < steps - 1; ++t)
-      out[t] = td_error(reward[t], value[t], value[t + 1], gamma_);
-    out[steps - 1] = td_error(reward[steps - 1], value[steps - 1], next_value, gamma_);
+  // TD errors of a chunk; returns the value that the token before it sees as V_{t+1}.
+  RL_INLINE A td_errors(const A* __restrict reward, const Lane& lane, A* __restrict out) const {
+    const A* __restrict value = lane.value;
+    const int64_t last = lane.count - 1;
+    for (int64_t t = 0; t < last; ++t) out[t] = gamma_ * value[t + 1];
+    out[last] = gamma_ * lane.next_value;
+    for (int64_t t = 0; t <= last; ++t) out[t] = (reward[t] + out[t]) - value[t];
     return value[0];
   }
 
-  A td_errors_masked(const A* reward, const A* value, const uint8_t* keep, int64_t steps,
-                     A next_value, A* __restrict out) const {
-    A next[kChunk];
-    for (int64_t t = steps - 1; t >= 0; --t) {
-      next[t] = next_value;
+  RL_INLINE A td_errors_masked(const A* __restrict reward, Lane& lane, Chunk& chunk) const {
+    A* __restrict out = chunk.advantage;
+    const A* __restrict value = lane.value;
+    const uint8_t* __restrict keep = lane.keep;
+    A next_value = lane.next_value;
+    for (int64_t t = lane.count - 1; t >= 0; --t) {
+      out[t] = gamma_ * next_value;
       next_value = blend(keep[t], value[t], next_value);
     }
-    for (int64_t t = 0; t < steps; ++t) {
-      const A delta = td_error(reward[t], value[t], next[t], gamma_);
-      out[t] = blend(keep[t], delta, A(0));
+    for (int64_t t = 0; t < lane.count; ++t) {
+      out[t] = blend(keep[t], (reward[t] + out[t]) - value[t], A(0));
+      chunk.factor[t] = blend(keep[t], gamma_lam_, A(1));
     }
+    lane.has_factors = true;
     return next_value;
   }
 

@@ -39,10 +39,18 @@ class KlRewards {
     std::fill(kl_ + begin, kl_ + end, A(0));
   }
 
+  RL_INLINE void prefetch(int64_t start, int64_t count) const {
+    logprob_.template prefetch<A>(start, count);
+    ref_logprob_.template prefetch<A>(start, count);
+    prefetch_lines<true>(rewards_ + start, count);
+    prefetch_lines<true>(kl_ + start, count);
+  }
+
   // Writes and returns the rewards of the `count` tokens from `start` masked by `keep`, which
   // belong to sequence b scored at `scored`.
-  const A* run(int64_t b, int64_t scored, int64_t start, int64_t count, const uint8_t* keep,
-               A*) const {
+  // Not inlined, for what it is inlined into may have another instruction set.
+  __attribute__((noinline)) const A* run(int64_t b, int64_t scored, int64_t start, int64_t count,
+                                         const uint8_t* keep, A*) const {
     switch (estimator_) {
       case KlEstimator::k1:
         return run_as<KlEstimator::k1>(b, scored, start, count, keep);

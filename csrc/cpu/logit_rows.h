@@ -21,12 +21,6 @@ struct RowStats {
   A max, log_sum, entropy;
 };
 
-template <bool kCap, typename T, typename A>
-RL_INLINE A logit(const T& x, const RowMaths<A>& f) {
-  if constexpr (kCap) return tanh(load(x) * f.inv_softcap) * (f.softcap * f.scale);
-  return load(x) * f.scale;
-}
-
 // Running sums in as many lanes as the widest vector unit keeps in flight: adding them up costs
 // nothing until the row ends.
 constexpr int64_t kLanes = 64;
@@ -67,7 +61,24 @@ RL_INLINE A unscaled(const T& x, const RowMaths<A>& f) {
   return load(x);
 }
 
-template <bool kCap, typename T, typename A>
+// dz / d unscaled.
+template <bool kCap, typename A>
+RL_INLINE A slope(const RowMaths<A>& f) {
+  return kCap ? f.softcap * f.scale : f.scale;
+}
+
+// z - base. Rounded once: the base's own rounding cancels, that of z would not.
+template <bool kCap, bool kFma, typename T, typename A>
+RL_INLINE A distance(const T& x, const RowMaths<A>& f, A scale, A base) {
+  return multiply_add<kFma>(unscaled<kCap>(x, f), scale, -base);
+}
+
+template <bool kCap, bool kFma, typename T, typename A>
+RL_INLINE A row_logprob(const T& target, const RowStats<A>& stats, const RowMaths<A>& f) {
+  return distance<kCap, kFma>(target, f, slope<kCap>(f), stats.max) - stats.log_sum;
+}
+
+template <bool kCap, bool kFma, typename T, typename A>
 RL_INLINE void add_block(const T* row, int64_t n, const RowMaths<A>& f, A scale, A base, A floor,
                          LaneSums<A>& out) {
   for (int64_t j = 0; j < n; j += kLanes) {
@@ -76,7 +87,7 @@ RL_INLINE void add_block(const T* row, int64_t n, const RowMaths<A>& f, A scale,
     const auto add = [&](int64_t l) RL_LAMBDA_INLINE {
       const A z = unscaled<kCap>(row[j + l], f);
       out.max[l] = z > out.max[l] ? z : out.max[l];
-      const A raw = z * scale - base;
+      const A raw = multiply_add<kFma>(z, scale, -base);
       const A d = at_least(floor, raw);
       const A e = exp_clamped(d);
       out.sum[l] += e;
@@ -95,12 +106,12 @@ RL_INLINE void add_block(const T* row, int64_t n, const RowMaths<A>& f, A scale,
 // `max` is the largest z of the row to within kMaxSlack: only a block that passes it by more is
 // done again, so that sums and maximum come from one walk that hides behind the memory. The slack
 // is small because it cancels in the entropy.
-template <bool kCap, typename T, typename A>
+template <bool kCap, bool kFma, typename T, typename A>
 RL_INLINE RowStats<A> row_stats(const T* row, int64_t width, const RowMaths<A>& f) {
   constexpr A kInf = std::numeric_limits<A>::infinity();
   constexpr A kMaxSlack = 1;
   const A floor = opaque(exp_floor<A>());
-  const A scale = kCap ? f.softcap * f.scale : f.scale;
+  const A scale = slope<kCap>(f);
   A max = -kInf;
   A first = -kInf;
 #pragma omp simd reduction(max : first)
@@ -117,7 +128,7 @@ RL_INLINE RowStats<A> row_stats(const T* row, int64_t width, const RowMaths<A>& 
       std::fill_n(block.sum, kLanes, A(0));
       std::fill_n(block.weighted, kLanes, A(0));
       // All logits so far -inf: subtract 0 instead, which leaves e^-inf = 0 and keeps a NaN a NaN.
-      add_block<kCap>(row + start, n, f, scale, max > -kInf ? max : A(0), floor, block);
+      add_block<kCap, kFma>(row + start, n, f, scale, max > -kInf ? max : A(0), floor, block);
       const A top = largest(block.max) * scale;
       again = top > max + kMaxSlack;
       if (!again) break;
@@ -143,21 +154,21 @@ RL_INLINE RowStats<A> row_stats(const T* row, int64_t width, const RowMaths<A>& 
 
 // dL/dlogits of a row from g = dL/dlogprob and h = dL/dentropy:
 //   dz_j = g (1[j = t] - p_j) - h p_j (log p_j + entropy),  times dz/dlogits. `out` may be `row`.
-template <bool kCap, typename T, typename A>
+template <bool kCap, bool kFma, typename T, typename A>
 RL_INLINE void row_backward(const T* row, T* out, int64_t width, int64_t target, A g, A h,
                             const RowStats<A>& stats, const RowMaths<A>& f) {
   const A floor = opaque(exp_floor<A>());
   const A base = stats.max, log_sum = stats.log_sum;
   const A shifted = h * stats.entropy + g;
-  const A scale = kCap ? f.softcap * f.scale : f.scale;
+  const A scale = slope<kCap>(f);
   // The target's own element, with 1 - p from expm1, before an in-place pass overwrites its logit.
   const A target_logit = load(row[target]);
+  const A target_logprob = row_logprob<kCap, kFma>(row[target], stats, f);
   for (int64_t start = 0; start < width; start += kLanes) {
     prefetch_lanes(row + start);
     const int64_t lanes = width - start < kLanes ? width - start : kLanes;
     const auto write = [&](int64_t l) RL_LAMBDA_INLINE {
-      const A z = unscaled<kCap>(row[start + l], f);
-      const A raw = (z * scale - base) - log_sum;
+      const A raw = distance<kCap, kFma>(row[start + l], f, scale, base) - log_sum;
       const A d = at_least(floor, raw);
       A grad = -exp_clamped(d) * (h * d + shifted) * f.scale;
       if constexpr (kCap) grad *= sech2(load(row[start + l]) * f.inv_softcap);
@@ -171,13 +182,9 @@ RL_INLINE void row_backward(const T* row, T* out, int64_t width, int64_t target,
       for (int64_t l = 0; l < lanes; ++l) write(l);
     }
   }
-  A capped = target_logit, chain = f.scale;
-  if constexpr (kCap) {
-    capped = f.softcap * tanh(target_logit * f.inv_softcap);
-    chain *= sech2(target_logit * f.inv_softcap);
-  }
-  const A raw = (capped * f.scale - base) - log_sum;
-  const A d = at_least(floor, raw);
+  A chain = f.scale;
+  if constexpr (kCap) chain *= sech2(target_logit * f.inv_softcap);
+  const A d = at_least(floor, target_logprob);
   const A p = exp_clamped(d);
   store(out[target], (-g * std::expm1(d) - h * p * (d + stats.entropy)) * chain);
 }

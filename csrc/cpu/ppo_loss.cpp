@@ -33,8 +33,8 @@ RL_INLINE void policy_block(const Call<A>& call, int64_t start, int64_t count, c
   const A* advantages = call.advantages.load(start, count, keep, scratch[2]);
   A* grad = call.grad_logprob ? call.grad_logprob + start : grads;
   const A low = call.low, high = call.high, dual_clip = call.dual_clip, per_token = call.per_token;
-  // A masked token has advantage 0 and log-ratio 0, hence loss, gradient, KL and clip 0, and
-  // ratio 1.
+  // A masked token has advantage 0 and log-ratio 0, hence loss, gradient, KL and clip 0; its ratio
+  // of 1 is left out below.
   A loss = 0, kl = 0, clipped = 0, ratio = 0, ratio_max = 0;
 #pragma omp simd reduction(+ : loss, kl, clipped, ratio) reduction(max : ratio_max)
   for (int64_t i = 0; i < count; ++i) {
@@ -51,13 +51,13 @@ RL_INLINE void policy_block(const Call<A>& call, int64_t start, int64_t count, c
     int32_t masked = 0;
 #pragma omp simd reduction(+ : masked)
     for (int64_t i = 0; i < count; ++i) masked += keep[i] == 0;
-    ratio -= static_cast<A>(masked);
     if (masked > 0) {
-      ratio_max = 0;
-#pragma omp simd reduction(max : ratio_max)
+      ratio = ratio_max = 0;
+#pragma omp simd reduction(+ : ratio) reduction(max : ratio_max)
       for (int64_t i = 0; i < count; ++i) {
         const A d = clamp(logprob[i] - old_logprob[i], A(-kLogRatioLimit), A(kLogRatioLimit));
-        const A r = blend(keep[i], exp_clamped(d), A(0));
+        const A r = blend(keep[i], exp_far(d), A(0));
+        ratio += r;
         ratio_max = r > ratio_max ? r : ratio_max;
       }
     }

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& 
     for (size_t start = 0; start < pairs.size(); start += kBlock) {
       const Pair* pair = pairs.data() + start;
       const int64_t count = std::min<int64_t>(kBlock, pairs.size() - start);
-      dispatch_isa([&]() RL_LAMBDA_INLINE {
+      dispatch_isa([&](auto) RL_LAMBDA_INLINE {
         A margin[kBlock], value[kBlock], grad[kBlock];
         for (int64_t k = 0; k < count; ++k)
           margin[k] = score[pair[k].better] - score[pair[k].worse];

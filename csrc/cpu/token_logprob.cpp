@@ -20,7 +20,7 @@ void forward_rows(const Batch& b, acc_t<T>* logprob, acc_t<T>* entropy, acc_t<T>
   const T* data = static_cast<const T*>(b.logits.const_data_ptr());
   const int64_t count = b.view.rows.count;
   torch::stable::parallel_for(0, count, grain(b.view.rows), [&](int64_t begin, int64_t end) {
-    dispatch_isa([&]() RL_LAMBDA_INLINE {
+    dispatch_isa([&](auto fma) RL_LAMBDA_INLINE {
       for (int64_t r = begin; r < end; ++r) {
         if (!b.view.counts(r)) {
           logprob[r] = entropy[r] = stats[r] = stats[count + r] = 0;
@@ -28,8 +28,8 @@ void forward_rows(const Batch& b, acc_t<T>* logprob, acc_t<T>* entropy, acc_t<T>
         }
         const RowMaths<A> f = b.view.maths<A>(r);
         const T* row = data + b.view.rows.offset(r);
-        const RowStats<A> s = row_stats<kCap>(row, b.view.rows.width, f);
-        logprob[r] = (logit<kCap>(row[b.view.target(r)], f) - s.max) - s.log_sum;
+        const RowStats<A> s = row_stats<kCap, fma()>(row, b.view.rows.width, f);
+        logprob[r] = row_logprob<kCap, fma()>(row[b.view.target(r)], s, f);
         entropy[r] = s.entropy;
         stats[r] = s.max;
         stats[count + r] = s.log_sum;
@@ -45,7 +45,7 @@ void backward_rows(const Batch& b, const Upstream<acc_t<T>>& upstream, const acc
   const T* data = static_cast<const T*>(b.logits.const_data_ptr());
   const int64_t count = b.view.rows.count, width = b.view.rows.width;
   torch::stable::parallel_for(0, count, grain(b.view.rows), [&](int64_t begin, int64_t end) {
-    dispatch_isa([&]() RL_LAMBDA_INLINE {
+    dispatch_isa([&](auto fma) RL_LAMBDA_INLINE {
       for (int64_t r = begin; r < end; ++r) {
         T* to = out + out_rows.offset(r);
         const A g = upstream.logprob ? upstream.logprob[r] : A(0);
@@ -55,8 +55,8 @@ void backward_rows(const Batch& b, const Upstream<acc_t<T>>& upstream, const acc
           continue;
         }
         const RowStats<A> s{stats[r], stats[count + r], entropy[r]};
-        row_backward<kCap>(data + b.view.rows.offset(r), to, width, b.view.target(r), g, h, s,
-                           b.view.maths<A>(r));
+        row_backward<kCap, fma()>(data + b.view.rows.offset(r), to, width, b.view.target(r), g, h,
+                                  s, b.view.maths<A>(r));
       }
     });
   });

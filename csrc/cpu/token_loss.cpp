@@ -21,7 +21,7 @@ void loss_rows(const Batch& b, const LossView<acc_t<T>>& loss, const LossOutputs
   const T* data = static_cast<const T*>(b.logits.const_data_ptr());
   const int64_t count = b.view.rows.count, width = b.view.rows.width;
   torch::stable::parallel_for(0, count, grain(b.view.rows), [&](int64_t begin, int64_t end) {
-    dispatch_isa([&]() RL_LAMBDA_INLINE {
+    dispatch_isa([&](auto fma) RL_LAMBDA_INLINE {
       for (int64_t r = begin; r < end; ++r) {
         T* out = grad ? grad + grad_rows.offset(r) : nullptr;
         TokenTerm<A> term{0, 0};
@@ -31,8 +31,8 @@ void loss_rows(const Batch& b, const LossView<acc_t<T>>& loss, const LossOutputs
         const bool counts = b.view.counts(r);
         if (counts) {
           const RowMaths<A> f = b.view.maths<A>(r);
-          s = row_stats<kCap>(row, width, f);
-          logprob = (logit<kCap>(row[b.view.target(r)], f) - s.max) - s.log_sum;
+          s = row_stats<kCap, fma()>(row, width, f);
+          logprob = row_logprob<kCap, fma()>(row[b.view.target(r)], s, f);
           term = loss.term(r, logprob);
         }
         to.loss[r] = term.loss;
@@ -44,8 +44,8 @@ void loss_rows(const Batch& b, const LossView<acc_t<T>>& loss, const LossOutputs
         if (term.slope == 0) {
           std::memset(static_cast<void*>(out), 0, width * sizeof(T));
         } else {
-          row_backward<kCap>(row, out, width, b.view.target(r), term.slope, A(0), s,
-                             b.view.maths<A>(r));
+          row_backward<kCap, fma()>(row, out, width, b.view.target(r), term.slope, A(0), s,
+                                    b.view.maths<A>(r));
         }
       }
     });
@@ -109,7 +109,7 @@ void token_loss_bwd_(Tensor grad, Tensor upstream) {
     T* data = static_cast<T*>(grad.mutable_data_ptr());
     const A* factors = static_cast<const A*>(scales.keep.const_data_ptr());
     torch::stable::parallel_for(0, rows.count, grain(rows), [&](int64_t begin, int64_t end) {
-      dispatch_isa([&]() RL_LAMBDA_INLINE {
+      dispatch_isa([&](auto) RL_LAMBDA_INLINE {
         for (int64_t r = begin; r < end; ++r) {
           const A factor = factors[r * scales.step];
           T* row = data + rows.offset(r);

@@ -32,6 +32,13 @@ RL_INLINE A blend(uint8_t keep, A a, A b) {
   return std::bit_cast<A>(other ^ ((other ^ std::bit_cast<Bits>(a)) & (Bits{0} - Bits{keep})));
 }
 
+// Asks for the cache lines of `count` elements, to be read or written soon.
+template <bool Write, typename T>
+RL_INLINE void prefetch_lines(const T* data, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(data + i, Write, 3);
+}
+
 // A 1-d or 2-d tensor of float tokens.
 class Tokens {
  public:
@@ -61,9 +68,7 @@ class Tokens {
   // in `scratch`.
   template <typename A>
   const A* load(int64_t start, int64_t count, A* scratch) const {
-    constexpr ScalarType own = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-    if (dtype_ == own && inner_stride_ == 1 && flat_)
-      return reinterpret_cast<const A*>(data_) + start;
+    if (in_place<A>()) return reinterpret_cast<const A*>(data_) + start;
     switch (dtype_) {
       case ScalarType::Double:
         return copy<double>(start, count, scratch);
@@ -74,6 +79,12 @@ class Tokens {
       default:
         return copy<bf16>(start, count, scratch);
     }
+  }
+
+  // Asks for the `count` tokens from flat index `start`, where load() hands them out in place.
+  template <typename A>
+  RL_INLINE void prefetch(int64_t start, int64_t count) const {
+    if (in_place<A>()) prefetch_lines<false>(reinterpret_cast<const A*>(data_) + start, count);
   }
 
   // The same with 0 where `keep` is 0, so that nothing behind the mask, NaN included, enters any
@@ -87,6 +98,12 @@ class Tokens {
   }
 
  private:
+  template <typename A>
+  bool in_place() const {
+    constexpr ScalarType own = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+    return dtype_ == own && inner_stride_ == 1 && flat_;
+  }
+
   template <typename T, typename A>
   const A* copy(int64_t start, int64_t count, A* scratch) const {
     const T* data = reinterpret_cast<const T*>(data_);
@@ -233,7 +250,7 @@ template <typename F>
 void for_each_block(int64_t tokens, const F& f) {
   const int64_t blocks = (tokens + kBlock - 1) / kBlock;
   torch::stable::parallel_for(0, blocks, kGrainBlocks, [&](int64_t first, int64_t last) {
-    dispatch_isa([&]() RL_LAMBDA_INLINE {
+    dispatch_isa([&](auto) RL_LAMBDA_INLINE {
       for (int64_t block = first; block < last; ++block) {
         f(block, block * kBlock, std::min(kBlock, tokens - block * kBlock));
       }

@@ -43,7 +43,8 @@ RL_INLINE Moments block_moments(const A* x, const uint8_t* keep, int64_t count) 
   }
   out.count = kept;
   out.mean = static_cast<double>(mean) + static_cast<double>(drift) / kept;
-  out.m2 = std::max(0.0, static_cast<double>(m2) - static_cast<double>(drift) * drift / kept);
+  const double squares = static_cast<double>(m2) - static_cast<double>(drift) * drift / kept;
+  out.m2 = squares < 0 ? 0 : squares;  // NaN stays NaN
   return out;
 }
 
@@ -55,8 +56,9 @@ void whiten(const Tokens& x, const Mask& mask, bool shift_mean, bool unbiased, A
   std::vector<Moments> partial((tokens + kBlock - 1) / kBlock);
   for_each_block(tokens, [&](int64_t block, int64_t start, int64_t count) RL_LAMBDA_INLINE {
     A scratch[kBlock];
-    const uint8_t* keep = mask.from(start, count);
-    partial[block] = block_moments(x.load(start, count, keep, scratch), keep, count);
+    const auto [first, last] = mask.kept_range(start, start + count);
+    const uint8_t* keep = mask.from(first, last - first);
+    partial[block] = block_moments(x.load(first, last - first, keep, scratch), keep, last - first);
   });
   Moments all;
   for (const Moments& moments : partial) all.merge(moments);
@@ -64,17 +66,20 @@ void whiten(const Tokens& x, const Mask& mask, bool shift_mean, bool unbiased, A
   const A mean = to_unit.mean, scale = to_unit.scale, shift = to_unit.shift;
   for_each_block(tokens, [&](int64_t, int64_t start, int64_t count) RL_LAMBDA_INLINE {
     A scratch[kBlock];
-    const uint8_t* keep = mask.from(start, count);
-    const A* in = x.load(start, count, keep, scratch);
-    A* to = out + start;
+    const auto [first, last] = mask.kept_range(start, start + count);
+    const uint8_t* keep = mask.from(first, last - first);
+    const A* in = x.load(first, last - first, keep, scratch);
+    A* to = out + first;
     if (keep) {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i)
+      for (int64_t i = 0; i < last - first; ++i)
         to[i] = blend(keep[i], whitened(in[i], mean, scale, shift), A(0));
     } else {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) to[i] = whitened(in[i], mean, scale, shift);
+      for (int64_t i = 0; i < last - first; ++i) to[i] = whitened(in[i], mean, scale, shift);
     }
+    std::fill(out + start, out + first, A(0));
+    std::fill(out + last, out + start + count, A(0));
   });
 }
 

@@ -5,6 +5,7 @@ value, and in the module-level dicts (registries) that hold it. Modules imported
 module; `unpatch` finds those too. A copy of a replacement that someone kept calls the original once unpatched.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -117,6 +118,10 @@ class Patch:
         """Let go of the host; does nothing the second time."""
         self._host.release(self)
 
+    def suspended(self):
+        """A `with` block in which the host's own functions run again, to compare; ours stay in place."""
+        return self._host.suspended()
+
     @property
     def calls(self) -> dict[str, int]:
         """Host function -> calls that our op served (those traced by torch.compile do not count)."""
@@ -163,7 +168,7 @@ class Host:
 
     @property
     def patched(self) -> bool:
-        return self._live[0]
+        return bool(self._swaps)
 
     def calls(self) -> dict[str, int]:
         """Host function -> calls that our op served in this process."""
@@ -202,6 +207,16 @@ class Host:
             self._holders.clear()
             if self.patched:
                 self._undo()
+
+    @contextlib.contextmanager
+    def suspended(self):
+        """Run the host's own functions in a `with` block, in all threads, and leave ours in place: to compare."""
+        live = self._live
+        before, live[0] = live[0], False
+        try:
+            yield
+        finally:
+            live[0] = before
 
     # ---- apply and undo ----
 

@@ -23,7 +23,7 @@ _UTILS = "trl.trainer.utils"
 _HEAD = "trl.kernels.chunked_logprob.ChunkedLogProbFunction"
 
 
-def patch(backend: str = "auto") -> Patch:
+def patch(backend: str = "auto", inplace_backward: bool = False) -> Patch:
     """Run TRL's log-prob, entropy, chunked-head and pairwise-reward functions on fastrlhf's ops.
 
     Every trainer that uses them gains (SFT, DPO, KTO, GRPO, RLOO and the experimental ones), also a
@@ -32,6 +32,9 @@ def patch(backend: str = "auto") -> Patch:
 
     Args:
         backend: of the ops; see `fastrlhf.backends`.
+        inplace_backward: let the backward of log-probs and entropies write the gradient over the
+            logits, which halves its memory; then nothing may read them after it. See
+            `fastrlhf.token_logprob`.
 
     Returns:
         The handle: a context manager with `unpatch()`, `calls`, `fallbacks` and `report`.
@@ -39,12 +42,12 @@ def patch(backend: str = "auto") -> Patch:
     Raises:
         ImportError: TRL is not installed.
         HostMoved: one of its functions is not where, or not what, it was; nothing is patched then.
-        RuntimeError: patched already with another backend.
+        RuntimeError: patched already with other options.
 
     Calls that no op serves run TRL's own function and are counted in `fallbacks`: K indices a
     position, a temperature that is no number above 0, and float64 hidden states.
     """
-    return _HOST.patch(backend=backend)
+    return _HOST.patch(backend=backend, inplace_backward=inplace_backward)
 
 
 def unpatch() -> None:
@@ -77,18 +80,23 @@ def _like_trl(out: Tensor, logits: Tensor) -> Tensor:
     return out.to(logits.dtype) if logits.device.type == "cpu" else out
 
 
-def _selective_log_softmax(original, backend):
+def _selective_log_softmax(original, backend, inplace_backward):
     def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
         _servable(logits, index, temperature)
         logprob = token_logprob(
-            logits, index, temperature=temperature, mask=row_mask, backend=backend
+            logits,
+            index,
+            temperature=temperature,
+            mask=row_mask,
+            inplace_backward=inplace_backward,
+            backend=backend,
         )
         return _like_trl(logprob, logits)
 
     return selective_log_softmax
 
 
-def _selective_log_softmax_and_entropy(original, backend):
+def _selective_log_softmax_and_entropy(original, backend, inplace_backward):
     def selective_log_softmax_and_entropy(
         logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None
     ):
@@ -99,6 +107,7 @@ def _selective_log_softmax_and_entropy(original, backend):
             temperature=temperature,
             mask=row_mask,
             return_entropy=True,
+            inplace_backward=inplace_backward,
             backend=backend,
         )
         entropy = _like_trl(entropy, logits)
@@ -107,12 +116,18 @@ def _selective_log_softmax_and_entropy(original, backend):
     return selective_log_softmax_and_entropy
 
 
-def _entropy_from_logits(original, backend):
+def _entropy_from_logits(original, backend, inplace_backward):
     def entropy_from_logits(logits, chunk_size=128):
         _servable(logits, None, 1.0)
         # Any target does: the entropy does not look at it.
         targets = torch.zeros((), dtype=torch.int64, device=logits.device).expand(logits.shape[:-1])
-        _, entropy = token_logprob(logits, targets, return_entropy=True, backend=backend)
+        _, entropy = token_logprob(
+            logits,
+            targets,
+            return_entropy=True,
+            inplace_backward=inplace_backward,
+            backend=backend,
+        )
         return _like_trl(entropy, logits)
 
     return entropy_from_logits
@@ -132,7 +147,7 @@ _HEAD_PARAMETERS = (
 )
 
 
-def _chunked_head(original, backend):
+def _chunked_head(original, backend, inplace_backward):
     # `apply` is autograd's; what it takes stands in `forward`.
     check_parameters("trl", f"{_HEAD}.forward", original.__self__.forward, _HEAD_PARAMETERS)
 
@@ -275,12 +290,12 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
-def _scores_only_what_counts(original, backend):
+def _scores_only_what_counts(original, backend, inplace_backward):
     # Not on devices that compile anew for each number of rows, for which TRL leaves them in.
     return lambda device: original(device) or device.type in ("cpu", "cuda")
 
 
-def _pairwise_loss(original, backend):
+def _pairwise_loss(original, backend, inplace_backward):
     @functools.wraps(original)
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         margin = inputs.get("margin")

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastrlhf.ops import _autograd
+
 try:
     from fastrlhf import _C  # noqa: F401  (loading it registers the C++ ops)
 
@@ -40,6 +42,10 @@ _CPP_OPS = {
     "token_loss": "token_loss_fwd",
 }
 OPS = tuple(_CPP_OPS)
+# Their outputs are constants to autograd.
+_CONSTANTS = frozenset({"kl_reward", "gae", "kl_gae", "masked_whiten"})
+# Their reference, too, is an op with a backward of its own: elsewhere it is plain PyTorch.
+_OWN_AUTOGRAD = frozenset({"linear_logprob", "linear_cross_entropy"})
 # Public op -> the file under fastrlhf/kernels that serves it.
 _TRITON_KERNELS = {
     "token_logprob": "token_logprob",
@@ -178,8 +184,11 @@ def check_name(op: str, backend: str) -> None:
         raise ValueError(f"{op}: backend must be one of {('auto', *BACKENDS)}; got {backend!r}")
 
 
-def choose(op: str, backend: str, tensor: torch.Tensor) -> str:
-    """The backend that will run `op` on `tensor`; ValueError for a name that cannot run here."""
+def choose(op: str, backend: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> str:
+    """The backend that will run `op` on `tensor`; ValueError for a name that cannot run here.
+
+    `others`: the op's other tensors that are no constants to autograd: no tangent may be lost.
+    """
     device = tensor.device.type
     check_name(op, backend)
     if backend == "auto":
@@ -194,6 +203,10 @@ def choose(op: str, backend: str, tensor: torch.Tensor) -> str:
                 f"Use backend='auto' (here: {auto(op, device)!r}) or backend='reference'."
             )
         chosen = backend
+    if chosen != "reference" or op in _OWN_AUTOGRAD:
+        way_out = "torch.autograd.grad" + (", or backend='reference'" * (op not in _OWN_AUTOGRAD))
+        tensors = (tensor, *others)
+        _autograd.refuse_transforms(op, tensors, constant=op in _CONSTANTS, way_out=way_out)
     if not torch.compiler.is_compiling():
         with _lock:
             calls[op, chosen] += 1

@@ -1,6 +1,7 @@
 """Argument checks shared by the ops: TypeError or ValueError with name, expected and got."""
 
 import operator
+import sys
 
 import torch
 
@@ -11,6 +12,9 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 def tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else str(value.layout)
+        raise TypeError(f"{op}: {name} must be a dense tensor (torch.strided); got {kind}")
 
 
 def float_tensor(op: str, name: str, value: object) -> None:
@@ -54,17 +58,19 @@ def number(op: str, name: str, value: object, *, low: float | None = None, stric
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number; got {type(value).__name__}")
     bound = "" if low is None else (f" above {low:g}" if strict else f" of at least {low:g}")
-    finite = value == value and value not in (float("inf"), float("-inf"))
+    finite = abs(value) <= sys.float_info.max
     if not finite or (low is not None and (value < low or (strict and value == low))):
         raise ValueError(f"{op}: {name} must be a finite number{bound}; got {value}")
     return float(value)
 
 
 def mask(op: str, value: object, expected: tuple, device: torch.device) -> torch.Tensor | None:
-    """The mask as bool (True = counts), or None. Masks of 0 and 1 of any dtype are taken."""
+    """The mask as bool (True = counts), or None. Masks of 0 and 1 of any real dtype are taken."""
     if value is None:
         return None
     tensor(op, "mask", value)
+    if value.is_complex():
+        raise TypeError(f"{op}: mask must be bool, or 0 and 1; got {value.dtype}")
     shape(op, "mask", value, expected)
     same_device(op, "mask", value, device)
     return value if value.dtype == torch.bool else value != 0
@@ -94,8 +100,10 @@ def overwritable(logits: torch.Tensor) -> bool:
     """Whether a backward may write the gradient of [..., V] logits over them.
 
     Not where rows share memory (an expanded view), nor in layouts that the kernels copy before they
-    read (more than two row strides, or a last stride that is not 1).
+    read (more than two row strides, or a last stride that is not 1), nor under torch.func.vmap.
     """
+    if torch._C._are_functorch_transforms_active():
+        return False
     *row_sizes, width = logits.shape
     *row_strides, last = logits.stride()
     if width > 1 and last != 1:

@@ -61,7 +61,7 @@ def gae(
     cu_seqlens, mask, count = _sequence.layout(OP, "rewards", rewards, cu_seqlens, mask)
     if bootstrap is not None:
         _sequence.per_sequence(OP, "bootstrap", bootstrap, "rewards", rewards, count)
-    chosen = _backend.choose(OP, backend, rewards)
+    chosen = _backend.choose(OP, backend, rewards, values, bootstrap)
     with torch.no_grad():
         if chosen == "reference":
             return reference.gae(

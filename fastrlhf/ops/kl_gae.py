@@ -63,7 +63,7 @@ def kl_gae(
     gamma, lam = _gae.check(OP, "logprob", logprob, values, gamma, lam, whiten)
     cu_seqlens, mask, count = _sequence.layout(OP, "logprob", logprob, cu_seqlens, mask)
     _sequence.per_sequence(OP, "score", score, "logprob", logprob, count)
-    chosen = _backend.choose(OP, backend, logprob)
+    chosen = _backend.choose(OP, backend, logprob, ref_logprob, score, values)
     with torch.no_grad():
         if chosen == "reference":
             return reference.kl_gae(

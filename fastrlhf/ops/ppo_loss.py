@@ -7,10 +7,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrlhf import reference
-from fastrlhf.ops import _backend, _checks, _sequence
+from fastrlhf.ops import _autograd, _backend, _checks, _sequence
 from fastrlhf.reference import PPOLossOutput
 
 OP = "ppo_loss"
@@ -94,7 +93,7 @@ def ppo_loss(
         OP, clip, dual_clip, value_clip, value_coef, entropy_coef
     )
     _check_value_tensors(values, old_values, returns, value_clip)
-    chosen = _backend.choose(OP, backend, logprob)
+    chosen = _backend.choose(OP, backend, logprob, values, entropy)
     if chosen == "reference":
         return reference.ppo_loss(
             logprob,
@@ -108,7 +107,6 @@ def ppo_loss(
             value_coef=value_coef,
             entropy_coef=entropy_coef,
         )
-    trained = [x for x in (logprob, values, entropy) if x is not None]
     ops = torch.ops.fastrlhf
     op = ops.ppo_loss_triton_fwd if chosen == "triton" else ops.ppo_loss_fwd
     loss, metrics, *_ = op(
@@ -123,7 +121,7 @@ def ppo_loss(
         math.inf if value_clip is None else value_clip,
         value_coef,
         entropy_coef,
-        torch.is_grad_enabled() and any(x.requires_grad for x in trained),
+        _autograd.trained(logprob, values, entropy),
     )
     absent = set(() if values is not None else _VALUE_METRICS)
     absent |= set(() if entropy is not None else ("entropy",))
@@ -179,7 +177,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*grads)
 
 
-@once_differentiable
+@_autograd.once(OP)
 def _backward(ctx, grad_loss, *_):
     wanted = [ctx.needs_input_grad[i] for i in (0, 3, 6)]
     # The Triton op leaves its gradients without 1 / n, which stands before them.

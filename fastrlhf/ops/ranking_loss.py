@@ -5,10 +5,9 @@ Shapes: P prompts, M completions in all; scores, ranks [M], cu_groups [P+1].
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrlhf import reference
-from fastrlhf.ops import _backend, _checks, _sequence
+from fastrlhf.ops import _autograd, _backend, _checks, _sequence
 
 OP = "ranking_loss"
 
@@ -59,7 +58,7 @@ def ranking_loss(
     chosen = _backend.choose(OP, backend, scores)
     if chosen == "reference":
         return reference.ranking_loss(scores, ranks, cu_groups)
-    with_grad = torch.is_grad_enabled() and scores.requires_grad
+    with_grad = _autograd.trained(scores)
     if chosen == "triton":
         return torch.ops.fastrlhf.ranking_loss_triton_fwd(scores, ranks, cu_groups, with_grad)[0]
     loss, _ = torch.ops.fastrlhf.ranking_loss_fwd(scores, ranks.long(), cu_groups, with_grad)
@@ -86,7 +85,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
 
 
-@once_differentiable
+@_autograd.once(OP)
 def _backward(ctx, grad_loss, *_):
     # The Triton op leaves its gradient without 1 / (counted prompts), which stands before it.
     *factor, grad = ctx.saved_tensors

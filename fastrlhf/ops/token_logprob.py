@@ -67,7 +67,7 @@ def token_logprob(
     row_temperature, temperature, softcap, mask = check(
         OP, logits, targets, temperature, softcap, mask
     )
-    chosen = _backend.choose(OP, backend, logits)
+    chosen = _backend.choose(OP, backend, logits, row_temperature)
     if chosen == "reference":
         return _reference(
             logits, targets, row_temperature, temperature, softcap, mask, return_entropy

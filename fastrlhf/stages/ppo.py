@@ -324,7 +324,7 @@ class Trainer:
             for p, b in zip(self.policy.parameters(), before, strict=True)
         ]
         norm = float(sharded.full(torch.nn.utils.get_total_norm(own)))
-        return {"ptx/loss": float(loss), "grad_norm/ptx": norm}
+        return {"ptx/loss": float(loss), "grad_norm/ptx": norm / runtime.loss_scale}
 
     def state_dict(self) -> dict:
         """All that a resumed run needs to go on as if it had not stopped."""

@@ -1,0 +1,279 @@
+"""Host functions before and after `fastrlhf.integrations`: time, extra memory, error against fp64.
+
+    python benchmarks/bench_hosts.py --host trl [--only selective] [--out FILE.json]
+
+A row compares a host's own function with its replacement on the same tensors, in turns, in one run. The Trainer row is
+two processes that train the same model for some steps, for the peak of what torch's allocator held and of the resident
+set. Shapes: B sequences, T tokens, V vocabulary, H hidden.
+"""
+
+import argparse
+import importlib
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import harness
+
+ONLY = ""  # functions whose name starts so are measured
+WIDTHS = {"B": 8, "T": 256, "V": 32000}
+
+
+def errors(function, truth, inputs, upstream):
+    """Largest error of the outputs and of the gradients of float inputs, each over the truth's largest."""
+    found = []
+    for call, cast in ((function, lambda x: x), (truth, torch.Tensor.double)):
+        mine = [
+            cast(x).detach().clone().requires_grad_() if x.is_floating_point() else x
+            for x in inputs
+        ]
+        out = call(*mine)
+        out = out if isinstance(out, tuple) else (out,)
+        outputs = [x for x in out if x is not None and x.requires_grad]
+        (sum((x.double() * upstream).sum() for x in outputs)).backward()
+        found.append([x.detach() for x in outputs] + [x.grad for x in mine if x.grad is not None])
+    pairs = zip(*found, strict=True)
+    return [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs]
+
+
+def compare(name, ours, theirs, truth, inputs, device, seconds, **facts):
+    """One row per direction: forward alone, and forward with backward."""
+    if not name.startswith(ONLY):
+        return
+    torch.manual_seed(0)
+    upstream = torch.randn(inputs[0].shape[:-1], device=device)
+    mine = errors(ours, truth, inputs, upstream)
+    host = errors(theirs, truth, inputs, upstream)
+    eps = torch.finfo(inputs[0].dtype).eps
+    ratio = max(a / max(b, eps) for a, b in zip(mine, host, strict=True))
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+
+    def forward(function):
+        return lambda: function(*leaves)
+
+    def full(function):
+        def step():
+            out = function(*leaves)
+            out = out if isinstance(out, tuple) else (out,)
+            sum((x * upstream).sum() for x in out if x is not None and x.requires_grad).backward()
+            for x in leaves:
+                x.grad = None
+
+        return step
+
+    for direction, made in (("forward", forward), ("forward+backward", full)):
+        functions = {"host": made(theirs), "fastrlhf": made(ours)}
+        taken = harness.times(functions, device, seconds)
+        seconds_of = {k: statistics.median(v) for k, v in taken.items()}
+        held = {k: harness.peak_bytes(f, device) for k, f in functions.items()}
+        yield {
+            "function": name,
+            "direction": direction,
+            **facts,
+            "dtype": str(inputs[0].dtype)[6:],
+            "ms": {k: v * 1e3 for k, v in seconds_of.items()},
+            "times_faster": seconds_of["host"] / seconds_of["fastrlhf"],
+            "extra_bytes": held,
+            "times_less_memory": held["host"] / max(held["fastrlhf"], 1),
+            "error_ratio": ratio,
+        }
+
+
+def unpatched(function, patched):
+    """A replaced function as the host has it, whatever it calls: ours stay in place but step aside."""
+
+    def call(*arguments):
+        with patched.suspended():
+            return function(*arguments)
+
+    return call
+
+
+def trl_rows(device, dtype, seconds, sizes):
+    """TRL's log-prob, entropy and chunked head, as its trainers call them."""
+    from fastrlhf.integrations import trl as integration
+
+    utils = importlib.import_module("trl.trainer.utils")
+    shape = (sizes["B"], sizes["T"], sizes["V"])
+    torch.manual_seed(0)
+    logits = (2 * torch.randn(shape, device=device)).to(dtype)
+    index = torch.randint(shape[-1], shape[:-1], device=device)
+    facts = {"host": "trl", "shape": list(shape)}
+    calls = {
+        "selective_log_softmax": (logits, index),
+        "entropy_from_logits": (logits,),
+        "selective_log_softmax_and_entropy": (logits, index),
+    }
+    in_place = {"selective_log_softmax": calls["selective_log_softmax"]}
+    for inplace, functions in ((False, calls), (True, in_place)):
+        with integration.patch(inplace_backward=inplace) as patched:
+            for name, inputs in functions.items():
+                ours = getattr(utils, name)
+                theirs = unpatched(ours, patched)
+                label = f"{name}, in-place backward" if inplace else name
+                yield from compare(label, ours, theirs, theirs, inputs, device, seconds, **facts)
+    del logits, inputs, calls, in_place, functions
+    rows, width = sizes["B"] * sizes["T"] // 2, 256
+    hidden = torch.randn(rows, width, device=device, dtype=dtype)
+    weight = (torch.randn(shape[-1], width, device=device) / width**0.5).to(dtype)
+    targets = index.flatten()[:rows]
+    facts = {"host": "trl", "shape": [rows, width, shape[-1]]}
+
+    def truth(h, w):
+        logp = (h @ w.T).log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum(-1)
+        return logp.gather(-1, targets[:, None])[:, 0], entropy
+
+    with integration.patch() as patched:
+        for outputs in (("entropy",), ("entropy", "mean_logits", "is_top1")):
+
+            def ours(h, w, outputs=outputs):
+                settings = (1.0, 32768, None, 1.0, outputs)
+                return utils._ChunkedLogProbFunction.apply(h, w, None, targets, *settings)[:2]
+
+            pair = ours, unpatched(ours, patched)
+            name = f"ChunkedLogProbFunction, {' '.join(outputs)}"
+            inputs = (hidden, weight)
+            yield from compare(name, *pair, truth, inputs, device, seconds, **facts)
+
+
+def train(patched: bool, device: str, sizes: dict, steps: int) -> dict:
+    """Some steps of transformers' Trainer on a 2-layer Llama: seconds of a step and peaks of memory."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    from fastrlhf.integrations import transformers as integration
+
+    torch.manual_seed(0)
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 1024}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=sizes["V"], hidden_size=256, **layers))
+    ids = torch.randint(sizes["V"], ((steps + 1) * sizes["B"], sizes["T"]))
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def run(steps):
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                output_dir=folder,
+                use_cpu=device == "cpu",
+                per_device_train_batch_size=sizes["B"],
+                max_steps=steps,
+                report_to=[],
+                save_strategy="no",
+                disable_tqdm=True,
+                logging_strategy="no",
+            )
+            return Trainer(model=model, args=arguments, train_dataset=rows).train().training_loss
+
+    if patched:
+        integration.patch()
+    start = time.perf_counter()
+    loss = run(steps)
+    took = time.perf_counter() - start
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.zero_grad()
+    allocated = harness.peak_bytes(lambda: run(1), device) + weights
+    return {
+        "seconds": took / steps,
+        "resident_bytes": resident,
+        "peak_bytes": allocated,
+        "loss": loss,
+    }
+
+
+def transformers_rows(device, dtype, seconds, sizes):
+    """A training step of the plain Trainer, each variant in a process of its own."""
+    steps = 3
+    made = {}
+    for name in ("host", "fastrlhf"):
+        arguments = ["--train", name, "--device", device, "--steps", str(steps)]
+        arguments += [f"--{key}={value}" for key, value in sizes.items()]
+        done = subprocess.run(
+            [sys.executable, __file__, *arguments], capture_output=True, text=True, check=True
+        )
+        made[name] = json.loads(done.stdout.splitlines()[-1])
+    host, ours = made["host"], made["fastrlhf"]
+    yield {
+        "host": "transformers",
+        "function": "Trainer step, 2-layer Llama, H 256",
+        "direction": "forward+backward",
+        "shape": [sizes["B"], sizes["T"], sizes["V"]],
+        "dtype": "float32",
+        "ms": {k: v["seconds"] * 1e3 for k, v in made.items()},
+        "times_faster": host["seconds"] / ours["seconds"],
+        "peak_bytes": {k: v["peak_bytes"] for k, v in made.items()},
+        "peak_over_hosts": ours["peak_bytes"] / host["peak_bytes"],
+        "resident_bytes": {k: v["resident_bytes"] for k, v in made.items()},
+        "loss_difference": abs(ours["loss"] - host["loss"]),
+    }
+
+
+ROWS = {"trl": trl_rows, "transformers": transformers_rows}
+
+
+def line(row: dict) -> str:
+    ms = row["ms"]
+    text = f"{row['host']} {row['function']} {row['shape']} {row['dtype']} {row['direction']}: "
+    text += f"{ms['host']:.1f} -> {ms['fastrlhf']:.1f} ms ({row['times_faster']:.1f}x)"
+    if "extra_bytes" in row:
+        mib = {k: v / 2**20 for k, v in row["extra_bytes"].items()}
+        text += f", extra {mib['host']:.1f} -> {mib['fastrlhf']:.1f} MiB"
+        return (
+            text + f" ({row['times_less_memory']:.1f}x less), error ratio {row['error_ratio']:.2f}"
+        )
+    mib = {k: v / 2**20 for k, v in row["peak_bytes"].items()}
+    text += f", peak {mib['host']:.0f} -> {mib['fastrlhf']:.0f} MiB ({row['peak_over_hosts']:.2f}x)"
+    resident = {k: v / 2**20 for k, v in row["resident_bytes"].items()}
+    return text + f", resident +{resident['host']:.0f} -> +{resident['fastrlhf']:.0f} MiB"
+
+
+def save(path: Path, device: str, rows: list[dict]) -> None:
+    """Write the rows, and keep those of other functions that the file holds already."""
+    key = lambda row: (row["host"], row["function"], row["direction"], row["dtype"])  # noqa: E731
+    kept = json.loads(path.read_text())["rows"] if path.is_file() else []
+    merged = {key(row): row for row in [*kept, *rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = {"machine": harness.machine(device), "rows": list(merged.values())}
+    path.write_text(json.dumps(made, indent=1) + "\n")
+
+
+def main() -> None:
+    global ONLY
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--host", choices=ROWS, action="append", help="default: all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each comparison")
+    for key, value in WIDTHS.items():
+        parser.add_argument(f"--{key}", type=int, default=value)
+    parser.add_argument("--only", default="", help="functions whose name starts so")
+    parser.add_argument(
+        "--out", type=Path, help="write the rows there as JSON, beside those of others"
+    )
+    parser.add_argument("--train", choices=("host", "fastrlhf"), help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    ONLY = args.only
+    sizes = {key: getattr(args, key) for key in WIDTHS}
+    if args.train:
+        print(json.dumps(train(args.train == "fastrlhf", args.device, sizes, args.steps)))
+        return
+    rows = []
+    for host in args.host or ROWS:
+        dtype = getattr(torch, args.dtype)
+        for row in ROWS[host](args.device, dtype, args.seconds, sizes):
+            print(line(row), flush=True)
+            rows.append(row)
+            if args.out:
+                save(args.out, args.device, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -103,7 +103,8 @@ def _get_advantages_and_returns(original, backend):
             if action_mask is not None:
                 mask_dtypes = (torch.bool, torch.int32, torch.int64, values.dtype)
                 _rows.plain("action_mask", action_mask, mask_dtypes)
-                values, rewards = action_mask * values, action_mask * rewards
+                weights = _rows.weights(action_mask, values.dtype)
+                values, rewards = weights * values, weights * rewards
             # The op gets no mask: OpenRLHF lets masked steps pass as steps of reward and value 0.
             advantages, _ = gae(rewards, values, gamma=gamma, lam=lambd, backend=backend)
             return advantages, advantages + values

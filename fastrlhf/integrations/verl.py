@@ -167,7 +167,7 @@ def _counted(keep: Tensor) -> int:
 def _moments(x: Tensor, keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """(mean, 1 / sqrt(var + 1e-8)) over the unmasked elements of x, which is 0 at the others."""
     mean = x.sum() / count
-    centred = (x - mean).mul_(keep)
+    centred = (x - mean).mul_(_rows.weights(keep, x.dtype))
     return mean, (centred.square_().sum() / (count - 1) + 1e-8).rsqrt()
 
 
@@ -177,7 +177,8 @@ def _carried(advantages: Tensor, keep: Tensor) -> Tensor:
     The op's advantages are 0 at masked steps, so that only sequences with holes need anything.
     """
     steps = keep.shape[1]
-    if not bool((keep[:, 1:] > keep[:, :-1]).any()):
+    on = keep.view(torch.int8)
+    if steps == 1 or int((on[:, 1:] - on[:, :-1]).max()) <= 0:
         return advantages
     index = torch.arange(steps, device=keep.device)
     index = torch.where(keep, index, steps - 1).flip(1).cummin(1).values.flip(1)

@@ -164,11 +164,12 @@ def _counted(keep: Tensor) -> int:
     return count
 
 
-def _moments(x: Tensor, keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(mean, 1 / sqrt(var + 1e-8)) over the unmasked elements of x, which is 0 at the others."""
+def _moments(x: Tensor, keep: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, 1 / sqrt(var + 1e-8), x - mean) by the unmasked elements of x, which is 0 at the others."""
     mean = x.sum() / count
-    centred = (x - mean).mul_(_rows.weights(keep, x.dtype))
-    return mean, (centred.square_().sum() / (count - 1) + 1e-8).rsqrt()
+    centred = x - mean
+    squares = _rows.weights(keep, x.dtype).mul_(centred).square_()
+    return mean, (squares.sum() / (count - 1) + 1e-8).rsqrt(), centred
 
 
 def _carried(advantages: Tensor, keep: Tensor) -> Tensor:
@@ -197,11 +198,11 @@ def _compute_gae(original, backend):
         with torch.no_grad():
             options = {"gamma": gamma, "lam": lam, "mask": keep, "backend": backend}
             advantages, _ = gae(token_level_rewards, values, **options)
-            mean, scale = _moments(advantages, keep, count)
-            advantages = _carried(advantages, keep)
-            returns = advantages + values
-            # A tensor of its own: the op's two outputs share one allocation, which pickling would keep.
-            return (advantages - mean).mul_(scale), returns
+            mean, scale, centred = _moments(advantages, keep, count)
+            carried = _carried(advantages, keep)
+            # A tensor of its own: the op's outputs share one allocation, which pickling would keep.
+            whitened = centred if carried is advantages else carried - mean
+            return whitened.mul_(scale), carried + values
 
     return compute_gae_advantage_return
 
@@ -218,7 +219,7 @@ def _masked_whiten(original, backend):
             if count == keep.numel():
                 return whitened
             # verl whitens the masked elements as well, by the moments of the others.
-            mean, scale = _moments(values.masked_fill(~keep, 0.0), keep, count)
+            mean, scale, _ = _moments(values.masked_fill(~keep, 0.0), keep, count)
             others = (values - mean) * scale
             return torch.where(keep, whitened, others if shift_mean else others + mean)
 

@@ -1,4 +1,8 @@
-"""linear_logprob and linear_cross_entropy: log-probs from hidden states, logits by chunks."""
+"""The linear ops: log-probs, cross entropy and policy losses from hidden states, logits by chunks.
+
+The yardsticks are bare matrix products: the logits of the rows that count, and for a loss with its
+gradients three products of that size.
+"""
 
 import torch
 
@@ -11,24 +15,59 @@ def _linear(case: Case, device: str) -> Problem:
     n, h, v = (case.sizes[k] for k in ("N", "H", "V"))
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
-    hidden = torch.randn(n, h, generator=generator, device=device).to(dtype)
-    weight = (torch.randn(v, h, generator=generator, device=device) / h**0.5).to(dtype)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, device=device)
+
+    hidden, weight = draw(n, h).to(dtype), (draw(v, h) / h**0.5).to(dtype)
+    args = {
+        "hidden": hidden,
+        "weight": weight,
+        "targets": torch.randint(v, (n,), generator=generator, device=device),
+    }
+    # The mean log-prob of random targets; near it the ratio lies on both sides of the clip.
+    rows = {"old_logprob": draw(n) - 11, "advantages": draw(n)}
+    count = n
+    if case.sizes["masked"]:
+        args["mask"] = torch.arange(n, device=device) * 100 >= case.sizes["masked"] * n
+        count = int(args["mask"].sum())
+    if case.op == "linear_ppo_loss":
+        args |= {**rows, "clip": 2.0}
+    if case.op == "linear_token_loss":
+        args |= {"token_loss": _policy_gradient, "rows": {"advantages": rows["advantages"]}}
+    knows_loss = case.op != "linear_logprob"
+    chosen = hidden[:count]
+    logits = torch.empty(count, v, dtype=dtype, device=device)
+
+    def one():
+        torch.mm(chosen, weight.detach().t(), out=logits)
+
+    def three():
+        with torch.no_grad():
+            one()
+            torch.mm(logits, weight)
+            torch.mm(logits.t(), chosen)
+
     return Problem(
         case.op,
-        {
-            "hidden": hidden,
-            "weight": weight,
-            "targets": torch.randint(v, (n,), generator=generator, device=device),
-        },
+        args,
         wrt=("hidden", "weight"),
         forward_bytes=(n + v) * h * hidden.element_size() + 4 * n,
         backward_bytes=2 * (n + v) * h * hidden.element_size(),
-        forward_flops=2 * n * h * v,
-        backward_flops=6 * n * h * v,
-        floor_note="2*N*H*V FLOP forward, 6*N*H*V backward (recomputed logits, dX, dW)",
+        forward_flops=2 * count * h * v,
+        backward_flops=(4 if knows_loss else 6) * count * h * v,
+        floor_note="2*N*H*V FLOP forward; backward 6*N*H*V (logits again, dX, dW), or 4*N*H*V where "
+        "the op knows its loss; N: rows that count",
         seconds=6.0,
         peers=getattr(peers, case.op)(),
+        yardsticks={"gemm": one},
+        full_yardsticks={"three_gemms": three} if knows_loss else {},
     )
 
 
-PROBLEMS = {"linear_logprob": _linear, "linear_cross_entropy": _linear}
+def _policy_gradient(logprob, advantages):
+    return -advantages * logprob
+
+
+OPS = ("linear_logprob", "linear_cross_entropy", "linear_ppo_loss", "linear_token_loss")
+PROBLEMS = dict.fromkeys(OPS, _linear)

@@ -28,9 +28,10 @@ def _heads(op: str, rows: list[tuple[str, int, int, str]], entropy: bool = False
     ]
 
 
-def _linear(op: str, rows: list[tuple[str, int, int, int, str]]) -> list[Case]:
+def _linear(op: str, rows: list[tuple[str, int, int, int, str]], masked: int = 0) -> list[Case]:
+    note = f", {masked} % masked" * bool(masked)
     return [
-        Case(op, f"{name} {n}x{h}x{v}", dtype, {"N": n, "H": h, "V": v})
+        Case(op, f"{name} {n}x{h}x{v}{note}", dtype, {"N": n, "H": h, "V": v, "masked": masked})
         for name, n, h, v, dtype in rows
     ]
 
@@ -57,6 +58,9 @@ CPU = [
     ),
     *_linear("linear_logprob", [("small head", 1024, 512, 32000, "float32")]),
     *_linear("linear_cross_entropy", [("small head", 1024, 512, 32000, "float32")]),
+    *_linear("linear_token_loss", [("small head", 1024, 512, 32000, "float32")]),
+    *_linear("linear_ppo_loss", [("small head", 2048, 512, 32000, "float32")]),
+    *_linear("linear_ppo_loss", [("small head", 2048, 512, 32000, "float32")], masked=60),
     *[case for op in _SEQUENCE_OPS for case in _sequences(op, "padded", (512, 1024))],
     *[case for op in ("gae", "kl_gae") for case in _sequences(op, "packed", (512, 1024))],
     Case("ppo_loss", "64k tokens", "float32", {"B": 64, "T": 1024}),
@@ -86,6 +90,8 @@ GPU = [
     ),
     *_linear("linear_logprob", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),
     *_linear("linear_cross_entropy", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),
+    *_linear("linear_token_loss", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),
+    *_linear("linear_ppo_loss", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),
     *[case for op in _SEQUENCE_OPS for case in _sequences(op, "padded", (512, 4096))],
     *[case for op in ("gae", "kl_gae") for case in _sequences(op, "packed", (512, 4096))],
     Case("ppo_loss", "64k tokens", "float32", {"B": 64, "T": 1024}),

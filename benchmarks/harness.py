@@ -42,6 +42,7 @@ class Problem:
     backward_alone: bool = False  # the backward is work of its own, and timed on its own
     peers: dict[str, Callable] = field(default_factory=dict)  # other people's, called as the op is
     yardsticks: dict[str, Callable] = field(default_factory=dict)  # called with nothing
+    full_yardsticks: dict[str, Callable] = field(default_factory=dict)  # beside forward+backward
     # Direction -> bytes that our backends may hold at the peak of a call, its outputs with them.
     peak_limits: dict[str, int] = field(default_factory=dict)
     ones: bool = False  # upstream gradients of ones, as of a sum; else random

@@ -8,6 +8,8 @@ B sequences, T steps, N tokens, V vocabulary, H hidden.
 import torch
 import torch.nn.functional as F
 
+from fastrlhf import reference
+
 
 def python_loop_gae(rewards, values, *, mask, gamma=1.0, lam=0.95, whiten=False):
     """GAE step by step over [B, T], as TRL, verl and OpenRLHF run it. For masks without holes."""
@@ -88,3 +90,20 @@ def linear_cross_entropy():
         return F.linear_cross_entropy(hidden, weight, targets, options=chunking)
 
     return {"F.linear_cross_entropy": fused}
+
+
+def linear_ppo_loss():
+    """The head and the loss in plain PyTorch on whole logits: three products, and all of the memory."""
+
+    def whole(hidden, weight, targets, old_logprob, advantages, clip, mask=None):
+        logits = F.linear(hidden, weight).float()
+        entropy = torch.zeros_like(old_logprob)
+        logprob = -F.cross_entropy(logits, targets, reduction="none")
+        options = {"entropy": entropy, "clip": clip, "mask": mask}
+        return reference.ppo_loss(logprob, old_logprob, advantages, **options).loss
+
+    return {"whole logits": whole}
+
+
+def linear_token_loss():
+    return {}

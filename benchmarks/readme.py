@@ -18,13 +18,20 @@ BEGIN, END = "<!-- bench-table -->", "<!-- /bench-table -->"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 FAMILIES = {
     "From logits": ("token_logprob", "token_loss"),
-    "From hidden states": ("linear_logprob", "linear_cross_entropy"),
+    "From hidden states": (
+        "linear_logprob",
+        "linear_cross_entropy",
+        "linear_ppo_loss",
+        "linear_token_loss",
+    ),
     "Sequences": ("kl_reward", "gae", "kl_gae", "masked_whiten"),
     "Losses": ("ppo_loss", "ranking_loss"),
 }
 YARDSTICKS = {
     "read_floor_ms": "time ÷ `logits.sum()`",
     "gae_ms": "time ÷ `gae`",
+    "gemm_ms": "time ÷ bare GEMM",
+    "three_gemms_ms": "time ÷ 3 bare GEMMs",
 }
 NONE_YET = "No results file is committed yet; `make bench` writes one."
 

@@ -87,7 +87,8 @@ def bench_op(case, make, device, floor, compiled):
     rows = []
     for direction, (prepared, moved, flops) in directions(problem).items():
         calls = {name: prepared(function) for name, function in right.items()}
-        measured = {**calls, **(problem.yardsticks if direction == "forward" else {})}
+        yardsticks = {"forward": problem.yardsticks, "forward+backward": problem.full_yardsticks}
+        measured = {**calls, **yardsticks.get(direction, {})}
         taken = times(measured, device, problem.seconds)
         milliseconds = {name: 1e3 * statistics.median(taken[name]) for name in measured}
         gemm = floor.get(f"gemm_{case.dtype}_flop_per_s", floor["gemm_float32_flop_per_s"])

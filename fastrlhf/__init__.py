@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _HOME = {
     "KLGAEOutput": "fastrlhf.ops.kl_gae",
+    "LinearTokenLossOutput": "fastrlhf.ops.linear_token_loss",
     "PPOLossOutput": "fastrlhf.ops.ppo_loss",
     "backends": "fastrlhf.ops._backend",
     "gae": "fastrlhf.ops.gae",
@@ -18,6 +19,8 @@ _HOME = {
     "kl_reward": "fastrlhf.ops.kl_reward",
     "linear_cross_entropy": "fastrlhf.ops.linear_cross_entropy",
     "linear_logprob": "fastrlhf.ops.linear_logprob",
+    "linear_ppo_loss": "fastrlhf.ops.linear_ppo_loss",
+    "linear_token_loss": "fastrlhf.ops.linear_token_loss",
     "masked_whiten": "fastrlhf.ops.masked_whiten",
     "ppo_loss": "fastrlhf.ops.ppo_loss",
     "ranking_loss": "fastrlhf.ops.ranking_loss",

@@ -44,6 +44,14 @@ def small_call(op, backend, device, dtype=torch.float32, steps=5, vocab=50, layo
         "token_loss": lambda: ((leaf(*logit_rows, vocab), targets), row_mask),
         "linear_logprob": lambda: (head(), row_mask),
         "linear_cross_entropy": lambda: (head(), {}),
+        "linear_ppo_loss": lambda: (
+            (*head(), draw(*logit_rows), draw(*logit_rows)),
+            {**row_mask, "entropy_coef": 0.01},
+        ),
+        "linear_token_loss": lambda: (
+            (*head(), lambda logprob, advantage: -advantage * logprob),
+            {**row_mask, "rows": {"advantage": draw(*logit_rows)}},
+        ),
         "kl_reward": lambda: ((*tokens(2), score), {"beta": 0.1, **options}),
         "gae": lambda: (tokens(2), {"whiten": True, **options}),
         "kl_gae": lambda: (

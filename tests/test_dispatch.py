@@ -19,8 +19,13 @@ from logit_cases import DEVICE
 from small_calls import small_call as call_on
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-# The kernels of these two are token_logprob's, on chunks of logits.
-SERVED_BY = {"linear_logprob": "token_logprob", "linear_cross_entropy": "token_logprob"}
+# The kernels of these are token_logprob's, on chunks of logits.
+SERVED_BY = {
+    "linear_logprob": "token_logprob",
+    "linear_cross_entropy": "token_logprob",
+    "linear_ppo_loss": "token_logprob",
+    "linear_token_loss": "token_logprob",
+}
 
 
 def small_call(op, backend):
@@ -38,7 +43,7 @@ def poisoned_reference(monkeypatch):
         monkeypatch.setattr(home, name, refuse)
 
     for name, function in inspect.getmembers(reference, inspect.isfunction):
-        if function.__module__ == reference.__name__:
+        if function.__module__.startswith(reference.__name__):  # its other half, too
             poison(reference, name)
     for name in ("_scaled", "_index"):  # both halves of the linear ops' reference use them
         poison(_rows.RowMaths, name)

@@ -227,6 +227,56 @@ def test_logits_are_built_when_they_are_read():
         torch.testing.assert_close(ours, model.lm_head.weight.grad)
 
 
+CHAINS = {
+    "nothing": lambda x: x,
+    "scale": lambda x: 0.25 * (x / 3.0),
+    "soft-cap": lambda x: torch.tanh(x / 5.0) * 5.0,
+    "scale in and out of a tanh": lambda x: 2.0 * (x * 0.3).float().tanh() / 0.7,
+    "dtypes": lambda x: x.to(torch.float32).float().contiguous().to("cpu"),
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_what_is_written_down_is_what_would_be_built(chain):
+    torch.manual_seed(0)
+    head = nn.Linear(8, 31)
+    hidden = torch.randn(5, 8)
+    lazy = CHAINS[chain](LazyLogits(head.forward, hidden, head.weight, head.bias))
+    assert isinstance(lazy, LazyLogits)
+    x, weight, bias, temperature, softcap = lazy.linear_loss_inputs()
+    z = x @ weight.T + bias
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    expected = CHAINS[chain](head(hidden))
+    torch.testing.assert_close(z / temperature, expected)
+    assert torch.equal(lazy.tensor(), expected)
+    assert lazy.linear_loss_inputs() is None  # from now on the tensor counts: it may be written to
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x: x * torch.tensor(2.0),
+        lambda x: x * -1.0,
+        lambda x: x.tanh().tanh(),
+        lambda x: x / 0.0,
+        lambda x: x + 1,
+        lambda x: 1 / x,
+        lambda x: x[..., :4],
+        lambda x: x.view(-1),
+        lambda x: torch.cat([x, x]),
+        lambda x: x.to(torch.int64),
+        lambda x: nn.functional.pad(x, (0, 1)),
+    ],
+)
+def test_anything_else_builds_the_logits(step):
+    torch.manual_seed(0)
+    head = nn.Linear(8, 31)
+    hidden = torch.randn(5, 8)
+    out = step(LazyLogits(head.forward, hidden, head.weight, head.bias))
+    assert isinstance(out, torch.Tensor)
+    assert torch.equal(out, step(head(hidden)))
+
+
 def test_a_model_that_writes_into_its_logits_keeps_its_loss(monkeypatch):
     """As models do that forbid tokens: the written logits count, not the unwritten product."""
     model = build("llama")
@@ -313,6 +363,21 @@ def test_other_heads_keep_their_logits(change, reason, caplog):
     assert (name, patched.fallbacks[name, said]) == (CALL, 3)
     assert reason in said
     assert sum(reason in r.getMessage() for r in caplog.records) == 1
+    for mine, host in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, host, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("layers", "fused"), [(["q_proj"], 1), (["q_proj", "lm_head"], 0)])
+def test_lora(layers, fused):
+    """LoRA of the layers below gains as any model does; LoRA of the head keeps its logits."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=layers, r=2))
+    inputs = batch(model)
+    theirs = step(model, inputs)
+    with integration.patch() as patched:
+        ours = step(model, inputs)
+    assert patched.calls.get(CALL, 0) == fused
+    assert len(patched.fallbacks) == 1 - fused
     for mine, host in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, host, rtol=2e-5, atol=2e-6)
 

@@ -80,7 +80,8 @@ def test_gradcheck(backend, reduction):
 def test_opcheck(backend):
     x, w, b, targets = inputs(device=DEVICE[backend])
     x, w = x.requires_grad_(), w.requires_grad_()
-    arguments = (x, w, targets, b, None, 1.0, 0.0, targets != -100, True, "fast", backend)
+    one = torch.ones((), device=x.device)
+    arguments = (x, w, targets, b, None, 1.0, 0.0, targets != -100, one, True, "fast", backend)
     utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
     utils += [] if backend == "triton" else ["test_aot_dispatch_dynamic"]
     op = torch.ops.fastrlhf.linear_cross_entropy_fwd

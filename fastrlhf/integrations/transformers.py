@@ -25,8 +25,9 @@ def patch(backend: str = "auto") -> Patch:
       logits that are not built; the loss (`ForCausalLMLoss`) is `linear_cross_entropy` of the
       hidden states, with the model's scale and soft-cap. `outputs.logits` builds the logits when
       it is read, so evaluation (gradients off) and metrics work as ever.
-    - Where the logits are there (evaluation, PEFT, a head that is no plain nn.Linear), the loss
-      reads them once (`token_logprob`), without an fp32 copy.
+    - Where the logits are there (evaluation; a head that is no plain nn.Linear, as under LoRA of
+      the head itself, or is hooked or sharded), the loss reads them once (`token_logprob`), without
+      an fp32 copy.
     - `attn_implementation="fastrlhf_varlen"` is registered, with its masks: packed batches
       (`cu_seq_lens_q`, as DataCollatorWithFlattening gives) run the variable-length kernel.
 
@@ -226,8 +227,7 @@ _HOST = Host(
         ),
     ),
     left_alone={
-        "PreTrainedModel.forward called directly (PEFT does)": "the model keeps its logits; its loss "
-        "reads them once",
+        "PreTrainedModel.forward called directly": "the model keeps its logits; its loss reads them once",
         "Trainer's label smoothing and compute_loss_func": "they take the logits themselves",
     },
     prepare=_register_attention,

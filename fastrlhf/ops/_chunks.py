@@ -70,6 +70,10 @@ class Operands:
         flat = per_row.reshape(-1)
         return flat if self.index is None else flat.index_select(0, self.index)
 
+    def where(self, rows: slice) -> slice | Tensor:
+        """Which rows of hidden a chunk of those that take part is."""
+        return rows if self.index is None else self.index[rows]
+
     def hidden_chunk(self, start: int, stop: int) -> Tensor:
         if self.index is None:
             chunk = self.hidden[start:stop]
@@ -89,29 +93,43 @@ class Operands:
 
 
 class Gradients:
-    """Sums of dX, dW and db over the chunks; those nobody needs cost no GEMM and stay None."""
+    """Sums of dX, dW and db over the chunks; those nobody needs cost no GEMM and stay None.
 
-    def __init__(self, operands: Operands, needs: tuple[bool, bool, bool]):
-        self.operands = operands
+    `into`: what dW is added to instead, at once, or with `apart` only in `finish`. `scattered`: not every
+    row will be added.
+    """
+
+    def __init__(
+        self,
+        operands: Operands,
+        needs: tuple[bool, bool, bool],
+        *,
+        into: Tensor | None = None,
+        apart: bool = False,
+        scattered: bool = False,
+    ):
+        self.operands, self.into = operands, into
         x, w = operands.hidden, operands.weight
         options = {"dtype": operands.acc, "device": x.device}
-        dense = operands.index is None
-        make = torch.empty if dense else torch.zeros
+        make = torch.zeros if scattered or operands.index is not None else torch.empty
         self.hidden = make(x.shape, **options) if needs[0] else None
+        self._direct = into is not None and into.dtype == operands.acc and not apart
         # The first chunk writes dW, so that it is never cleared and read for nothing.
-        self.weight = torch.empty(w.shape, **options) if needs[1] else None
+        self._first = not self._direct
+        self.weight = torch.empty(w.shape, **options) if needs[1] and self._first else None
+        if needs[1] and self._direct:
+            self.weight = into
         self.bias = torch.zeros(w.shape[0], **options) if needs[2] else None
-        self._first = True
 
-    def add(self, start: int, stop: int, x: Tensor, dlogits: Tensor) -> None:
+    def add(self, where: slice | Tensor, x: Tensor, dlogits: Tensor) -> None:
+        """A chunk: the rows `where` of hidden, which are `x` as operands."""
         ops = self.operands
         operand = dlogits.to(x.dtype) if ops.tensor_cores else dlogits
         if self.hidden is not None:
-            if ops.index is None:
-                out = self.hidden[start:stop]
-                _mm(operand, ops.weight, out)
+            if isinstance(where, slice):
+                _mm(operand, ops.weight, self.hidden[where])
             else:
-                self.hidden.index_copy_(0, ops.index[start:stop], _mm(operand, ops.weight))
+                self.hidden.index_copy_(0, where, _mm(operand, ops.weight, dtype=ops.acc))
         if self.weight is not None:
             if self._first:
                 _mm(operand.t(), x, self.weight)
@@ -127,6 +145,10 @@ class Gradients:
         """(dX, dW, db) shaped as the parameters, of `dtype_of(parameter)`; empty where not needed."""
         if self._first and self.weight is not None:
             self.weight.zero_()
+        if self.into is not None:
+            if self.weight is not None and not self._direct:
+                self.into.add_(self.weight)
+            self.weight = None
         out = []
         for grad, like in ((self.hidden, hidden), (self.weight, weight), (self.bias, bias)):
             if grad is None:

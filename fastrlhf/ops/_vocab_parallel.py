@@ -191,7 +191,7 @@ def _backward(
         exact.backward_(*upstream, first, None, *rest)
         maths.backward_(*upstream, logits, y[rows], *rest)
         logits[:, :1] = torch.where(own[rows].unsqueeze(1), logits[:, :1], first)
-        grads.add(start, stop, x, logits)
+        grads.add(operands.where(rows), x, logits)
         if grads.hidden is not None and index is None:
             part = grads.hidden[start:stop]
             sums.append(dist.all_reduce(part, group=group, async_op=True))

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastrlhf.ops import _backend, _checks, _chunks
-from fastrlhf.ops._rows import RowMaths
+from fastrlhf.ops import _backend, _checks, _chunks, _loss_head
 from fastrlhf.ops.linear_logprob import check_linear, linear_logprob
 from fastrlhf.ops.token_logprob import check, check_target_values, run
 
@@ -25,6 +24,8 @@ def linear_cross_entropy(
     reduction: str = "mean",
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    scale: float | Tensor = 1.0,
+    accumulate_into: Tensor | None = None,
     workspace: str = "fast",
     backend: str = "auto",
 ) -> Tensor:
@@ -42,13 +43,20 @@ def linear_cross_entropy(
         ignore_index: the target of rows that do not count; any integer outside [0, V).
         reduction: "mean" over the rows that count (0 if none do), "sum" or "none".
         temperature, softcap: as in `token_logprob`.
+        scale: a factor of the loss: a number, or a 0-d float tensor. A constant.
+        accumulate_into: a contiguous [V, H] tensor such as ``weight.grad``, to which the forward adds
+            dW, where gradients are enabled; the backward then gives the weight none, so that steps
+            which add up gradients hold one dW. float32 (float64 for float64), or the weight's dtype.
+            The upstream gradient of the loss must be 1: what multiplies the loss goes into `scale`.
+            (Another one raises on CPU; on a GPU, where that would be a sync, dX and db are NaN.)
         workspace, backend: as in `linear_logprob`.
 
     Returns:
         A 0-d tensor, or [...] for "none"; float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError, ValueError: as `linear_logprob`; also for ignore_index and reduction.
+        TypeError, ValueError: as `linear_logprob`; also for ignore_index, reduction, scale and
+            accumulate_into, which then is what it was.
 
     Source: `torch.nn.functional.cross_entropy`, whose result this is; the gradients in the forward
     follow Liger Kernel (arXiv:2410.10989).
@@ -63,12 +71,18 @@ def linear_cross_entropy(
     if 0 <= ignore_index < vocab:
         raise ValueError(f"{OP}: ignore_index must be outside [0, {vocab}); got {ignore_index}")
     counted = targets != ignore_index
-    row_temperature, scale, cap, _ = check(
+    row_temperature, temperature_number, cap, _ = check(
         OP, hidden, targets, temperature, softcap, None, vocab=vocab
     )
-    chosen = _backend.choose(OP, backend, hidden)
+    acc = _chunks.acc_dtype(torch.promote_types(hidden.dtype, weight.dtype))
+    factor = _loss_head.scale_argument(OP, scale, hidden.device, acc)
+    inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
+    _loss_head.check_accumulate(OP, accumulate_into, weight, acc, inputs)
+    chosen = _backend.choose(OP, backend, hidden, weight, bias)
     if reduction == "none":
-        return -linear_logprob(
+        if accumulate_into is not None:
+            raise ValueError(f"{OP}: accumulate_into must be None with reduction='none'")
+        return -factor * linear_logprob(
             hidden,
             weight,
             targets,
@@ -83,24 +97,30 @@ def linear_cross_entropy(
         check_target_values(OP, targets, vocab, counted)
     grad = torch.is_grad_enabled()
     needs = [grad and p is not None and p.requires_grad for p in (hidden, weight, bias)]
-    loss, *_ = run(
-        OP,
-        torch.ops.fastrlhf.linear_cross_entropy_fwd,
-        (
-            hidden,
-            weight,
-            targets,
-            bias,
-            row_temperature,
-            scale,
-            cap,
-            counted,
-            reduction == "mean",
-            workspace,
-            chosen,
-            *needs,
-        ),
+    arguments = (
+        hidden,
+        weight,
+        targets,
+        bias,
+        row_temperature,
+        temperature_number,
+        cap,
+        counted,
+        factor,
+        reduction == "mean",
+        workspace,
+        chosen,
+        *needs,
     )
+    if accumulate_into is not None and grad:
+        _loss_head.check_values(OP, targets, vocab, counted, row_temperature)
+
+        def body():
+            loss, *grads = _forward(*arguments, into=accumulate_into)
+            return loss, grads
+
+        return _loss_head.GradientsInForward.apply(OP, body, True, hidden, weight, bias)
+    loss, *_ = run(OP, torch.ops.fastrlhf.linear_cross_entropy_fwd, arguments)
     return loss
 
 
@@ -109,6 +129,43 @@ def check_settings(op, ignore_index, reduction):
         raise TypeError(f"{op}: ignore_index must be an int; got {type(ignore_index).__name__}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none'; got {reduction!r}")
+
+
+def _forward(
+    hidden,
+    weight,
+    targets,
+    bias,
+    row_temperature,
+    temperature,
+    softcap,
+    mask,
+    factor,
+    mean,
+    workspace,
+    backend,
+    *needs,
+    into=None,
+):
+    head = _loss_head.LossHead(
+        hidden,
+        weight,
+        targets,
+        bias,
+        row_temperature,
+        temperature,
+        softcap,
+        mask,
+        workspace,
+        backend,
+        needs,
+        into=into,
+    )
+    # The loss is the sum of slope * logprob; a tensor, so that a GPU need not tell the count.
+    slope = -factor / mask.sum().clamp(min=1) if mean else -factor
+    slopes = slope.expand(min(head.step, head.operands.rows)).contiguous()
+    head.run(lambda where, logprob, entropy: (slopes[: len(logprob)], None))
+    return head.logprob.sum() * slope, *head.gradients(_loss_head.kept_dtype)
 
 
 @torch.library.custom_op("fastrlhf::linear_cross_entropy_fwd", mutates_args=())
@@ -122,6 +179,7 @@ def linear_cross_entropy_fwd(
     temperature: float,
     softcap: float,
     mask: Tensor,
+    factor: Tensor,
     mean: bool,
     workspace: str,
     backend: str,
@@ -131,52 +189,15 @@ def linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dloss/dX, dloss/dW, dloss/db); the last three empty where not needed."""
     needs = (needs_hidden, needs_weight, needs_bias)
-    index = _chunks.counted_rows(mask)
-    operands = _chunks.Operands(hidden, weight, bias, index)
-    maths = RowMaths(backend, temperature, softcap)
-    grads = _chunks.Gradients(operands, needs)
-    take, vocab, acc = operands.take, weight.shape[0], operands.acc
-    y, t = take(targets), take(row_temperature)
-    m = None if index is not None else take(mask)
-    # The loss is the sum of row_scale * logprob; a tensor, so that a GPU need not tell the count.
-    row_scale = torch.full((), -1.0, dtype=acc, device=hidden.device)
-    if mean:
-        row_scale = row_scale / mask.sum().clamp(min=1)
-    step = _chunks.chunk_rows(workspace, vocab, acc, hidden.device)
-    options = {"dtype": acc, "device": hidden.device}
-    buffer = torch.empty((min(step, operands.rows), vocab), **options)
-    upstream = row_scale.expand(buffer.shape[0]).contiguous()
-    total = torch.zeros((), **options)
-    for start in range(0, operands.rows, step):
-        stop = min(start + step, operands.rows)
-        rows = slice(start, stop)
-        x = operands.hidden_chunk(start, stop)
-        logits = operands.logits(x, buffer[: stop - start])
-        row_t = None if t is None else t[rows]
-        row_m = None if m is None else m[rows]
-        logprob, entropy, stats = maths.forward(logits, y[rows], row_t, row_m)
-        total += logprob.sum()
-        if any(needs):
-            g = upstream[: stop - start]
-            maths.backward_(g, None, logits, y[rows], entropy, stats, row_t, row_m)
-            grads.add(start, stop, x, logits)
-    return (total * row_scale, *grads.finish(hidden, weight, bias, _kept_dtype))
+    rows = (row_temperature, temperature, softcap, mask, factor, mean, workspace, backend)
+    return _forward(hidden, weight, targets, bias, *rows, *needs)
 
 
 @linear_cross_entropy_fwd.register_fake
 def _(hidden, weight, targets, bias, *rest):
-    needs = rest[-3:]
     acc = _chunks.acc_dtype(torch.promote_types(hidden.dtype, weight.dtype))
-    grads = [
-        like.new_empty(like.shape, dtype=_kept_dtype(like)) if need else hidden.new_empty(0)
-        for like, need in zip((hidden, weight, bias), needs, strict=True)
-    ]
+    grads = _loss_head.empty_gradients((hidden, weight, bias), rest[-3:])
     return (hidden.new_empty((), dtype=acc), *grads)
-
-
-def _kept_dtype(like: Tensor) -> torch.dtype:
-    # fp16 ends at 65504: the gradient of a sum passes that before the upstream factor scales it down.
-    return torch.float32 if like.dtype == torch.float16 else like.dtype
 
 
 def _setup_context(ctx, inputs, output):
@@ -189,13 +210,10 @@ def _setup_context(ctx, inputs, output):
 @once_differentiable
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 14
-    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-    grads = [
-        (saved * grad_loss).to(dtype) if need else None
-        for saved, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, needs, strict=True)
-    ]
-    return (grads[0], grads[1], None, grads[2], *(None,) * 10)
+        return (None,) * 15
+    ctx.wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    d_hidden, d_weight, d_bias = _loss_head.scaled(ctx, grad_loss)
+    return (d_hidden, d_weight, None, d_bias, *(None,) * 11)
 
 
 linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -66,7 +66,7 @@ def linear_logprob(
     row_temperature, temperature, softcap, mask = check(
         OP, hidden, targets, temperature, softcap, mask, vocab=weight.shape[0]
     )
-    chosen = _backend.choose(OP, backend, hidden)
+    chosen = _backend.choose(OP, backend, hidden, weight, bias)
     if process_group is not None:
         from fastrlhf.ops import _vocab_parallel  # torch.distributed: only where it is asked for
 
@@ -252,7 +252,7 @@ def linear_logprob_bwd(
             None if t is None else t[rows],
             None if m is None else m[rows],
         )
-        grads.add(start, stop, x, logits)
+        grads.add(operands.where(rows), x, logits)
     return tuple(grads.finish(hidden, weight, bias, lambda like: like.dtype))
 
 

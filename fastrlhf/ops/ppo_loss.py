@@ -89,10 +89,8 @@ def ppo_loss(
         OP, "logprob", logprob, old_logprob=old_logprob, advantages=advantages, **tensors
     )
     mask = _sequence.mask(OP, mask, logprob)
-    clip, dual_clip, value_clip, value_coef, entropy_coef = check_settings(
-        OP, clip, dual_clip, value_clip, value_coef, entropy_coef
-    )
-    _check_value_tensors(values, old_values, returns, value_clip)
+    settings = check_settings(OP, clip, dual_clip, value_clip, value_coef, entropy_coef)
+    check_value_tensors(OP, values, old_values, returns, value_clip)
     chosen = _backend.choose(OP, backend, logprob, values, entropy)
     if chosen == "reference":
         return reference.ppo_loss(
@@ -116,21 +114,22 @@ def ppo_loss(
         _sequence.rows(returns),
         _sequence.rows(entropy),
         _sequence.rows(mask),
-        clip,
-        math.inf if dual_clip is None else dual_clip,
-        math.inf if value_clip is None else value_clip,
-        value_coef,
-        entropy_coef,
+        *settings,
         _autograd.trained(logprob, values, entropy),
     )
-    absent = set(() if values is not None else _VALUE_METRICS)
-    absent |= set(() if entropy is not None else ("entropy",))
+    return PPOLossOutput(loss, named_metrics(metrics, values is not None, entropy is not None))
+
+
+def named_metrics(metrics: Tensor, has_values: bool, has_entropy: bool) -> dict[str, Tensor]:
+    """The metrics [9] of the raw op by name, without those of tensors that were not given."""
+    absent = set(() if has_values else _VALUE_METRICS)
+    absent |= set(() if has_entropy else ("entropy",))
     named = zip(METRICS, metrics.unbind(), strict=True)
-    return PPOLossOutput(loss, {name: x for name, x in named if name not in absent})
+    return {name: x for name, x in named if name not in absent}
 
 
 def check_settings(op, clip, dual_clip, value_clip, value_coef, entropy_coef):
-    """The five numbers, checked, in this order."""
+    """The five numbers of the loss as the raw op takes them: infinite for a clip that is None."""
     clip = _checks.number(op, "clip", clip, low=0, strict=True)
     if dual_clip is not None:
         dual_clip = _checks.number(op, "dual_clip", dual_clip, low=1, strict=True)
@@ -138,20 +137,21 @@ def check_settings(op, clip, dual_clip, value_clip, value_coef, entropy_coef):
         value_clip = _checks.number(op, "value_clip", value_clip, low=0, strict=True)
     value_coef = _checks.number(op, "value_coef", value_coef)
     entropy_coef = _checks.number(op, "entropy_coef", entropy_coef)
-    return clip, dual_clip, value_clip, value_coef, entropy_coef
+    bounds = (math.inf if bound is None else bound for bound in (dual_clip, value_clip))
+    return clip, *bounds, value_coef, entropy_coef
 
 
-def _check_value_tensors(values, old_values, returns, value_clip):
+def check_value_tensors(op, values, old_values, returns, value_clip):
     if values is None:
         for name, given in (("old_values", old_values), ("returns", returns)):
             if given is not None:
-                raise ValueError(f"{OP}: {name} must come with values; got values=None")
+                raise ValueError(f"{op}: {name} must come with values; got values=None")
         return
     if returns is None:
-        raise ValueError(f"{OP}: returns must be given with values; got None")
+        raise ValueError(f"{op}: returns must be given with values; got None")
     if old_values is None and value_clip is not None:
         raise ValueError(
-            f"{OP}: old_values must be given with values, or value_clip=None; got None"
+            f"{op}: old_values must be given with values, or value_clip=None; got None"
         )
 
 

@@ -1,0 +1,340 @@
+"""linear_ppo_loss: ppo_loss straight from hidden states, three GEMMs and never N x V logits.
+
+Shapes: hidden [..., H] -> N rows, weight [V, H], bias [V]; every other tensor [...].
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastrlhf import reference
+from fastrlhf.ops import _backend, _checks, _chunks, _loss_head, _sequence
+from fastrlhf.ops import ppo_loss as _ppo
+from fastrlhf.ops.linear_logprob import check_linear, linear_logprob
+from fastrlhf.ops.token_logprob import check, check_target_values, run
+from fastrlhf.reference import PPOLossOutput
+
+OP = "linear_ppo_loss"
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    values: Tensor | None = None,
+    old_values: Tensor | None = None,
+    returns: Tensor | None = None,
+    mask: Tensor | None = None,
+    clip: float = 0.2,
+    dual_clip: float | None = None,
+    value_clip: float | None = 0.2,
+    value_coef: float = 0.5,
+    entropy_coef: float = 0.0,
+    scale: float | Tensor = 1.0,
+    accumulate_into: Tensor | None = None,
+    compact_rows: bool = False,
+    workspace: str = "fast",
+    backend: str = "auto",
+) -> PPOLossOutput:
+    """`ppo_loss` of `linear_logprob`'s log-probs and entropies, with its gradients made in the forward.
+
+    The bits of loss and metrics are those of the two ops one after the other. A chunk's log-probs
+    give its dL/dlogprob, so that its logits become dlogits, dX and dW while they are there: 6 N H V
+    FLOP for forward and backward instead of 8; the backward only scales. The entropy costs nothing,
+    and is always among the metrics. On CPU masked rows enter no GEMM.
+
+    Args:
+        hidden, weight, targets, bias, temperature, softcap, workspace: as in `linear_logprob`.
+        old_logprob, advantages, values, old_values, returns, mask, clip, dual_clip, value_clip,
+            value_coef, entropy_coef: as in `ppo_loss`.
+        scale, accumulate_into: as in `linear_cross_entropy`; the metrics are not scaled.
+        compact_rows: rows whose gradient is exactly 0 (clipped, A = 0) enter the first GEMM alone, on
+            CPU. A GPU would have to wait for their number: there this does nothing.
+        backend: who does the row maths and the loss; the GEMMs are the library's.
+
+    Returns:
+        PPOLossOutput(loss, metrics), as `ppo_loss`, with "entropy" among the metrics. Gradients flow to
+        hidden, weight, bias and values, once.
+
+    Raises:
+        TypeError, ValueError: as `linear_logprob` and `ppo_loss`. For a vocabulary that is shared out
+            over ranks, use `linear_logprob(process_group=...)` and `ppo_loss`.
+
+    Source: as `ppo_loss`; the gradients in the forward follow Liger Kernel (arXiv:2410.10989).
+
+    >>> row = torch.zeros(1)
+    >>> out = linear_ppo_loss(torch.zeros(1, 8), torch.zeros(4, 8), torch.tensor([1]), row, row + 1)
+    >>> out.loss, out.metrics["entropy"]
+    (tensor(-0.2500), tensor(1.3863))
+    """
+    check_linear(OP, hidden, weight, bias, workspace)
+    vocab = weight.shape[0]
+    row_temperature, temperature_number, cap, _ = check(
+        OP, hidden, targets, temperature, softcap, None, vocab=vocab
+    )
+    acc = _chunks.acc_dtype(torch.promote_types(hidden.dtype, weight.dtype))
+    rows = {
+        "old_logprob": old_logprob,
+        "advantages": advantages,
+        "values": values,
+        "old_values": old_values,
+        "returns": returns,
+    }
+    like = torch.empty((), dtype=acc, device=hidden.device).expand(targets.shape)
+    _checks.tensor(OP, "old_logprob", old_logprob)
+    _checks.tensor(OP, "advantages", advantages)
+    _sequence.same_tokens(OP, "the log-prob", like, **rows)
+    mask = _sequence.mask(OP, mask, like)
+    settings = _ppo.check_settings(OP, clip, dual_clip, value_clip, value_coef, entropy_coef)
+    _ppo.check_value_tensors(OP, values, old_values, returns, value_clip)
+    if not isinstance(compact_rows, bool):
+        raise TypeError(f"{OP}: compact_rows must be a bool; got {type(compact_rows).__name__}")
+    factor = _loss_head.scale_argument(OP, scale, hidden.device, acc)
+    inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, **rows}
+    _loss_head.check_accumulate(OP, accumulate_into, weight, acc, inputs)
+    chosen = _backend.choose(OP, backend, hidden, weight, bias)
+    grad = torch.is_grad_enabled()
+    if chosen == "reference" and accumulate_into is None:
+        if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_target_values(OP, targets, vocab, mask)
+        return _by_parts(
+            linear_logprob(
+                hidden,
+                weight,
+                targets,
+                bias=bias,
+                temperature=temperature,
+                softcap=softcap,
+                mask=mask,
+                return_entropy=True,
+                workspace=workspace,
+                backend=chosen,
+            ),
+            rows,
+            mask,
+            settings,
+            factor,
+        )
+    flat = [None if x is None else x.reshape(-1) for x in (*rows.values(), mask)]
+    needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias, values)]
+    arguments = (
+        hidden,
+        weight,
+        targets,
+        bias,
+        row_temperature,
+        temperature_number,
+        cap,
+        *flat,
+        *settings,
+        factor,
+        compact_rows,
+        workspace,
+        chosen,
+        *needs,
+    )
+    if accumulate_into is not None and grad:
+        _loss_head.check_values(OP, targets, vocab, mask, row_temperature)
+        found = {}
+
+        def body():
+            loss, found["metrics"], *grads = _forward(*arguments, into=accumulate_into)
+            if needs[3]:
+                grads[3] = grads[3].reshape(values.shape)
+            return loss, grads
+
+        parameters = (hidden, weight, bias, values)
+        loss = _loss_head.GradientsInForward.apply(OP, body, True, *parameters)
+        metrics = found["metrics"]
+    else:
+        loss, metrics, *_ = run(OP, torch.ops.fastrlhf.linear_ppo_loss_fwd, arguments)
+    return PPOLossOutput(loss, _ppo.named_metrics(metrics, values is not None, True))
+
+
+def _by_parts(head, rows, mask, settings, factor):
+    """The specification: the loss in plain PyTorch on the log-probs of the reference."""
+    clip, dual_clip, value_clip, value_coef, entropy_coef = settings
+    old_logprob, advantages, *_ = rows.values()
+    out = reference.ppo_loss(
+        head[0],
+        old_logprob,
+        advantages,
+        **{name: rows[name] for name in ("values", "old_values", "returns")},
+        entropy=head[1],
+        mask=mask,
+        clip=clip,
+        dual_clip=None if math.isinf(dual_clip) else dual_clip,
+        value_clip=None if math.isinf(value_clip) else value_clip,
+        value_coef=value_coef,
+        entropy_coef=entropy_coef,
+    )
+    return PPOLossOutput(factor * out.loss, out.metrics)
+
+
+def _ppo_forward(backend, head, rows, mask, settings, grads):
+    """(loss, metrics [9], dL/dlogprob, dL/dvalues, dL/dentropy), each gradient [N] or empty or None."""
+    old_logprob, advantages, values, old_values, returns = rows
+    if backend == "reference":
+        return _reference_forward(head, rows, mask, settings, grads)
+    ops = torch.ops.fastrlhf
+    op = ops.ppo_loss_triton_fwd if backend == "triton" else ops.ppo_loss_fwd
+    loss, metrics, *rest = op(
+        head.logprob,
+        old_logprob,
+        advantages,
+        values,
+        None if math.isinf(settings[2]) else old_values,
+        returns,
+        head.entropy,
+        mask,
+        *settings,
+        grads,
+    )
+    if len(rest) == 4:  # Triton leaves 1 / n, which stands first, out of its gradients
+        rest = [x * rest[0] for x in rest[1:]]
+    return loss, metrics, *rest
+
+
+def _reference_forward(head, rows, mask, settings, grads):
+    named = dict(
+        zip(("old_logprob", "advantages", "values", "old_values", "returns"), rows, strict=True)
+    )
+    with torch.enable_grad():
+        leaves = [head.logprob, head.entropy, named["values"]]
+        leaves = [None if x is None else x.detach().clone().requires_grad_() for x in leaves]
+        named["values"] = leaves[2]
+        one = torch.ones((), dtype=head.logprob.dtype, device=head.logprob.device)
+        loss, metrics = _by_parts(leaves[:2], named, mask, settings, one)
+        wanted = [x for x in leaves if x is not None]
+        found = torch.autograd.grad(loss, wanted) if grads else [None] * len(wanted)
+    zero = torch.zeros((), device=loss.device)
+    metrics = torch.stack([metrics.get(name, zero) for name in _ppo.METRICS])
+    return loss.detach(), metrics, found[0], found[2] if len(found) == 3 else None, found[1]
+
+
+def _forward(
+    hidden, weight, targets, bias, row_temperature, temperature, softcap,
+    old_logprob, advantages, values, old_values, returns, mask,
+    clip, dual_clip, value_clip, value_coef, entropy_coef,
+    factor, compact, workspace, backend, *needs, into=None,
+):  # fmt: skip
+    settings = (clip, dual_clip, value_clip, value_coef, entropy_coef)
+    rows = (old_logprob, advantages, values, old_values, returns)
+    head = _loss_head.LossHead(
+        hidden,
+        weight,
+        targets,
+        bias,
+        row_temperature,
+        temperature,
+        softcap,
+        mask,
+        workspace,
+        backend,
+        needs[:3],
+        into=into,
+        compact=compact,
+    )
+    last = None
+
+    def slopes(where, logprob, entropy):
+        # Over all N each time: the mean's denominator is right, and so are loss and metrics after the
+        # last chunk. The rows that have no log-prob yet stand at 0, and nobody looks at their gradient.
+        nonlocal last
+        if not head.trains:
+            return None, None
+        last = _ppo_forward(backend, head, rows, mask, settings, True)
+        g, h = last[2], last[4] if entropy_coef != 0 else None
+        return g[where] * factor, None if h is None else h[where] * factor
+
+    head.run(slopes)
+    if last is None:
+        last = _ppo_forward(backend, head, rows, mask, settings, needs[3])
+    loss, metrics, _, d_values, _ = last
+    grads = head.gradients(_loss_head.kept_dtype)
+    grads.append(d_values * factor if needs[3] else hidden.new_empty(0))
+    return loss * factor, metrics, *grads
+
+
+@torch.library.custom_op("fastrlhf::linear_ppo_loss_fwd", mutates_args=())
+@_chunks.without_autocast
+def linear_ppo_loss_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    mask: Tensor | None,
+    clip: float,
+    dual_clip: float,
+    value_clip: float,
+    value_coef: float,
+    entropy_coef: float,
+    factor: Tensor,
+    compact_rows: bool,
+    workspace: str,
+    backend: str,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    needs_values: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, dL/dX, dL/dW, dL/db, dL/dvalues); the last four empty where not needed."""
+    loss_arguments = (old_logprob, advantages, values, old_values, returns, mask)
+    settings = (clip, dual_clip, value_clip, value_coef, entropy_coef)
+    return _forward(
+        *(hidden, weight, targets, bias, row_temperature, temperature, softcap),
+        *(*loss_arguments, *settings, factor, compact_rows, workspace, backend),
+        *(needs_hidden, needs_weight, needs_bias, needs_values),
+    )
+
+
+@linear_ppo_loss_fwd.register_fake
+def _(hidden, weight, targets, bias, row_temperature, temperature, softcap, *rest):
+    acc = _chunks.acc_dtype(torch.promote_types(hidden.dtype, weight.dtype))
+    grads = _loss_head.empty_gradients((hidden, weight, bias), rest[-4:-1])
+    count, dtype = (targets.numel(), acc) if rest[-1] else (0, hidden.dtype)
+    return (
+        hidden.new_empty((), dtype=acc),
+        hidden.new_empty(len(_ppo.METRICS), dtype=torch.float32),
+        *grads,
+        hidden.new_empty(count, dtype=dtype),
+    )
+
+
+_PARAMETERS = (0, 1, 3, 9)  # hidden, weight, bias and values among the inputs
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in _PARAMETERS]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[2:])
+
+
+@once_differentiable
+def _backward(ctx, grad_loss, *_):
+    grads = [None] * 26
+    if grad_loss is not None:
+        ctx.wanted = [ctx.needs_input_grad[i] for i in _PARAMETERS]
+        for i, grad in zip(_PARAMETERS, _loss_head.scaled(ctx, grad_loss), strict=True):
+            grads[i] = grad
+    return tuple(grads)
+
+
+linear_ppo_loss_fwd.register_autograd(_backward, setup_context=_setup_context)

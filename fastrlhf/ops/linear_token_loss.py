@@ -1,0 +1,255 @@
+"""linear_token_loss: any loss of the tokens' log-probs, straight from hidden states.
+
+Shapes: hidden [..., H] -> N rows, weight [V, H], bias [V]; every other tensor [...]; n rows of a chunk.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from fastrlhf.ops import _backend, _checks, _chunks, _loss_head
+from fastrlhf.ops.linear_logprob import check_linear, linear_logprob
+from fastrlhf.ops.token_logprob import check
+from fastrlhf.reference import LinearTokenLossOutput
+
+OP = "linear_token_loss"
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_loss: Callable,
+    *,
+    rows: Mapping[str, Tensor] | None = None,
+    with_entropy: bool = False,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    scale: float | Tensor = 1.0,
+    accumulate_into: Tensor | None = None,
+    compact_rows: bool = False,
+    workspace: str = "fast",
+    backend: str = "auto",
+) -> LinearTokenLossOutput:
+    """scale * mean (or sum) over the rows of token_loss(logprob, **rows), never holding N x V logits.
+
+    `token_loss` is a Python function of [n] tensors, called once a chunk with the log-probs of its
+    rows; autograd gives its derivative on these [n] numbers, and the chunk's logits become dlogits, dX
+    and dW while they are there: 6 N H V FLOP for forward and backward instead of 8. The backward only
+    scales. GRPO with a clip, as an example::
+
+        def grpo(logprob, old_logprob, advantage):
+            ratio = (logprob - old_logprob).exp()
+            return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+
+        rows = {"old_logprob": old_logprob, "advantage": advantage}
+        linear_token_loss(hidden, weight, targets, grpo, rows=rows, mask=mask).loss.backward()
+
+    A row's loss must follow from that row alone: what needs the batch (a group's mean, say) belongs
+    into `rows`. Under torch.compile, and for "none", the loss is taken of `linear_logprob`'s result.
+
+    Args:
+        hidden, weight, targets, bias, temperature, softcap, workspace: as in `linear_logprob`.
+        token_loss: (logprob [n], **rows) -> loss [n], or (loss [n], {name: [n]}) with metrics;
+            (logprob, entropy, **rows) with `with_entropy`. Loss and log-prob are float32 (float64).
+        rows: tensors [...] by name, constants, cut into chunks for `token_loss`. Any dtype.
+        mask: [...], True (or non-zero) where a row counts. On CPU other rows enter no GEMM and are not
+            handed to `token_loss`; on a GPU they are, with log-prob 0, and what it returns is dropped.
+        reduction: "mean" over the rows that count (0 if none do), "sum" or "none".
+        scale: as in `linear_cross_entropy`.
+        accumulate_into: as there. An error of `token_loss` must leave it as it was, so that dW is
+            summed apart and added at the end of the forward: two dW until then, and one after.
+        compact_rows: as in `linear_ppo_loss`.
+        backend: who does the row maths; the GEMMs are the library's.
+
+    Returns:
+        LinearTokenLossOutput(loss, logprob, entropy, metrics). loss: 0-d, or [...] for "none"; the
+        others are constants: logprob [...], entropy [...] or None, metrics {name: [...]}, 0 where
+        masked. Gradients flow to hidden, weight and bias, once.
+
+    Raises:
+        TypeError, ValueError: as `linear_logprob`; also for `rows`, and for what `token_loss` returns: a
+            wrong type or shape, no gradient to the log-prob, on CPU a value that is not finite (on a
+            GPU, where that would be a sync, it goes on into the loss).
+
+    Source: the gradients in the forward follow Liger Kernel (arXiv:2410.10989).
+
+    >>> linear_token_loss(torch.zeros(2, 8), torch.zeros(4, 8), torch.tensor([1, 3]), torch.neg).loss
+    tensor(1.3863)
+    """
+    check_linear(OP, hidden, weight, bias, workspace)
+    vocab = weight.shape[0]
+    row_temperature, temperature_number, cap, mask = check(
+        OP, hidden, targets, temperature, softcap, mask, vocab=vocab
+    )
+    if not callable(token_loss):
+        raise TypeError(f"{OP}: token_loss must be callable; got {type(token_loss).__name__}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{OP}: reduction must be 'mean', 'sum' or 'none'; got {reduction!r}")
+    rows = _check_rows(rows, targets)
+    for name, value in (("with_entropy", with_entropy), ("compact_rows", compact_rows)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{OP}: {name} must be a bool; got {type(value).__name__}")
+    acc = _chunks.acc_dtype(torch.promote_types(hidden.dtype, weight.dtype))
+    factor = _loss_head.scale_argument(OP, scale, hidden.device, acc)
+    inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, **rows}
+    _loss_head.check_accumulate(OP, accumulate_into, weight, acc, inputs)
+    if accumulate_into is not None and reduction == "none":
+        raise ValueError(f"{OP}: accumulate_into must be None with reduction='none'")
+    chosen = _backend.choose(OP, backend, hidden, weight, bias)
+    if not torch.compiler.is_compiling():
+        _loss_head.check_values(OP, targets, vocab, mask, row_temperature)
+    if reduction == "mean":
+        count = targets.numel() if mask is None else mask.sum()
+        factor = factor / torch.as_tensor(count, device=hidden.device).clamp(min=1)
+    options = {"mask": mask, "workspace": workspace, "backend": chosen}
+    if reduction == "none" or torch.compiler.is_compiling():
+        options |= {"bias": bias, "temperature": temperature, "softcap": softcap}
+        head = linear_logprob(hidden, weight, targets, return_entropy=True, **options)
+        return _after(head, token_loss, rows, with_entropy, mask, factor, reduction)
+    grad = torch.is_grad_enabled()
+    parameters = (hidden, weight, bias)
+    needs = [grad and x is not None and x.requires_grad for x in parameters]
+    if not any(needs):
+        accumulate_into = None
+    head = _loss_head.LossHead(
+        hidden,
+        weight,
+        targets,
+        bias,
+        row_temperature,
+        temperature_number,
+        cap,
+        mask,
+        workspace,
+        chosen,
+        needs,
+        into=accumulate_into,
+        apart=True,
+        compact=compact_rows,
+    )
+    tokens = _Tokens(head, token_loss, rows, with_entropy, mask, factor)
+
+    def body():
+        head.run(tokens.slopes)
+        return tokens.loss.sum() * factor, head.gradients(_loss_head.kept_dtype)
+
+    loss = _loss_head.GradientsInForward.apply(OP, body, accumulate_into is not None, *parameters)
+    shape = targets.shape
+    return LinearTokenLossOutput(
+        loss,
+        head.logprob.reshape(shape),
+        head.entropy.reshape(shape) if with_entropy else None,
+        {name: x.reshape(shape) for name, x in tokens.metrics.items()},
+    )
+
+
+def _check_rows(rows, targets) -> dict[str, Tensor]:
+    if rows is None:
+        return {}
+    if not isinstance(rows, Mapping) or not all(isinstance(name, str) for name in rows):
+        raise TypeError(f"{OP}: rows must be a dict of tensors by name; got {type(rows).__name__}")
+    for name, value in rows.items():
+        _checks.tensor(OP, f"rows[{name!r}]", value)
+        _checks.shape(OP, f"rows[{name!r}]", value, targets.shape)
+        _checks.same_device(OP, f"rows[{name!r}]", value, targets.device)
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{OP}: rows[{name!r}] must be a constant, for no gradient would reach it (detach it); "
+                "got a tensor that requires grad"
+            )
+    return dict(rows)
+
+
+def _call(token_loss, logprob, entropy, rows) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the user's function makes of [n] tensors, checked: (loss, metrics)."""
+    out = token_loss(logprob, *(() if entropy is None else (entropy,)), **rows)
+    loss, metrics = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
+    expected = "token_loss must return a tensor [n], or (tensor, dict of tensors)"
+    if not isinstance(loss, Tensor) or not isinstance(metrics, Mapping):
+        raise TypeError(f"{OP}: {expected}; got {type(out).__name__}")
+    if not all(isinstance(x, Tensor) for x in metrics.values()):
+        raise TypeError(f"{OP}: {expected}; got a metric that is no tensor")
+    if not loss.is_floating_point():
+        raise TypeError(f"{OP}: token_loss must return a float tensor; got {loss.dtype}")
+    for name, value in (("", loss), *metrics.items()):
+        what = f"metric {name!r} of " if name else ""
+        if value.shape != logprob.shape:
+            raise ValueError(
+                f"{OP}: {what}token_loss must have shape {tuple(logprob.shape)}, one number a row; "
+                f"got {tuple(value.shape)}"
+            )
+    if (logprob.requires_grad and not loss.requires_grad) and logprob.numel():
+        raise ValueError(
+            f"{OP}: token_loss must depend on logprob; its result has no gradient (was it detached, or "
+            "computed under no_grad?)"
+        )
+    return loss.to(logprob.dtype), {name: x.detach() for name, x in metrics.items()}
+
+
+class _Tokens:
+    """The user's loss, chunk by chunk: loss and metrics [N], and the slopes that `LossHead` asks for."""
+
+    def __init__(self, head, token_loss, rows, with_entropy, mask, factor):
+        self.head, self.token_loss, self.with_entropy = head, token_loss, with_entropy
+        self.rows = {name: x.reshape(-1) for name, x in rows.items()}
+        # On CPU the rows of a chunk all count.
+        on_cpu = head.logprob.device.type == "cpu"
+        self.mask = None if mask is None or on_cpu else mask.reshape(-1)
+        self.factor, self.on_cpu = factor, on_cpu
+        self.loss, self.metrics = torch.zeros_like(head.logprob), {}
+
+    def slopes(self, where, logprob, entropy):
+        leaves = [logprob.detach()] + ([entropy.detach()] if self.with_entropy else [])
+        rows = {name: x[where] for name, x in self.rows.items()}
+        with torch.set_grad_enabled(self.head.trains):
+            leaves = [x.requires_grad_(self.head.trains) for x in leaves]
+            ours = (leaves[0], leaves[1] if self.with_entropy else None)
+            loss, metrics = _call(self.token_loss, *ours, rows)
+            if self.on_cpu and not bool(loss.isfinite().all()):
+                self._refuse(loss, logprob, where)
+            if self.mask is not None:
+                loss = loss.masked_fill(~self.mask[where], 0.0)
+            slopes = [None, None]
+            if self.head.trains:
+                up = self.factor.expand_as(loss)
+                slopes = list(torch.autograd.grad(loss, leaves, up, allow_unused=True))
+        self.loss[where] = loss.detach()
+        for name, value in metrics.items():
+            if self.mask is not None:
+                value = value.masked_fill(~self.mask[where], 0)
+            whole = self.metrics.setdefault(name, value.new_zeros(self.loss.shape))
+            whole[where] = value
+        slopes = [None if g is None else g.contiguous() for g in slopes]
+        return slopes[0], slopes[1] if self.with_entropy else None
+
+    def _refuse(self, loss, logprob, where):
+        first = int((~loss.isfinite()).nonzero()[0])
+        row = where.start + first if isinstance(where, slice) else int(where[first])
+        raise ValueError(
+            f"{OP}: token_loss must return finite numbers; got {loss[first].item():g} at row {row}, "
+            f"where logprob = {logprob[first].item():g}"
+        )
+
+
+def _after(head, token_loss, rows, with_entropy, mask, factor, reduction):
+    """The same loss of log-probs that `linear_logprob` differentiates, on all rows at once."""
+    shape = head[0].shape
+    logprob, entropy = (x.reshape(-1) for x in head)
+    flat = {name: x.reshape(-1) for name, x in rows.items()}
+    loss, metrics = _call(token_loss, logprob, entropy if with_entropy else None, flat)
+    if mask is not None:
+        idle = ~mask.reshape(-1)
+        loss = loss.masked_fill(idle, 0.0)
+        metrics = {name: x.masked_fill(idle, 0) for name, x in metrics.items()}
+    loss = loss.reshape(shape) if reduction == "none" else loss.sum()
+    return LinearTokenLossOutput(
+        loss * factor,
+        head[0].detach(),
+        head[1].detach() if with_entropy else None,
+        {name: x.reshape(shape) for name, x in metrics.items()},
+    )

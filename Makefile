@@ -6,8 +6,9 @@ VENV ?= .venv
 # Installed first, and only where .venv holds no torch yet. The extension is then built against that torch.
 TORCH ?= torch==2.13.0
 PREFLIGHT_TORCH ?= torch==2.11.0
-# Whose functions tests/test_oracles.py compares with: unpacked alone, for its pins clash with ours.
+# Whose functions the tests patch and compare with: unpacked alone, for their pins clash with ours.
 VERL ?= verl==0.9.1
+OPENRLHF ?= openrlhf==0.11.2
 FASTRLHF_BUILD ?= auto
 # Results of `make gpu`, and more arguments for the command or pytest behind a target.
 OUT ?= build/gpu
@@ -68,9 +69,9 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-deps
 	$(PIP) $(call extra,test)
 	@touch $@
 
-$(ORACLES)/.stamp-$(VERL): $(VENV)/.stamp-venv
+$(ORACLES)/.stamp-$(VERL)-$(OPENRLHF): $(VENV)/.stamp-venv
 	rm -rf $(ORACLES)
-	$(PIP) --no-deps --ignore-requires-python --target $(ORACLES) $(VERL)
+	$(PIP) --no-deps --ignore-requires-python --target $(ORACLES) $(VERL) $(OPENRLHF)
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml
@@ -82,7 +83,7 @@ install: $(VENV)/.stamp-build-$(FASTRLHF_BUILD)
 demo: install
 	$(VENV)/bin/fastrlhf demo --overwrite $(ARGS)
 
-test: install $(VENV)/.stamp-test $(ORACLES)/.stamp-$(VERL)
+test: install $(VENV)/.stamp-test $(ORACLES)/.stamp-$(VERL)-$(OPENRLHF)
 	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # With the test requirements: TRL is timed beside ours.

@@ -3,71 +3,28 @@
 The oracle in fp64 is the truth, the oracle in fp32 the error that ours is measured by: at most twice
 that, plus two roundings. 16-bit inputs are given to the oracle as the same numbers in fp32.
 
-verl pins an older transformers and needs ray, so it cannot be installed beside us. `make test` unpacks
-its wheel alone into build/oracles, and two of its modules are imported from there, unchanged:
-`verl.trainer.ppo.core_algos` and `verl.utils.torch_functional` (with `verl.utils.device`, `groupwise`,
-`import_utils` and `verl.plugin.platform`). Not imported: the `__init__` files of verl and its
-subpackages, which bring ray, hydra and model code, and what STAND_INS names.
+tests/unpacked.py says how verl's modules are loaded.
 B sequences, T steps.
 """
 
-import functools
 import importlib
-import sys
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import unpacked
 from logit_cases import DEVICE, assert_near, generator, randn
 
-FOLDER = Path(__file__).resolve().parents[1] / "build" / "oracles"
 
-# Module -> the names that verl's two modules import at module level. There they serve annotations and
-# one isinstance check (AlgoConfig), so that an empty class does.
-STAND_INS = {
-    "omegaconf": ("DictConfig",),
-    "tensordict": ("TensorDict",),
-    "verl.trainer.config": ("AlgoConfig",),
-    "verl.workers.config": ("ActorConfig",),
-}
-# Packages of verl whose own __init__ is not run.
-PACKAGES = ("verl", "verl.trainer", "verl.trainer.ppo", "verl.utils", "verl.workers")
-
-
-@functools.cache
 def verl() -> SimpleNamespace:
-    """verl's `core_algos` and `torch_functional`; skips where the wheel is not unpacked.
-
-    Neither verl nor a stand-in stays in `sys.modules`: no other test can meet a false `tensordict`.
-    """
-    if not (FOLDER / "verl").is_dir():
-        pytest.skip(f"{FOLDER.name}/verl is missing; `make test` unpacks it there")
-    before = dict(sys.modules)
-    try:
-        for name in PACKAGES:
-            package = ModuleType(name)
-            package.__path__ = [str(FOLDER.joinpath(*name.split(".")))]
-            sys.modules[name] = package
-        for name, classes in STAND_INS.items():
-            module = ModuleType(name)
-            for each in classes:
-                setattr(module, each, type(each, (), {}))
-            sys.modules[name] = module
-        groupwise = importlib.import_module("verl.utils.groupwise")
-        for name in ("as_torch_index", "group_mean_std"):  # what verl.utils exports to core_algos
-            setattr(sys.modules["verl.utils"], name, getattr(groupwise, name))
-        return SimpleNamespace(
-            torch_functional=importlib.import_module("verl.utils.torch_functional"),
-            core_algos=importlib.import_module("verl.trainer.ppo.core_algos"),
-        )
-    finally:
-        for name in set(sys.modules) - set(before):
-            if name.split(".")[0] in ("verl", "omegaconf", "tensordict"):
-                del sys.modules[name]
-        sys.modules.update(before)
+    """verl's `core_algos` and `torch_functional`; skips where the wheel is not unpacked."""
+    modules = unpacked.verl()
+    return SimpleNamespace(
+        torch_functional=modules["verl.utils.torch_functional"],
+        core_algos=modules["verl.trainer.ppo.core_algos"],
+    )
 
 
 class VerlActorConfig:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("csrc", "kernels", "fastrlhf", "tests", "benchmarks", "recipes")
+FOLDERS = ("csrc", "kernels", "fastrlhf", "tests", "benchmarks", "recipes", "examples")
 SOURCES = sorted(
     path
     for folder in FOLDERS

@@ -47,8 +47,9 @@ class Target(NamedTuple):
 
     `attribute` is a name in `module`, "Class.method", or an entry of a dict, "TABLE[key]" or "Class.TABLE[key]".
     `make(original, **options)` returns the function that takes its place; it may raise LeftAlone. `parameters`
-    are the leading parameter names the replacement relies on. `new` rows add an entry that must be absent, and
-    their maker gets None. Without `by_value` only the named place is replaced.
+    are the leading parameter names the replacement relies on. `new` rows add an entry that must be absent;
+    their maker gets None, and may set `fallback`, a function of the host's, on what it returns. Without
+    `by_value` only the named place is replaced.
     """
 
     module: str
@@ -318,6 +319,8 @@ class Host:
     def _replacement(self, target: Target, original, ours: Callable, live: list[bool]) -> Callable:
         name, told, lock = target.name, set(), self._lock
         calls, fallbacks = self._calls, self._fallbacks
+        named = original or ours
+        original = original or getattr(ours, "fallback", None)
 
         def replacement(*args, **kwargs):
             if not live[0] and original is not None:
@@ -342,7 +345,7 @@ class Host:
             # Outside the handler: an error of the host's own must not drag ours along as its context.
             return original(*args, **kwargs)
 
-        return functools.wraps(original or ours)(replacement)
+        return functools.wraps(named)(replacement)
 
     def _replace(self, old, new) -> int:
         """Put `new` for `old` in the host's loaded modules and their dicts; how many places held it."""

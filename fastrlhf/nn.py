@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from fastrlhf.ops import _backend, _checks, _chunks
 from fastrlhf.ops import linear_cross_entropy as _linear_cross_entropy
+from fastrlhf.ops import linear_ppo_loss as _linear_ppo_loss
 from fastrlhf.ops import ppo_loss as _ppo_loss
 from fastrlhf.ops import ranking_loss as _ranking_loss
 from fastrlhf.ops.ppo_loss import PPOLossOutput
 
-__all__ = ["LinearCrossEntropy", "PPOLoss", "RankingLoss"]
+__all__ = ["LinearCrossEntropy", "LinearPPOLoss", "PPOLoss", "RankingLoss"]
 
 
 class _Loss(nn.Module):
@@ -95,12 +96,109 @@ class PPOLoss(_Loss):
         )
 
 
+class LinearPPOLoss(_Loss):
+    """`fastrlhf.linear_ppo_loss`: `PPOLoss` from hidden states and the head's weight, without logits.
+
+    Args:
+        softcap, clip, dual_clip, value_clip, value_coef, entropy_coef, compact_rows, workspace, backend:
+            as in `fastrlhf.linear_ppo_loss`.
+        temperature, scale: numbers; tensors of a step go to `forward`.
+
+    Raises:
+        TypeError, ValueError: a wrong setting, by name, when the module is made; the tensors' when it
+            is called.
+
+    >>> hidden, weight, targets = torch.zeros(2, 8), torch.zeros(4, 8), torch.tensor([1, 3])
+    >>> old_logprob = torch.full((2,), -1.3863)
+    >>> LinearPPOLoss()(hidden, weight, targets, old_logprob, torch.ones(2)).loss
+    tensor(-1.0000)
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        clip: float = 0.2,
+        dual_clip: float | None = None,
+        value_clip: float | None = 0.2,
+        value_coef: float = 0.5,
+        entropy_coef: float = 0.0,
+        scale: float = 1.0,
+        compact_rows: bool = False,
+        workspace: str = "fast",
+        backend: str = "auto",
+    ):
+        op = "LinearPPOLoss"
+        _checks.number(op, "temperature", temperature, low=0, strict=True)
+        if softcap is not None:
+            _checks.number(op, "softcap", softcap, low=0, strict=True)
+        _ppo_loss.check_settings(op, clip, dual_clip, value_clip, value_coef, entropy_coef)
+        _checks.number(op, "scale", scale)
+        if not isinstance(compact_rows, bool):
+            raise TypeError(f"{op}: compact_rows must be a bool; got {type(compact_rows).__name__}")
+        _chunks.check_workspace(op, workspace)
+        super().__init__(
+            op,
+            temperature=temperature,
+            softcap=softcap,
+            clip=clip,
+            dual_clip=dual_clip,
+            value_clip=value_clip,
+            value_coef=value_coef,
+            entropy_coef=entropy_coef,
+            scale=scale,
+            compact_rows=compact_rows,
+            workspace=workspace,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        old_logprob: Tensor,
+        advantages: Tensor,
+        *,
+        bias: Tensor | None = None,
+        temperature: Tensor | None = None,
+        values: Tensor | None = None,
+        old_values: Tensor | None = None,
+        returns: Tensor | None = None,
+        mask: Tensor | None = None,
+        scale: Tensor | None = None,
+        accumulate_into: Tensor | None = None,
+    ) -> PPOLossOutput:
+        """PPOLossOutput(loss, metrics); hidden [..., H], weight [V, H], the others [...], one a token.
+
+        `temperature` and `scale`: tensors in place of the module's numbers.
+        """
+        settings = self._current()
+        given = {"temperature": temperature, "scale": scale}
+        settings |= {name: value for name, value in given.items() if value is not None}
+        return _linear_ppo_loss.linear_ppo_loss(
+            hidden,
+            weight,
+            targets,
+            old_logprob,
+            advantages,
+            bias=bias,
+            values=values,
+            old_values=old_values,
+            returns=returns,
+            mask=mask,
+            accumulate_into=accumulate_into,
+            **settings,
+        )
+
+
 class LinearCrossEntropy(_Loss):
     """`fastrlhf.linear_cross_entropy`: the language-model loss from hidden states, without logits.
 
     Args:
         ignore_index, reduction, softcap, workspace, backend: as in `fastrlhf.linear_cross_entropy`.
-        temperature: a number; one for each row goes to `forward`.
+        temperature, scale: numbers; tensors of a step go to `forward`.
 
     Raises:
         TypeError, ValueError: a wrong setting, by name, when the module is made; the tensors' when it
@@ -118,6 +216,7 @@ class LinearCrossEntropy(_Loss):
         reduction: str = "mean",
         temperature: float = 1.0,
         softcap: float | None = None,
+        scale: float = 1.0,
         workspace: str = "fast",
         backend: str = "auto",
     ):
@@ -126,6 +225,7 @@ class LinearCrossEntropy(_Loss):
         _checks.number(op, "temperature", temperature, low=0, strict=True)
         if softcap is not None:
             _checks.number(op, "softcap", softcap, low=0, strict=True)
+        _checks.number(op, "scale", scale)
         _chunks.check_workspace(op, workspace)
         super().__init__(
             op,
@@ -133,6 +233,7 @@ class LinearCrossEntropy(_Loss):
             reduction=reduction,
             temperature=temperature,
             softcap=softcap,
+            scale=scale,
             workspace=workspace,
             backend=backend,
         )
@@ -145,16 +246,18 @@ class LinearCrossEntropy(_Loss):
         *,
         bias: Tensor | None = None,
         temperature: Tensor | None = None,
+        scale: Tensor | None = None,
+        accumulate_into: Tensor | None = None,
     ) -> Tensor:
         """The loss, 0-d or [...] of ``reduction="none"``; hidden [..., H], weight [V, H], targets [...].
 
-        `temperature`: [...] or what broadcasts to it, in place of the module's number.
+        `temperature` and `scale`: tensors in place of the module's numbers.
         """
         settings = self._current()
-        if temperature is not None:
-            settings["temperature"] = temperature
+        given = {"temperature": temperature, "scale": scale}
+        settings |= {name: value for name, value in given.items() if value is not None}
         return _linear_cross_entropy.linear_cross_entropy(
-            hidden, weight, targets, bias=bias, **settings
+            hidden, weight, targets, bias=bias, accumulate_into=accumulate_into, **settings
         )
 
 

@@ -16,6 +16,7 @@ from ppo_cases import batch
 # Module -> its op.
 OP = {
     nn.PPOLoss: fastrlhf.ppo_loss,
+    nn.LinearPPOLoss: fastrlhf.linear_ppo_loss,
     nn.LinearCrossEntropy: fastrlhf.linear_cross_entropy,
     nn.RankingLoss: fastrlhf.ranking_loss,
 }
@@ -29,11 +30,25 @@ SETTINGS = {
         "entropy_coef": 0.05,
         "backend": "reference",
     },
+    nn.LinearPPOLoss: {
+        "temperature": 0.7,
+        "softcap": 5.0,
+        "clip": 0.1,
+        "dual_clip": 3.0,
+        "value_clip": None,
+        "value_coef": 0.7,
+        "entropy_coef": 0.05,
+        "scale": 2.0,
+        "compact_rows": True,
+        "workspace": "compact",
+        "backend": "reference",
+    },
     nn.LinearCrossEntropy: {
         "ignore_index": -1,
         "reduction": "sum",
         "temperature": 0.7,
         "softcap": 5.0,
+        "scale": 2.0,
         "workspace": "compact",
         "backend": "reference",
     },
@@ -54,6 +69,16 @@ def head_inputs():
     return [hidden, weight, targets], {"bias": randn(31, seed=4)}
 
 
+def linear_ppo_inputs():
+    tensors = {name: x.float() for name, x in batch((20,)).items()}
+    positional = [randn(20, 12, seed=1), randn(31, 12, seed=2), randint(31, (20,), seed=3)]
+    # Near the policy's own log-probs, so that not every ratio is clipped.
+    own = fastrlhf.linear_logprob(*positional, temperature=1.0)
+    positional += [own + tensors["logprob"] - tensors["old_logprob"], tensors["advantages"]]
+    named = {name: tensors[name] for name in ("values", "old_values", "returns")}
+    return positional, {**named, "mask": randint(2, (20,), seed=5).bool()}
+
+
 def ranking_inputs():
     cu_groups = torch.tensor([0, 4, 6], dtype=torch.int32)
     return [randn(6, seed=1), 1 + randint(3, (6,), seed=2), cu_groups], {}
@@ -61,6 +86,7 @@ def ranking_inputs():
 
 INPUTS = {
     nn.PPOLoss: ppo_inputs,
+    nn.LinearPPOLoss: linear_ppo_inputs,
     nn.LinearCrossEntropy: head_inputs,
     nn.RankingLoss: ranking_inputs,
 }
@@ -103,7 +129,11 @@ def test_settings_change_the_result(module):
     if module is nn.LinearCrossEntropy:
         positional[2] = positional[2].clamp(min=0)
     plain, _ = loss_metrics_gradients(module(), positional, named)
-    values = {n: v for n, v in SETTINGS[module].items() if n not in ("backend", "workspace")}
+    values = {
+        n: v
+        for n, v in SETTINGS[module].items()
+        if n not in ("backend", "workspace", "compact_rows")
+    }
     if module is nn.LinearCrossEntropy:
         values["ignore_index"] = -5
         positional[2][0] = -5
@@ -127,7 +157,10 @@ def test_names_and_defaults_are_the_ops(module):
     settings = {n: p for n, p in settings.items() if n != "self"}
     tensors = {n: p for n, p in tensors.items() if n != "self"}
     # A temperature may be either: a number of the module's, or a tensor of the call's.
-    both = {"temperature"} if module is nn.LinearCrossEntropy else set()
+    both = {
+        nn.LinearCrossEntropy: {"temperature", "scale"},
+        nn.LinearPPOLoss: {"temperature", "scale"},
+    }.get(module, set())
     assert settings.keys() & tensors.keys() == both
     assert settings.keys() | tensors.keys() == op.keys()
     for name, parameter in settings.items():

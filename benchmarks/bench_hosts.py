@@ -4,7 +4,7 @@
 
 A row compares a host's own function with its replacement on the same tensors, in turns, in one run. The Trainer row is
 two processes that train the same model for some steps, for the peak of what torch's allocator held and of the resident
-set. Shapes: B sequences, T tokens, V vocabulary, H hidden.
+set. verl and OpenRLHF are loaded as tests/unpacked.py does. Shapes: B sequences, T tokens, V vocabulary, H hidden.
 """
 
 import argparse
@@ -215,7 +215,93 @@ def transformers_rows(device, dtype, seconds, sizes):
     }
 
 
-ROWS = {"trl": trl_rows, "transformers": transformers_rows}
+def gae_rows(host, module, name, attribute, device, seconds, masks):
+    """A GAE function on [512, 1024] fp32 steps, for each of `masks`; no gradients flow through it."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    import unpacked
+
+    integration = importlib.import_module(f"fastrlhf.integrations.{host}")
+    with unpacked.installed(getattr(unpacked, host)()) as modules, integration.patch() as patched:
+        torch.manual_seed(0)
+        rewards, values = torch.randn(2, 512, 1024, device=device).unbind()
+        lengths = torch.randint(512, 1025, (512, 1), device=device)
+        keep = torch.arange(1024, device=device) < lengths
+        for label, arguments in masks(rewards, values, keep).items():
+            if not name.startswith(ONLY):
+                return
+
+            def ours(arguments=arguments):
+                return attribute(modules[module])(*arguments)
+
+            def theirs(arguments=arguments):
+                with patched.suspended():
+                    return attribute(modules[module])(*arguments)
+
+            doubles = [
+                x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments
+            ]
+            truth = theirs(doubles)
+            far = [
+                max(
+                    ((a - b).abs().max() / b.abs().max()).item()
+                    for a, b in zip(x, truth, strict=True)
+                )
+                for x in (ours(), theirs())
+            ]
+            taken = harness.times({"host": theirs, "fastrlhf": ours}, device, seconds)
+            seconds_of = {k: statistics.median(v) for k, v in taken.items()}
+            held = {
+                k: harness.peak_bytes(f, device) for k, f in (("host", theirs), ("fastrlhf", ours))
+            }
+            yield {
+                "function": f"{name}, {label}",
+                "direction": "forward",
+                "host": host,
+                "shape": [512, 1024],
+                "dtype": "float32",
+                "ms": {k: v * 1e3 for k, v in seconds_of.items()},
+                "times_faster": seconds_of["host"] / seconds_of["fastrlhf"],
+                "extra_bytes": held,
+                "times_less_memory": held["host"] / max(held["fastrlhf"], 1),
+                "error_ratio": far[0] / max(far[1], torch.finfo(torch.float32).eps),
+            }
+
+
+def verl_rows(device, dtype, seconds, sizes):
+    """verl's GAE with the int64 response mask of its trainer."""
+    yield from gae_rows(
+        "verl",
+        "verl.trainer.ppo.core_algos",
+        "compute_gae_advantage_return",
+        lambda module: module.compute_gae_advantage_return,
+        device,
+        seconds,
+        lambda r, v, keep: {"int64 mask": (r, v, keep.long(), 1.0, 0.95)},
+    )
+
+
+def openrlhf_rows(device, dtype, seconds, sizes):
+    """OpenRLHF's GAE with its bool action mask, and without one."""
+    yield from gae_rows(
+        "openrlhf",
+        "openrlhf.trainer.ppo_utils.experience_maker",
+        "get_advantages_and_returns",
+        lambda module: lambda *x: module.RemoteExperienceMaker.get_advantages_and_returns(None, *x),
+        device,
+        seconds,
+        lambda r, v, keep: {
+            "bool mask": (v, r, keep, 1.0, 0.95),
+            "no mask": (v, r, None, 1.0, 0.95),
+        },
+    )
+
+
+ROWS = {
+    "trl": trl_rows,
+    "transformers": transformers_rows,
+    "verl": verl_rows,
+    "openrlhf": openrlhf_rows,
+}
 
 
 def line(row: dict) -> str:

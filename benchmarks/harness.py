@@ -23,6 +23,7 @@ from fastrlhf import reference
 
 SHORT = 0.01  # seconds: a shorter call is warmed up by WARM calls before each sample
 WARM = 3
+LONG = 1.0  # seconds
 
 
 @dataclass
@@ -156,20 +157,25 @@ def sample(function: Callable, device: str) -> float:
 
 
 def times(functions: dict[str, Callable], device: str, seconds: float) -> dict[str, list[float]]:
-    """Samples per provider, in turns, until `seconds` are spent; at least 5 each, at most 500.
+    """Samples per provider, in turns, until `seconds` are spent; at least 5 each (3 where a turn takes
+    longer than LONG), at most 500.
 
     On the CPU a short call is made a few times more, untimed, before it is timed: what the provider before
     it left in the caches and in the allocator is not its cost. (On a GPU the L2 cache is emptied instead.)
     """
-    again = set()
+    again, turn_seconds = set(), 0.0
     for name, function in functions.items():
-        sample(function, device)
-        if sample(function, device) < SHORT and device == "cpu":
+        took = sample(function, device)
+        if took < LONG:
+            took = sample(function, device)
+        if took < SHORT and device == "cpu":
             again.add(name)
+        turn_seconds += took
+    least = 3 if turn_seconds > LONG else 5
     taken: dict[str, list[float]] = {name: [] for name in functions}
     start = time.perf_counter()
     for turn in range(500):
-        if turn >= 5 and time.perf_counter() - start > seconds:
+        if turn >= least and time.perf_counter() - start > seconds:
             break
         for name, function in functions.items():
             for _ in range(WARM if name in again else 0):

@@ -139,7 +139,7 @@ def head_parameters(lm) -> tuple[torch.Tensor, torch.Tensor | None]:
             "fused head would leave out: merge the adapter (merge_and_unload), or leave lm_head out of its targets"
         )
     for name in _LOGIT_FACTORS:
-        factor = getattr(lm.config, name, None)
+        factor = getattr(getattr(lm, "config", None), name, None)
         if factor is not None and factor != 1:
             raise UserError(
                 f"{type(lm).__name__} scales its logits ({name} = {factor:g} in config.json), which the fused "

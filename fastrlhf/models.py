@@ -118,6 +118,10 @@ class Policy(nn.Module):
         )
 
 
+# What models multiply or divide their logits by: Cohere; Granite, HyperCLOVA X, MiniCPM3; Falcon-H1.
+_LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
 def head_parameters(lm) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(weight [V, H], bias [V] or None) of the unembedding, where they are all that it computes.
 
@@ -134,6 +138,13 @@ def head_parameters(lm) -> tuple[torch.Tensor, torch.Tensor | None]:
             f"the output head {type(head).__name__} must be a plain linear layer; it has {what}, which the "
             "fused head would leave out: merge the adapter (merge_and_unload), or leave lm_head out of its targets"
         )
+    for name in _LOGIT_FACTORS:
+        factor = getattr(getattr(lm, "config", None), name, None)
+        if factor is not None and factor != 1:
+            raise UserError(
+                f"{type(lm).__name__} scales its logits ({name} = {factor:g} in config.json), which the fused "
+                "head would leave out: expected a model without such a factor"
+            )
     return head.weight, getattr(head, "bias", None)
 
 

@@ -157,6 +157,31 @@ def test_suspended_runs_the_hosts_own(home):
     assert not fake.patched
 
 
+def test_suspensions_of_two_threads_overlap(home):
+    """The second to begin ends last, and found the first one's state."""
+    fake = host()
+    with fake.patch() as patched:
+        first, second = patched.suspended(), patched.suspended()
+        first.__enter__(), second.__enter__()
+        first.__exit__(None, None, None)
+        assert home.double(3) == 6
+        second.__exit__(None, None, None)
+        assert home.double(3) == ("ours", 3, 2)
+    ours = fake.patch() and home.double
+    with fake.suspended():
+        fake.unpatch()
+    assert ours(3) == 6  # a copy does not come back to life
+
+
+def test_a_handle_that_let_go_is_not_entered_again(home):
+    fake = host()
+    handle = fake.patch()
+    with handle:
+        pass
+    with pytest.raises(RuntimeError, match="has let go of fastrlhf_fake_host.*call patch"), handle:
+        pass
+
+
 def test_unpatch_lets_go_for_all(home):
     fake, original = host(), home.double
     with fake.patch() as holder:

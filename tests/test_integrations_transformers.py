@@ -1,5 +1,6 @@
 """transformers patched computes what it computes, for many architectures, without building the logits."""
 
+import pickle
 import threading
 
 import pytest
@@ -220,6 +221,10 @@ def test_logits_are_built_when_they_are_read():
         assert torch.equal(out.logits.argmax(-1), expected.argmax(-1))
         assert torch.equal(torch.softmax(out.logits, -1), expected.softmax(-1))
         assert torch.equal(out.logits[:, -1] + 1, expected[:, -1] + 1)
+        assert torch.equal(out.logits % 2, expected % 2)
+        assert torch.equal(out.logits // 2, expected // 2)
+        saved = pickle.dumps(model(**inputs).logits)  # of outputs that nobody has read
+        assert b"fastrlhf" not in saved and torch.equal(pickle.loads(saved), expected)
         out.logits.sum().backward()  # with their graph
         ours = model.lm_head.weight.grad.clone()
         model.zero_grad()

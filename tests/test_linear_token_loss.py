@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import logit_cases as cases
 from fastrlhf import linear_cross_entropy, linear_logprob, linear_token_loss, ppo_loss, reference
@@ -252,6 +253,66 @@ def test_nothing_counts_and_repeats(backend, four_rows_a_chunk):
             x[:, :count], w, targets[:, :count], dapo, rows=few, mask=mask, backend=backend
         )
         assert out.loss == 0 and (torch.autograd.grad(out.loss, w)[0] == 0).all()
+
+
+@each_backend
+def test_metrics_have_their_names_where_nothing_counts(backend):
+    """A batch without a token must not be a KeyError of the caller's log."""
+    device = DEVICE[backend]
+    (x, w, _), targets, rows = inputs(device=device)
+    with_metric = lambda p, old_logprob, advantage: (-p, {"ratio": (p - old_logprob).exp()})  # noqa: E731
+    for count, mask in ((0, None), (N, torch.zeros(1, N, dtype=torch.bool, device=device))):
+        few = {k: v[:, :count] for k, v in rows.items()}
+        out = linear_token_loss(
+            *(x[:, :count].requires_grad_(), w, targets[:, :count], with_metric),
+            rows=few,
+            mask=mask,
+            backend=backend,
+        )
+        assert out.loss == 0
+        assert torch.equal(out.metrics["ratio"], torch.zeros(1, count, device=device))
+
+
+def test_a_tensor_of_the_closure_gets_its_gradient_or_an_error():
+    (x, w, _), targets, _ = inputs()
+    x.requires_grad_()
+    alpha = torch.tensor(2.0, requires_grad=True)
+    for captured in (alpha, alpha * 3):
+        with pytest.raises(ValueError, match="no tensor that requires grad but its arguments"):
+            linear_token_loss(x, w, targets, lambda p, a=captured: -a * p)
+        linear_token_loss(x, w, targets, lambda p, a=captured: -a.detach() * p)
+    loss = linear_token_loss(x, w, targets, lambda p: -alpha * p, reduction="none").loss
+    (got,) = torch.autograd.grad(loss.mean(), alpha)
+    torch.testing.assert_close(got, -linear_logprob(x, w, targets).mean().detach())
+
+
+def _into(x, w, targets, into, op):
+    if op == "cross entropy":
+        return linear_cross_entropy(x, w, targets, accumulate_into=into)
+    return linear_token_loss(x, w, targets, torch.neg, accumulate_into=into).loss
+
+
+@pytest.mark.parametrize("op", ["cross entropy", "token loss"])
+def test_accumulate_into_is_added_once_or_refused(op):
+    (x, w, _), targets, _ = inputs()
+    x.requires_grad_(), w.requires_grad_()
+    (expected,) = torch.autograd.grad(linear_cross_entropy(x, w, targets), w)
+    into = torch.zeros(V, H)
+    call = lambda x: _into(x, w, targets, into, op)  # noqa: E731
+    with pytest.raises(
+        ValueError, match="accumulate_into must be None under torch.utils.checkpoint"
+    ):
+        checkpoint(call, x, use_reentrant=False)
+    assert (into == 0).all()
+    checkpoint(call, x, use_reentrant=True).backward()
+    torch.testing.assert_close(into, expected)
+    into.zero_()
+    with torch.autograd.graph.save_on_cpu():
+        loss = call(x)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="with accumulate_into the backward runs once"):
+        loss.backward()
+    torch.testing.assert_close(into, expected)
 
 
 ROW = torch.ones(2)

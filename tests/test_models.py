@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import tiny
 from fastrlhf import attention, data, models
 from fastrlhf.errors import UserError
+from fastrlhf.models import head_parameters
 from fastrlhf.packing import collate
 from fastrlhf.runtime import Runtime, RuntimeConfig
 
@@ -142,3 +145,23 @@ def test_tokenizer_larger_than_the_embedding(runtime):
     policy = models.load_policy(tiny.base(), runtime, trainable=False)
     with pytest.raises(UserError, match="knows 321 tokens, the model has 320"):
         models.check_vocabulary(tokenizer, policy.lm, "x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "factor"),
+    [
+        ("Granite", "logits_scaling", 8.0),
+        ("Cohere", "logit_scale", 0.0625),
+        ("FalconH1", "lm_head_multiplier", 2.0),
+        ("Granite", "logits_scaling", 1.0),
+    ],
+)
+def test_a_factor_of_the_logits_is_not_dropped(kind, name, factor):
+    """The fused head multiplies by the weight alone."""
+    config = getattr(transformers, f"{kind}Config")(**{name: factor})
+    lm = SimpleNamespace(config=config, get_output_embeddings=lambda: torch.nn.Linear(3, 5))
+    if factor == 1:
+        assert head_parameters(lm)[0].shape == (5, 3)
+    else:
+        with pytest.raises(UserError, match=f"scales its logits .{name} = {factor:g} in config"):
+            head_parameters(lm)

@@ -128,6 +128,9 @@ class LazyLogits:
         kwargs = {key: _real(value) for key, value in (kwargs or {}).items()}
         return function(*map(_real, args), **kwargs)
 
+    def __reduce_ex__(self, protocol):
+        return self.tensor().__reduce_ex__(protocol)  # what is saved is read without this package
+
     def __repr__(self) -> str:
         state = "not built" if self._made is None else "built"
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, {state})"
@@ -157,6 +160,7 @@ def _forward(name: str):
 _OPERATORS = (
     *("add", "radd", "sub", "rsub", "rtruediv", "matmul", "rmatmul", "pow", "neg", "abs"),
     *("getitem", "setitem", "len", "iter", "eq", "ne", "lt", "le", "gt", "ge"),
+    *("floordiv", "rfloordiv", "mod", "rmod", "rpow"),
     *("and", "or", "invert", "bool", "float", "int"),
 )
 for _name in _OPERATORS:

@@ -109,6 +109,10 @@ class Patch:
         self._calls, self._fallbacks = host.calls(), host.fallbacks()
 
     def __enter__(self) -> "Patch":
+        if not self._host.held_by(self):
+            raise RuntimeError(
+                f"this handle has let go of {self._host.name}, which would run unpatched; call patch() again"
+            )
         return self
 
     def __exit__(self, *_) -> None:
@@ -162,7 +166,8 @@ class Host:
         self._holders: set[Patch] = set()
         self._options: dict = {}
         self._swaps: list[_Swap] = []
-        self._live = [False]  # shared with the replacements of one application
+        # Of one application, shared with its replacements: whether it stands, and how many suspend it.
+        self._live = [False, 0]
         self._calls: Counter = Counter()
         self._fallbacks: Counter = Counter()
 
@@ -194,6 +199,10 @@ class Host:
             self._holders.add(holder)
             return holder
 
+    def held_by(self, holder: Patch) -> bool:
+        with self._lock:
+            return holder in self._holders
+
     def release(self, holder: Patch) -> None:
         with self._lock:
             if holder in self._holders:
@@ -212,11 +221,13 @@ class Host:
     def suspended(self):
         """Run the host's own functions in a `with` block, in all threads, and leave ours in place: to compare."""
         live = self._live
-        before, live[0] = live[0], False
+        with self._lock:  # blocks of several threads overlap: the last one to end brings ours back
+            live[1] += 1
         try:
             yield
         finally:
-            live[0] = before
+            with self._lock:
+                live[1] -= 1
 
     # ---- apply and undo ----
 
@@ -224,7 +235,7 @@ class Host:
         version = self._import()
         if self.prepare is not None:
             self.prepare()
-        live, swaps, alone = [True], [], dict(self.left_alone)
+        live, swaps, alone = [True, 0], [], dict(self.left_alone)
         for target in self.targets:
             try:
                 swaps.append(self._resolve(target, version, options, live))
@@ -286,7 +297,7 @@ class Host:
             )
         return version
 
-    def _resolve(self, target: Target, version, options: dict, live: list[bool]) -> _Swap:
+    def _resolve(self, target: Target, version, options: dict, live: list) -> _Swap:
         where = f"{self.name} {version or '(version unknown)'}"
         try:
             module = importlib.import_module(target.module)
@@ -316,14 +327,14 @@ class Host:
             after = staticmethod(after)
         return _Swap(target, home, before, after, target.by_value and not (method or target.new))
 
-    def _replacement(self, target: Target, original, ours: Callable, live: list[bool]) -> Callable:
+    def _replacement(self, target: Target, original, ours: Callable, live: list) -> Callable:
         name, told, lock = target.name, set(), self._lock
         calls, fallbacks = self._calls, self._fallbacks
         named = original or ours
         original = original or getattr(ours, "fallback", None)
 
         def replacement(*args, **kwargs):
-            if not live[0] and original is not None:
+            if (live[1] or not live[0]) and original is not None:
                 return original(*args, **kwargs)
             try:
                 result = ours(*args, **kwargs)

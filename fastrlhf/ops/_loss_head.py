@@ -154,7 +154,7 @@ class GradientsInForward(torch.autograd.Function):
     def forward(ctx, op, body, accumulated, *parameters):
         with torch.autocast(parameters[0].device.type, enabled=False):
             loss, grads = body()
-        ctx.op, ctx.accumulated = op, accumulated
+        ctx.op, ctx.accumulated, ctx.spent = op, accumulated, False
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
         ctx.wanted = list(ctx.needs_input_grad[3:])
         if accumulated:
@@ -169,7 +169,13 @@ class GradientsInForward(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * (3 + len(ctx.dtypes))
         if ctx.accumulated:
+            if ctx.spent:
+                raise RuntimeError(
+                    f"{ctx.op}: with accumulate_into the backward runs once, for dW has been added once; "
+                    "got a second one (retain_graph=True)"
+                )
             grad_loss = _one(ctx.op, grad_loss)
+            ctx.spent = True
         return None, None, None, *scaled(ctx, grad_loss)
 
 
@@ -225,6 +231,12 @@ def check_accumulate(
         who = name if into.requires_grad else "weight"
         expected = "be a constant, as weight.grad is" if into.requires_grad else "require grad"
         raise ValueError(f"{op}: with {name}, {who} must {expected}")
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if torch.is_grad_enabled() and hooks and hooks[0].__module__ == "torch.utils.checkpoint":
+        raise ValueError(
+            f"{op}: {name} must be None under torch.utils.checkpoint(use_reentrant=False), whose second "
+            "forward would add dW again"
+        )
     first, last = _extent(into)
     for other, value in inputs.items():
         if value is None:

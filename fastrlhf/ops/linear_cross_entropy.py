@@ -48,7 +48,9 @@ def linear_cross_entropy(
             dW, where gradients are enabled; the backward then gives the weight none, so that steps
             which add up gradients hold one dW. float32 (float64 for float64), or the weight's dtype.
             The upstream gradient of the loss must be 1: what multiplies the loss goes into `scale`.
-            (Another one raises on CPU; on a GPU, where that would be a sync, dX and db are NaN.)
+            (Another one raises on CPU; on a GPU, where that would be a sync, dX and db are NaN.) So
+            does a second backward; under non-reentrant torch.utils.checkpoint, which would add dW
+            twice, it is refused.
         workspace, backend: as in `linear_logprob`.
 
     Returns:

@@ -58,7 +58,8 @@ def linear_token_loss(
             (logprob, entropy, **rows) with `with_entropy`. Loss and log-prob are float32 (float64).
         rows: tensors [...] by name, constants, cut into chunks for `token_loss`. Any dtype.
         mask: [...], True (or non-zero) where a row counts. On CPU other rows enter no GEMM and are not
-            handed to `token_loss`; on a GPU they are, with log-prob 0, and what it returns is dropped.
+            handed to `token_loss` (of none: n = 0); on a GPU they are, with log-prob 0, and what it
+            returns is dropped.
         reduction: "mean" over the rows that count (0 if none do), "sum" or "none".
         scale: as in `linear_cross_entropy`.
         accumulate_into: as there. An error of `token_loss` must leave it as it was, so that dW is
@@ -73,8 +74,9 @@ def linear_token_loss(
 
     Raises:
         TypeError, ValueError: as `linear_logprob`; also for `rows`, and for what `token_loss` returns: a
-            wrong type or shape, no gradient to the log-prob, on CPU a value that is not finite (on a
-            GPU, where that would be a sync, it goes on into the loss).
+            wrong type or shape, no gradient to the log-prob, one to a tensor of its closure (but for
+            "none", where it flows), on CPU a value that is not finite (on a GPU, where that would be a
+            sync, it goes on into the loss).
 
     Source: the gradients in the forward follow Liger Kernel (arXiv:2410.10989).
 
@@ -135,6 +137,11 @@ def linear_token_loss(
     tokens = _Tokens(head, token_loss, rows, with_entropy, mask, factor)
 
     def body():
+        if (
+            not head.operands.rows
+        ):  # no chunk: its result is looked at, and its metrics get their names
+            empty = head.logprob[:0]
+            tokens.slopes(slice(0, 0), empty, empty)
         head.run(tokens.slopes)
         return tokens.loss.sum() * factor, head.gradients(_loss_head.kept_dtype)
 
@@ -183,12 +190,31 @@ def _call(token_loss, logprob, entropy, rows) -> tuple[Tensor, dict[str, Tensor]
                 f"{OP}: {what}token_loss must have shape {tuple(logprob.shape)}, one number a row; "
                 f"got {tuple(value.shape)}"
             )
-    if (logprob.requires_grad and not loss.requires_grad) and logprob.numel():
+    if logprob.requires_grad and not loss.requires_grad:
         raise ValueError(
             f"{OP}: token_loss must depend on logprob; its result has no gradient (was it detached, or "
             "computed under no_grad?)"
         )
     return loss.to(logprob.dtype), {name: x.detach() for name, x in metrics.items()}
+
+
+def _only_rows(loss: Tensor, leaves: list[Tensor]) -> None:
+    """Refuses a loss of other tensors that require grad, whose gradient would be lost without a word."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::AccumulateGrad":
+            variable = node.variable
+            if all(variable is not leaf for leaf in leaves):
+                raise ValueError(
+                    f"{OP}: token_loss must depend on no tensor that requires grad but its arguments, for "
+                    f"no gradient would reach it (detach it, or use reduction='none'); got one of shape "
+                    f"{tuple(variable.shape)}"
+                )
+        nodes.extend(following for following, _ in node.next_functions)
 
 
 class _Tokens:
@@ -216,6 +242,7 @@ class _Tokens:
                 loss = loss.masked_fill(~self.mask[where], 0.0)
             slopes = [None, None]
             if self.head.trains:
+                _only_rows(loss, leaves)
                 up = self.factor.expand_as(loss)
                 slopes = list(torch.autograd.grad(loss, leaves, up, allow_unused=True))
         self.loss[where] = loss.detach()

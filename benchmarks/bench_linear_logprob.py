@@ -59,7 +59,7 @@ def _linear(case: Case, device: str) -> Problem:
         backward_flops=(4 if knows_loss else 6) * count * h * v,
         floor_note="2*N*H*V FLOP forward; backward 6*N*H*V (logits again, dX, dW), or 4*N*H*V where "
         "the op knows its loss; N: rows that count",
-        seconds=6.0,
+        seconds=3.0,
         peers=getattr(peers, case.op)(),
         yardsticks={"gemm": one},
         full_yardsticks={"three_gemms": three} if knows_loss else {},

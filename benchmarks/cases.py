@@ -56,7 +56,7 @@ CPU = [
         "token_loss",
         [("Llama-2", 1024, 32000, "float32"), ("Llama-3", 512, 128256, "bfloat16")],
     ),
-    *_linear("linear_logprob", [("small head", 1024, 512, 32000, "float32")]),
+    *_linear("linear_logprob", [("small head", 512, 512, 32000, "float32")]),
     *_linear("linear_cross_entropy", [("small head", 512, 512, 32000, "float32")]),
     *_linear("linear_token_loss", [("small head", 512, 512, 32000, "float32")]),
     *_linear("linear_ppo_loss", [("small head", 2048, 512, 32000, "float32")]),

@@ -82,7 +82,7 @@ AUTO = {
     ("token_logprob", "cuda"): Auto(_CUDA, "Llama-3 8192x128256"),
     ("token_loss", "cpu"): Auto(_CPU, "Llama-2 1024x32000"),
     ("token_loss", "cuda"): Auto(("cuda", "reference"), "Llama-3 8192x128256"),
-    ("linear_logprob", "cpu"): Auto(_CPU, "small head 1024x512x32000"),
+    ("linear_logprob", "cpu"): Auto(_CPU, "small head 512x512x32000"),
     ("linear_logprob", "cuda"): Auto(_CUDA, "Llama-3-8B 8192x4096x128256"),
     ("linear_cross_entropy", "cpu"): Auto(_CPU, "small head 512x512x32000"),
     ("linear_cross_entropy", "cuda"): Auto(_CUDA, "Llama-3-8B 8192x4096x128256"),

@@ -238,9 +238,11 @@ def test_python_loop_gives_the_ops_result(harness, op):
     assert max(harness[0].errors(problem, found).values()) <= 1
 
 
-def test_providers_take_turns_and_short_calls_warm_up(harness, monkeypatch):
+@pytest.mark.parametrize(("seconds", "warm", "turns"), [(0.5, 2, 5), (2.0, 1, 3)])
+def test_providers_take_turns_and_short_calls_warm_up(harness, monkeypatch, seconds, warm, turns):
+    """A turn of over a second is taken three times, and its long calls are not warmed up twice."""
     order = []
-    took = {"short": 0.001, "long": 1.0}
+    took = {"short": 0.001, "long": seconds}
 
     def sample(function, device):
         function()
@@ -250,10 +252,10 @@ def test_providers_take_turns_and_short_calls_warm_up(harness, monkeypatch):
     monkeypatch.setattr(harness[0], "sample", sample)
     functions = {name: lambda name=name: order.append(name) for name in took}
     taken = harness[0].times(functions, "cpu", 0.0)
-    assert {name: len(samples) for name, samples in taken.items()} == {"short": 5, "long": 5}
-    first = ["short", "timed"] * 2 + ["long", "timed"] * 2
+    assert {name: len(samples) for name, samples in taken.items()} == dict.fromkeys(took, turns)
+    first = ["short", "timed"] * 2 + ["long", "timed"] * warm
     turn = ["short"] * harness[0].WARM + ["short", "timed", "long", "timed"]
-    assert order == first + turn * 5
+    assert order == first + turn * turns
 
 
 def problem_with_little_time(problem):

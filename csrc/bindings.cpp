@@ -21,8 +21,8 @@
 namespace py = pybind11;
 
 STABLE_TORCH_LIBRARY(fastrlhf, m) {
-  // token_logprob: logits [..., V], targets [...]; stats [2, N] = (row max, log of the sum of exp(z
-  // - max)).
+  // token_logprob: logits [..., V], targets [...]; stats [3, N] = (row max, log of the sum of exp(z
+  // - max), mean of z - max under the softmax).
   m.def(
       "token_logprob_fwd(Tensor logits, Tensor targets, Tensor? row_temperature, float "
       "temperature, "
@@ -30,16 +30,16 @@ STABLE_TORCH_LIBRARY(fastrlhf, m) {
       "Tensor stats)");
   m.def(
       "token_logprob_bwd(Tensor? grad_logprob, Tensor? grad_entropy, Tensor logits, Tensor "
-      "targets, "
-      "Tensor entropy, Tensor stats, Tensor? row_temperature, float temperature, float softcap, "
+      "targets, Tensor stats, Tensor? row_temperature, float temperature, float softcap, "
       "Tensor? mask) -> Tensor");
   m.def(
       "token_logprob_bwd_(Tensor? grad_logprob, Tensor? grad_entropy, Tensor(a!) logits, "
-      "Tensor targets, Tensor entropy, Tensor stats, Tensor? row_temperature, float temperature, "
+      "Tensor targets, Tensor stats, Tensor? row_temperature, float temperature, "
       "float softcap, Tensor? mask) -> ()");
 
-  // token_loss: slope = d loss / d logprob, stats as above; fwd_ writes dL/dlogits to `out`, which
-  // may be the logits, and bwd_ multiplies its rows by the upstream gradients that are not 1.
+  // token_loss: slope = d loss / d logprob, stats [2, N] the first two; fwd_ writes dL/dlogits to
+  // `out`, which may be the logits, and bwd_ multiplies its rows by the upstream gradients that are
+  // not 1.
   m.def(
       "token_loss_fwd(Tensor logits, Tensor targets, Tensor? advantages, Tensor? old_logprob, "
       "float clip, float dual_clip, Tensor? row_temperature, float temperature, float softcap, "

@@ -91,6 +91,12 @@ inline Batch make_batch(const Tensor& logits, const Tensor& targets,
   return b;
 }
 
+inline void check_stats(const Batch& b, const Tensor& stats) {
+  RL_CHECK(stats.is_contiguous() && stats.numel() == 3 * b.view.rows.count &&
+               stats.scalar_type() == acc_dtype(b.logits.scalar_type()),
+           "stats must be contiguous [3, N] in the outputs' dtype");
+}
+
 // Upstream gradients of the N rows; a missing one is 0.
 template <typename A>
 struct Upstream {

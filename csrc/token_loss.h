@@ -76,7 +76,7 @@ struct LossOutputs {
   A* loss;
   A* logprob;
   A* slope;
-  A* stats;  // [2, N]: as token_logprob's
+  A* stats;  // [2, N]: the first two of token_logprob's
 };
 
 // The N-row outputs of one call.

@@ -1,7 +1,8 @@
 """token_logprob in Triton: forward one read of the logits, backward one read and one write.
 
 Shapes: logits [..., V], N rows; targets, row_temperature, mask, logprob, entropy, gradients: N.
-stats [2, N] = (max of z, log of the sum of e^(z - max)). Offsets are int64, so N * V may pass 2^31.
+stats [3, N] = (max of z, log of the sum of e^(z - max), mean of z - max under the softmax).
+Offsets are int64, so N * V may pass 2^31.
 """
 
 import torch
@@ -48,6 +49,7 @@ def token_logprob_fwd_kernel(
             tl.store(entropy_ptr + row, 0.0)
             tl.store(stats_ptr + row, 0.0)
             tl.store(stats_ptr + N + row, 0.0)
+            tl.store(stats_ptr + 2 * N + row, 0.0)
             return
     scale = _row_scale(row, row_temperature_ptr, temperature, HAS_ROW_T, ACC)
     row_ptr = (
@@ -74,9 +76,11 @@ def token_logprob_fwd_kernel(
     z_target = tl.load(row_ptr + target, mask=inside, other=float("nan")).to(ACC)
     z_target = scaled_logits(z_target, scale, softcap, HAS_CAP)
     tl.store(logprob_ptr + row, (z_target - top) - log_sum)
-    tl.store(entropy_ptr + row, log_sum - tl.sum(weighted, axis=0) / sum_e)
+    mean = tl.sum(weighted, axis=0) / sum_e
+    tl.store(entropy_ptr + row, log_sum - mean)
     tl.store(stats_ptr + row, top)
     tl.store(stats_ptr + N + row, log_sum)
+    tl.store(stats_ptr + 2 * N + row, mean)
 
 
 @triton.jit
@@ -85,7 +89,6 @@ def token_logprob_bwd_kernel(
     grad_entropy_ptr,
     logits_ptr,
     targets_ptr,
-    entropy_ptr,
     stats_ptr,
     row_temperature_ptr,
     mask_ptr,
@@ -132,16 +135,17 @@ def token_logprob_bwd_kernel(
     )
     x = tl.load(row_ptr + cols, mask=cols < V, other=float("-inf")).to(ACC)
     z = scaled_logits(x, scale, softcap, HAS_CAP)
-    raw = (z - tl.load(stats_ptr + row)) - tl.load(stats_ptr + N + row)
-    logp = tl.where(raw < -800.0, -800.0, raw)
-    p = tl.exp(logp)
+    raw = z - tl.load(stats_ptr + row)
+    away = tl.where(raw < -800.0, -800.0, raw)
+    p = tl.exp(away - tl.load(stats_ptr + N + row))
     target = tl.load(targets_ptr + row).to(tl.int64)
     grad = tl.zeros((BLOCK,), ACC)
     if HAS_G:
         g = tl.where((target >= 0) & (target < V), g, float("nan"))
         grad += tl.where(cols == target, g, 0.0) - g * p
     if HAS_H:
-        grad -= h * p * (logp + tl.load(entropy_ptr + row))
+        # log p + entropy, without the rounding of the log sum that the whole row would share
+        grad -= h * p * (away - tl.load(stats_ptr + 2 * N + row))
     grad *= scale
     if HAS_CAP:
         grad *= sech2(x / softcap)
@@ -178,7 +182,7 @@ def forward(logits, targets, row_temperature, temperature, softcap, mask):
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logprob = torch.empty(targets.shape, dtype=dtype, device=logits.device)
     entropy = torch.empty_like(logprob)
-    stats = torch.empty((2, count), dtype=dtype, device=logits.device)
+    stats = torch.empty((3, count), dtype=dtype, device=logits.device)
     if count == 0:
         return logprob, entropy, stats
     width = logits.shape[-1]
@@ -212,7 +216,6 @@ def backward(
     grad_entropy,
     logits,
     targets,
-    entropy,
     stats,
     row_temperature,
     temperature,
@@ -239,7 +242,6 @@ def backward(
             stats if grads[1] is None else grads[1],
             logits,
             targets,
-            entropy,
             stats,
             row_t,
             mask,

@@ -257,11 +257,11 @@ def test_fsdp2_weight_inside_and_outside_its_module(name):
 
 
 def test_a_shard_of_padding_weighs_nothing_whatever_its_log_sum():
-    """Of a row of -inf a backend may say log-sum NaN or -inf, and entropy NaN."""
+    """Of a row of -inf a backend may say log-sum NaN or -inf, and mean NaN."""
     combine = importlib.import_module("fastrlhf.ops._vocab_parallel")._combine
-    real = torch.tensor([[2.0], [0.5], [0.3], [-1.0]])  # max, log-sum, entropy, log-prob
+    real = torch.tensor([[2.0], [0.5], [0.2], [-1.0]])  # max, log-sum, mean, log-prob
     for log_sum in (torch.nan, -torch.inf):
         padding = torch.tensor([[-torch.inf], [log_sum], [torch.nan], [torch.nan]])
         logprob, entropy, stats = combine(torch.stack((real, padding)), torch.tensor([0]))
         torch.testing.assert_close(torch.stack((logprob, entropy)), torch.tensor([[-1.0], [0.3]]))
-        torch.testing.assert_close(stats, real[:2])
+        torch.testing.assert_close(stats, real[:3])

@@ -18,7 +18,8 @@ constexpr int64_t kGrainLogits = 1 << 15;  // least work of a thread
 
 template <typename A>
 struct RowStats {
-  A max, log_sum, entropy;
+  A max, log_sum;
+  A mean;  // of z - max under the softmax: entropy = log_sum - mean
 };
 
 // Running sums in as many lanes as the widest vector unit keeps in flight: adding them up costs
@@ -149,28 +150,32 @@ RL_INLINE RowStats<A> row_stats(const T* row, int64_t width, const RowMaths<A>& 
   }
   const A sum = total(all.sum);
   const A log_sum = log(sum);
-  return {max, log_sum, log_sum - total(all.weighted) / sum};
+  return {max, log_sum, total(all.weighted) / sum};
 }
 
 // dL/dlogits of a row from g = dL/dlogprob and h = dL/dentropy:
 //   dz_j = g (1[j = t] - p_j) - h p_j (log p_j + entropy),  times dz/dlogits. `out` may be `row`.
+// log p_j + entropy is taken as (z_j - max) - mean, which leaves out the rounding of log_sum: the
+// whole row would share it, and a sum over the row keep it.
 template <bool kCap, bool kFma, typename T, typename A>
 RL_INLINE void row_backward(const T* row, T* out, int64_t width, int64_t target, A g, A h,
                             const RowStats<A>& stats, const RowMaths<A>& f) {
   const A floor = opaque(exp_floor<A>());
   const A base = stats.max, log_sum = stats.log_sum;
-  const A shifted = h * stats.entropy + g;
+  const A mean = stats.mean;
   const A scale = slope<kCap>(f);
   // The target's own element, with 1 - p from expm1, before an in-place pass overwrites its logit.
   const A target_logit = load(row[target]);
+  const A target_away = at_least(floor, distance<kCap, kFma>(row[target], f, scale, base));
   const A target_logprob = row_logprob<kCap, kFma>(row[target], stats, f);
   for (int64_t start = 0; start < width; start += kLanes) {
     prefetch_lanes(row + start);
     const int64_t lanes = width - start < kLanes ? width - start : kLanes;
     const auto write = [&](int64_t l) RL_LAMBDA_INLINE {
-      const A raw = distance<kCap, kFma>(row[start + l], f, scale, base) - log_sum;
-      const A d = at_least(floor, raw);
-      A grad = -exp_clamped(d) * (h * d + shifted) * f.scale;
+      const A raw = distance<kCap, kFma>(row[start + l], f, scale, base);
+      const A away = at_least(floor, raw);
+      const A p = exp_clamped(at_least(floor, away - log_sum));
+      A grad = -p * (h * (away - mean) + g) * f.scale;
       if constexpr (kCap) grad *= sech2(load(row[start + l]) * f.inv_softcap);
       store(out[start + l], grad);
     };
@@ -185,8 +190,8 @@ RL_INLINE void row_backward(const T* row, T* out, int64_t width, int64_t target,
   A chain = f.scale;
   if constexpr (kCap) chain *= sech2(target_logit * f.inv_softcap);
   const A d = at_least(floor, target_logprob);
-  const A p = exp_clamped(d);
-  store(out[target], (-g * std::expm1(d) - h * p * (d + stats.entropy)) * chain);
+  const A own = -g * std::expm1(d) - h * exp_clamped(d) * (target_away - mean);
+  store(out[target], own * chain);
 }
 
 // ---- rows, threads, dtypes

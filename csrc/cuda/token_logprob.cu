@@ -101,7 +101,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3)  // fp64 mus
   const int64_t r = blockIdx.x, count = view.rows.count, width = view.rows.width;
   if (!view.counts(r)) {
     if (threadIdx.x == 0)
-      logprob_ptr[r] = entropy_ptr[r] = stats_ptr[r] = stats_ptr[count + r] = A(0);
+      logprob_ptr[r] = entropy_ptr[r] = stats_ptr[r] = stats_ptr[count + r] =
+          stats_ptr[2 * count + r] = A(0);
     return;
   }
   const RowMaths<A> f = view.maths<A>(r);
@@ -137,17 +138,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3)  // fp64 mus
     const bool inside = target >= 0 && target < width;
     const A z = inside ? logit<kCap>(row[target], f) : A(NAN);
     logprob_ptr[r] = (z - all.max) - log_sum;
-    entropy_ptr[r] = log_sum - all.weighted / all.sum;
+    const A mean = all.weighted / all.sum;
+    entropy_ptr[r] = log_sum - mean;
     stats_ptr[r] = all.max;
     stats_ptr[count + r] = log_sum;
+    stats_ptr[2 * count + r] = mean;
   }
 }
 
-// dz_j = (g (1[j = t] - p_j) - h p_j (log p_j + entropy)) dz/dlogits; see
-// csrc/cpu/token_logprob.cpp.
+// dz_j = (g (1[j = t] - p_j) - h p_j (log p_j + entropy)) dz/dlogits; see csrc/cpu/logit_rows.h.
 template <typename A>
 struct RowGradient {
-  A g, h, entropy, max, log_sum;
+  A g, h, max, log_sum, mean;
   RowMaths<A> f;
   int64_t target;
 
@@ -158,18 +160,17 @@ struct RowGradient {
       chain *= sech2(capped * f.inv_softcap);
       capped = f.softcap * tanh(capped * f.inv_softcap);
     }
-    const A d = at_least(exp_floor<A>(), (capped * f.scale - max) - log_sum);
-    const A p = exp_clamped(d);
+    const A away = at_least(exp_floor<A>(), capped * f.scale - max);
+    const A p = exp_clamped(at_least(exp_floor<A>(), away - log_sum));
     const A own = column == target ? g : A(0);
-    return (own - p * (h * (d + entropy) + g)) * chain;
+    return (own - p * (h * (away - mean) + g)) * chain;
   }
 };
 
 // out may be logits (no __restrict__): every element is read and written by the same thread.
 template <typename T, bool kCap>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)  // fp64 must not spill
     token_logprob_bwd_kernel(const T* logits_ptr, RowsView view, Upstream<acc_t<T>> upstream,
-                             const acc_t<T>* __restrict__ entropy_ptr,
                              const acc_t<T>* __restrict__ stats_ptr, T* out_ptr, Rows out_rows) {
   using A = acc_t<T>;
   constexpr int kSize = Vector<T>::kSize;
@@ -185,9 +186,9 @@ __global__ void __launch_bounds__(kThreads)
     grad.h = upstream.entropy ? upstream.entropy[r] : A(0);
     counts = grad.g != A(0) || grad.h != A(0);
     if (grad.target < 0 || grad.target >= width) grad.g = A(NAN);
-    grad.entropy = entropy_ptr[r];
     grad.max = stats_ptr[r];
     grad.log_sum = stats_ptr[count + r];
+    grad.mean = stats_ptr[2 * count + r];
     grad.f = view.maths<A>(r);
   }
   const int64_t head = misaligned_head(row, width);
@@ -234,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logprob_fwd(Tensor logits, Tensor targe
   const ScalarType dtype = acc_dtype(logits.scalar_type());
   Tensor logprob = empty_like_device(logits, shape_of(targets), dtype);
   Tensor entropy = empty_like_device(logits, shape_of(targets), dtype);
-  Tensor stats = empty_like_device(logits, {2, b.view.rows.count}, dtype);
+  Tensor stats = empty_like_device(logits, {3, b.view.rows.count}, dtype);
   if (b.view.rows.count == 0) return {logprob, entropy, stats};
   dispatch_float(logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -250,8 +251,8 @@ std::tuple<Tensor, Tensor, Tensor> token_logprob_fwd(Tensor logits, Tensor targe
 }
 
 void run_backward(const Batch& b, const std::optional<Tensor>& grad_logprob,
-                  const std::optional<Tensor>& grad_entropy, const Tensor& entropy,
-                  const Tensor& stats, const Tensor& out, const Rows& out_rows) {
+                  const std::optional<Tensor>& grad_entropy, const Tensor& stats, const Tensor& out,
+                  const Rows& out_rows) {
   const Rows& rows = b.view.rows;
   if (rows.count == 0 || rows.width == 0) return;
   const ScalarType dtype = acc_dtype(b.logits.scalar_type());
@@ -262,7 +263,7 @@ void run_backward(const Batch& b, const std::optional<Tensor>& grad_logprob,
     RL_CHECK(!grad || (grad->scalar_type() == dtype && grad->numel() == rows.count),
              "upstream gradients must have the outputs' dtype and shape");
   }
-  RL_CHECK(stats.is_contiguous() && entropy.is_contiguous(), "saved statistics must be contiguous");
+  check_stats(b, stats);
   dispatch_float(b.logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
@@ -275,14 +276,13 @@ void run_backward(const Batch& b, const std::optional<Tensor>& grad_logprob,
         b.view.softcap > 0 ? token_logprob_bwd_kernel<T, true> : token_logprob_bwd_kernel<T, false>;
     launch("token_logprob_bwd", kernel, grid, kThreads, 0, current_stream(b.logits),
            static_cast<const T*>(b.logits.const_data_ptr()), b.view, upstream,
-           static_cast<const A*>(entropy.const_data_ptr()),
            static_cast<const A*>(stats.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
            out_rows);
   });
 }
 
 Tensor token_logprob_bwd(std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_entropy,
-                         Tensor logits, Tensor targets, Tensor entropy, Tensor stats,
+                         Tensor logits, Tensor targets, Tensor stats,
                          std::optional<Tensor> row_temperature, double temperature, double softcap,
                          std::optional<Tensor> mask) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
@@ -290,12 +290,12 @@ Tensor token_logprob_bwd(std::optional<Tensor> grad_logprob, std::optional<Tenso
   Tensor out = empty_like_device(logits, shape_of(logits), logits.scalar_type());
   Rows out_rows;
   rows_of(out, out_rows);
-  run_backward(b, grad_logprob, grad_entropy, entropy, stats, out, out_rows);
+  run_backward(b, grad_logprob, grad_entropy, stats, out, out_rows);
   return out;
 }
 
 void token_logprob_bwd_(std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_entropy,
-                        Tensor logits, Tensor targets, Tensor entropy, Tensor stats,
+                        Tensor logits, Tensor targets, Tensor stats,
                         std::optional<Tensor> row_temperature, double temperature, double softcap,
                         std::optional<Tensor> mask) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
@@ -303,7 +303,7 @@ void token_logprob_bwd_(std::optional<Tensor> grad_logprob, std::optional<Tensor
   RL_CHECK(rows_of(logits, rows),
            "an in-place backward needs logits with unit last stride and at most two row strides");
   const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
-  run_backward(b, grad_logprob, grad_entropy, entropy, stats, logits, rows);
+  run_backward(b, grad_logprob, grad_entropy, stats, logits, rows);
 }
 
 }  // namespace

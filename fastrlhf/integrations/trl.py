@@ -212,7 +212,7 @@ class _HeadWithExtras(torch.autograd.Function):
         ctx.settings = temperature, softcap, backend
         arguments = (hidden, weight, bias, targets, temperature, softcap, backend, extras)
         logprob, entropy, stats, found = _head_forward(*arguments)
-        ctx.save_for_backward(hidden, weight, bias, targets, entropy, stats)
+        ctx.save_for_backward(hidden, weight, bias, targets, stats)
         ctx.mark_non_differentiable(*found)
         return logprob, entropy, *found
 
@@ -221,7 +221,7 @@ class _HeadWithExtras(torch.autograd.Function):
     def backward(ctx, grad_logprob, grad_entropy, *_):
         if grad_logprob is None and grad_entropy is None:
             return (None,) * 8
-        hidden, weight, bias, targets, entropy, stats = ctx.saved_tensors
+        hidden, weight, bias, targets, stats = ctx.saved_tensors
         temperature, softcap, backend = ctx.settings
         needs = ctx.needs_input_grad[:3]
         made_again = hidden.new_empty(0, dtype=stats.dtype)  # no logits were kept
@@ -232,7 +232,6 @@ class _HeadWithExtras(torch.autograd.Function):
             weight,
             targets,
             bias,
-            entropy,
             stats,
             made_again,
             None,
@@ -249,7 +248,7 @@ class _HeadWithExtras(torch.autograd.Function):
 
 @_chunks.without_autocast
 def _head_forward(hidden, weight, bias, targets, temperature, softcap, backend, extras):
-    """(logprob, entropy, stats [2, N], [each extra])."""
+    """(logprob, entropy, stats [3, N], [each extra])."""
     operands = _chunks.Operands(hidden, weight, bias, None)
     maths = RowMaths(backend, temperature, softcap)
     vocab, acc = weight.shape[0], operands.acc

@@ -81,12 +81,10 @@ class LossHead:
                 kept = _pack(logits, g, h)
                 where = torch.arange(start, stop)[kept] if ops.index is None else where[kept]
                 logits, x, stats = logits[: len(kept)], x[kept], stats[:, kept]
-                y, t, m, g, h, entropy = (
-                    None if v is None else v[kept] for v in (y, t, m, g, h, entropy)
-                )
+                y, t, m, g, h = (None if v is None else v[kept] for v in (y, t, m, g, h))
                 if not len(kept):
                     continue
-            self.maths.backward_(g, h, logits, y, entropy, stats, t, m)
+            self.maths.backward_(g, h, logits, y, stats, t, m)
             self.grads.add(where, x, logits)
 
     def gradients(self, dtype_of: Callable[[Tensor], torch.dtype]) -> list[Tensor]:

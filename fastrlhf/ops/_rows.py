@@ -21,7 +21,7 @@ class RowMaths:
             self._fwd, self._bwd_ = getattr(ops, f"{prefix}_fwd"), getattr(ops, f"{prefix}_bwd_")
 
     def forward(self, logits, targets, row_temperature, mask):
-        """(logprob [n], entropy [n], stats [2, n]) of the chunk."""
+        """(logprob [n], entropy [n], stats [3, n]) of the chunk."""
         if self.backend != "reference":
             return self._fwd(
                 logits, targets, row_temperature, self.temperature, self.softcap, mask, False
@@ -33,16 +33,17 @@ class RowMaths:
         total = e.sum(-1)
         log_sum = total.log()
         d = d.masked_fill(d == -torch.inf, 0.0)
-        entropy = log_sum - (e * d).sum(-1) / total
+        mean = (e * d).sum(-1) / total
+        entropy = log_sum - mean
         top = top.squeeze(-1)
         index, wrong = self._index(targets, z.shape[-1], mask)
         logprob = (z.gather(-1, index.unsqueeze(-1)).squeeze(-1) - top) - log_sum
         logprob = logprob.masked_fill(wrong, math.nan)
         if mask is not None:
             logprob, entropy = logprob.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
-        return logprob, entropy, torch.stack((top, log_sum))
+        return logprob, entropy, torch.stack((top, log_sum, mean))
 
-    def backward_(self, grad_logprob, grad_entropy, logits, targets, entropy, stats, row_t, mask):
+    def backward_(self, grad_logprob, grad_entropy, logits, targets, stats, row_t, mask):
         """Overwrites the chunk's logits with dL/dlogits; "reference" takes targets None: no column is one."""
         if self.backend != "reference":
             self._bwd_(
@@ -50,7 +51,6 @@ class RowMaths:
                 grad_entropy,
                 logits,
                 targets,
-                entropy,
                 stats,
                 row_t,
                 self.temperature,
@@ -63,8 +63,9 @@ class RowMaths:
             chain = (1.0 / row_t).unsqueeze(-1)
         if self.softcap > 0:
             chain = chain * (1.0 - torch.tanh(logits / self.softcap).square())
-        logp = (self._scaled(logits, row_t) - stats[0].unsqueeze(-1)) - stats[1].unsqueeze(-1)
-        p = logp.exp()
+        top, log_sum, mean = (s.unsqueeze(-1) for s in stats)
+        away = self._scaled(logits, row_t) - top
+        p = (away - log_sum).exp()
         grad = torch.zeros_like(logits)
         if grad_logprob is not None and targets is None:
             grad.sub_(grad_logprob.unsqueeze(-1) * p)
@@ -73,8 +74,9 @@ class RowMaths:
             g = grad_logprob.masked_fill(wrong, math.nan).unsqueeze(-1)
             grad.scatter_(-1, index.unsqueeze(-1), g).sub_(g * p)
         if grad_entropy is not None:
-            logp = logp.masked_fill(logp == -torch.inf, 0.0)
-            grad.sub_(grad_entropy.unsqueeze(-1) * p * (logp + entropy.unsqueeze(-1)))
+            # log p + entropy, without the rounding of log_sum that the whole row would share
+            away = away.masked_fill(away == -torch.inf, 0.0)
+            grad.sub_(grad_entropy.unsqueeze(-1) * p * (away - mean))
         grad.mul_(chain)
         logits.copy_(grad if mask is None else grad.masked_fill_(~mask.unsqueeze(-1), 0.0))
 

@@ -3,7 +3,7 @@
 Shapes: N rows, H hidden, V whole vocabulary, W ranks, V/W rows of a shard: rank r holds [r V/W, (r+1) V/W).
 
 Forward: each rank runs the ordinary op on its shard and has four numbers a row: max, log-sum and
-entropy of its own softmax, and the log-prob of the target if it lies there. One gather of these
+mean distance from that max of its own softmax, and the log-prob of the target if it lies there. One gather of these
 16 bytes a row combines them. A gather and not a MAX with a SUM after it, because one collective
 waits once, and because every rank then adds up in rank order: all of them hold the same bits.
 Backward: dlogits of the shard from the combined max and log-sum; dW and db are local, dX is summed
@@ -81,7 +81,7 @@ class _VocabParallel(torch.autograd.Function):
         local = targets.reshape(-1) - rank * shard
         mine = (local >= 0) & (local < shard)
         local.masked_fill_(~mine, 0)  # a column that exists; what is made of it is not used
-        logprob, entropy, stats, _ = run(
+        logprob, _, stats, _ = run(
             "linear_logprob",
             torch.ops.fastrlhf.linear_logprob_fwd,
             (
@@ -98,7 +98,7 @@ class _VocabParallel(torch.autograd.Function):
                 False,
             ),
         )
-        record = torch.cat((stats, entropy.view(1, -1), logprob.view(1, -1)))
+        record = torch.cat((stats, logprob.view(1, -1)))
         every = _gather(record, group)
         owner = targets.reshape(-1).long().div(shard, rounding_mode="floor")
         # A few numbers a row: fp64 costs nothing here, and each is rounded once.
@@ -112,7 +112,7 @@ class _VocabParallel(torch.autograd.Function):
             logprob, entropy = logprob.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
         ctx.settings = temperature, softcap, workspace, backend, group
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, local, mine, wrong, entropy, stats, row_t, mask)
+        ctx.save_for_backward(hidden, weight, bias, local, mine, wrong, stats, row_t, mask)
         return logprob, entropy
 
     @staticmethod
@@ -140,27 +140,27 @@ def _gather(mine: Tensor, group) -> Tensor:
 
 
 def _combine(every: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprob [N], entropy [N], stats [2, N]) from [W, 4, N]: with w_r = exp(lse_r - lse),
+    """(logprob [N], entropy [N], stats [3, N]) from [W, 4, N]: with w_r = exp(lse_r - lse),
 
-    logprob = logprob_owner + log w_owner, entropy = sum_r w_r (entropy_r - log w_r).
+    logprob = logprob_owner + log w_owner, mean = sum_r w_r (mean_r + max_r - max).
     """
-    tops, log_sums, entropies, logprobs = every.unbind(1)
+    tops, log_sums, means, logprobs = every.unbind(1)
     top = tops.amax(0)
     # A shard that is all -inf (padding) has log-sum -inf or NaN; it weighs nothing.
     log_w = (tops - top + log_sums).masked_fill(tops == -torch.inf, -torch.inf)
     log_sum = log_w.exp().sum(0).log()
     log_w = log_w - log_sum
     w = log_w.exp()
-    entropy = (w * (entropies - log_w)).masked_fill(w == 0, 0.0).sum(0)
+    mean = (w * (means + (tops - top))).masked_fill(w == 0, 0.0).sum(0)
     logprob = (logprobs + log_w).gather(0, owner.unsqueeze(0)).squeeze(0)
-    return logprob, entropy, torch.stack((top, log_sum))
+    return logprob, log_sum - mean, torch.stack((top, log_sum, mean))
 
 
 @_chunks.without_autocast
 def _backward(
     grad_logprob, grad_entropy, saved, needs, temperature, softcap, workspace, backend, group
 ):
-    hidden, weight, bias, local, mine, wrong, entropy, stats, row_t, mask = saved
+    hidden, weight, bias, local, mine, wrong, stats, row_t, mask = saved
     if grad_logprob is not None:
         grad_logprob = grad_logprob.masked_fill(wrong, math.nan)
     index = _chunks.counted_rows(mask)
@@ -171,7 +171,7 @@ def _backward(
     take = operands.take
     y, own, t, g, h = take(local), take(mine), take(row_t), take(grad_logprob), take(grad_entropy)
     m = None if index is not None else take(mask)
-    e, s = take(entropy), stats if index is None else stats.index_select(1, index)
+    s = stats if index is None else stats.index_select(1, index)
     shard = weight.shape[0]
     step = _chunks.chunk_rows(workspace, shard, operands.acc, hidden.device)
     buffer = torch.empty(
@@ -184,7 +184,7 @@ def _backward(
         x, logits = operands.hidden_chunk(start, stop), buffer[: stop - start]
         operands.logits(x, logits)
         upstream = [None if v is None else v[rows] for v in (g, h)]
-        rest = [e[rows], s[:, rows].contiguous(), *(None if v is None else v[rows] for v in (t, m))]
+        rest = [s[:, rows].contiguous(), *(None if v is None else v[rows] for v in (t, m))]
         # The row maths counts column `y` as the target. Where the target is another rank's, that is
         # column 0, whose gradient is made apart, without a target: subtracting would lose digits.
         first = logits[:, :1].clone()

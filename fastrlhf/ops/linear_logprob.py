@@ -138,7 +138,7 @@ def linear_logprob_fwd(
     backend: str,
     trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy, stats [2, N], logits [N, V] where they are small and will be needed)."""
+    """(logprob, entropy, stats [3, N], logits [N, V] where they are small and will be needed)."""
     index = _chunks.counted_rows(mask)
     operands = _chunks.Operands(hidden, weight, bias, index)
     maths = RowMaths(backend, temperature, softcap)
@@ -146,7 +146,7 @@ def linear_logprob_fwd(
     options = {"dtype": acc, "device": hidden.device}
     make = torch.empty if index is None else torch.zeros
     logprob, entropy = make(targets.shape, **options), make(targets.shape, **options)
-    stats = make((2, count), **options)
+    stats = make((3, count), **options)
     keep = _keeps_logits(count, vocab, acc, trained)
     # Kept logits of masked rows are never read: only the rows that take part are filled in.
     kept = torch.empty((count, vocab) if keep else (0,), **options)
@@ -189,7 +189,7 @@ def _(
     return (
         out,
         torch.empty_like(out),
-        hidden.new_empty((2, count), dtype=acc),
+        hidden.new_empty((3, count), dtype=acc),
         hidden.new_empty((count, vocab) if keep else (0,), dtype=acc),
     )
 
@@ -203,7 +203,6 @@ def linear_logprob_bwd(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    entropy: Tensor,
     stats: Tensor,
     kept: Tensor,
     row_temperature: Tensor | None,
@@ -225,7 +224,7 @@ def linear_logprob_bwd(
     take = operands.take
     y, t, g, h = take(targets), take(row_temperature), take(grad_logprob), take(grad_entropy)
     m = None if index is not None else take(mask)
-    e, s = take(entropy), stats if index is None else stats.index_select(1, index)
+    s = stats if index is None else stats.index_select(1, index)
     vocab = weight.shape[0]
     step = _chunks.chunk_rows(workspace, vocab, operands.acc, hidden.device)
     buffer = torch.empty(
@@ -247,7 +246,6 @@ def linear_logprob_bwd(
             None if h is None else h[rows],
             logits,
             y[rows],
-            e[rows],
             s[:, rows].contiguous(),
             None if t is None else t[rows],
             None if m is None else m[rows],
@@ -295,16 +293,16 @@ def _(grad_logprob, grad_entropy, hidden, weight, targets, bias, *rest):
 def _setup_context(ctx, inputs, output):
     hidden, weight, targets, bias, row_t, ctx.temperature, ctx.softcap, mask = inputs[:8]
     ctx.workspace, ctx.backend, _ = inputs[8:]
-    _, entropy, stats, kept = output
+    _, _, stats, kept = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(stats, kept)
-    ctx.save_for_backward(hidden, weight, targets, bias, entropy, stats, kept, row_t, mask)
+    ctx.save_for_backward(hidden, weight, targets, bias, stats, kept, row_t, mask)
 
 
 def _backward(ctx, grad_logprob, grad_entropy, _grad_stats, _grad_kept):
     if grad_logprob is None and grad_entropy is None:
         return (None,) * 11
-    hidden, weight, targets, bias, entropy, stats, kept, row_t, mask = ctx.saved_tensors
+    hidden, weight, targets, bias, stats, kept, row_t, mask = ctx.saved_tensors
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     grads = torch.ops.fastrlhf.linear_logprob_bwd(
         grad_logprob,
@@ -313,7 +311,6 @@ def _backward(ctx, grad_logprob, grad_entropy, _grad_stats, _grad_kept):
         weight,
         targets,
         bias,
-        entropy,
         stats,
         kept,
         row_t,

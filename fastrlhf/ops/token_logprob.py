@@ -192,7 +192,7 @@ def _acc_dtype(logits):
 def _fwd_fake(logits, targets, row_temperature, temperature, softcap, mask, inplace_backward):
     dtype = _acc_dtype(logits)
     out = logits.new_empty(targets.shape, dtype=dtype)
-    return out, torch.empty_like(out), logits.new_empty((2, targets.numel()), dtype=dtype)
+    return out, torch.empty_like(out), logits.new_empty((3, targets.numel()), dtype=dtype)
 
 
 def _bwd_fake(grad_logprob, grad_entropy, logits, *rest):
@@ -205,24 +205,23 @@ def _bwd_inplace_fake(*args):
 
 def _setup_context(ctx, inputs, output):
     logits, targets, row_temperature, ctx.temperature, ctx.softcap, mask, ctx.inplace = inputs
-    _, entropy, stats = output
+    _, _, stats = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(logits, targets, entropy, stats, row_temperature, mask)
+    ctx.save_for_backward(logits, targets, stats, row_temperature, mask)
 
 
 def _backward(bwd, bwd_inplace):
     def backward(ctx, grad_logprob, grad_entropy, _grad_stats):
         if grad_logprob is None and grad_entropy is None:
             return (None,) * 7
-        logits, targets, entropy, stats, row_temperature, mask = ctx.saved_tensors
+        logits, targets, stats, row_temperature, mask = ctx.saved_tensors
         op = bwd_inplace if ctx.inplace else bwd
         grad = op(
             grad_logprob,
             grad_entropy,
             logits,
             targets,
-            entropy,
             stats,
             row_temperature,
             ctx.temperature,
@@ -283,7 +282,6 @@ def _triton_bwd(
     grad_entropy: Tensor | None,
     logits: Tensor,
     targets: Tensor,
-    entropy: Tensor,
     stats: Tensor,
     row_temperature: Tensor | None,
     temperature: float,
@@ -298,7 +296,6 @@ def _triton_bwd(
         grad_entropy,
         logits,
         targets,
-        entropy,
         stats,
         row_temperature,
         temperature,
@@ -315,7 +312,6 @@ def _triton_bwd_(
     grad_entropy: Tensor | None,
     logits: Tensor,
     targets: Tensor,
-    entropy: Tensor,
     stats: Tensor,
     row_temperature: Tensor | None,
     temperature: float,
@@ -329,7 +325,6 @@ def _triton_bwd_(
         grad_entropy,
         logits,
         targets,
-        entropy,
         stats,
         row_temperature,
         temperature,

@@ -1,7 +1,7 @@
 """token_loss: the policy loss of each row and its gradient in the logits, in one pass over them.
 
 Shapes: logits [..., V] -> N rows; targets, advantages, old_logprob, mask, outputs [...]; slope [N] =
-d loss / d logprob; stats [2, N] as in token_logprob.
+d loss / d logprob; stats [2, N] the first two of token_logprob's.
 """
 
 import math
@@ -217,8 +217,7 @@ def _from_stats(grad_loss, logits, slope, stats, targets, *arguments):
         None,
         logits,
         targets,
-        torch.zeros_like(slope),  # the entropy, which has no gradient here
-        stats,
+        torch.cat((stats, stats.new_zeros(1, stats.shape[1]))),  # entropy has no gradient here
         row_temperature,
         temperature,
         softcap,

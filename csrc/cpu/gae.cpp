@@ -21,7 +21,8 @@ Tensor gae(const Tensor& rewards, const Tensor& values, double gamma, double lam
         given, values, keep, per_sequence<A>(bootstrap, sequences.count(), "bootstrap"), gamma, lam,
         advantages, returns);
     scan.run(sequences);
-    if (whitened) whiten<A>(Tokens(advantages, rewards.numel()), keep, true, true, advantages);
+    if (whitened)
+      whiten<A>(Tokens(advantages, rewards.numel()), keep, true, true, advantages, true);
   });
   return out;
 }

@@ -5,8 +5,7 @@
 
 namespace rl {
 
-// Compiled for the baseline instruction set only (the work is reading and writing), so that
-// kl_reward and kl_gae agree bit for bit.
+// Both callers compile it for each instruction set, so that kl_reward and kl_gae agree bit for bit.
 template <typename A>
 class KlRewards {
  public:
@@ -48,9 +47,8 @@ class KlRewards {
 
   // Writes and returns the rewards of the `count` tokens from `start` masked by `keep`, which
   // belong to sequence b scored at `scored`.
-  // Not inlined, for what it is inlined into may have another instruction set.
-  __attribute__((noinline)) const A* run(int64_t b, int64_t scored, int64_t start, int64_t count,
-                                         const uint8_t* keep, A*) const {
+  RL_INLINE const A* run(int64_t b, int64_t scored, int64_t start, int64_t count,
+                         const uint8_t* keep, A*) const {
     switch (estimator_) {
       case KlEstimator::k1:
         return run_as<KlEstimator::k1>(b, scored, start, count, keep);
@@ -65,8 +63,8 @@ class KlRewards {
 
  private:
   template <KlEstimator E>
-  const A* run_as(int64_t b, int64_t scored, int64_t start, int64_t count,
-                  const uint8_t* keep) const {
+  RL_INLINE const A* run_as(int64_t b, int64_t scored, int64_t start, int64_t count,
+                            const uint8_t* keep) const {
     A scratch[2][kBlock];
     const A* logprob = logprob_.load(start, count, keep, scratch[0]);
     const A* ref_logprob = ref_logprob_.load(start, count, keep, scratch[1]);

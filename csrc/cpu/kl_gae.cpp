@@ -26,7 +26,8 @@ Tensor kl_gae(const Tensor& logprob, const Tensor& ref_logprob, const Tensor& sc
                               estimator, rewards, kl);
     const GaeScan<A, KlRewards<A>> scan(shaped, values, keep, {}, gamma, lam, advantages, returns);
     scan.run(sequences);
-    if (whitened) whiten<A>(Tokens(advantages, logprob.numel()), keep, true, true, advantages);
+    if (whitened)
+      whiten<A>(Tokens(advantages, logprob.numel()), keep, true, true, advantages, true);
   });
   return out;
 }

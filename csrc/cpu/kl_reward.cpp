@@ -17,14 +17,16 @@ Tensor kl_reward(const Tensor& logprob, const Tensor& ref_logprob, const Tensor&
                             per_sequence<A>(score, sequences.count(), "score"), keep, beta,
                             estimator, rewards, rewards + logprob.numel());
     sequences.parallel([&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; ++b) {
-        const int64_t end = sequences.end(b);
-        const int64_t scored = core.scored_token(sequences.begin(b), end);
-        for (int64_t at = sequences.begin(b); at < end; at += kBlock) {
-          const int64_t count = std::min(kBlock, end - at);
-          core.run(b, scored, at, count, keep.from(at, count), nullptr);
+      dispatch_isa([&](auto) RL_LAMBDA_INLINE {
+        for (int64_t b = first; b < last; ++b) {
+          const int64_t end = sequences.end(b);
+          const int64_t scored = core.scored_token(sequences.begin(b), end);
+          for (int64_t at = sequences.begin(b); at < end; at += kBlock) {
+            const int64_t count = std::min(kBlock, end - at);
+            core.run(b, scored, at, count, keep.from(at, count), nullptr);
+          }
         }
-      }
+      });
     });
   });
   return out;

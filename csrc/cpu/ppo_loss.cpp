@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_fwd(
   in.check();
   const int64_t tokens = logprob.numel();
   const Mask keep(mask, tokens);
-  const double normaliser = std::max<int64_t>(1, keep.count_kept(0, tokens));
+  const double normaliser = std::max<int64_t>(1, keep.count_kept(tokens));
   const PpoOutputs out(in, with_grad);
   with_acc(logprob, [&](auto zero) {
     using A = decltype(zero);

@@ -145,8 +145,10 @@ class Mask {
   }
   // The bytes of the `count` tokens from flat index `start`; null if all of them count.
   const uint8_t* from(int64_t start, int64_t count) const {
-    if (data_ == nullptr || count_kept(start, count) == count) return nullptr;
-    return data_ + start;
+    if (data_ == nullptr) return nullptr;
+    uint8_t all = 1;
+    for (int64_t i = start; i < start + count; ++i) all &= data_[i];
+    return all ? nullptr : data_ + start;
   }
   // All bytes, or null.
   const uint8_t* data() const { return data_; }
@@ -154,23 +156,25 @@ class Mask {
   // does.
   std::pair<int64_t, int64_t> kept_range(int64_t begin, int64_t end) const {
     if (data_ == nullptr) return {begin, end};
-    uint64_t eight;
-    const auto none_at = [&](int64_t at) {
-      std::memcpy(&eight, data_ + at, sizeof(eight));
-      return eight == 0;
+    constexpr int64_t kLine = 64;
+    const auto none_of_line = [&](int64_t at) {
+      uint8_t any = 0;
+      for (int64_t i = at; i < at + kLine; ++i) any |= data_[i];
+      return any == 0;
     };
-    while (end - begin >= 8 && none_at(begin)) begin += 8;
+    while (end - begin >= kLine && none_of_line(begin)) begin += kLine;
     while (begin < end && !data_[begin]) ++begin;
     int64_t last = end;
-    while (last - begin >= 8 && none_at(last - 8)) last -= 8;
+    while (last - begin >= kLine && none_of_line(last - kLine)) last -= kLine;
     while (last > begin && !data_[last - 1]) --last;
     return {begin == end ? end : begin, last};
   }
-  int64_t count_kept(int64_t start, int64_t count) const {
-    if (data_ == nullptr) return count;
+  // How many of all tokens count.
+  int64_t count_kept(int64_t tokens) const {
+    if (data_ == nullptr) return tokens;
     int64_t kept = 0;
-    for (int64_t at = start; at < start + count; at += kBlock) {
-      const int64_t end = std::min(at + kBlock, start + count);
+    for (int64_t at = 0; at < tokens; at += kBlock) {
+      const int64_t end = std::min(at + kBlock, tokens);
       int32_t block = 0;  // narrow, so that the loop becomes vector code
       for (int64_t i = at; i < end; ++i) block += data_[i];
       kept += block;

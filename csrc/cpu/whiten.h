@@ -49,9 +49,10 @@ RL_INLINE Moments block_moments(const A* x, const uint8_t* keep, int64_t count) 
 }
 
 // out = (x - mean) * rsqrt(var + 1e-8), plus the mean again if not shift_mean; 0 where the mask is
-// 0. In place if `out` is what `x` reads.
+// 0. With in_place, `out` is what `x` reads, and 0 where the mask is 0.
 template <typename A>
-void whiten(const Tokens& x, const Mask& mask, bool shift_mean, bool unbiased, A* out) {
+void whiten(const Tokens& x, const Mask& mask, bool shift_mean, bool unbiased, A* out,
+            bool in_place = false) {
   const int64_t tokens = x.count();
   std::vector<Moments> partial((tokens + kBlock - 1) / kBlock);
   for_each_block(tokens, [&](int64_t block, int64_t start, int64_t count) RL_LAMBDA_INLINE {
@@ -78,6 +79,7 @@ void whiten(const Tokens& x, const Mask& mask, bool shift_mean, bool unbiased, A
 #pragma omp simd
       for (int64_t i = 0; i < last - first; ++i) to[i] = whitened(in[i], mean, scale, shift);
     }
+    if (in_place) return;  // what lies outside is 0 already
     std::fill(out + start, out + first, A(0));
     std::fill(out + last, out + start + count, A(0));
   });

@@ -34,6 +34,26 @@ def rows_of(x):
     return count, sizes[0], strides[0], strides[1]
 
 
+def logit_rows(logits, targets, row_temperature, mask):
+    """(logits, rows_of(logits), targets, row_temperature, mask, flags) as the kernels take them.
+
+    Optional tensors stand in for each other when unused.
+    """
+    rows = rows_of(logits)
+    if rows is None:
+        logits = logits.contiguous()
+        rows = rows_of(logits)
+    targets = targets.contiguous()
+    flags = {
+        "HAS_MASK": mask is not None,
+        "HAS_ROW_T": row_temperature is not None,
+        "ACC": tl.float64 if logits.dtype == torch.float64 else tl.float32,
+    }
+    mask = targets if mask is None else mask.contiguous()
+    row_temperature = targets if row_temperature is None else row_temperature.contiguous()
+    return logits, rows, targets, row_temperature, mask, flags
+
+
 def row_block(width, largest=4096):
     """(BLOCK, num_warps) for a walk along rows of `width` elements: 16 elements a thread."""
     block = max(128, min(largest, triton.next_power_of_2(max(width, 1))))

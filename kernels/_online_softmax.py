@@ -35,6 +35,14 @@ def sech2(x):
 
 
 @triton.jit
+def row_scale(row, row_temperature_ptr, temperature, HAS_ROW_T: tl.constexpr, ACC: tl.constexpr):
+    """1 / temperature of the row."""
+    if HAS_ROW_T:
+        return 1.0 / tl.load(row_temperature_ptr + row).to(ACC)
+    return 1.0 / tl.full((), temperature, ACC)
+
+
+@triton.jit
 def scaled_logits(x, scale, softcap, HAS_CAP: tl.constexpr):
     """z = softcap * tanh(x / softcap) * scale."""
     if HAS_CAP:

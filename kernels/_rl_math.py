@@ -20,6 +20,12 @@ def expm1_excess(x):
 
 
 @triton.jit
+def expm1(x):
+    """e^x - 1 for |x| <= 800 without cancellation."""
+    return tl.where(tl.abs(x) < 0.5, x + expm1_excess(x), tl.exp(x) - 1.0)
+
+
+@triton.jit
 def log1p(u):
     """log(1 + u) for 0 <= u <= 1 as 2 artanh(z), z = u / (2 + u) <= 1/3: no logarithm of nearly 1."""
     terms: tl.constexpr = 17 if u.dtype == tl.float64 else 8

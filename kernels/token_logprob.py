@@ -9,15 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import device_guard, row_block, rows_of
-from ._online_softmax import scaled_logits, sech2, update
-
-
-@triton.jit
-def _row_scale(row, row_temperature_ptr, temperature, HAS_ROW_T: tl.constexpr, ACC: tl.constexpr):
-    if HAS_ROW_T:
-        return 1.0 / tl.load(row_temperature_ptr + row).to(ACC)
-    return tl.full((), 1.0, ACC) / temperature
+from ._launch import device_guard, logit_rows, row_block, rows_of
+from ._online_softmax import row_scale, scaled_logits, sech2, update
 
 
 @triton.jit
@@ -29,8 +22,8 @@ def token_logprob_fwd_kernel(
     logprob_ptr,
     entropy_ptr,
     stats_ptr,
-    temperature,
-    softcap,
+    temperature: tl.float64,
+    softcap: tl.float64,
     N,
     V,
     inner,
@@ -51,7 +44,8 @@ def token_logprob_fwd_kernel(
             tl.store(stats_ptr + N + row, 0.0)
             tl.store(stats_ptr + 2 * N + row, 0.0)
             return
-    scale = _row_scale(row, row_temperature_ptr, temperature, HAS_ROW_T, ACC)
+    scale = row_scale(row, row_temperature_ptr, temperature, HAS_ROW_T, ACC)
+    softcap = tl.full((), softcap, ACC)
     row_ptr = (
         logits_ptr + (row // inner) * stride_logits_outer + (row % inner) * stride_logits_inner
     )
@@ -93,8 +87,8 @@ def token_logprob_bwd_kernel(
     row_temperature_ptr,
     mask_ptr,
     out_ptr,
-    temperature,
-    softcap,
+    temperature: tl.float64,
+    softcap: tl.float64,
     N,
     V,
     inner,
@@ -129,7 +123,8 @@ def token_logprob_bwd_kernel(
     if (not active) | ((g == 0.0) & (h == 0.0)):
         tl.store(out, tl.zeros((BLOCK,), ACC).to(out_ptr.dtype.element_ty), mask=cols < V)
         return
-    scale = _row_scale(row, row_temperature_ptr, temperature, HAS_ROW_T, ACC)
+    scale = row_scale(row, row_temperature_ptr, temperature, HAS_ROW_T, ACC)
+    softcap = tl.full((), softcap, ACC)
     row_ptr = (
         logits_ptr + (row // inner) * stride_logits_outer + (row % inner) * stride_logits_inner
     )
@@ -152,32 +147,9 @@ def token_logprob_bwd_kernel(
     tl.store(out, grad.to(out_ptr.dtype.element_ty), mask=cols < V)
 
 
-def _common(logits, targets, row_temperature, temperature, mask):
-    """Arguments that both directions share; optional tensors stand in for each other when unused."""
-    rows = rows_of(logits)
-    if rows is None:
-        logits = logits.contiguous()
-        rows = rows_of(logits)
-    double = logits.dtype == torch.float64
-    if double and row_temperature is None and temperature != 1.0:
-        # Scalars of a launch are fp32: keep the fp64 temperature in memory.
-        row_temperature = logits.new_full(targets.shape, temperature)
-    targets = targets.contiguous()
-    flags = {
-        "HAS_MASK": mask is not None,
-        "HAS_ROW_T": row_temperature is not None,
-        "ACC": tl.float64 if double else tl.float32,
-    }
-    mask = targets if mask is None else mask.contiguous()
-    row_temperature = targets if row_temperature is None else row_temperature.contiguous()
-    return logits, rows, targets, row_temperature, mask, flags
-
-
 def forward(logits, targets, row_temperature, temperature, softcap, mask):
     """(logprob, entropy, stats) of `fastrlhf.token_logprob`, whose checks were made before."""
-    logits, rows, targets, row_t, mask, flags = _common(
-        logits, targets, row_temperature, temperature, mask
-    )
+    logits, rows, targets, row_t, mask, flags = logit_rows(logits, targets, row_temperature, mask)
     count, inner, stride_inner, stride_outer = rows
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logprob = torch.empty(targets.shape, dtype=dtype, device=logits.device)
@@ -224,9 +196,7 @@ def backward(
     out,
 ):
     """Writes dL/dlogits into `out` (which may be `logits`); see the forward."""
-    logits, rows, targets, row_t, mask, flags = _common(
-        logits, targets, row_temperature, temperature, mask
-    )
+    logits, rows, targets, row_t, mask, flags = logit_rows(logits, targets, row_temperature, mask)
     count, inner, stride_inner, stride_outer = rows
     width = logits.shape[-1]
     if count == 0 or width == 0:

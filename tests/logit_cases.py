@@ -10,6 +10,11 @@ TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interprete
 DEVICE = {"reference": "cpu", "cpu": "cpu", "triton": TRITON_DEVICE, "cuda": "cuda"}
 
 
+def interpreted(backend):
+    """Whether kernels run under Triton's interpreter, where a row takes some 10 ms: fewer cases then."""
+    return backend == "triton" and DEVICE[backend] == "cpu"
+
+
 def each_backend(op, names=("reference", "cpu", "triton", "cuda")):
     """Parametrises `backend`; one that cannot run here is skipped and says why."""
     params = []

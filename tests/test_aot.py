@@ -42,6 +42,8 @@ ALL = {
     "num_warps": 8,
 }
 NONE = {**ALL, "HAS_MASK": False, "HAS_ROW_T": False, "HAS_CAP": False}
+ROW = {"BLOCK": 4096, "num_warps": 8}
+TERMS = dict.fromkeys(("HAS_ADVANTAGES", "HAS_OLD", "HAS_SCALE", "WITH_GRAD"), True)
 # The same for the sequence ops and the losses: strided, masked and packed, or as plain as it gets.
 KL = {"PACKED": False, "HAS_MASK": True, "BLOCK": 1024, "num_warps": 8}
 GAE = {**KL, "WHITEN": True}
@@ -80,6 +82,13 @@ VARIANTS = {
             ({**NONE, "HAS_G": True, "HAS_H": False}, "fp16"),
         ],
     },
+    "token_loss": {
+        "token_loss_fwd_kernel": [
+            *cases({**ALL, **TERMS}, {**NONE, **TERMS}),
+            ({**NONE, **dict.fromkeys(TERMS, False)}, "fp16"),
+        ],
+        "token_loss_bwd_kernel": cases(ROW, ROW)[1:],
+    },
 }
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -104,7 +113,6 @@ TYPES = {"fp32": tl.float32, "fp64": tl.float64}
 NAMED = {
     **dict.fromkeys(("cu_seqlens_ptr", "cu_groups_ptr"), "*i32"),
     **dict.fromkeys(("targets_ptr", "ranks_ptr"), "*i64"),
-    **dict.fromkeys(("temperature", "softcap"), "fp32"),
     "mask_ptr": "*i1",
     "partials_ptr": "*fp64",
 }

@@ -80,6 +80,15 @@ def test_meaning_is_torchs_own(backend):
 
 
 @each_backend
+def test_numbers_keep_the_digits_of_fp64(backend):
+    logits = randn(2, 9, seed=0, dtype=torch.float64, scale=2, device=DEVICE[backend])
+    targets = randint(9, (2,), 1, device=logits.device)
+    logprob = token_logprob(logits, targets, softcap=0.7, temperature=0.3, backend=backend)
+    expected, _ = eager(logits, targets, softcap=0.7, temperature=0.3)
+    torch.testing.assert_close(logprob, expected, rtol=1e-12, atol=1e-12)
+
+
+@each_backend
 def test_gradcheck(backend):
     device = DEVICE[backend]
     logits = randn(4, 6, seed=0, dtype=torch.float64, device=device).requires_grad_()

@@ -63,6 +63,7 @@ _TRITON_KERNELS = {
     "masked_whiten": "masked_whiten",
     "ppo_loss": "ppo_loss",
     "ranking_loss": "ranking_loss",
+    "token_loss": "token_loss",
 }
 
 
@@ -81,7 +82,7 @@ AUTO = {
     ("token_logprob", "cpu"): Auto(_CPU, "Llama-2 1024x32000"),
     ("token_logprob", "cuda"): Auto(_CUDA, "Llama-3 8192x128256"),
     ("token_loss", "cpu"): Auto(_CPU, "Llama-2 1024x32000"),
-    ("token_loss", "cuda"): Auto(("cuda", "reference"), "Llama-3 8192x128256"),
+    ("token_loss", "cuda"): Auto(_CUDA, "Llama-3 8192x128256"),
     ("linear_logprob", "cpu"): Auto(_CPU, "small head 512x512x32000"),
     ("linear_logprob", "cuda"): Auto(_CUDA, "Llama-3-8B 8192x4096x128256"),
     ("linear_cross_entropy", "cpu"): Auto(_CPU, "small head 512x512x32000"),

@@ -5,6 +5,8 @@ d loss / d logprob; stats [2, N] the first two of token_logprob's.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,7 +99,8 @@ def token_loss(
     if dual_clip is not None:
         dual_clip = _checks.number(OP, "dual_clip", dual_clip, low=1, strict=True)
     scale_tensor, scale = _scale(scale, logits)
-    if _backend.choose(OP, backend, logits) == "reference":
+    chosen = _backend.choose(OP, backend, logits)
+    if chosen == "reference":
         return _reference(
             logits,
             targets,
@@ -124,13 +127,13 @@ def token_loss(
         scale_tensor,
         scale,
     )
+    ops = _TRITON if chosen == "triton" else _CPP
     # A compiled graph plans memory itself, and must not meet a hidden mutation.
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
-        op = torch.ops.fastrlhf.token_loss_fwd
-        loss, logprob, _, _ = _logprob.run(OP, op, (logits, *arguments))
+        loss, logprob, _, _ = _logprob.run(OP, ops.fwd, (logits, *arguments))
         return loss, logprob.detach()
     return _GradientInForward.apply(
-        logits, inplace_backward and _checks.overwritable(logits), *arguments
+        ops, logits, inplace_backward and _checks.overwritable(logits), *arguments
     )
 
 
@@ -170,17 +173,16 @@ class _GradientInForward(torch.autograd.Function):
     """fwd_ writes dL/dlogits for an upstream gradient of 1; the backward hands it out, scaled."""
 
     @staticmethod
-    def forward(ctx, logits, inplace, *arguments):
+    def forward(ctx, ops, logits, inplace, *arguments):
         out = logits if inplace else logits.new_empty(logits.shape)
-        op = torch.ops.fastrlhf.token_loss_fwd_
-        loss, logprob, slope, stats = _logprob.run(OP, op, (logits, *arguments, out))
+        loss, logprob, slope, stats = _logprob.run(OP, ops.fwd_, (logits, *arguments, out))
         if inplace:
             # The logits are gone: let autograd notice whoever has saved them.
             torch.autograd.graph.increment_version(logits)
         tensors = [x if isinstance(x, Tensor) else None for x in arguments]
         ctx.save_for_backward(logits, slope, stats, *tensors)
         ctx.numbers = [None if isinstance(x, Tensor) else x for x in arguments]
-        ctx.inplace, ctx.grad = inplace, None if inplace else out
+        ctx.ops, ctx.inplace, ctx.grad = ops, inplace, None if inplace else out
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(logprob)
         return loss, logprob
@@ -189,13 +191,14 @@ class _GradientInForward(torch.autograd.Function):
     def backward(ctx, grad_loss, _grad_logprob):
         nothing = (None,) * 12
         if grad_loss is None:
-            return None, *nothing
+            return None, None, *nothing
         logits, slope, stats, *tensors = ctx.saved_tensors
         arguments = [n if t is None else t for t, n in zip(tensors, ctx.numbers, strict=True)]
         if torch.is_grad_enabled():  # create_graph: an op whose own gradient says that it has none
             if ctx.inplace:
                 raise NotImplementedError(f"{OP}: create_graph must not meet inplace_backward=True")
-            return _from_stats(grad_loss, logits, slope, stats, *arguments), *nothing
+            grad = _from_stats(ctx.ops, grad_loss, logits, slope, stats, *arguments)
+            return None, grad, *nothing
         if ctx.inplace:
             grad = logits.detach()
             # One gradient, given away once: a second backward raises at saved_tensors.
@@ -204,15 +207,15 @@ class _GradientInForward(torch.autograd.Function):
             grad, ctx.grad = ctx.grad, None
         else:  # a retained graph: the same bits once more
             grad = logits.new_empty(logits.shape)
-            torch.ops.fastrlhf.token_loss_fwd_(logits, *arguments, grad)
-        torch.ops.fastrlhf.token_loss_bwd_(grad, grad_loss)
-        return grad, *nothing
+            ctx.ops.fwd_(logits, *arguments, grad)
+        ctx.ops.bwd_(grad, grad_loss)
+        return None, grad, *nothing
 
 
-def _from_stats(grad_loss, logits, slope, stats, targets, *arguments):
+def _from_stats(ops, grad_loss, logits, slope, stats, targets, *arguments):
     """dL/dlogits from the logits and the statistics of their rows."""
     _, _, _, _, row_temperature, temperature, softcap, mask, _, _ = arguments
-    return torch.ops.fastrlhf.token_logprob_bwd(
+    return ops.logprob_bwd(
         grad_loss * slope,
         None,
         logits,
@@ -245,19 +248,120 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(logits, slope, stats, targets, row_temperature, mask)
 
 
-def _backward(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return (None,) * 12
-    logits, slope, stats, targets, row_temperature, mask = ctx.saved_tensors
-    unused = (None,) * 4
-    arguments = (targets, *unused, row_temperature, ctx.temperature, ctx.softcap, mask, None, None)
-    return _from_stats(grad_loss, logits, slope, stats, *arguments), *(None,) * 11
+def _backward(ops):
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return (None,) * 12
+        logits, slope, stats, targets, row_temperature, mask = ctx.saved_tensors
+        unused = (None,) * 4
+        more = (row_temperature, ctx.temperature, ctx.softcap, mask, None, None)
+        grad = _from_stats(ops, grad_loss, logits, slope, stats, targets, *unused, *more)
+        return grad, *(None,) * 11
+
+    return backward
 
 
-if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
-    torch.library.register_fake("fastrlhf::token_loss_fwd", _fwd_fake)
-    torch.library.register_fake("fastrlhf::token_loss_fwd_", _fwd_fake)
-    torch.library.register_fake("fastrlhf::token_loss_bwd_", _bwd_fake)
-    torch.library.register_autograd(
-        "fastrlhf::token_loss_fwd", _backward, setup_context=_setup_context
+class _Ops(NamedTuple):
+    """The ops of a backend: values, values and gradient, upstream gradient, gradient from the statistics."""
+
+    fwd: Callable
+    fwd_: Callable
+    bwd_: Callable
+    logprob_bwd: Callable
+
+
+def _register(suffix):
+    """Fake implementations and autograd of token_loss<suffix>_fwd, _fwd_ and _bwd_."""
+    name = f"fastrlhf::{OP}{suffix}"
+    torch.library.register_fake(f"{name}_fwd", _fwd_fake)
+    torch.library.register_fake(f"{name}_fwd_", _fwd_fake)
+    torch.library.register_fake(f"{name}_bwd_", _bwd_fake)
+    of = lambda end: getattr(torch.ops.fastrlhf, end)  # noqa: E731
+    ends = (f"{OP}{suffix}_fwd", f"{OP}{suffix}_fwd_", f"{OP}{suffix}_bwd_")
+    ops = _Ops(*map(of, ends), of(f"token_logprob{suffix}_bwd"))
+    torch.library.register_autograd(f"{name}_fwd", _backward(ops), setup_context=_setup_context)
+    return ops
+
+
+_CPP = _register("") if OP in _backend._CPU_OPS | _backend._CUDA_OPS else None
+
+
+# ---- Triton: the kernels are imported when an op first runs -----------------------------------
+
+
+@torch.library.custom_op("fastrlhf::token_loss_triton_fwd", mutates_args=())
+def _triton_fwd(
+    logits: Tensor,
+    targets: Tensor,
+    advantages: Tensor | None,
+    old_logprob: Tensor | None,
+    clip: float,
+    dual_clip: float,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float,
+    mask: Tensor | None,
+    scale_tensor: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fastrlhf.kernels import token_loss as kernels
+
+    return kernels.forward(
+        logits,
+        targets,
+        advantages,
+        old_logprob,
+        clip,
+        dual_clip,
+        row_temperature,
+        temperature,
+        softcap,
+        mask,
+        scale_tensor,
+        scale,
     )
+
+
+@torch.library.custom_op("fastrlhf::token_loss_triton_fwd_", mutates_args=("out",))
+def _triton_fwd_(
+    logits: Tensor,
+    targets: Tensor,
+    advantages: Tensor | None,
+    old_logprob: Tensor | None,
+    clip: float,
+    dual_clip: float,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float,
+    mask: Tensor | None,
+    scale_tensor: Tensor | None,
+    scale: float,
+    out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fastrlhf.kernels import token_loss as kernels
+
+    return kernels.forward(
+        logits,
+        targets,
+        advantages,
+        old_logprob,
+        clip,
+        dual_clip,
+        row_temperature,
+        temperature,
+        softcap,
+        mask,
+        scale_tensor,
+        scale,
+        out,
+    )
+
+
+@torch.library.custom_op("fastrlhf::token_loss_triton_bwd_", mutates_args=("grad",))
+def _triton_bwd_(grad: Tensor, upstream: Tensor) -> None:
+    from fastrlhf.kernels import token_loss as kernels
+
+    kernels.backward(grad, upstream)
+
+
+_TRITON = _register("_triton")

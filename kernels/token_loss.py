@@ -1,0 +1,313 @@
+"""token_loss in Triton: the loss of each row and dL/dlogits, two reads and one write in one launch.
+
+Shapes: logits [..., V], N rows; targets, row_temperature, mask, advantages, old_logprob, loss, logprob,
+slope = d loss / d logprob: N; scale: 0-d; stats [2, N] = (max of z, log of the sum of e^(z - max)).
+One program takes a row: a walk for its statistics, then one for its gradient, from the last block to
+the first, what was read last first: it may still be in a cache. Offsets are int64.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import device_guard, logit_rows, row_block, rows_of
+from ._moments import PROGRAMS
+from ._online_softmax import row_scale, scaled_logits, sech2, update
+from ._rl_math import expm1, policy_term
+
+
+@triton.jit
+def _term(
+    row,
+    logprob,
+    advantages_ptr,
+    old_logprob_ptr,
+    scale_ptr,
+    scale,
+    low,
+    high,
+    dual_clip,
+    HAS_ADVANTAGES: tl.constexpr,
+    HAS_OLD: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """(loss, slope) of a row: LossView::term of csrc/token_loss.h."""
+    factor = tl.full((), scale, ACC)
+    if HAS_SCALE:
+        factor = tl.load(scale_ptr).to(ACC)
+    advantage = tl.full((), 1.0, ACC)
+    if HAS_ADVANTAGES:
+        advantage = tl.load(advantages_ptr + row).to(ACC)
+    loss, slope = -advantage * logprob, -advantage
+    if HAS_OLD:
+        loss, slope, _, _, _ = policy_term(
+            logprob,
+            tl.load(old_logprob_ptr + row).to(ACC),
+            advantage,
+            tl.full((), low, ACC),
+            tl.full((), high, ACC),
+            tl.full((), dual_clip, ACC),
+        )
+        # A NaN compares like a clipped token, whose gradient is 0: it must not hide there.
+        slope = tl.where(loss == loss, slope, loss)
+    return loss * factor, slope * factor
+
+
+@triton.jit
+def _zero_row(row_ptr, V, BLOCK: tl.constexpr):
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        tl.store(row_ptr + cols, tl.zeros((BLOCK,), row_ptr.dtype.element_ty), mask=cols < V)
+
+
+@triton.jit
+def token_loss_fwd_kernel(
+    logits_ptr,
+    targets_ptr,
+    row_temperature_ptr,
+    mask_ptr,
+    advantages_ptr,
+    old_logprob_ptr,
+    scale_ptr,
+    loss_ptr,
+    logprob_ptr,
+    slope_ptr,
+    stats_ptr,
+    out_ptr,
+    temperature: tl.float64,
+    softcap: tl.float64,
+    scale: tl.float64,
+    low: tl.float64,
+    high: tl.float64,
+    dual_clip: tl.float64,
+    N,
+    V,
+    inner,
+    stride_logits_inner,
+    stride_logits_outer,
+    inner_out,
+    stride_out_inner,
+    stride_out_outer,
+    HAS_MASK: tl.constexpr,
+    HAS_ROW_T: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_ADVANTAGES: tl.constexpr,
+    HAS_OLD: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    out = out_ptr + (row // inner_out) * stride_out_outer + (row % inner_out) * stride_out_inner
+    if HAS_MASK:
+        if tl.load(mask_ptr + row) == 0:
+            tl.store(loss_ptr + row, 0.0)
+            tl.store(logprob_ptr + row, 0.0)
+            tl.store(slope_ptr + row, 0.0)
+            tl.store(stats_ptr + row, 0.0)
+            tl.store(stats_ptr + N + row, 0.0)
+            if WITH_GRAD:
+                _zero_row(out, V, BLOCK)
+            return
+    dz = row_scale(row, row_temperature_ptr, temperature, HAS_ROW_T, ACC)
+    softcap = tl.full((), softcap, ACC)
+    row_ptr = (
+        logits_ptr + (row // inner) * stride_logits_outer + (row % inner) * stride_logits_inner
+    )
+    # The target's logit before anyone writes: the reductions below hold every thread until all have
+    # it. A target outside [0, V) is not read; its row becomes NaN.
+    target = tl.load(targets_ptr + row).to(tl.int64)
+    inside = (target >= 0) & (target < V)
+    z_target = tl.load(row_ptr + target, mask=inside, other=float("nan")).to(ACC)
+    z_target = scaled_logits(z_target, dz, softcap, HAS_CAP)
+
+    top = tl.full((), float("-inf"), ACC)
+    total = tl.zeros((BLOCK,), ACC)
+    weighted = tl.zeros((BLOCK,), ACC)  # the entropy's: unused, the compiler drops it
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(
+            row_ptr + cols,
+            mask=cols < V,
+            other=float("-inf"),
+            eviction_policy="evict_last" if WITH_GRAD else "evict_first",
+        )
+        # The soft-cap would lift the padding from -inf: pad again behind it.
+        z = scaled_logits(x.to(ACC), dz, softcap, HAS_CAP)
+        if HAS_CAP:
+            z = tl.where(cols < V, z, float("-inf"))
+        top, total, weighted = update(top, total, weighted, z)
+    sum_e = tl.sum(total, axis=0)
+    log_sum = tl.log(sum_e)
+    logprob = (z_target - top) - log_sum
+    loss, slope = _term(
+        row,
+        logprob,
+        advantages_ptr,
+        old_logprob_ptr,
+        scale_ptr,
+        scale,
+        low,
+        high,
+        dual_clip,
+        HAS_ADVANTAGES,
+        HAS_OLD,
+        HAS_SCALE,
+        ACC,
+    )
+    slope = tl.where(inside, slope, float("nan"))
+    tl.store(loss_ptr + row, loss)
+    tl.store(logprob_ptr + row, logprob)
+    tl.store(slope_ptr + row, slope)
+    tl.store(stats_ptr + row, top)
+    tl.store(stats_ptr + N + row, log_sum)
+    if WITH_GRAD:
+        if slope == 0.0:
+            _zero_row(out, V, BLOCK)
+            return
+        # slope (1[j = target] - p_j) dz, p_j = e_j / sum e; 1 - p of the target without cancellation.
+        others = -slope * dz / sum_e
+        own = -slope * dz * expm1(tl.where(logprob < -800.0, -800.0, logprob))
+        blocks = tl.cdiv(V, BLOCK)
+        for i in range(0, blocks):
+            cols = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+            # out may be logits: a program reads and writes the same block of its row.
+            x = tl.load(row_ptr + cols, mask=cols < V, other=0.0, eviction_policy="evict_first").to(
+                ACC
+            )
+            away = scaled_logits(x, dz, softcap, HAS_CAP) - top
+            grad = others * tl.exp(away)
+            grad = tl.where(cols == target, own, grad)
+            if HAS_CAP:
+                grad *= sech2(x / softcap)
+            tl.store(out + cols, grad.to(out_ptr.dtype.element_ty), mask=cols < V)
+
+
+@triton.jit
+def token_loss_bwd_kernel(
+    out_ptr,
+    upstream_ptr,
+    N,
+    V,
+    inner_out,
+    stride_out_inner,
+    stride_out_outer,
+    stride_upstream,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # A row with 1 is not touched, one with 0 not read.
+    for index in range(tl.program_id(0), N, tl.num_programs(0)):
+        row = tl.full((), index, tl.int64)
+        factor = tl.load(upstream_ptr + row * stride_upstream).to(ACC)
+        if factor != 1.0:
+            readable = tl.where(factor == 0.0, 0, V)
+            out = (
+                out_ptr
+                + (row // inner_out) * stride_out_outer
+                + (row % inner_out) * stride_out_inner
+            )
+            for start in range(tl.program_id(1) * BLOCK, V, tl.num_programs(1) * BLOCK):
+                cols = start + tl.arange(0, BLOCK)
+                grad = tl.load(out + cols, mask=cols < readable, other=0.0).to(ACC) * factor
+                tl.store(out + cols, grad.to(out_ptr.dtype.element_ty), mask=cols < V)
+
+
+def forward(
+    logits,
+    targets,
+    advantages,
+    old_logprob,
+    clip,
+    dual_clip,
+    row_temperature,
+    temperature,
+    softcap,
+    mask,
+    scale_tensor,
+    scale,
+    out=None,
+):
+    """(loss, logprob, slope, stats) of `fastrlhf.token_loss`, whose checks were made before.
+
+    dL/dlogits for an upstream gradient of 1 goes into `out`, which may be `logits`; None: it is not made.
+    """
+    out_rows = rows_of(logits if out is None else out)
+    if out is not None and out_rows is None:
+        raise ValueError("out needs a unit last stride and at most two row strides")
+    logits, rows, targets, row_t, mask, flags = logit_rows(logits, targets, row_temperature, mask)
+    count, inner, stride_inner, stride_outer = rows
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    loss, logprob, slope = (
+        torch.empty(targets.shape, dtype=dtype, device=logits.device) for _ in range(3)
+    )
+    stats = torch.empty((2, count), dtype=dtype, device=logits.device)
+    if count == 0:
+        return loss, logprob, slope, stats
+    block, warps = row_block(logits.shape[-1])
+    constants = (advantages, old_logprob, scale_tensor)
+    with device_guard(logits):
+        token_loss_fwd_kernel[(count,)](
+            logits,
+            targets,
+            row_t,
+            mask,
+            *(targets if x is None else x.contiguous() for x in constants),
+            loss,
+            logprob,
+            slope,
+            stats,
+            logits if out is None else out,
+            temperature,
+            softcap,
+            scale,
+            1.0 - clip,
+            1.0 + clip,
+            dual_clip,
+            count,
+            logits.shape[-1],
+            inner,
+            stride_inner,
+            stride_outer,
+            *(rows if out is None else out_rows)[1:],
+            HAS_CAP=softcap > 0,
+            HAS_ADVANTAGES=advantages is not None,
+            HAS_OLD=old_logprob is not None,
+            HAS_SCALE=scale_tensor is not None,
+            WITH_GRAD=out is not None,
+            BLOCK=block,
+            num_warps=warps,
+            **flags,
+        )
+    return loss, logprob, slope, stats
+
+
+def backward(grad, upstream):
+    """Multiplies row i of `grad` [..., V] by upstream[i]."""
+    rows = rows_of(grad)
+    if rows is None:
+        raise ValueError("grad needs a unit last stride and at most two row strides")
+    count, width = rows[0], grad.shape[-1]
+    if count == 0 or width == 0:
+        return
+    # One number that was expanded is read where it lies.
+    axes = zip(upstream.shape, upstream.stride(), strict=True)
+    expanded = all(stride == 0 or size == 1 for size, stride in axes)
+    block, warps = row_block(width)
+    # Mostly nothing is to be done: few programs that look at many rows; more a row where rows are few.
+    across = min(count, PROGRAMS)
+    down = max(1, min(triton.cdiv(width, block), PROGRAMS // across))
+    with device_guard(grad):
+        token_loss_bwd_kernel[(across, down)](
+            grad,
+            upstream if expanded else upstream.contiguous(),
+            count,
+            width,
+            *rows[1:],
+            0 if expanded else 1,
+            ACC=tl.float64 if grad.dtype == torch.float64 else tl.float32,
+            BLOCK=block,
+            num_warps=warps,
+        )

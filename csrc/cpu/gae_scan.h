@@ -23,9 +23,6 @@ class GivenRewards {
   explicit GivenRewards(const Tensor& rewards) : rewards_(rewards) {}
   int64_t scored_token(int64_t, int64_t) const { return -1; }
   void skip(int64_t, int64_t) const {}
-  RL_INLINE void prefetch(int64_t start, int64_t count) const {
-    rewards_.template prefetch<A>(start, count);
-  }
   const A* run(int64_t, int64_t, int64_t start, int64_t count, const uint8_t* keep,
                A* scratch) const {
     return rewards_.load(start, count, keep, scratch);
@@ -94,7 +91,6 @@ class GaeScan {
     const auto prepare = [&]() RL_LAMBDA_INLINE {
       upcoming = Lane{};
       while (next < last && upcoming.start == upcoming.begin) open(upcoming, sequences, next++);
-      prefetch(upcoming);
     };
     // Hands lane i its next chunk, of its own sequence or of the next one.
     const auto feed = [&](int i) RL_LAMBDA_INLINE {
@@ -105,7 +101,6 @@ class GaeScan {
       }
       if (lane.start > lane.begin) {
         load(lane, chunks[i]);
-        prefetch(lane);
         masked += lane.keep != nullptr;
         ++busy;
       } else {
@@ -145,17 +140,6 @@ class GaeScan {
     lane = Lane{.b = b, .begin = first, .start = last};
     lane.scored = rewards_.scored_token(first, last);
     if (!bootstrap_.empty()) lane.next_value = bootstrap_[b];
-  }
-
-  // Asks for the next chunk of a lane, that nothing waits for memory: the chunks of one sequence
-  // are walked backwards, each forwards, which no hardware foresees.
-  RL_INLINE void prefetch(const Lane& lane) const {
-    const int64_t count = std::min(kChunk, lane.start - lane.begin);
-    const int64_t start = lane.start - count;
-    rewards_.prefetch(start, count);
-    values_.template prefetch<A>(start, count);
-    prefetch_lines<true>(advantages_ + start, count);
-    prefetch_lines<true>(returns_ + start, count);
   }
 
   RL_INLINE void load(Lane& lane, Chunk& chunk) const {

@@ -38,13 +38,6 @@ class KlRewards {
     std::fill(kl_ + begin, kl_ + end, A(0));
   }
 
-  RL_INLINE void prefetch(int64_t start, int64_t count) const {
-    logprob_.template prefetch<A>(start, count);
-    ref_logprob_.template prefetch<A>(start, count);
-    prefetch_lines<true>(rewards_ + start, count);
-    prefetch_lines<true>(kl_ + start, count);
-  }
-
   // Writes and returns the rewards of the `count` tokens from `start` masked by `keep`, which
   // belong to sequence b scored at `scored`.
   RL_INLINE const A* run(int64_t b, int64_t scored, int64_t start, int64_t count,

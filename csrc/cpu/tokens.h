@@ -32,13 +32,6 @@ RL_INLINE A blend(uint8_t keep, A a, A b) {
   return std::bit_cast<A>(other ^ ((other ^ std::bit_cast<Bits>(a)) & (Bits{0} - Bits{keep})));
 }
 
-// Asks for the cache lines of `count` elements, to be read or written soon.
-template <bool Write, typename T>
-RL_INLINE void prefetch_lines(const T* data, int64_t count) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(data + i, Write, 3);
-}
-
 // A 1-d or 2-d tensor of float tokens.
 class Tokens {
  public:
@@ -79,12 +72,6 @@ class Tokens {
       default:
         return copy<bf16>(start, count, scratch);
     }
-  }
-
-  // Asks for the `count` tokens from flat index `start`, where load() hands them out in place.
-  template <typename A>
-  RL_INLINE void prefetch(int64_t start, int64_t count) const {
-    if (in_place<A>()) prefetch_lines<false>(reinterpret_cast<const A*>(data_) + start, count);
   }
 
   // The same with 0 where `keep` is 0, so that nothing behind the mask, NaN included, enters any

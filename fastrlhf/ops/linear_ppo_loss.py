@@ -7,10 +7,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrlhf import reference
-from fastrlhf.ops import _backend, _checks, _chunks, _loss_head, _sequence
+from fastrlhf.ops import _autograd, _backend, _checks, _chunks, _loss_head, _sequence
 from fastrlhf.ops import ppo_loss as _ppo
 from fastrlhf.ops.linear_logprob import check_linear, linear_logprob
 from fastrlhf.ops.token_logprob import check, check_target_values, run
@@ -101,7 +100,6 @@ def linear_ppo_loss(
     inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, **rows}
     _loss_head.check_accumulate(OP, accumulate_into, weight, acc, inputs)
     chosen = _backend.choose(OP, backend, hidden, weight, bias)
-    grad = torch.is_grad_enabled()
     if chosen == "reference" and accumulate_into is None:
         if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
             check_target_values(OP, targets, vocab, mask)
@@ -124,7 +122,7 @@ def linear_ppo_loss(
             factor,
         )
     flat = [None if x is None else x.reshape(-1) for x in (*rows.values(), mask)]
-    needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias, values)]
+    needs = _autograd.needs(hidden, weight, bias, values)
     arguments = (
         hidden,
         weight,
@@ -141,7 +139,7 @@ def linear_ppo_loss(
         chosen,
         *needs,
     )
-    if accumulate_into is not None and grad:
+    if accumulate_into is not None and torch.is_grad_enabled():
         _loss_head.check_values(OP, targets, vocab, mask, row_temperature)
         found = {}
 
@@ -327,7 +325,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*output[2:])
 
 
-@once_differentiable
+@_autograd.once(OP)
 def _backward(ctx, grad_loss, *_):
     grads = [None] * 26
     if grad_loss is not None:

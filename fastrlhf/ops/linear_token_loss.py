@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fastrlhf.ops import _backend, _checks, _chunks, _loss_head
+from fastrlhf.ops import _autograd, _backend, _checks, _chunks, _loss_head
 from fastrlhf.ops.linear_logprob import check_linear, linear_logprob
 from fastrlhf.ops.token_logprob import check
 from fastrlhf.reference import LinearTokenLossOutput
@@ -113,9 +113,8 @@ def linear_token_loss(
         options |= {"bias": bias, "temperature": temperature, "softcap": softcap}
         head = linear_logprob(hidden, weight, targets, return_entropy=True, **options)
         return _after(head, token_loss, rows, with_entropy, mask, factor, reduction)
-    grad = torch.is_grad_enabled()
     parameters = (hidden, weight, bias)
-    needs = [grad and x is not None and x.requires_grad for x in parameters]
+    needs = _autograd.needs(*parameters)
     if not any(needs):
         accumulate_into = None
     head = _loss_head.LossHead(

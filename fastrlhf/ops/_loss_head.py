@@ -204,6 +204,7 @@ def scale_argument(op: str, scale: object, device: torch.device, dtype: torch.dt
     _checks.float_tensor(op, "scale", scale)
     _checks.shape(op, "scale", scale, ())
     _checks.same_device(op, "scale", scale, device)
+    _checks.constants(op, scale=scale)
     return scale.detach().to(dtype)
 
 

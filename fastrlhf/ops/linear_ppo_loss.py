@@ -94,6 +94,7 @@ def linear_ppo_loss(
     mask = _sequence.mask(OP, mask, like)
     settings = _ppo.check_settings(OP, clip, dual_clip, value_clip, value_coef, entropy_coef)
     _ppo.check_value_tensors(OP, values, old_values, returns, value_clip)
+    _ppo.check_constants(OP, old_logprob, advantages, old_values, returns)
     if not isinstance(compact_rows, bool):
         raise TypeError(f"{OP}: compact_rows must be a bool; got {type(compact_rows).__name__}")
     factor = _loss_head.scale_argument(OP, scale, hidden.device, acc)

@@ -209,9 +209,7 @@ def test_constant_returns_explain_no_variance(backend):
 
 @each_backend
 def test_only_the_trained_tensors_get_gradients(backend):
-    """The others may not ask for one: tests/test_constants.py."""
-    tensors = batch((6,), torch.float32)
-    tensors = {name: x.requires_grad_(name in TRAINED) for name, x in tensors.items()}
+    tensors = {n: x.requires_grad_(n in TRAINED) for n, x in batch((6,), torch.float32).items()}
     positional = [tensors[name] for name in NAMES[:3]]
     loss, _ = on(backend)(*positional, **{n: tensors[n] for n in NAMES[3:]})
     loss.backward()

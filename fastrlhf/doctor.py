@@ -9,6 +9,7 @@ not load.
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ def _attention(device: str) -> dict:
     try:
         from fastrlhf import attention
     except ImportError as error:
-        return {**report, "path": f"unknown: {error}"}
+        return {**report, "path": f"unknown: {error}", "broken": True}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     path = attention.plan(torch.device(device), dtype).kernel
     return {**report, "dtype": str(dtype).removeprefix("torch."), "path": path}
@@ -124,6 +125,9 @@ def examine() -> dict:
         for op in _backend.OPS
     }
     report["attention"] = _attention(device)
+    if report["attention"].pop("broken", False) and versions["transformers"]:
+        path = report["attention"]["path"].removeprefix("unknown: ")
+        report["problems"].append(f"transformers does not load: {path}")
     return report
 
 
@@ -148,6 +152,9 @@ def _facts(report: dict) -> list[tuple[str, str]]:
         archs = ", ".join(extension["cuda_archs"]) or "none (built without CUDA)"
         target, compiled = extension["torch_target_version"], extension["cpu_isa_compiled"]
         running = f"{extension['cpu_isa_running']} runs, of {', '.join(compiled)}"
+        asked = os.environ.get("FASTRLHF_CPU_ISA")
+        if asked and asked not in compiled:
+            running += f"; FASTRLHF_CPU_ISA={asked} is none of these and does nothing"
         rows += [
             ("extension", f"present, {extension['compiler']}, serves torch >= {target}"),
             ("CPU kernels", running),

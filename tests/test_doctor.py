@@ -105,6 +105,24 @@ def test_old_torch_is_a_broken_install(capsys, monkeypatch):
     assert "is older than 99.0" in report_of(capsys, status=1)["problems"][0]
 
 
+def test_transformers_that_does_not_load_is_a_broken_install(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "fastrlhf.attention", raising=False)
+    monkeypatch.delattr(fastrlhf, "attention", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (problem,) = report_of(capsys, status=1)["problems"]
+    assert problem.startswith("transformers does not load: ")
+
+
+@pytest.mark.skipif(bool(_backend._extension_error), reason="the extension is not built")
+@pytest.mark.parametrize("asked", ["nonsense", "AVX2", "baseline"])
+def test_an_instruction_set_that_does_not_exist(capsys, monkeypatch, asked):
+    monkeypatch.setenv("FASTRLHF_CPU_ISA", asked)
+    assert cli.main(["doctor"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    said = f"FASTRLHF_CPU_ISA={asked} is none of these and does nothing"
+    assert (said in text) == (asked != "baseline")
+
+
 def test_flash_attention_is_looked_for(capsys, monkeypatch):
     assert report_of(capsys)["attention"]["flash_attention"] == [
         label

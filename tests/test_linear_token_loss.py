@@ -322,6 +322,23 @@ def test_accumulate_into_is_added_once_or_refused(op):
     torch.testing.assert_close(into, expected)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("written", ["logprob", "a"])
+def test_a_loss_that_writes_into_its_arguments(reduction, written):
+    """They are views of the caller's tensors, or of a result."""
+
+    def in_place(logprob, a):
+        (logprob if written == "logprob" else a).mul_(2)
+        return -logprob * a
+
+    given = torch.ones(2, 4), torch.zeros(5, 4), torch.tensor([0, 1])
+    options = {"rows": {"a": torch.ones(2)}, "reduction": reduction}
+    with pytest.raises(
+        ValueError, match=f"token_loss must not write into {written}; it changed it"
+    ):
+        linear_token_loss(*given, in_place, **options)
+
+
 ROW = torch.ones(2)
 
 

@@ -94,14 +94,16 @@ INPUTS = {
 
 def loss_metrics_gradients(function, positional, named, **settings):
     """Every number that comes out, in a fixed order."""
-    names = [*range(len(positional)), *named]
+    count = len(positional)
+    names = [*range(count), *named]
+    constants = {"old_values", "returns"}
+    if "values" in named:  # a PPO loss
+        constants |= {count - 2, count - 1}  # old_logprob, advantages
     tensors = [
-        t.clone().requires_grad_(t.is_floating_point()) for t in (*positional, *named.values())
+        t.clone().requires_grad_(t.is_floating_point() and name not in constants)
+        for name, t in zip(names, (*positional, *named.values()), strict=True)
     ]
-    given = dict(zip(names, tensors, strict=True))
-    out = function(
-        *(given[i] for i in range(len(positional))), **{n: given[n] for n in named}, **settings
-    )
+    out = function(*tensors[:count], **dict(zip(named, tensors[count:], strict=True)), **settings)
     loss, metrics = out if isinstance(out, tuple) else (out, {})
     wanted = [t for t in tensors if t.requires_grad]
     grads = torch.autograd.grad(loss.sum(), wanted, allow_unused=True)

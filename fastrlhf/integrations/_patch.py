@@ -187,6 +187,7 @@ class Host:
 
     def patch(self, **options) -> Patch:
         """Apply the table, unless it is applied already with these very options."""
+        _backend.check_name(f"{self.name}.patch", options.get("backend", "auto"))
         with self._lock:
             if not self.patched:
                 self._apply(options)

@@ -20,6 +20,11 @@ def plain(name: str, value, dtypes=_checks.FLOAT_DTYPES) -> None:
         raise Unserved(f"{name} is a {'nested tensor' if value.is_nested else 'DTensor'}")
 
 
+def sharded(weight: Tensor) -> bool:
+    """Whether this rank has a part of it only: a DTensor, or gathered by ZeRO-3 for the time of a call."""
+    return hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")
+
+
 def number(name: str, value, low: float = 0.0) -> float:
     """Unserved unless `value` is a Python number above `low`, and finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -6,11 +6,14 @@ with fastrlhf.integrations.transformers.patch():
 Shapes: logits [..., T, V], labels [..., T]; hidden [..., T, H], weight [V, H].
 """
 
+import functools
+import inspect
 import threading
 
 import torch
 from torch import Tensor, nn
 
+from fastrlhf.integrations import _rows
 from fastrlhf.integrations._lazy_logits import LazyLogits
 from fastrlhf.integrations._patch import Host, Patch, Target, Unserved
 from fastrlhf.ops import _checks
@@ -125,8 +128,9 @@ def _causal_lm_loss(original, backend):
 
 def _call(original, backend):
     def call(self, *args, **kwargs):
-        head = _head(self, kwargs)
-        make, thread = head.forward, threading.get_ident()
+        head = _head(self, args, kwargs)
+        # Not head.forward, where another thread's call may have put its own by now.
+        make, thread = functools.partial(nn.Linear.forward, head), threading.get_ident()
 
         def forward(hidden):
             weight, bias = head.weight, head.bias
@@ -144,11 +148,20 @@ def _call(original, backend):
     return call
 
 
-def _head(model, kwargs) -> nn.Linear:
+def _labels(model, args, kwargs):
+    """What the model is given as `labels`, by name or by place."""
+    if len(args) < 2:  # the first are its tokens
+        return kwargs.get("labels")
+    placed = dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
+    return placed.get("labels", kwargs.get("labels"))
+
+
+def _head(model, args, kwargs) -> nn.Linear:
     """The head whose product need not be made; Unserved, with the reason, where the model runs as it is."""
-    if kwargs.get("labels") is None or not torch.is_grad_enabled():
+    if _labels(model, args, kwargs) is None or not torch.is_grad_enabled():
         raise Unserved("")  # no loss is asked for, or no training: nothing to say
-    if torch.compiler.is_compiling():
+    compiled = model._compiled_call_impl or hasattr(model.forward, "_torchdynamo_orig_callable")
+    if compiled or torch.compiler.is_compiling():
         raise Unserved("torch.compile traces the model")
     try:
         head = model.get_output_embeddings()
@@ -165,9 +178,10 @@ def _head(model, kwargs) -> nn.Linear:
         raise Unserved(
             "the output head's forward is replaced (hooks of accelerate, another thread?)"
         )
-    if head._forward_hooks or head._backward_hooks or head._backward_pre_hooks:
+    hooks = head._forward_hooks or head._backward_hooks or head._backward_pre_hooks
+    if hooks or nn.modules.module._has_any_global_hook():
         raise Unserved("the output head has hooks")
-    if hasattr(head.weight, "device_mesh") or hasattr(head.weight, "ds_id"):
+    if _rows.sharded(head.weight):
         raise Unserved("the output head's weight is sharded (DTensor or ZeRO-3)")
     return head
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastrlhf.integrations import _rows
 from fastrlhf.integrations._patch import Host, Patch, Target, Unserved, check_parameters
-from fastrlhf.ops import _backend, _checks, _chunks
+from fastrlhf.ops import _backend, _chunks
 from fastrlhf.ops._rows import RowMaths
 from fastrlhf.ops.linear_logprob import check_linear, linear_logprob
 from fastrlhf.ops.ranking_loss import ranking_loss
-from fastrlhf.ops.token_logprob import check, token_logprob
+from fastrlhf.ops.token_logprob import check, check_target_values, token_logprob
 
 _UTILS = "trl.trainer.utils"
 _HEAD = "trl.kernels.chunked_logprob.ChunkedLogProbFunction"
@@ -45,8 +46,12 @@ def patch(backend: str = "auto", inplace_backward: bool = False) -> Patch:
         RuntimeError: patched already with other options.
 
     Calls that no op serves run TRL's own function and are counted in `fallbacks`: K indices a
-    position, a temperature that is no number above 0, and float64 hidden states.
+    position, a temperature that is no number above 0, float64 hidden states, DTensors, and a head that
+    ZeRO-3 shards.
     """
+    if not isinstance(inplace_backward, bool):
+        kind = type(inplace_backward).__name__
+        raise TypeError(f"trl.patch: inplace_backward must be a bool; got {kind}")
     return _HOST.patch(backend=backend, inplace_backward=inplace_backward)
 
 
@@ -61,8 +66,7 @@ def calls() -> dict[str, int]:
 
 
 def _servable(logits, index, temperature) -> None:
-    if not isinstance(logits, Tensor) or logits.dtype not in _checks.FLOAT_DTYPES:
-        raise Unserved(f"logits of {getattr(logits, 'dtype', type(logits).__name__)}")
+    _rows.plain("logits", logits)
     if logits.dim() < 2:
         raise Unserved("logits with one axis")
     if index is not None and index.shape != logits.shape[:-1]:
@@ -164,6 +168,8 @@ def _chunked_head(original, backend, inplace_backward):
     ):
         if hidden.dtype == torch.float64:
             raise Unserved("float64 hidden states, whose results TRL makes in float32")
+        if _rows.sharded(weight):
+            raise Unserved("the output head's weight is sharded (DTensor or ZeRO-3)")
         if not temperature > 0 or not logit_scale > 0:
             raise Unserved("temperature or logit scale is not above 0")
         # TRL: z = c tanh(y s / c) / t. Ours: z = c' tanh(y / c') / t', with c' = c / s, t' = t / s.
@@ -177,6 +183,8 @@ def _chunked_head(original, backend, inplace_backward):
             check_linear(_LINEAR, hidden, weight, bias, "fast")
             check(_LINEAR, hidden, targets, temperature, softcap, None, vocab=weight.shape[0])
             chosen = _backend.choose(_LINEAR, backend, hidden)
+            if hidden.device.type == "cpu":
+                check_target_values(_LINEAR, targets, weight.shape[0], None)
             logprob, entropy, *found = _HeadWithExtras.apply(
                 hidden, weight, bias, targets, temperature, softcap or 0.0, chosen, extras
             )

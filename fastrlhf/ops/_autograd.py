@@ -34,13 +34,25 @@ def refuse_transforms(op: str, tensors: tuple, *, constant: bool, way_out: str) 
         raise NotImplementedError(f"{op}: {what} is not implemented; use {way_out}")
 
 
-def trained(*tensors: Tensor | None) -> bool:
-    """Whether a gradient may be asked for, which the tensors inside torch.func.vmap do not tell."""
+def needs(*tensors: Tensor | None) -> list[bool]:
+    """For each, whether its gradient may be asked for, which it does not tell inside torch.func.vmap."""
     if not torch.is_grad_enabled():
-        return False
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return any(x is not None and x.requires_grad for x in tensors)
+        return [False] * len(tensors)
+    mapped = torch._C._are_functorch_transforms_active()
+    return [x is not None and (mapped or x.requires_grad) for x in tensors]
+
+
+def trained(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be asked for."""
+    return any(needs(*tensors))
+
+
+def refuse_graph(op: str) -> None:
+    """NotImplementedError in a backward whose own gradient is asked for."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{op}: the gradient of the gradient is not implemented; got create_graph=True"
+        )
 
 
 def once(op: str):
@@ -53,10 +65,7 @@ def once(op: str):
     def decorate(backward):
         @functools.wraps(backward)
         def wrapped(ctx, *grads):
-            if torch.is_grad_enabled():
-                raise NotImplementedError(
-                    f"{op}: the gradient of the gradient is not implemented; got create_graph=True"
-                )
+            refuse_graph(op)
             return backward(ctx, *grads)
 
         return wrapped

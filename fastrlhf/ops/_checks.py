@@ -53,6 +53,16 @@ def same_device(op: str, name: str, value: torch.Tensor, device: torch.device) -
         raise ValueError(f"{op}: {name} must be on {device}; got {value.device}")
 
 
+def constants(op: str, **tensors: torch.Tensor | None) -> None:
+    """Refuses tensors that ask for a gradient which the op does not give: it would be lost without a word."""
+    for name, value in tensors.items():
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{op}: {name} must be a constant, for no gradient would reach it (detach it); "
+                "got a tensor that requires grad"
+            )
+
+
 def number(op: str, name: str, value: object, *, low: float | None = None, strict=False) -> float:
     """A finite Python number, at least (or, if strict, above) `low`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

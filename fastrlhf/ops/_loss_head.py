@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastrlhf.ops import _checks, _chunks
+from fastrlhf.ops import _autograd, _checks, _chunks
 from fastrlhf.ops._rows import RowMaths
 from fastrlhf.ops.token_logprob import check_target_values
 
@@ -162,8 +161,8 @@ class GradientsInForward(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss):
+        _autograd.refuse_graph(ctx.op)
         if grad_loss is None:
             return (None,) * (3 + len(ctx.dtypes))
         if ctx.accumulated:
@@ -205,6 +204,7 @@ def scale_argument(op: str, scale: object, device: torch.device, dtype: torch.dt
     _checks.float_tensor(op, "scale", scale)
     _checks.shape(op, "scale", scale, ())
     _checks.same_device(op, "scale", scale, device)
+    _checks.constants(op, scale=scale)
     return scale.detach().to(dtype)
 
 

@@ -16,9 +16,8 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastrlhf.ops import _chunks
+from fastrlhf.ops import _autograd, _chunks
 from fastrlhf.ops._rows import RowMaths
 from fastrlhf.ops.token_logprob import check_target_values, run
 
@@ -116,7 +115,7 @@ class _VocabParallel(torch.autograd.Function):
         return logprob, entropy
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("linear_logprob")
     def backward(ctx, grad_logprob, grad_entropy):
         if grad_logprob is None and grad_entropy is None:
             return (None,) * 11

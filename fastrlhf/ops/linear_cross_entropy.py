@@ -5,9 +5,8 @@ Shapes: hidden [..., H] -> N rows, weight [V, H], bias [V], targets [...].
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastrlhf.ops import _backend, _checks, _chunks, _loss_head
+from fastrlhf.ops import _autograd, _backend, _checks, _chunks, _loss_head
 from fastrlhf.ops.linear_logprob import check_linear, linear_logprob
 from fastrlhf.ops.token_logprob import check, check_target_values, run
 
@@ -97,8 +96,7 @@ def linear_cross_entropy(
         )
     if chosen == "reference" and hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         check_target_values(OP, targets, vocab, counted)
-    grad = torch.is_grad_enabled()
-    needs = [grad and p is not None and p.requires_grad for p in (hidden, weight, bias)]
+    needs = _autograd.needs(hidden, weight, bias)
     arguments = (
         hidden,
         weight,
@@ -114,7 +112,7 @@ def linear_cross_entropy(
         chosen,
         *needs,
     )
-    if accumulate_into is not None and grad:
+    if accumulate_into is not None and torch.is_grad_enabled():
         _loss_head.check_values(OP, targets, vocab, counted, row_temperature)
 
         def body():
@@ -209,7 +207,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
 
 
-@once_differentiable
+@_autograd.once(OP)
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 15

@@ -6,7 +6,7 @@ Shapes: hidden [..., H] -> N rows, weight [V, H], bias [V], targets, mask, outpu
 import torch
 from torch import Tensor
 
-from fastrlhf.ops import _backend, _checks, _chunks
+from fastrlhf.ops import _autograd, _backend, _checks, _chunks
 from fastrlhf.ops._rows import RowMaths
 from fastrlhf.ops.token_logprob import check, check_target_values, run
 
@@ -75,9 +75,6 @@ def linear_logprob(
         return (logprob, entropy) if return_entropy else logprob
     if chosen == "reference" and not torch.compiler.is_compiling() and hidden.device.type == "cpu":
         check_target_values(OP, targets, weight.shape[0], mask)
-    trained = torch.is_grad_enabled() and (
-        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
     logprob, entropy, _, _ = run(
         OP,
         torch.ops.fastrlhf.linear_logprob_fwd,
@@ -92,7 +89,7 @@ def linear_logprob(
             mask,
             workspace,
             chosen,
-            trained,
+            _autograd.trained(hidden, weight, bias),
         ),
     )
     return (logprob, entropy) if return_entropy else logprob
@@ -299,6 +296,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(hidden, weight, targets, bias, stats, kept, row_t, mask)
 
 
+@_autograd.once(OP)
 def _backward(ctx, grad_logprob, grad_entropy, _grad_stats, _grad_kept):
     if grad_logprob is None and grad_entropy is None:
         return (None,) * 11

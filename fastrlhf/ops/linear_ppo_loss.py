@@ -7,10 +7,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrlhf import reference
-from fastrlhf.ops import _backend, _checks, _chunks, _loss_head, _sequence
+from fastrlhf.ops import _autograd, _backend, _checks, _chunks, _loss_head, _sequence
 from fastrlhf.ops import ppo_loss as _ppo
 from fastrlhf.ops.linear_logprob import check_linear, linear_logprob
 from fastrlhf.ops.token_logprob import check, check_target_values, run
@@ -95,13 +94,13 @@ def linear_ppo_loss(
     mask = _sequence.mask(OP, mask, like)
     settings = _ppo.check_settings(OP, clip, dual_clip, value_clip, value_coef, entropy_coef)
     _ppo.check_value_tensors(OP, values, old_values, returns, value_clip)
+    _ppo.check_constants(OP, old_logprob, advantages, old_values, returns)
     if not isinstance(compact_rows, bool):
         raise TypeError(f"{OP}: compact_rows must be a bool; got {type(compact_rows).__name__}")
     factor = _loss_head.scale_argument(OP, scale, hidden.device, acc)
     inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, **rows}
     _loss_head.check_accumulate(OP, accumulate_into, weight, acc, inputs)
     chosen = _backend.choose(OP, backend, hidden, weight, bias)
-    grad = torch.is_grad_enabled()
     if chosen == "reference" and accumulate_into is None:
         if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
             check_target_values(OP, targets, vocab, mask)
@@ -124,7 +123,7 @@ def linear_ppo_loss(
             factor,
         )
     flat = [None if x is None else x.reshape(-1) for x in (*rows.values(), mask)]
-    needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias, values)]
+    needs = _autograd.needs(hidden, weight, bias, values)
     arguments = (
         hidden,
         weight,
@@ -141,7 +140,7 @@ def linear_ppo_loss(
         chosen,
         *needs,
     )
-    if accumulate_into is not None and grad:
+    if accumulate_into is not None and torch.is_grad_enabled():
         _loss_head.check_values(OP, targets, vocab, mask, row_temperature)
         found = {}
 
@@ -327,7 +326,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*output[2:])
 
 
-@once_differentiable
+@_autograd.once(OP)
 def _backward(ctx, grad_loss, *_):
     grads = [None] * 26
     if grad_loss is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fastrlhf.ops import _backend, _checks, _chunks, _loss_head
+from fastrlhf.ops import _autograd, _backend, _checks, _chunks, _loss_head
 from fastrlhf.ops.linear_logprob import check_linear, linear_logprob
 from fastrlhf.ops.token_logprob import check
 from fastrlhf.reference import LinearTokenLossOutput
@@ -75,8 +75,8 @@ def linear_token_loss(
     Raises:
         TypeError, ValueError: as `linear_logprob`; also for `rows`, and for what `token_loss` returns: a
             wrong type or shape, no gradient to the log-prob, one to a tensor of its closure (but for
-            "none", where it flows), on CPU a value that is not finite (on a GPU, where that would be a
-            sync, it goes on into the loss).
+            "none", where it flows), an argument that it changed in place, on CPU a value that is not
+            finite (on a GPU, where that would be a sync, it goes on into the loss).
 
     Source: the gradients in the forward follow Liger Kernel (arXiv:2410.10989).
 
@@ -113,9 +113,8 @@ def linear_token_loss(
         options |= {"bias": bias, "temperature": temperature, "softcap": softcap}
         head = linear_logprob(hidden, weight, targets, return_entropy=True, **options)
         return _after(head, token_loss, rows, with_entropy, mask, factor, reduction)
-    grad = torch.is_grad_enabled()
     parameters = (hidden, weight, bias)
-    needs = [grad and x is not None and x.requires_grad for x in parameters]
+    needs = _autograd.needs(*parameters)
     if not any(needs):
         accumulate_into = None
     head = _loss_head.LossHead(
@@ -164,17 +163,19 @@ def _check_rows(rows, targets) -> dict[str, Tensor]:
         _checks.tensor(OP, f"rows[{name!r}]", value)
         _checks.shape(OP, f"rows[{name!r}]", value, targets.shape)
         _checks.same_device(OP, f"rows[{name!r}]", value, targets.device)
-        if value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{OP}: rows[{name!r}] must be a constant, for no gradient would reach it (detach it); "
-                "got a tensor that requires grad"
-            )
+        _checks.constants(OP, **{f"rows[{name!r}]": value})
     return dict(rows)
 
 
 def _call(token_loss, logprob, entropy, rows) -> tuple[Tensor, dict[str, Tensor]]:
     """What the user's function makes of [n] tensors, checked: (loss, metrics)."""
+    given = {"logprob": logprob} | ({} if entropy is None else {"entropy": entropy}) | rows
+    before = _writes(given)
     out = token_loss(logprob, *(() if entropy is None else (entropy,)), **rows)
+    if changed := [name for name, count in _writes(given).items() if count != before[name]]:
+        raise ValueError(
+            f"{OP}: token_loss must not write into {changed[0]}; it changed it in place"
+        )
     loss, metrics = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
     expected = "token_loss must return a tensor [n], or (tensor, dict of tensors)"
     if not isinstance(loss, Tensor) or not isinstance(metrics, Mapping):
@@ -196,6 +197,13 @@ def _call(token_loss, logprob, entropy, rows) -> tuple[Tensor, dict[str, Tensor]
             "computed under no_grad?)"
         )
     return loss.to(logprob.dtype), {name: x.detach() for name, x in metrics.items()}
+
+
+def _writes(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """How often each was written to, where torch counts that."""
+    if torch.compiler.is_compiling():
+        return {}
+    return {name: x._version for name, x in tensors.items() if not x.is_inference()}
 
 
 def _only_rows(loss: Tensor, leaves: list[Tensor]) -> None:

@@ -50,7 +50,7 @@ def ppo_loss(
     unmasked tokens of this call (0 if n = 0): rescale micro-batches yourself. Loss, gradients and
     metrics come from one pass with sums in a fixed order (bitwise the same for any number of
     threads); the backward only scales. Gradients flow to `logprob`, `values` and `entropy`, once;
-    the other tensors are constants.
+    the other tensors are constants, and refused if they require grad.
 
     Args:
         logprob: [...], log-probability of each token under the policy, in nats. float32, bfloat16,
@@ -91,6 +91,7 @@ def ppo_loss(
     mask = _sequence.mask(OP, mask, logprob)
     settings = check_settings(OP, clip, dual_clip, value_clip, value_coef, entropy_coef)
     check_value_tensors(OP, values, old_values, returns, value_clip)
+    check_constants(OP, old_logprob, advantages, old_values, returns)
     chosen = _backend.choose(OP, backend, logprob, values, entropy)
     if chosen == "reference":
         return reference.ppo_loss(
@@ -153,6 +154,16 @@ def check_value_tensors(op, values, old_values, returns, value_clip):
         raise ValueError(
             f"{op}: old_values must be given with values, or value_clip=None; got None"
         )
+
+
+def check_constants(op, old_logprob, advantages, old_values, returns):
+    _checks.constants(
+        op,
+        old_logprob=old_logprob,
+        advantages=advantages,
+        old_values=old_values,
+        returns=returns,
+    )
 
 
 # ---- registration -------------------------------------------------------------------------------

@@ -110,8 +110,7 @@ def check(op, logits, targets, temperature, softcap, mask, vocab=None):
 def _row_temperature(op, temperature, logits, targets):
     _checks.float_tensor(op, "temperature", temperature)
     _checks.same_device(op, "temperature", temperature, logits.device)
-    if temperature.requires_grad:
-        raise ValueError(f"{op}: temperature must be a constant; got a tensor that requires grad")
+    _checks.constants(op, temperature=temperature)
     try:
         rows = temperature.expand(targets.shape)
     except RuntimeError:

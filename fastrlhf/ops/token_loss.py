@@ -79,9 +79,10 @@ def token_loss(
         that holds a NaN gives NaN. Rows whose gradient is exactly 0 (clipped, A = 0) are zero-filled.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or value. On CPU a counted target outside
-            [0, V) raises ValueError, before the logits are touched; on a GPU, where that would cost a
-            host sync, the row's loss, logprob and gradient are NaN, and nothing outside it is read.
+        TypeError, ValueError: a wrong dtype, shape, device or value; a constant that requires grad.
+            On CPU a counted target outside [0, V) raises ValueError, before the logits are touched; on
+            a GPU, where that would cost a host sync, the row's loss, logprob and gradient are NaN, and
+            nothing outside it is read.
 
     Source: Schulman et al. 2017 (arXiv:1707.06347), eq. 7; Ye et al. 2020 (arXiv:1912.09729) for the
         dual clip; Milakov and Gimelshein 2018 (arXiv:1805.02867) for the online softmax.
@@ -144,6 +145,7 @@ def _row_constant(name, value, logits, targets):
     _checks.float_tensor(OP, name, value)
     _checks.shape(OP, name, value, targets.shape)
     _checks.same_device(OP, name, value, logits.device)
+    _checks.constants(OP, **{name: value})
     return value.detach().to(_logprob._acc_dtype(logits)).contiguous()
 
 
@@ -154,6 +156,7 @@ def _scale(scale, logits):
     _checks.float_tensor(OP, "scale", scale)
     _checks.shape(OP, "scale", scale, ())
     _checks.same_device(OP, "scale", scale, logits.device)
+    _checks.constants(OP, scale=scale)
     return scale.detach().to(_logprob._acc_dtype(logits)), 1.0
 
 

@@ -24,7 +24,7 @@ class Tested(NamedTuple):
 
 TESTED = {
     "trl": Tested("1.16", "1.16"),
-    "transformers": Tested("5.23", "5.23"),
+    "transformers": Tested("5.23", "5.24"),
     "verl": Tested("0.9", "0.9"),
     "openrlhf": Tested("0.11", "0.11"),
 }

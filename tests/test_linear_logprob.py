@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import logit_cases as cases
-from fastrlhf import linear_logprob
+from fastrlhf import linear_logprob, linear_token_loss
 from fastrlhf.ops import _backend, _chunks
 from logit_cases import DEVICE, assert_near, randint, randn
 
@@ -308,3 +308,37 @@ def test_errors_name_the_argument(change, error, match, backend):
     }
     with pytest.raises(error, match=match):
         linear_logprob(**arguments, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("options", ["plain", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_forward_has_the_bits_of_the_update(dtype, options, backend, monkeypatch):
+    """It walks blocks of the vocabulary with all rows, the update blocks of rows with the vocabulary."""
+    if _backend.unavailable_reason("linear_logprob", backend, "cpu"):
+        pytest.skip("no C++ extension")
+    rows, vocab = 131, 9001  # three blocks of columns, ragged
+    monkeypatch.setattr(module, "KEEP_BYTES", 0)
+    x = randn(1, rows, 24, seed=0, dtype=dtype)
+    w, b = randn(vocab, 24, seed=1, dtype=dtype, scale=0.4), randn(vocab, seed=2, dtype=dtype)
+    targets = randint(vocab, (1, rows), 3)
+    kwargs = {"bias": b, "backend": backend, **cases.OPTIONS[options]((1, rows), "cpu")}
+    forward = linear_logprob(x, w, targets, return_entropy=True, **kwargs)
+    monkeypatch.setattr(_chunks, "chunk_rows", lambda *_: 50)
+    loss = lambda logprob, entropy: -logprob  # noqa: E731
+    update = linear_token_loss(x, w, targets, loss, with_entropy=True, **kwargs)
+    assert torch.equal(forward[0], update.logprob) and torch.equal(forward[1], update.entropy)
+    monkeypatch.setattr(module, "BY_BLOCK_ROWS", rows + 1)
+    whole = linear_logprob(x, w, targets, return_entropy=True, **kwargs)
+    assert torch.equal(forward[0], whole[0]) and torch.equal(forward[1], whole[1])
+    truth = linear_logprob(
+        x.double(), w.double(), targets, **kwargs | {"bias": b.double(), "backend": "reference"}
+    )
+    torch.testing.assert_close(forward[0].double(), truth, rtol=2e-6, atol=2e-6)
+
+
+def test_a_bad_target_between_blocks_is_told():
+    x, w = randn(80, 4, seed=0), randn(9001, 4, seed=1)
+    targets = torch.zeros(80, dtype=torch.int64).index_fill(0, torch.tensor([7]), 9001)
+    with pytest.raises(ValueError, match=r"targets must be in \[0, 9001\); got 9001 at row 7"):
+        linear_logprob(x, w, targets)

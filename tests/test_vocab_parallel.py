@@ -15,6 +15,7 @@ import logit_cases as cases
 import ranks
 from fastrlhf import linear_cross_entropy, linear_logprob
 from fastrlhf.ops import _backend, _chunks
+from fastrlhf.ops._rows import combine
 from logit_cases import assert_near, randint, randn
 from test_linear_logprob import eager
 
@@ -258,7 +259,6 @@ def test_fsdp2_weight_inside_and_outside_its_module(name):
 
 def test_a_shard_of_padding_weighs_nothing_whatever_its_log_sum():
     """Of a row of -inf a backend may say log-sum NaN or -inf, and mean NaN."""
-    combine = importlib.import_module("fastrlhf.ops._vocab_parallel")._combine
     real = torch.tensor([[2.0], [0.5], [0.2], [-1.0]])  # max, log-sum, mean, log-prob
     for log_sum in (torch.nan, -torch.inf):
         padding = torch.tensor([[-torch.inf], [log_sum], [torch.nan], [torch.nan]])

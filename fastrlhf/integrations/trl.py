@@ -263,12 +263,10 @@ def _head_forward(hidden, weight, bias, targets, temperature, softcap, backend, 
     step = _chunks.chunk_rows("fast", vocab, acc, hidden.device)
     buffer = torch.empty((min(step, operands.rows), vocab), dtype=acc, device=hidden.device)
     parts = []
-    for start in range(
-        0, max(operands.rows, 1), step
-    ):  # a batch in which nothing counts: one empty chunk
-        stop = min(start + step, operands.rows)
-        y = targets[start:stop]
-        logits = operands.logits(operands.hidden_chunk(start, stop), buffer[: stop - start])
+    # A batch in which nothing counts is one empty chunk.
+    for rows in _chunks.cuts(operands.rows, step) or [slice(0, 0)]:
+        y = targets[rows]
+        logits = operands.logits(operands.hidden_chunk(rows.start, rows.stop), buffer[: len(y)])
         logprob, entropy, stats = maths.forward(logits, y, None, None)
         found = _extras(logits, y, temperature, softcap, extras)
         parts.append((logprob, entropy, stats.t(), *found))

@@ -34,6 +34,16 @@ def chunk_rows(workspace: str, vocab: int, dtype: torch.dtype, device: torch.dev
     return max(_MIN_ROWS, _BUDGET[kind, workspace] // row_bytes)
 
 
+def cuts(total: int, most: int) -> list[slice]:
+    """[0, total) in slices of at most `most`, about equally long: a GEMM of very few rows or columns has
+    other bits than the same rows or columns among many.
+    """
+    if total <= 0:
+        return []
+    size = -(-total // -(-total // max(most, 1)))
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
 def without_autocast(body):
     """Keeps autocast out of an op's body: it would round the GEMMs that are meant to stay fp32."""
 
@@ -82,15 +92,17 @@ class Operands:
             chunk = self.hidden.index_select(0, self.index[start:stop])
         return chunk if self.tensor_cores else chunk.to(self.acc)
 
-    def logits(self, x: Tensor, out: Tensor) -> Tensor:
-        """x @ weight.T + bias into `out`, in the accumulator's dtype."""
+    def logits(self, x: Tensor, out: Tensor, columns: slice = slice(None)) -> Tensor:
+        """x @ weight.T + bias into `out`, in the accumulator's dtype; of some columns of the vocabulary."""
+        weight = self.weight[columns].t()
+        bias = None if self.bias is None else self.bias[columns]
         if self.tensor_cores:
-            torch.mm(x, self.weight.t(), out_dtype=self.acc, out=out)
-        elif self.bias is not None:
-            return torch.addmm(self.bias, x, self.weight.t(), out=out)
+            torch.mm(x, weight, out_dtype=self.acc, out=out)
+        elif bias is not None:
+            return torch.addmm(bias, x, weight, out=out)
         else:
-            torch.mm(x, self.weight.t(), out=out)
-        return out if self.bias is None else out.add_(self.bias)
+            torch.mm(x, weight, out=out)
+        return out if bias is None else out.add_(bias)
 
 
 class Gradients:

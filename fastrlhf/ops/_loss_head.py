@@ -63,9 +63,8 @@ class LossHead:
     def run(self, slopes: Slopes) -> None:
         ops, vocab = self.operands, self.parameters[1].shape[0]
         buffer = torch.empty((min(self.step, ops.rows), vocab), **self.options)
-        for start in range(0, ops.rows, self.step):
-            stop = min(start + self.step, ops.rows)
-            rows = slice(start, stop)
+        for rows in _chunks.cuts(ops.rows, self.step):
+            start, stop = rows.start, rows.stop
             where = ops.where(rows)
             x = ops.hidden_chunk(start, stop)
             logits = ops.logits(x, buffer[: stop - start])

@@ -9,6 +9,13 @@ import math
 import torch
 from torch import Tensor
 
+from fastrlhf.ops import _chunks
+from fastrlhf.ops.token_logprob import check_target_values
+
+# On CPU the statistics of a row are those of blocks of about so many columns, combined: whoever makes the
+# logits block by block (linear_logprob) has the bits of whoever makes them row by row (the update).
+BLOCK = 4096
+
 
 class RowMaths:
     """log-probability, entropy and dlogits of [n, V] logits on one backend."""
@@ -22,6 +29,40 @@ class RowMaths:
 
     def forward(self, logits, targets, row_temperature, mask):
         """(logprob [n], entropy [n], stats [3, n]) of the chunk."""
+        blocks = self.blocks(logits.device, logits.shape[-1])
+        if len(blocks) <= 1:
+            return self._forward(logits, targets, row_temperature, mask)
+        parts = (self.part(logits[:, c], c, targets, row_temperature, mask) for c in blocks)
+        return self.combined(list(parts), blocks, targets, mask)
+
+    @staticmethod
+    def blocks(device: torch.device, vocab: int) -> list[slice]:
+        """The columns of each block that a row's statistics are made of."""
+        return _chunks.cuts(vocab, BLOCK if device.type == "cpu" else vocab)
+
+    def part(self, logits, columns, targets, row_temperature, mask) -> Tensor:
+        """[4, n]: what `combine` wants of a block of columns."""
+        local = targets - columns.start
+        # Another block's target: a column that exists; what is made of it is not used.
+        local = local.masked_fill_((local < 0) | (local >= logits.shape[-1]), 0)
+        logprob, _, stats = self._forward(logits, local, row_temperature, mask)
+        return torch.cat((stats, logprob.unsqueeze(0)))
+
+    @staticmethod
+    def combined(parts, blocks, targets, mask):
+        """`forward` from the parts of all blocks."""
+        check_target_values("linear_logprob", targets, blocks[-1].stop, mask)
+        owner = targets.long().div(blocks[0].stop, rounding_mode="floor")
+        if mask is not None:
+            owner = owner.masked_fill(~mask, 0)
+        # A few numbers a row: fp64 costs nothing here, and each is rounded once.
+        found = combine(torch.stack(parts).double(), owner)
+        logprob, entropy, stats = (x.to(parts[0].dtype) for x in found)
+        if mask is not None:
+            logprob, entropy = logprob.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
+        return logprob, entropy, stats
+
+    def _forward(self, logits, targets, row_temperature, mask):
         if self.backend != "reference":
             return self._fwd(
                 logits, targets, row_temperature, self.temperature, self.softcap, mask, False
@@ -94,3 +135,21 @@ class RowMaths:
         if row_temperature is not None:
             return z / row_temperature.unsqueeze(-1)
         return z / self.temperature if self.temperature != 1.0 else z
+
+
+def combine(every: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprob [N], entropy [N], stats [3, N]) of rows whose vocabulary lies in W parts.
+
+    From every [W, 4, N], a part's (max, log_sum, mean, logprob) of its own softmax: with
+    w_r = exp(lse_r - lse), logprob = logprob_owner + log w_owner, mean = sum_r w_r (mean_r + max_r - max).
+    """
+    tops, log_sums, means, logprobs = every.unbind(1)
+    top = tops.amax(0)
+    # A part that is all -inf (padding) has log-sum -inf or NaN; it weighs nothing.
+    log_w = (tops - top + log_sums).masked_fill(tops == -torch.inf, -torch.inf)
+    log_sum = log_w.exp().sum(0).log()
+    log_w = log_w - log_sum
+    w = log_w.exp()
+    mean = (w * (means + (tops - top))).masked_fill(w == 0, 0.0).sum(0)
+    logprob = (logprobs + log_w).gather(0, owner.unsqueeze(0)).squeeze(0)
+    return logprob, log_sum - mean, torch.stack((top, log_sum, mean))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrlhf.ops import _autograd, _chunks
-from fastrlhf.ops._rows import RowMaths
+from fastrlhf.ops._rows import RowMaths, combine
 from fastrlhf.ops.token_logprob import check_target_values, run
 
 
@@ -101,7 +101,7 @@ class _VocabParallel(torch.autograd.Function):
         every = _gather(record, group)
         owner = targets.reshape(-1).long().div(shard, rounding_mode="floor")
         # A few numbers a row: fp64 costs nothing here, and each is rounded once.
-        combined = _combine(every.double(), owner.clamp(0, group.size() - 1))
+        combined = combine(every.double(), owner.clamp(0, group.size() - 1))
         logprob, entropy, stats = (x.to(record.dtype) for x in combined)
         # On CPU such targets were refused; a GPU cannot tell without a host sync.
         wrong = (targets < 0) | (targets >= vocab)
@@ -138,23 +138,6 @@ def _gather(mine: Tensor, group) -> Tensor:
     return every
 
 
-def _combine(every: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprob [N], entropy [N], stats [3, N]) from [W, 4, N]: with w_r = exp(lse_r - lse),
-
-    logprob = logprob_owner + log w_owner, mean = sum_r w_r (mean_r + max_r - max).
-    """
-    tops, log_sums, means, logprobs = every.unbind(1)
-    top = tops.amax(0)
-    # A shard that is all -inf (padding) has log-sum -inf or NaN; it weighs nothing.
-    log_w = (tops - top + log_sums).masked_fill(tops == -torch.inf, -torch.inf)
-    log_sum = log_w.exp().sum(0).log()
-    log_w = log_w - log_sum
-    w = log_w.exp()
-    mean = (w * (means + (tops - top))).masked_fill(w == 0, 0.0).sum(0)
-    logprob = (logprobs + log_w).gather(0, owner.unsqueeze(0)).squeeze(0)
-    return logprob, log_sum - mean, torch.stack((top, log_sum, mean))
-
-
 @_chunks.without_autocast
 def _backward(
     grad_logprob, grad_entropy, saved, needs, temperature, softcap, workspace, backend, group
@@ -177,9 +160,8 @@ def _backward(
         (min(step, operands.rows), shard), dtype=operands.acc, device=hidden.device
     )
     sums = []
-    for start in range(0, operands.rows, step):
-        stop = min(start + step, operands.rows)
-        rows = slice(start, stop)
+    for rows in _chunks.cuts(operands.rows, step):
+        start, stop = rows.start, rows.stop
         x, logits = operands.hidden_chunk(start, stop), buffer[: stop - start]
         operands.logits(x, logits)
         upstream = [None if v is None else v[rows] for v in (g, h)]

@@ -13,6 +13,10 @@ from fastrlhf.ops.token_logprob import check, check_target_values, run
 OP = "linear_logprob"
 # Logits of at most this many bytes stay for the backward (3 GEMMs); larger ones are made again (4).
 KEEP_BYTES = 24 << 20
+# From so many rows on, the forward on CPU walks the vocabulary in blocks, with all rows before each: every
+# GEMM call packs its part of the weight once. MKL gives a logit the same bits whatever its block holds, and so
+# the bits of the update, which must hold whole rows.
+BY_BLOCK_ROWS = 64 if torch.backends.mkl.is_available() else 1 << 62
 
 
 def linear_logprob(
@@ -149,20 +153,34 @@ def linear_logprob_fwd(
     kept = torch.empty((count, vocab) if keep else (0,), **options)
     y, t = operands.take(targets), operands.take(row_temperature)
     m = None if index is not None else operands.take(mask)
-    step = operands.rows if keep else _chunks.chunk_rows(workspace, vocab, acc, hidden.device)
-    buffer = kept if keep else torch.empty((min(step, operands.rows), vocab), **options)
-    for start in range(0, operands.rows, max(step, 1)):
-        stop = min(start + step, operands.rows)
-        rows = slice(start, stop)
-        logits = operands.logits(operands.hidden_chunk(start, stop), buffer[: stop - start])
-        out = maths.forward(
-            logits, y[rows], None if t is None else t[rows], None if m is None else m[rows]
-        )
+    blocks = maths.blocks(hidden.device, vocab)
+    by_block = len(blocks) > 1 and not keep and operands.rows >= BY_BLOCK_ROWS
+    width = blocks[0].stop if by_block else vocab
+    step = operands.rows if keep else _chunks.chunk_rows(workspace, width, acc, hidden.device)
+    buffer = kept if keep else torch.empty(min(step, operands.rows) * width, **options)
+    for rows in _chunks.cuts(operands.rows, step):
+        x = operands.hidden_chunk(rows.start, rows.stop)
+        per_row = y[rows], *(None if v is None else v[rows] for v in (t, m))
+        if by_block:
+            parts = []
+            for columns in blocks:
+                logits = operands.logits(x, _shaped(buffer, len(x), columns), columns)
+                parts.append(maths.part(logits, columns, *per_row))
+            out = maths.combined(parts, blocks, per_row[0], per_row[2])
+        else:
+            logits = operands.logits(x, _shaped(buffer, len(x), slice(0, vocab)))
+            out = maths.forward(logits, *per_row)
         where = rows if index is None else index[rows]
         logprob.view(-1)[where] = out[0]
         entropy.view(-1)[where] = out[1]
         stats[:, where] = out[2]
     return logprob, entropy, stats, kept
+
+
+def _shaped(buffer: Tensor, rows: int, columns: slice) -> Tensor:
+    """[rows, columns] at the front of the buffer."""
+    width = columns.stop - columns.start
+    return buffer.view(-1)[: rows * width].view(rows, width)
 
 
 @linear_logprob_fwd.register_fake
@@ -228,9 +246,8 @@ def linear_logprob_bwd(
         (min(step, operands.rows), vocab), dtype=operands.acc, device=hidden.device
     )
     source = _kept_positions(index, forward_index) if kept.numel() else None
-    for start in range(0, operands.rows, step):
-        stop = min(start + step, operands.rows)
-        rows = slice(start, stop)
+    for rows in _chunks.cuts(operands.rows, step):
+        start, stop = rows.start, rows.stop
         x, logits = operands.hidden_chunk(start, stop), buffer[: stop - start]
         if not kept.numel():
             operands.logits(x, logits)

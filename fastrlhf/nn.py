@@ -5,6 +5,7 @@ holds a parameter or a buffer: the weight of a head belongs to the model.
 Shapes: B sequences, T steps, N tokens, H hidden, V vocabulary, M completions, P prompts.
 """
 
+import torch
 from torch import Tensor, nn
 
 from fastrlhf.ops import _backend, _checks, _chunks
@@ -169,6 +170,7 @@ class LinearPPOLoss(_Loss):
         mask: Tensor | None = None,
         scale: Tensor | None = None,
         accumulate_into: Tensor | None = None,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
     ) -> PPOLossOutput:
         """PPOLossOutput(loss, metrics); hidden [..., H], weight [V, H], the others [...], one a token.
 
@@ -189,6 +191,7 @@ class LinearPPOLoss(_Loss):
             returns=returns,
             mask=mask,
             accumulate_into=accumulate_into,
+            process_group=process_group,
             **settings,
         )
 
@@ -248,6 +251,7 @@ class LinearCrossEntropy(_Loss):
         temperature: Tensor | None = None,
         scale: Tensor | None = None,
         accumulate_into: Tensor | None = None,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
     ) -> Tensor:
         """The loss, 0-d or [...] of ``reduction="none"``; hidden [..., H], weight [V, H], targets [...].
 
@@ -257,7 +261,13 @@ class LinearCrossEntropy(_Loss):
         given = {"temperature": temperature, "scale": scale}
         settings |= {name: value for name, value in given.items() if value is not None}
         return _linear_cross_entropy.linear_cross_entropy(
-            hidden, weight, targets, bias=bias, accumulate_into=accumulate_into, **settings
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            accumulate_into=accumulate_into,
+            process_group=process_group,
+            **settings,
         )
 
 

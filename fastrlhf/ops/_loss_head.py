@@ -25,7 +25,7 @@ class LossHead:
     """One call: `run` fills logprob and entropy [N] (0 where masked) and sums the gradients.
 
     `into` is added to instead of a new dW: chunk by chunk, or with `apart` only in `gradients`, so that
-    an error on the way leaves it as it was.
+    an error on the way leaves it as it was. `group`: its ranks share out the vocabulary.
     """
 
     def __init__(
@@ -45,11 +45,12 @@ class LossHead:
         into: Tensor | None = None,
         apart: bool = False,
         compact: bool = False,
+        group=None,
     ):
         self.parameters = hidden, weight, bias
         index = _chunks.counted_rows(mask)
         self.operands = ops = _chunks.Operands(hidden, weight, bias, index)
-        self.maths = RowMaths(backend, temperature, softcap)
+        self.maths, self.sums = RowMaths(backend, temperature, softcap), None
         self.trains = any(needs)
         self.compact = compact and self.trains and hidden.device.type == "cpu"
         self.grads = _chunks.Gradients(ops, needs, into=into, apart=apart, scattered=self.compact)
@@ -57,6 +58,14 @@ class LossHead:
         self.mask = None if index is not None else ops.take(mask)
         self.step = _chunks.chunk_rows(workspace, weight.shape[0], ops.acc, hidden.device)
         self.options = {"dtype": ops.acc, "device": hidden.device}
+        if group is not None:
+            from fastrlhf.ops import (
+                _vocab_parallel,
+            )  # torch.distributed: only where it is asked for
+
+            shard, scattered = weight.shape[0], self.compact or index is not None
+            self.maths = _vocab_parallel.ShardMaths(backend, temperature, softcap, group, shard)
+            self.sums = _vocab_parallel.HiddenSums(self.grads, group, scattered=scattered)
         self.logprob = torch.zeros(targets.numel(), **self.options)
         self.entropy = torch.zeros(targets.numel(), **self.options)
 
@@ -84,6 +93,10 @@ class LossHead:
                     continue
             self.maths.backward_(g, h, logits, y, stats, t, m)
             self.grads.add(where, x, logits)
+            if self.sums is not None:
+                self.sums.start(rows)
+        if self.sums is not None:
+            self.sums.finish()
 
     def gradients(self, dtype_of: Callable[[Tensor], torch.dtype]) -> list[Tensor]:
         """(dX, dW, db), empty where not needed; dW where it went `into` a tensor, too."""
@@ -194,6 +207,20 @@ def _one(op: str, grad_loss: Tensor) -> Tensor:
             f"added already; got {grad_loss.item():g}. Give the factor as scale= instead"
         )
     return grad_loss
+
+
+def whole_vocab(op: str, group, hidden: Tensor, weight: Tensor) -> int:
+    """V, of which `weight` may be this rank's part."""
+    if group is None:
+        return weight.shape[0]
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            f"{op}: process_group must be None under torch.compile, which cannot trace its collectives: "
+            "put the call into a function with @torch.compiler.disable"
+        )
+    from fastrlhf.ops import _vocab_parallel  # torch.distributed: only where it is asked for
+
+    return _vocab_parallel.check_group(op, group, hidden, weight)
 
 
 def scale_argument(op: str, scale: object, device: torch.device, dtype: torch.dtype) -> Tensor:

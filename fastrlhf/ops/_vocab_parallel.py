@@ -1,4 +1,4 @@
-"""linear_logprob with a weight whose vocabulary rows are shared out over a process group.
+"""The linear ops with a weight whose vocabulary rows are shared out over a process group.
 
 Shapes: N rows, H hidden, V whole vocabulary, W ranks, V/W rows of a shard: rank r holds [r V/W, (r+1) V/W).
 
@@ -25,7 +25,7 @@ from fastrlhf.ops.token_logprob import check_target_values, run
 @torch.compiler.disable
 def logprob(op, hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest):
     """(logprob, entropy) of checked arguments; the last of `rest` is the process group."""
-    vocab = _check_group(op, rest[-1], hidden, weight)
+    vocab = check_group(op, rest[-1], hidden, weight)
     if hidden.device.type == "cpu":
         check_target_values(op, targets, vocab, mask)
     return _VocabParallel.apply(
@@ -33,7 +33,7 @@ def logprob(op, hidden, weight, targets, bias, row_t, temperature, softcap, mask
     )
 
 
-def _check_group(op: str, group: object, hidden: Tensor, weight: Tensor) -> int:
+def check_group(op: str, group: object, hidden: Tensor, weight: Tensor) -> int:
     """V, after every rank has shown that its shard is as large as the others'."""
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
@@ -75,43 +75,27 @@ class _VocabParallel(torch.autograd.Function):
     def forward(
         ctx, hidden, weight, targets, bias, row_t, temperature, softcap, mask, workspace, backend, group
     ):  # fmt: skip
-        shard, rank = weight.shape[0], group.rank()
-        vocab = shard * group.size()
-        local = targets.reshape(-1) - rank * shard
-        mine = (local >= 0) & (local < shard)
-        local.masked_fill_(~mine, 0)  # a column that exists; what is made of it is not used
+        maths = ShardMaths(backend, temperature, softcap, group, weight.shape[0])
+        flat = targets.reshape(-1)
+        arguments = (
+            maths.local(flat)[0].view(targets.shape),
+            bias,
+            row_t,
+            temperature,
+            softcap,
+            mask,
+        )
         logprob, _, stats, _ = run(
             "linear_logprob",
             torch.ops.fastrlhf.linear_logprob_fwd,
-            (
-                hidden,
-                weight,
-                local.view(targets.shape),
-                bias,
-                row_t,
-                temperature,
-                softcap,
-                mask,
-                workspace,
-                backend,
-                False,
-            ),
+            (hidden, weight, *arguments, workspace, backend, False),
         )
-        record = torch.cat((stats, logprob.view(1, -1)))
-        every = _gather(record, group)
-        owner = targets.reshape(-1).long().div(shard, rounding_mode="floor")
-        # A few numbers a row: fp64 costs nothing here, and each is rounded once.
-        combined = combine(every.double(), owner.clamp(0, group.size() - 1))
-        logprob, entropy, stats = (x.to(record.dtype) for x in combined)
-        # On CPU such targets were refused; a GPU cannot tell without a host sync.
-        wrong = (targets < 0) | (targets >= vocab)
+        flat_mask = None if mask is None else mask.reshape(-1)
+        logprob, entropy, stats = maths.over_ranks(logprob.view(-1), stats, flat, flat_mask)
         logprob, entropy = logprob.view(targets.shape), entropy.view(targets.shape)
-        logprob = logprob.masked_fill(wrong, math.nan)
-        if mask is not None:
-            logprob, entropy = logprob.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
         ctx.settings = temperature, softcap, workspace, backend, group
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, local, mine, wrong, stats, row_t, mask)
+        ctx.save_for_backward(hidden, weight, bias, targets, stats, row_t, mask)
         return logprob, entropy
 
     @staticmethod
@@ -142,42 +126,100 @@ def _gather(mine: Tensor, group) -> Tensor:
 def _backward(
     grad_logprob, grad_entropy, saved, needs, temperature, softcap, workspace, backend, group
 ):
-    hidden, weight, bias, local, mine, wrong, stats, row_t, mask = saved
-    if grad_logprob is not None:
-        grad_logprob = grad_logprob.masked_fill(wrong, math.nan)
+    hidden, weight, bias, targets, stats, row_t, mask = saved
     index = _chunks.counted_rows(mask)
     operands = _chunks.Operands(hidden, weight, bias, index)
-    maths = RowMaths(backend, temperature, softcap)
-    exact = RowMaths("reference", temperature, softcap)
+    shard = weight.shape[0]
+    maths = ShardMaths(backend, temperature, softcap, group, shard)
     grads = _chunks.Gradients(operands, needs)
+    sums = HiddenSums(grads, group, scattered=index is not None)
     take = operands.take
-    y, own, t, g, h = take(local), take(mine), take(row_t), take(grad_logprob), take(grad_entropy)
+    y, t, g, h = take(targets), take(row_t), take(grad_logprob), take(grad_entropy)
     m = None if index is not None else take(mask)
     s = stats if index is None else stats.index_select(1, index)
-    shard = weight.shape[0]
     step = _chunks.chunk_rows(workspace, shard, operands.acc, hidden.device)
     buffer = torch.empty(
         (min(step, operands.rows), shard), dtype=operands.acc, device=hidden.device
     )
-    sums = []
     for rows in _chunks.cuts(operands.rows, step):
-        start, stop = rows.start, rows.stop
-        x, logits = operands.hidden_chunk(start, stop), buffer[: stop - start]
-        operands.logits(x, logits)
+        x = operands.hidden_chunk(rows.start, rows.stop)
+        logits = operands.logits(x, buffer[: len(x)])
         upstream = [None if v is None else v[rows] for v in (g, h)]
         rest = [s[:, rows].contiguous(), *(None if v is None else v[rows] for v in (t, m))]
-        # The row maths counts column `y` as the target. Where the target is another rank's, that is
+        maths.backward_(*upstream, logits, y[rows], *rest)
+        grads.add(operands.where(rows), x, logits)
+        sums.start(rows)
+    sums.finish()
+    return grads.finish(hidden, weight, bias, lambda like: like.dtype)
+
+
+class ShardMaths(RowMaths):
+    """`RowMaths` of whole rows, from this rank's columns of their logits; targets count in [0, V)."""
+
+    def __init__(self, backend: str, temperature: float, softcap: float, group, shard: int):
+        super().__init__(backend, temperature, softcap)
+        self.group, self.shard = group, shard
+        self.first, self.vocab = group.rank() * shard, shard * group.size()
+        self._exact = RowMaths("reference", temperature, softcap)
+
+    def local(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Each target's column here, and whether it lies here (if not: 0, what is made of it is not used)."""
+        local = targets - self.first
+        mine = (local >= 0) & (local < self.shard)
+        return local.masked_fill_(~mine, 0), mine
+
+    def forward(self, logits, targets, row_temperature, mask):
+        logprob, _, stats = super().forward(logits, self.local(targets)[0], row_temperature, mask)
+        return self.over_ranks(logprob, stats, targets, mask)
+
+    def over_ranks(self, logprob, stats, targets, mask):
+        """(logprob [n], entropy [n], stats [3, n]) of the whole rows, the same bits on every rank."""
+        every = _gather(torch.cat((stats, logprob.unsqueeze(0))), self.group)
+        owner = targets.long().div(self.shard, rounding_mode="floor")
+        # A few numbers a row: fp64 costs nothing here, and each is rounded once.
+        found = combine(every.double(), owner.clamp(0, self.group.size() - 1))
+        logprob, entropy, stats = (x.to(logprob.dtype) for x in found)
+        logprob = logprob.masked_fill(self._wrong(targets), math.nan)
+        if mask is not None:
+            logprob, entropy = logprob.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
+        return logprob, entropy, stats
+
+    def backward_(self, grad_logprob, grad_entropy, logits, targets, stats, row_t, mask):
+        local, mine = self.local(targets)
+        if grad_logprob is not None:
+            grad_logprob = grad_logprob.masked_fill(self._wrong(targets), math.nan)
+        upstream, rest = (grad_logprob, grad_entropy), (stats, row_t, mask)
+        # The row maths counts column `local` as the target. Where the target is another rank's, that is
         # column 0, whose gradient is made apart, without a target: subtracting would lose digits.
         first = logits[:, :1].clone()
-        exact.backward_(*upstream, first, None, *rest)
-        maths.backward_(*upstream, logits, y[rows], *rest)
-        logits[:, :1] = torch.where(own[rows].unsqueeze(1), logits[:, :1], first)
-        grads.add(operands.where(rows), x, logits)
-        if grads.hidden is not None and index is None:
-            part = grads.hidden[start:stop]
-            sums.append(dist.all_reduce(part, group=group, async_op=True))
-    if grads.hidden is not None and index is not None:
-        dist.all_reduce(grads.hidden, group=group)
-    for work in sums:
-        work.wait()
-    return grads.finish(hidden, weight, bias, lambda like: like.dtype)
+        self._exact.backward_(*upstream, first, None, *rest)
+        super().backward_(*upstream, logits, local, *rest)
+        logits[:, :1] = torch.where(mine.unsqueeze(1), logits[:, :1], first)
+
+    def _wrong(self, targets):
+        """On CPU such targets were refused; a GPU cannot tell without a host sync."""
+        return (targets < 0) | (targets >= self.vocab)
+
+
+class HiddenSums:
+    """dX summed over the ranks, a chunk's sum under way while the next chunk's GEMMs run."""
+
+    def __init__(self, grads: _chunks.Gradients, group, *, scattered: bool):
+        self.hidden, self.group, self.scattered, self._under_way = (
+            grads.hidden,
+            group,
+            scattered,
+            [],
+        )
+
+    def start(self, rows: slice) -> None:
+        """The rows of a chunk are there; of scattered ones nobody knows until the end."""
+        if self.hidden is not None and not self.scattered:
+            work = dist.all_reduce(self.hidden[rows], group=self.group, async_op=True)
+            self._under_way.append(work)
+
+    def finish(self) -> None:
+        if self.hidden is not None and self.scattered:
+            dist.all_reduce(self.hidden, group=self.group)
+        for work in self._under_way:
+            work.wait()

@@ -26,6 +26,7 @@ def linear_cross_entropy(
     scale: float | Tensor = 1.0,
     accumulate_into: Tensor | None = None,
     workspace: str = "fast",
+    process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> Tensor:
     """-log softmax(z)[target] in nats, z as in `token_logprob`; 0 where target = ignore_index.
@@ -51,6 +52,7 @@ def linear_cross_entropy(
             does a second backward; under non-reentrant torch.utils.checkpoint, which would add dW
             twice, it is refused.
         workspace, backend: as in `linear_logprob`.
+        process_group: as in `linear_ppo_loss`.
 
     Returns:
         A 0-d tensor, or [...] for "none"; float32 (float64 for float64 inputs).
@@ -68,18 +70,18 @@ def linear_cross_entropy(
     check_linear(OP, hidden, weight, bias, workspace)
     check_settings(OP, ignore_index, reduction)
     _checks.index_tensor(OP, "targets", targets)
-    vocab = weight.shape[0]
+    chosen = _backend.choose(OP, backend, hidden, weight, bias)
+    vocab = _loss_head.whole_vocab(OP, process_group, hidden, weight)
     if 0 <= ignore_index < vocab:
         raise ValueError(f"{OP}: ignore_index must be outside [0, {vocab}); got {ignore_index}")
     counted = targets != ignore_index
     row_temperature, temperature_number, cap, _ = check(
-        OP, hidden, targets, temperature, softcap, None, vocab=vocab
+        OP, hidden, targets, temperature, softcap, None, vocab=weight.shape[0]
     )
     acc = _chunks.acc_dtype(torch.promote_types(hidden.dtype, weight.dtype))
     factor = _loss_head.scale_argument(OP, scale, hidden.device, acc)
     inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
     _loss_head.check_accumulate(OP, accumulate_into, weight, acc, inputs)
-    chosen = _backend.choose(OP, backend, hidden, weight, bias)
     if reduction == "none":
         if accumulate_into is not None:
             raise ValueError(f"{OP}: accumulate_into must be None with reduction='none'")
@@ -92,6 +94,7 @@ def linear_cross_entropy(
             softcap=softcap,
             mask=counted,
             workspace=workspace,
+            process_group=process_group,
             backend=chosen,
         )
     if chosen == "reference" and hidden.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -112,14 +115,15 @@ def linear_cross_entropy(
         chosen,
         *needs,
     )
-    if accumulate_into is not None and torch.is_grad_enabled():
+    into = accumulate_into if torch.is_grad_enabled() else None
+    if into is not None or process_group is not None:
         _loss_head.check_values(OP, targets, vocab, counted, row_temperature)
 
         def body():
-            loss, *grads = _forward(*arguments, into=accumulate_into)
+            loss, *grads = _forward(*arguments, into=into, group=process_group)
             return loss, grads
 
-        return _loss_head.gradients_in_forward(OP, body, True, hidden, weight, bias)
+        return _loss_head.gradients_in_forward(OP, body, into is not None, hidden, weight, bias)
     loss, *_ = run(OP, torch.ops.fastrlhf.linear_cross_entropy_fwd, arguments)
     return loss
 
@@ -146,6 +150,7 @@ def _forward(
     backend,
     *needs,
     into=None,
+    group=None,
 ):
     head = _loss_head.LossHead(
         hidden,
@@ -160,6 +165,7 @@ def _forward(
         backend,
         needs,
         into=into,
+        group=group,
     )
     # The loss is the sum of slope * logprob; a tensor, so that a GPU need not tell the count.
     slope = -factor / mask.sum().clamp(min=1) if mean else -factor

@@ -41,6 +41,7 @@ def linear_ppo_loss(
     accumulate_into: Tensor | None = None,
     compact_rows: bool = False,
     workspace: str = "fast",
+    process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> PPOLossOutput:
     """`ppo_loss` of `linear_logprob`'s log-probs and entropies, with its gradients made in the forward.
@@ -57,6 +58,8 @@ def linear_ppo_loss(
         scale, accumulate_into: as in `linear_cross_entropy`; the metrics are not scaled.
         compact_rows: rows whose gradient is exactly 0 (clipped, A = 0) enter the first GEMM alone, on
             CPU. A GPU would have to wait for their number: there this does nothing.
+        process_group: as in `linear_logprob`; accumulate_into, as dW, is of this rank's rows. Every rank
+            gets the same loss and metrics. Not under torch.compile.
         backend: who does the row maths and the loss; the GEMMs are the library's.
 
     Returns:
@@ -64,8 +67,7 @@ def linear_ppo_loss(
         hidden, weight, bias and values, once.
 
     Raises:
-        TypeError, ValueError: as `linear_logprob` and `ppo_loss`. For a vocabulary that is shared out
-            over ranks, use `linear_logprob(process_group=...)` and `ppo_loss`.
+        TypeError, ValueError: as `linear_logprob` and `ppo_loss`.
 
     Source: as `ppo_loss`; the gradients in the forward follow Liger Kernel (arXiv:2410.10989).
 
@@ -75,9 +77,8 @@ def linear_ppo_loss(
     (tensor(-0.2500), tensor(1.3863))
     """
     check_linear(OP, hidden, weight, bias, workspace)
-    vocab = weight.shape[0]
     row_temperature, temperature_number, cap, _ = check(
-        OP, hidden, targets, temperature, softcap, None, vocab=vocab
+        OP, hidden, targets, temperature, softcap, None, vocab=weight.shape[0]
     )
     acc = _chunks.acc_dtype(torch.promote_types(hidden.dtype, weight.dtype))
     rows = {
@@ -101,7 +102,8 @@ def linear_ppo_loss(
     inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, **rows}
     _loss_head.check_accumulate(OP, accumulate_into, weight, acc, inputs)
     chosen = _backend.choose(OP, backend, hidden, weight, bias)
-    if chosen == "reference" and accumulate_into is None:
+    vocab = _loss_head.whole_vocab(OP, process_group, hidden, weight)
+    if chosen == "reference" and accumulate_into is None and process_group is None:
         if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
             check_target_values(OP, targets, vocab, mask)
         return _by_parts(
@@ -140,18 +142,19 @@ def linear_ppo_loss(
         chosen,
         *needs,
     )
-    if accumulate_into is not None and torch.is_grad_enabled():
+    into = accumulate_into if torch.is_grad_enabled() else None
+    if into is not None or process_group is not None:
         _loss_head.check_values(OP, targets, vocab, mask, row_temperature)
         found = {}
 
         def body():
-            loss, found["metrics"], *grads = _forward(*arguments, into=accumulate_into)
+            loss, found["metrics"], *grads = _forward(*arguments, into=into, group=process_group)
             if needs[3]:
                 grads[3] = grads[3].reshape(values.shape)
             return loss, grads
 
         parameters = (hidden, weight, bias, values)
-        loss = _loss_head.gradients_in_forward(OP, body, True, *parameters)
+        loss = _loss_head.gradients_in_forward(OP, body, into is not None, *parameters)
         metrics = found["metrics"]
     else:
         loss, metrics, *_ = run(OP, torch.ops.fastrlhf.linear_ppo_loss_fwd, arguments)
@@ -223,7 +226,7 @@ def _forward(
     hidden, weight, targets, bias, row_temperature, temperature, softcap,
     old_logprob, advantages, values, old_values, returns, mask,
     clip, dual_clip, value_clip, value_coef, entropy_coef,
-    factor, compact, workspace, backend, *needs, into=None,
+    factor, compact, workspace, backend, *needs, into=None, group=None,
 ):  # fmt: skip
     settings = (clip, dual_clip, value_clip, value_coef, entropy_coef)
     rows = (old_logprob, advantages, values, old_values, returns)
@@ -241,6 +244,7 @@ def _forward(
         needs[:3],
         into=into,
         compact=compact,
+        group=group,
     )
     last = None
 

@@ -33,6 +33,7 @@ def linear_token_loss(
     accumulate_into: Tensor | None = None,
     compact_rows: bool = False,
     workspace: str = "fast",
+    process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> LinearTokenLossOutput:
     """scale * mean (or sum) over the rows of token_loss(logprob, **rows), never holding N x V logits.
@@ -64,7 +65,7 @@ def linear_token_loss(
         scale: as in `linear_cross_entropy`.
         accumulate_into: as there. An error of `token_loss` must leave it as it was, so that dW is
             summed apart and added at the end of the forward: two dW until then, and one after.
-        compact_rows: as in `linear_ppo_loss`.
+        compact_rows, process_group: as in `linear_ppo_loss`; every rank calls `token_loss`.
         backend: who does the row maths; the GEMMs are the library's.
 
     Returns:
@@ -84,9 +85,8 @@ def linear_token_loss(
     tensor(1.3863)
     """
     check_linear(OP, hidden, weight, bias, workspace)
-    vocab = weight.shape[0]
     row_temperature, temperature_number, cap, mask = check(
-        OP, hidden, targets, temperature, softcap, mask, vocab=vocab
+        OP, hidden, targets, temperature, softcap, mask, vocab=weight.shape[0]
     )
     if not callable(token_loss):
         raise TypeError(f"{OP}: token_loss must be callable; got {type(token_loss).__name__}")
@@ -103,15 +103,26 @@ def linear_token_loss(
     if accumulate_into is not None and reduction == "none":
         raise ValueError(f"{OP}: accumulate_into must be None with reduction='none'")
     chosen = _backend.choose(OP, backend, hidden, weight, bias)
+    vocab = _loss_head.whole_vocab(OP, process_group, hidden, weight)
     if not torch.compiler.is_compiling():
         _loss_head.check_values(OP, targets, vocab, mask, row_temperature)
     if reduction == "mean":
         count = targets.numel() if mask is None else mask.sum()
         factor = factor / torch.as_tensor(count, device=hidden.device).clamp(min=1)
-    options = {"mask": mask, "workspace": workspace, "backend": chosen}
     if reduction == "none" or torch.compiler.is_compiling():
-        options |= {"bias": bias, "temperature": temperature, "softcap": softcap}
-        head = linear_logprob(hidden, weight, targets, return_entropy=True, **options)
+        head = linear_logprob(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            mask=mask,
+            return_entropy=True,
+            workspace=workspace,
+            process_group=process_group,
+            backend=chosen,
+        )
         return _after(head, token_loss, rows, with_entropy, mask, factor, reduction)
     parameters = (hidden, weight, bias)
     needs = _autograd.needs(*parameters)
@@ -132,6 +143,7 @@ def linear_token_loss(
         into=accumulate_into,
         apart=True,
         compact=compact_rows,
+        group=process_group,
     )
     tokens = _Tokens(head, token_loss, rows, with_entropy, mask, factor)
 

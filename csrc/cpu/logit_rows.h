@@ -58,7 +58,8 @@ RL_INLINE A total(const A (&lanes)[kLanes]) {
 
 template <bool kCap, typename T, typename A>
 RL_INLINE A unscaled(const T& x, const RowMaths<A>& f) {
-  if constexpr (kCap) return tanh(load(x) * f.inv_softcap);
+  // Divided: the rounding of a reciprocal would stretch the whole row by it.
+  if constexpr (kCap) return tanh(load(x) / f.softcap);
   return load(x);
 }
 

@@ -13,7 +13,7 @@ LOOPS = {"gae": peers.python_loop_gae, "kl_gae": peers.python_loop_kl_gae}
 
 
 def _sequences(case: Case, device: str) -> Problem:
-    b, t, packed = (case.sizes[k] for k in ("B", "T", "packed"))
+    b, t, packed, whiten = (case.sizes[k] for k in ("B", "T", "packed", "whiten"))
     generator = torch.Generator(device).manual_seed(0)
     lengths = torch.randint(t // 2, t + 1, (b,), generator=generator, device=device)
     mask = torch.arange(t, device=device) < lengths[:, None]
@@ -29,13 +29,13 @@ def _sequences(case: Case, device: str) -> Problem:
 
     args = {
         "kl_reward": lambda: {"logprob": draw(), "ref_logprob": draw(), "beta": 0.02},
-        "gae": lambda: {"rewards": draw(), "values": draw(), "whiten": True},
+        "gae": lambda: {"rewards": draw(), "values": draw(), "whiten": bool(whiten)},
         "kl_gae": lambda: {
             "logprob": draw(),
             "ref_logprob": draw(),
             "values": draw(),
             "beta": 0.02,
-            "whiten": True,
+            "whiten": bool(whiten),
         },
         "masked_whiten": lambda: {"x": draw()},
     }[case.op]()
@@ -46,7 +46,7 @@ def _sequences(case: Case, device: str) -> Problem:
     yardsticks = {}
     if case.op == "kl_gae":  # what the fusion costs over its last part
         rewards, values = draw(), args["values"]
-        yardsticks["gae"] = lambda: fastrlhf.gae(rewards, values, whiten=True, **layout)
+        yardsticks["gae"] = lambda: fastrlhf.gae(rewards, values, whiten=bool(whiten), **layout)
     return Problem(
         case.op,
         {**args, **layout},

@@ -36,10 +36,15 @@ def _linear(op: str, rows: list[tuple[str, int, int, int, str]], masked: int = 0
     ]
 
 
-def _sequences(op: str, layout: str, *shapes: tuple[int, int]) -> list[Case]:
-    packed = int(layout == "packed")
+def _sequences(op: str, layout: str, *shapes: tuple[int, int], whiten: int = 1) -> list[Case]:
+    packed, note = int(layout == "packed"), "" if whiten else ", not whitened"
     return [
-        Case(op, f"{layout} {b}x{t}", "float32", {"B": b, "T": t, "packed": packed})
+        Case(
+            op,
+            f"{layout} {b}x{t}{note}",
+            "float32",
+            {"B": b, "T": t, "packed": packed, "whiten": whiten},
+        )
         for b, t in shapes
     ]
 
@@ -63,6 +68,7 @@ CPU = [
     *_linear("linear_ppo_loss", [("small head", 2048, 512, 32000, "float32")], masked=60),
     *[case for op in _SEQUENCE_OPS for case in _sequences(op, "padded", (512, 1024))],
     *[case for op in ("gae", "kl_gae") for case in _sequences(op, "packed", (512, 1024))],
+    *_sequences("gae", "padded", (512, 1024), whiten=0),
     Case("ppo_loss", "64k tokens", "float32", {"B": 64, "T": 1024}),
     Case("ranking_loss", "512 prompts x 9", "float32", {"P": 512, "K": 9}),
     Case("pack", "1M lengths", "int64", {"n": 1_000_000, "max_tokens": 16384}),

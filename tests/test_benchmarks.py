@@ -230,7 +230,7 @@ def test_rows_of_a_case(harness):
 
 @pytest.mark.parametrize("op", ["gae", "kl_gae"])
 def test_python_loop_gives_the_ops_result(harness, op):
-    case = harness[1].Case(op, "t", "float32", {"B": 7, "T": 13, "packed": 0})
+    case = harness[1].Case(op, "t", "float32", {"B": 7, "T": 13, "packed": 0, "whiten": 1})
     make = importlib.import_module("bench_sequence_ops").PROBLEMS[op]
     problem = harness[0].prepare(make(case, "cpu"))
     found = harness[0].providers(problem, compiled=False)

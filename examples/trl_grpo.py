@@ -1,5 +1,6 @@
 """TRL's GRPOTrainer with its log-prob head on fastrlhf's ops: one line more in a script of yours.
 
+    pip install trl==1.16.0
     python examples/trl_grpo.py
 
 The model is tiny and random, and so is its vocabulary of words: nothing is downloaded.

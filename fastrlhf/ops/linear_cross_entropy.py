@@ -50,7 +50,7 @@ def linear_cross_entropy(
             The upstream gradient of the loss must be 1: what multiplies the loss goes into `scale`.
             (Another one raises on CPU; on a GPU, where that would be a sync, dX and db are NaN.) So
             does a second backward; under non-reentrant torch.utils.checkpoint, which would add dW
-            twice, it is refused.
+            twice, it is refused. None (a ``weight.grad`` before the first backward) asks for nothing.
         workspace, backend: as in `linear_logprob`.
         process_group: as in `linear_ppo_loss`.
 

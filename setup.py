@@ -1,7 +1,8 @@
 """Builds `fastrlhf._C`, the C++/CUDA extension. All metadata lives in pyproject.toml.
 
 FASTRLHF_BUILD = auto (default) | none | cpu | cuda
-    auto  CUDA where torch is a CUDA build and a toolkit is found, else C++ for the CPU, else none
+    auto  CUDA where torch is a CUDA build and a toolkit is found, else C++ for the CPU, else none;
+          stops where torch is missing, for pip hides what a build says and the reference is slow
     none  pure Python: every op runs on its PyTorch reference (and on Triton where there is a GPU)
     cpu   C++ kernels for the CPU
     cuda  C++ and CUDA kernels; stops with the fix when something is missing
@@ -98,6 +99,8 @@ def choose(wanted, ext):
         say("FASTRLHF_BUILD=none, building no extension")
         return "none"
     no_cpu, no_cuda = missing_for_cpu(ext), missing_for_cuda(ext)
+    if ext is None and wanted == "auto":
+        sys.exit(f"fastrlhf: {no_cpu}; FASTRLHF_BUILD=none builds without the kernels")
     if wanted == "cuda" and no_cuda:
         sys.exit(f"fastrlhf: FASTRLHF_BUILD=cuda cannot work: {no_cuda}")
     if wanted == "cpu" and no_cpu:

@@ -103,6 +103,30 @@ def test_all_figures(folder, tmp_path, capsys):
     assert again == result
 
 
+JUDGES = """
+def number(prompt, completion):
+    return len(completion)
+
+
+def nothing(prompt, completion):
+    return {"value": 1.0}
+"""
+
+
+def test_a_judge_of_the_working_directory(folder, tmp_path, monkeypatch):
+    """One that gives numbers has no slot figures; what is no judgement is one line."""
+    (tmp_path / "own_judges.py").write_text(JUDGES)
+    monkeypatch.chdir(tmp_path)
+    few = {"rankings": "", "text": "", "reward_model": ""}
+    result = main(config(folder, judge="own_judges:number", **few))
+    assert {"value", "win_rate"} <= set(result) and not {"errors", "error_change"} & set(result)
+    assert result["value"]["mean"] > 0
+    with pytest.raises(
+        UserError, match="judge own_judges:nothing: expected a number, .*; got dict"
+    ):
+        main(config(folder, judge="own_judges:nothing", **few))
+
+
 def test_text_loss_equals_one_by_one(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

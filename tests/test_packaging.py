@@ -251,3 +251,13 @@ def test_toolkit_behind_an_nvcc_that_is_a_script(tmp_path, monkeypatch):
     ext.CUDA_HOME = str(tmp_path)
     setup.follow_nvcc(ext)  # what the user says counts
     assert ext.CUDA_HOME == str(tmp_path)
+
+
+def test_a_build_that_sees_no_torch_stops():
+    """An isolated build would else end in a package without kernels, and pip hides what it says."""
+    spec = importlib.util.spec_from_file_location("fastrlhf_setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    with pytest.raises(SystemExit, match="--no-build-isolation.*FASTRLHF_BUILD=none"):
+        setup.choose("auto", None)
+    assert setup.choose("none", None) == "none"

@@ -430,6 +430,7 @@ X = torch.zeros(4)
         ({"values": X, "returns": X}, ValueError, ("old_values", "value_clip=None")),
         ({"returns": X}, ValueError, ("returns", "values=None")),
         ({"old_values": X}, ValueError, ("old_values", "values=None")),
+        ({"entropy_coef": 0.1}, ValueError, ("entropy_coef=0.1 needs entropy", "None")),
         ({"mask": torch.ones(3)}, ValueError, ("mask", "(4,)", "(3,)")),
         ({"mask": torch.full((4,), -1)}, ValueError, ("mask", "0 and 1", "-1")),
         ({"clip": 0.0}, ValueError, ("clip", "above 0", "0.0")),

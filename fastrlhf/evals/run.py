@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,9 @@ class EvalConfig:
     prompts: str = ""  # JSONL: prompt, optional completion (human references, for BLEU)
     text: str = ""  # held-out text: loss per token
     rankings: str = ""  # JSONL: prompt, completions, ranks, optional criterion
-    judge: str = ""  # module:function(prompt, completion) -> covered, missing, invented, value
+    judge: str = (
+        ""  # module:function(prompt, completion) -> number, or .value .covered .missing .invented
+    )
     out: str = ""  # JSON file for the figures and the samples
     overwrite: bool = False  # replace `out`
     limit: int = 0  # evaluate on the first so many prompts; 0: all
@@ -44,13 +47,22 @@ class EvalConfig:
 
 
 def load_judge(path: str) -> Callable:
-    """The function named by "module:function"."""
+    """The function named by "module:function", also of a module in the working directory."""
     module, _, name = path.partition(":")
+    if "" not in sys.path:
+        sys.path.append("")
     try:
         judge = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"judge: expected module:function, got {path!r} ({error})") from error
-    return judge
+
+    def checked(prompt: str, completion: str) -> slots.Judgement:
+        try:
+            return slots.judgement(judge(prompt, completion))
+        except ValueError as error:
+            raise UserError(f"judge {path}: {error}") from error
+
+    return checked
 
 
 class _Model:
@@ -126,7 +138,9 @@ def _samples(cfg, model, baseline, scorer, result: dict) -> list[dict]:
             theirs = [judge(p, t) for p, t in zip(labels, others[0], strict=True)]
             values = ([j.value for j in side] for side in (judged, theirs))
             result["win_rate"] = winrate.evaluate(*values, labels, seed=cfg.seed)
-            result["error_change"] = slots.error_change(judged, theirs, labels, seed=cfg.seed)
+            if "errors" in result:
+                change = slots.error_change(judged, theirs, labels, seed=cfg.seed)
+                result["error_change"] = change
     if baseline and cfg.temperature == 1:
         both = [token_logprobs(m.policy, examples, cfg.max_tokens) for m in (model, baseline)]
         result["kl"] = kl.evaluate(*both, labels, seed=cfg.seed)["sequence"]

@@ -1,9 +1,12 @@
 """Slot errors of data-to-text: what a sentence leaves out of its record and what it makes up.
 
-A judgement is any object with `covered`, `missing` and `invented` (sequences of slots) and `value`.
+A judgement is any object with `covered`, `missing` and `invented` (sequences of slots) and `value`; of a
+judge that knows no slots it is a number.
 """
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +19,30 @@ class Judgement(Protocol):
     missing: Sequence[str]
     invented: Sequence[str]
     value: float
+
+
+@dataclass
+class Value:
+    """The judgement of a judge that gives a number alone."""
+
+    value: float
+    covered: Sequence[str] = ()
+    missing: Sequence[str] = ()
+    invented: Sequence[str] = ()
+
+
+def judgement(found: object) -> Judgement:
+    """What a judge returned, checked; ValueError says what was expected."""
+    if isinstance(found, Real) and not isinstance(found, bool):
+        return Value(float(found))
+    lists = [getattr(found, name, None) for name in ("covered", "missing", "invented")]
+    value = getattr(found, "value", None)
+    if not all(isinstance(x, Sequence) for x in lists) or not isinstance(value, Real):
+        raise ValueError(
+            "expected a number, or an object with a number `value` and lists `covered`, `missing` and "
+            f"`invented`; got {type(found).__name__}"
+        )
+    return found
 
 
 def _counts(judgements: Sequence[Judgement]) -> np.ndarray:
@@ -39,11 +66,13 @@ def evaluate(
         "coverage": covered slots / slots of the records; "missing", "invented", "errors": number a
         sentence (errors = missing + invented); "error_rate": errors / slots of the records;
         "perfect": share of sentences without an error; "value": the judge's mean value. Each is
-        {"mean", "low", "high", "n"}.
+        {"mean", "low", "high", "n"}. Where no judgement has a slot, "value" alone.
     """
     sums, sentences = cluster_sums(_counts(judgements), prompts)
     covered, missing, invented, slots, value, perfect = sums.T
     errors = missing + invented
+    if not sums[:, :4].any():
+        return {"value": bootstrap(np.column_stack((value, sentences)), ratio, seed=seed)}
     pairs = {
         "coverage": (covered, slots),
         "missing": (missing, sentences),

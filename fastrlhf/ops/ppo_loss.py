@@ -90,6 +90,8 @@ def ppo_loss(
     )
     mask = _sequence.mask(OP, mask, logprob)
     settings = check_settings(OP, clip, dual_clip, value_clip, value_coef, entropy_coef)
+    if entropy_coef != 0 and entropy is None:
+        raise ValueError(f"{OP}: entropy_coef={entropy_coef:g} needs entropy; got None")
     check_value_tensors(OP, values, old_values, returns, value_clip)
     check_constants(OP, old_logprob, advantages, old_values, returns)
     chosen = _backend.choose(OP, backend, logprob, values, entropy)

@@ -3,6 +3,8 @@
 Shapes: N packed tokens, M rows asked for (M <= N), H hidden, V vocabulary, B sequences.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -254,13 +256,26 @@ def set_dropout(model: nn.Module, probability: float) -> None:
             module.attention_dropout = probability
 
 
+@functools.cache
+def _cache_name(kind: type) -> str:
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+
+
+def cached(body: nn.Module, cache) -> dict:
+    """The arguments that hand `cache` to a transformers model: from 5.24 on it is called `cache`."""
+    return (
+        {_cache_name(type(body)): cache, "use_cache": True}
+        if cache is not None
+        else {"use_cache": False}
+    )
+
+
 def _packed_hidden(body, batch: PackedBatch, cache=None) -> torch.Tensor:
     # transformers' own flash paths read the `_k` names too.
     return body(
         input_ids=batch.input_ids.unsqueeze(0),
         position_ids=batch.position_ids.unsqueeze(0),
-        past_key_values=cache,
-        use_cache=cache is not None,
+        **cached(body, cache),
         cu_seq_lens_q=batch.cu_seqlens,
         cu_seq_lens_k=batch.cu_seqlens,
         max_length_q=batch.max_seqlen,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fastrlhf import attention, sharded
-from fastrlhf.models import Policy
+from fastrlhf.models import Policy, cached
 from fastrlhf.packing import collate
 
 
@@ -186,8 +186,7 @@ class HFSampler:
                 input_ids=choice[:, None],
                 position_ids=position[:, None],
                 attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
+                **cached(policy.lm.base_model, cache),
             ).last_hidden_state[:, 0]
             logits = self._logits(hidden)
             position = position + 1

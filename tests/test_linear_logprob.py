@@ -337,8 +337,35 @@ def test_the_forward_has_the_bits_of_the_update(dtype, options, backend, monkeyp
     torch.testing.assert_close(forward[0].double(), truth, rtol=2e-6, atol=2e-6)
 
 
+def test_fp64_goes_by_rows():
+    """There a GEMM's bits depend on the columns beside: the forward would differ from the update."""
+    x, w = randn(378, 64, seed=0).double(), randn(9001, 64, seed=1).double()
+    targets = randint(9001, (378,), 3)
+    update = linear_token_loss(x, w.clone().requires_grad_(), targets, torch.neg)
+    assert torch.equal(linear_logprob(x, w, targets), update.logprob)
+
+
 def test_a_bad_target_between_blocks_is_told():
     x, w = randn(80, 4, seed=0), randn(9001, 4, seed=1)
     targets = torch.zeros(80, dtype=torch.int64).index_fill(0, torch.tensor([7]), 9001)
     with pytest.raises(ValueError, match=r"targets must be in \[0, 9001\); got 9001 at row 7"):
         linear_logprob(x, w, targets)
+
+
+@pytest.mark.parametrize("rows", [3, 70], ids=["by row", "by block"])
+@each_backend
+def test_a_whole_block_of_nan_or_padding(backend, rows):
+    """The max of a block of NaN may be -inf, as that of padding is; a target in padding has log-prob -inf."""
+    if DEVICE[backend] != "cpu":
+        pytest.skip("only the CPU combines blocks")
+    x, w, b = randn(rows, 4, seed=0), randn(4099, 4, seed=1), randn(4099, seed=2)
+    targets = torch.arange(rows)
+    last = slice(2050, None)  # the second of two blocks
+    b[last] = -torch.inf
+    targets[0] = 4098
+    padded = linear_logprob(x, w, targets, bias=b, return_entropy=True, backend=backend)
+    torch.testing.assert_close(padded[0], eager(x, w, targets, b)[0])
+    assert padded[1].isfinite().all()
+    w[last] = torch.nan
+    for out in linear_logprob(x, w, targets, bias=b, return_entropy=True, backend=backend):
+        assert out.isnan().all()

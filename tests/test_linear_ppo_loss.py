@@ -339,3 +339,9 @@ def test_errors_name_the_argument(change, error, match, backend):
     }
     with pytest.raises(error, match=match):
         linear_ppo_loss(**arguments, backend=backend)
+
+
+def test_a_bad_target_between_blocks_is_told_by_this_op():
+    x, w, row = torch.zeros(2, 4), torch.zeros(9001, 4), torch.zeros(2)
+    with pytest.raises(ValueError, match=r"^linear_ppo_loss: targets must be in \[0, 9001\)"):
+        linear_ppo_loss(x, w, torch.tensor([0, 9001]), row, row)

@@ -372,3 +372,36 @@ def test_errors_name_the_argument(change, error, match, backend):
     }
     with pytest.raises(error, match=match):
         linear_token_loss(**arguments, backend=backend)
+
+
+@each_backend
+def test_masked_rows_may_have_any_temperature(backend):
+    x, w, targets = torch.randn(4, 3), torch.randn(5, 3), torch.arange(4)
+    mask = torch.tensor([1, 0, 1, 1])
+    if DEVICE[backend] != "cpu":
+        pytest.skip("only the CPU looks at temperatures")
+    call = lambda t: linear_token_loss(  # noqa: E731
+        x, w, targets, torch.neg, temperature=t, mask=mask, backend=backend
+    )
+    assert call(torch.tensor([1.0, 0.0, 1.0, 1.0])).loss.isfinite()
+    with pytest.raises(ValueError, match="temperature must be above 0; got 0"):
+        call(torch.tensor([0.0, 0.0, 1.0, 1.0]))
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_a_function_without_a_gradient_is_zeros(monkeypatch):
+    # What nobody writes would be NaN.
+    empty = lambda *a, **k: torch.full(*a, fill_value=torch.nan, **k)  # noqa: E731
+    monkeypatch.setattr(_chunks.torch, "empty", empty)
+    x, w = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    linear_token_loss(x, w, torch.arange(4), NoGradient.apply).loss.backward()
+    assert torch.equal(x.grad, torch.zeros(4, 3)) and torch.equal(w.grad, torch.zeros(5, 3))

@@ -257,11 +257,15 @@ def test_fsdp2_weight_inside_and_outside_its_module(name):
         assert f"{name}: bias must be a plain tensor; got a DTensor (302,)" in bias
 
 
-def test_a_shard_of_padding_weighs_nothing_whatever_its_log_sum():
-    """Of a row of -inf a backend may say log-sum NaN or -inf, and mean NaN."""
+def test_a_shard_of_padding_weighs_nothing_and_one_with_a_nan_shows_it():
+    """Every backend says log-sum -inf of a row of -inf; NaN with max -inf is a row that holds a NaN."""
     real = torch.tensor([[2.0], [0.5], [0.2], [-1.0]])  # max, log-sum, mean, log-prob
-    for log_sum in (torch.nan, -torch.inf):
-        padding = torch.tensor([[-torch.inf], [log_sum], [torch.nan], [torch.nan]])
-        logprob, entropy, stats = combine(torch.stack((real, padding)), torch.tensor([0]))
-        torch.testing.assert_close(torch.stack((logprob, entropy)), torch.tensor([[-1.0], [0.3]]))
-        torch.testing.assert_close(stats, real[:3])
+    padding = torch.tensor([[-torch.inf], [-torch.inf], [torch.nan], [torch.nan]])
+    logprob, entropy, stats = combine(torch.stack((real, padding)), torch.tensor([0]))
+    torch.testing.assert_close(torch.stack((logprob, entropy)), torch.tensor([[-1.0], [0.3]]))
+    torch.testing.assert_close(stats, real[:3])
+    logprob, entropy, _ = combine(torch.stack((real, padding)), torch.tensor([1]))
+    torch.testing.assert_close(torch.stack((logprob, entropy)), torch.tensor([[-torch.inf], [0.3]]))
+    padding[1] = torch.nan
+    logprob, entropy, _ = combine(torch.stack((real, padding)), torch.tensor([0]))
+    assert logprob.isnan().all() and entropy.isnan().all()

@@ -191,8 +191,9 @@ class GradientsInForward(torch.autograd.Function):
 def gradients_in_forward(op: str, body: Callable, accumulated: bool, *parameters) -> Tensor:
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
-            f"{op}: torch.func transforms (vmap, grad, ...) are not implemented for a Python token_loss "
-            "or accumulate_into; loop over the batch, or use reduction='none' without accumulate_into"
+            f"{op}: torch.func transforms (vmap, grad, ...) are not implemented for a Python "
+            "token_loss, accumulate_into or process_group; loop over the batch, or use reduction='none' "
+            "without accumulate_into"
         )
     return GradientsInForward.apply(op, body, accumulated, *parameters)
 
@@ -275,8 +276,10 @@ def check_values(op: str, targets: Tensor, vocab: int, mask: Tensor | None, row_
     if targets.device.type != "cpu":
         return
     check_target_values(op, targets, vocab, mask)
-    if row_t is not None and not bool((row_t > 0).all()):
-        raise ValueError(f"{op}: temperature must be above 0; got {row_t.min():g}")
+    if row_t is not None:
+        row_t = row_t if mask is None else row_t[mask]
+        if not bool((row_t > 0).all()):
+            raise ValueError(f"{op}: temperature must be above 0; got {row_t.min():g}")
 
 
 def _extent(x: Tensor) -> tuple[int, int]:

@@ -145,8 +145,10 @@ def combine(every: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     tops, log_sums, means, logprobs = every.unbind(1)
     top = tops.amax(0)
-    # A part that is all -inf (padding) has log-sum -inf or NaN; it weighs nothing.
-    log_w = (tops - top + log_sums).masked_fill(tops == -torch.inf, -torch.inf)
+    # A part that is all -inf (padding) weighs nothing; one that holds a NaN, whose max may be -inf too, is NaN.
+    idle = log_sums == -torch.inf
+    log_w = (tops - top + log_sums).masked_fill(idle, -torch.inf)
+    logprobs = logprobs.masked_fill(idle, 0.0)  # a target in there: -inf, by log_w
     log_sum = log_w.exp().sum(0).log()
     log_w = log_w - log_sum
     w = log_w.exp()

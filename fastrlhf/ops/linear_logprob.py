@@ -15,7 +15,7 @@ OP = "linear_logprob"
 KEEP_BYTES = 24 << 20
 # From so many rows on, the forward on CPU walks the vocabulary in blocks, with all rows before each: every
 # GEMM call packs its part of the weight once. MKL gives a logit the same bits whatever its block holds, and so
-# the bits of the update, which must hold whole rows.
+# the bits of the update, which must hold whole rows. (Not in fp64, which goes by rows.)
 BY_BLOCK_ROWS = 64 if torch.backends.mkl.is_available() else 1 << 62
 
 
@@ -154,7 +154,8 @@ def linear_logprob_fwd(
     y, t = operands.take(targets), operands.take(row_temperature)
     m = None if index is not None else operands.take(mask)
     blocks = maths.blocks(hidden.device, vocab)
-    by_block = len(blocks) > 1 and not keep and operands.rows >= BY_BLOCK_ROWS
+    by_block = acc == torch.float32 and len(blocks) > 1 and operands.rows >= BY_BLOCK_ROWS
+    by_block = by_block and not keep
     width = blocks[0].stop if by_block else vocab
     step = operands.rows if keep else _chunks.chunk_rows(workspace, width, acc, hidden.device)
     buffer = kept if keep else torch.empty(min(step, operands.rows) * width, **options)

@@ -265,6 +265,8 @@ class _Tokens:
                 _only_rows(loss, leaves)
                 up = self.factor.expand_as(loss)
                 slopes = list(torch.autograd.grad(loss, leaves, up, allow_unused=True))
+                if all(g is None for g in slopes):  # a Function whose backward returns None
+                    slopes[0] = torch.zeros_like(logprob)
         self.loss[where] = loss.detach()
         for name, value in metrics.items():
             if self.mask is not None:

@@ -1,7 +1,7 @@
 """token_logprob: log-probability of each row's target, and the entropy, from logits.
 
-Shapes: logits [..., V] -> N rows; targets, mask, outputs [...]; stats [2, N] = (max m of z, log of
-the sum of e^(z - m)).
+Shapes: logits [..., V] -> N rows; targets, mask, outputs [...]; stats [3, N] = (max m of z, log of
+the sum of e^(z - m), mean of z - m under the softmax).
 """
 
 import math
@@ -126,12 +126,12 @@ _VALUE_ERRORS = ("targets must be in", "temperature must be above 0")
 
 
 def run(name, op, arguments):
-    """Calls a C++ op; its complaints about values become ValueError in eager mode."""
+    """Calls an op; its complaints about values become ValueErrors of `name` in eager mode."""
     if torch.compiler.is_compiling():
         return op(*arguments)
     try:
         return op(*arguments)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         message = str(error)
         for start in _VALUE_ERRORS:
             if start in message:
@@ -155,8 +155,10 @@ def reference_targets(op, logits, targets, row_temperature, mask):
     vocab = logits.shape[-1]
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         check_target_values(op, targets, vocab, mask)
-        if row_temperature is not None and not bool((row_temperature > 0).all()):
-            raise ValueError(f"{op}: temperature must be above 0; got {row_temperature.min()}")
+        if row_temperature is not None:
+            counted = row_temperature if mask is None else row_temperature[mask]
+            if not bool((counted > 0).all()):
+                raise ValueError(f"{op}: temperature must be above 0; got {counted.min():g}")
         return targets, None
     # A gather outside the vocabulary would bring the device down: read class 0, report NaN.
     wrong = (targets < 0) | (targets >= vocab)

@@ -86,7 +86,7 @@ class Auto(NamedTuple):
 
 # Device -> the file under benchmarks/results/ that holds the rows of AUTO; empty: not measured yet.
 # tests/test_dispatch.py compares the order with the file.
-RESULTS = {"cpu": "amd-epyc-2026-11-24.json", "cuda": ""}
+RESULTS = {"cpu": "amd-epyc-2026-11-26.json", "cuda": ""}
 _CPU, _CUDA = ("cpu", "reference"), ("cuda", "triton", "reference")
 AUTO = {
     ("token_logprob", "cpu"): Auto(_CPU, "Llama-2 1024x32000"),

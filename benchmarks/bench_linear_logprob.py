@@ -52,7 +52,7 @@ def _linear(case: Case, device: str) -> Problem:
     return Problem(
         case.op,
         args,
-        wrt=("hidden", "weight"),
+        wrt=() if case.sizes["frozen"] else ("hidden", "weight"),
         forward_bytes=(n + v) * h * hidden.element_size() + 4 * n,
         backward_bytes=2 * (n + v) * h * hidden.element_size(),
         forward_flops=2 * count * h * v,

@@ -28,10 +28,13 @@ def _heads(op: str, rows: list[tuple[str, int, int, str]], entropy: bool = False
     ]
 
 
-def _linear(op: str, rows: list[tuple[str, int, int, int, str]], masked: int = 0) -> list[Case]:
-    note = f", {masked} % masked" * bool(masked)
+def _linear(
+    op: str, rows: list[tuple[str, int, int, int, str]], masked: int = 0, frozen: int = 0
+) -> list[Case]:
+    note = f", {masked} % masked" * bool(masked) + ", no gradient" * frozen
+    more = {"masked": masked, "frozen": frozen}
     return [
-        Case(op, f"{name} {n}x{h}x{v}{note}", dtype, {"N": n, "H": h, "V": v, "masked": masked})
+        Case(op, f"{name} {n}x{h}x{v}{note}", dtype, {"N": n, "H": h, "V": v, **more})
         for name, n, h, v, dtype in rows
     ]
 
@@ -62,6 +65,7 @@ CPU = [
         [("Llama-2", 1024, 32000, "float32"), ("Llama-3", 512, 128256, "bfloat16")],
     ),
     *_linear("linear_logprob", [("small head", 512, 512, 32000, "float32")]),
+    *_linear("linear_logprob", [("small head", 2048, 512, 32000, "float32")], frozen=1),
     *_linear("linear_cross_entropy", [("small head", 512, 512, 32000, "float32")]),
     *_linear("linear_token_loss", [("small head", 512, 512, 32000, "float32")]),
     *_linear("linear_ppo_loss", [("small head", 2048, 512, 32000, "float32")]),

@@ -263,11 +263,9 @@ def _cache_name(kind: type) -> str:
 
 def cached(body: nn.Module, cache) -> dict:
     """The arguments that hand `cache` to a transformers model: from 5.24 on it is called `cache`."""
-    return (
-        {_cache_name(type(body)): cache, "use_cache": True}
-        if cache is not None
-        else {"use_cache": False}
-    )
+    if cache is None:
+        return {"use_cache": False}
+    return {_cache_name(type(body)): cache, "use_cache": True}
 
 
 def _packed_hidden(body, batch: PackedBatch, cache=None) -> torch.Tensor:

@@ -59,9 +59,8 @@ class LossHead:
         self.step = _chunks.chunk_rows(workspace, weight.shape[0], ops.acc, hidden.device)
         self.options = {"dtype": ops.acc, "device": hidden.device}
         if group is not None:
-            from fastrlhf.ops import (
-                _vocab_parallel,
-            )  # torch.distributed: only where it is asked for
+            # torch.distributed: only where it is asked for
+            from fastrlhf.ops import _vocab_parallel
 
             shard, scattered = weight.shape[0], self.compact or index is not None
             self.maths = _vocab_parallel.ShardMaths(backend, temperature, softcap, group, shard)

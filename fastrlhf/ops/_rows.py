@@ -42,9 +42,7 @@ class RowMaths:
 
     def part(self, logits, columns, targets, row_temperature, mask) -> Tensor:
         """[4, n]: what `combine` wants of a block of columns."""
-        local = targets - columns.start
-        # Another block's target: a column that exists; what is made of it is not used.
-        local = local.masked_fill_((local < 0) | (local >= logits.shape[-1]), 0)
+        local, _ = local_targets(targets, columns)
         logprob, _, stats = self._forward(logits, local, row_temperature, mask)
         return torch.cat((stats, logprob.unsqueeze(0)))
 
@@ -52,15 +50,7 @@ class RowMaths:
     def combined(parts, blocks, targets, mask):
         """`forward` from the parts of all blocks."""
         check_target_values("linear_logprob", targets, blocks[-1].stop, mask)
-        owner = targets.long().div(blocks[0].stop, rounding_mode="floor")
-        if mask is not None:
-            owner = owner.masked_fill(~mask, 0)
-        # A few numbers a row: fp64 costs nothing here, and each is rounded once.
-        found = combine(torch.stack(parts).double(), owner)
-        logprob, entropy, stats = (x.to(parts[0].dtype) for x in found)
-        if mask is not None:
-            logprob, entropy = logprob.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
-        return logprob, entropy, stats
+        return whole_rows(torch.stack(parts), targets, blocks[0].stop, mask)
 
     def _forward(self, logits, targets, row_temperature, mask):
         if self.backend != "reference":
@@ -135,6 +125,26 @@ class RowMaths:
         if row_temperature is not None:
             return z / row_temperature.unsqueeze(-1)
         return z / self.temperature if self.temperature != 1.0 else z
+
+
+def local_targets(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Each target's place in a part of the vocabulary, and whether it lies there.
+
+    If not, it is 0: a column that exists; what is made of it is not used.
+    """
+    local = targets - columns.start
+    mine = (local >= 0) & (local < columns.stop - columns.start)
+    return local.masked_fill_(~mine, 0), mine
+
+
+def whole_rows(every: Tensor, targets: Tensor, width: int, mask: Tensor | None):
+    """(logprob [n], entropy [n], stats [3, n]) by `combine`, from parts [W, 4, n] of `width` columns each."""
+    owner = targets.long().div(width, rounding_mode="floor").clamp(0, len(every) - 1)
+    # A few numbers a row: fp64 costs nothing here, and each is rounded once.
+    logprob, entropy, stats = (x.to(every.dtype) for x in combine(every.double(), owner))
+    if mask is not None:
+        logprob, entropy = logprob.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
+    return logprob, entropy, stats
 
 
 def combine(every: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,8 +3,8 @@
 Shapes: N rows, H hidden, V whole vocabulary, W ranks, V/W rows of a shard: rank r holds [r V/W, (r+1) V/W).
 
 Forward: each rank runs the ordinary op on its shard and has four numbers a row: max, log-sum and
-mean distance from that max of its own softmax, and the log-prob of the target if it lies there. One gather of these
-16 bytes a row combines them. A gather and not a MAX with a SUM after it, because one collective
+mean distance from that max of its own softmax, and the log-prob of the target if it lies there. One
+gather of these 16 bytes a row combines them. A gather and not a MAX with a SUM after it, because one collective
 waits once, and because every rank then adds up in rank order: all of them hold the same bits.
 Backward: dlogits of the shard from the combined max and log-sum; dW and db are local, dX is summed
 over the ranks in fp32, a chunk's sum under way while the next chunk's GEMMs run, and rounded once.
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrlhf.ops import _autograd, _chunks
-from fastrlhf.ops._rows import RowMaths, combine
+from fastrlhf.ops._rows import RowMaths, local_targets, whole_rows
 from fastrlhf.ops.token_logprob import check_target_values, run
 
 
@@ -77,19 +77,10 @@ class _VocabParallel(torch.autograd.Function):
     ):  # fmt: skip
         maths = ShardMaths(backend, temperature, softcap, group, weight.shape[0])
         flat = targets.reshape(-1)
-        arguments = (
-            maths.local(flat)[0].view(targets.shape),
-            bias,
-            row_t,
-            temperature,
-            softcap,
-            mask,
-        )
-        logprob, _, stats, _ = run(
-            "linear_logprob",
-            torch.ops.fastrlhf.linear_logprob_fwd,
-            (hidden, weight, *arguments, workspace, backend, False),
-        )
+        local, _ = local_targets(targets, maths.columns)
+        arguments = (hidden, weight, local, bias, row_t, temperature, softcap, mask)
+        op = torch.ops.fastrlhf.linear_logprob_fwd
+        logprob, _, stats, _ = run("linear_logprob", op, (*arguments, workspace, backend, False))
         flat_mask = None if mask is None else mask.reshape(-1)
         logprob, entropy, stats = maths.over_ranks(logprob.view(-1), stats, flat, flat_mask)
         logprob, entropy = logprob.view(targets.shape), entropy.view(targets.shape)
@@ -158,34 +149,24 @@ class ShardMaths(RowMaths):
 
     def __init__(self, backend: str, temperature: float, softcap: float, group, shard: int):
         super().__init__(backend, temperature, softcap)
-        self.group, self.shard = group, shard
-        self.first, self.vocab = group.rank() * shard, shard * group.size()
+        self.group, self.shard, self.vocab = group, shard, shard * group.size()
+        self.columns = slice(group.rank() * shard, (group.rank() + 1) * shard)
         self._exact = RowMaths("reference", temperature, softcap)
 
-    def local(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Each target's column here, and whether it lies here (if not: 0, what is made of it is not used)."""
-        local = targets - self.first
-        mine = (local >= 0) & (local < self.shard)
-        return local.masked_fill_(~mine, 0), mine
-
     def forward(self, logits, targets, row_temperature, mask):
-        logprob, _, stats = super().forward(logits, self.local(targets)[0], row_temperature, mask)
+        local, _ = local_targets(targets, self.columns)
+        logprob, _, stats = super().forward(logits, local, row_temperature, mask)
         return self.over_ranks(logprob, stats, targets, mask)
 
     def over_ranks(self, logprob, stats, targets, mask):
         """(logprob [n], entropy [n], stats [3, n]) of the whole rows, the same bits on every rank."""
         every = _gather(torch.cat((stats, logprob.unsqueeze(0))), self.group)
-        owner = targets.long().div(self.shard, rounding_mode="floor")
-        # A few numbers a row: fp64 costs nothing here, and each is rounded once.
-        found = combine(every.double(), owner.clamp(0, self.group.size() - 1))
-        logprob, entropy, stats = (x.to(logprob.dtype) for x in found)
-        logprob = logprob.masked_fill(self._wrong(targets), math.nan)
-        if mask is not None:
-            logprob, entropy = logprob.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
-        return logprob, entropy, stats
+        logprob, entropy, stats = whole_rows(every, targets, self.shard, mask)
+        wrong = self._wrong(targets) if mask is None else self._wrong(targets) & mask
+        return logprob.masked_fill(wrong, math.nan), entropy, stats
 
     def backward_(self, grad_logprob, grad_entropy, logits, targets, stats, row_t, mask):
-        local, mine = self.local(targets)
+        local, mine = local_targets(targets, self.columns)
         if grad_logprob is not None:
             grad_logprob = grad_logprob.masked_fill(self._wrong(targets), math.nan)
         upstream, rest = (grad_logprob, grad_entropy), (stats, row_t, mask)

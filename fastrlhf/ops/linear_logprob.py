@@ -154,8 +154,8 @@ def linear_logprob_fwd(
     y, t = operands.take(targets), operands.take(row_temperature)
     m = None if index is not None else operands.take(mask)
     blocks = maths.blocks(hidden.device, vocab)
-    by_block = acc == torch.float32 and len(blocks) > 1 and operands.rows >= BY_BLOCK_ROWS
-    by_block = by_block and not keep
+    several = len(blocks) > 1 and operands.rows >= BY_BLOCK_ROWS
+    by_block = several and acc == torch.float32 and not keep
     width = blocks[0].stop if by_block else vocab
     step = operands.rows if keep else _chunks.chunk_rows(workspace, width, acc, hidden.device)
     buffer = kept if keep else torch.empty(min(step, operands.rows) * width, **options)

@@ -3,7 +3,8 @@
 The op's own test files run in a process where backend="cuda" is that library, on CPU tensors: values and gradients
 against the reference, layouts, masks, empty inputs (not torch.compile: that is Python's side). Every call of an op
 runs twice, with blocks and threads in another order, and must give the same bits. The shim itself is tried on faults
-at the end of this file. It cannot run clusters and PTX: kernels take their plain paths here, those are proven on a GPU.
+at the end of this file. The device that it plays has sm_80; token_loss, whose blocks work in clusters on sm_90, runs
+there too. It cannot run PTX: kernels take their plain instructions here, those are proven on a GPU.
 """
 
 import json
@@ -30,10 +31,10 @@ def op_tests(source):
     return [*folder.glob(f"test_{stem}.py"), *sorted(folder.glob(f"test_{stem}_*.py"))]
 
 
-def run(libraries, *command):
+def run(libraries, *command, sm=80):
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        env=build.environment(libraries),
+        env=build.environment(libraries, sm),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -41,33 +42,44 @@ def run(libraries, *command):
     )
 
 
+CLUSTERED = ROOT / "csrc" / "cuda" / "token_loss.cu"
+# (source, device) -> the tests that run there.
+RUNS = {(source, 80): op_tests(source) for source in SOURCES}
+RUNS[CLUSTERED, 90] = [
+    *op_tests(CLUSTERED),
+    ROOT / "tests" / "host_shim" / "token_loss_clusters.py",
+]
+
+
 @pytest.fixture(scope="module")
 def runs():
-    """{source: its library or the error of its build, and the finished run of its tests or None}."""
+    """{(source, device): its library or the error of its build, and the finished run of its tests or None}."""
     jobs = int(os.environ.get("MAX_JOBS", os.cpu_count()))
     libraries = build.build_all([*SOURCES, FAULTS], jobs)
     # All ops in each process, for tests and backwards that use more than their own.
     good = [build.build_schemas(), *(p for s, p in libraries.items() if isinstance(p, Path))]
 
-    def job(source):
+    def job(key):
+        source, sm = key
         library = libraries[source]
         if not isinstance(library, Path):
             return library, None
         if source == FAULTS:
             script = ROOT / "tests" / "host_shim" / "try_faults.py"
-            return library, run([library], script, "sound", *SEEN, *POISONED)
+            return library, run([library], script, *SOUND, *SEEN, *POISONED, sm=sm)
         # Not --capture=fd: the sanitizer's report must not die with the process.
         options = ("-p", "shim_plugin", "-p", "no:cacheprovider", "--capture=sys", "-q")
-        return library, run(good, "-m", "pytest", *options, *op_tests(source))
+        return library, run(good, "-m", "pytest", *options, *RUNS[key], sm=sm)
 
+    keys = [*RUNS, (FAULTS, 90)]
     with ThreadPoolExecutor(jobs) as pool:
-        return dict(zip(libraries, pool.map(job, libraries), strict=True))
+        return dict(zip(keys, pool.map(job, keys), strict=True))
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
-def test_kernels(source, runs):
+@pytest.mark.parametrize(("source", "sm"), RUNS, ids=lambda p: getattr(p, "stem", f"sm_{p}"))
+def test_kernels(source, sm, runs):
     assert op_tests(source), f"{source.name} needs a test of its op, test_{source.stem}.py"
-    library, done = runs[source]
+    library, done = runs[source, sm]
     assert done, library
     output = f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     assert done.returncode == 0, output
@@ -104,21 +116,47 @@ SEEN = {
     "empty grid": "fault: invalid configuration argument",
     "too many threads": "fault: invalid configuration argument",
     "too much shared": "fault: invalid argument",
+    "no cluster barrier": "argument 1 depends on the order of blocks or threads",
+    "block not started": r"store_remote \(faults.cu:\d+\): that block has not started",
+    "block has ended": r"store_remote \(faults.cu:\d+\): that block has ended",
+    "rank outside": r"store_remote \(faults.cu:\d+\): its rank is not in the cluster",
+    "not shared": r"store_remote \(faults.cu:\d+\): its address is not in shared memory",
+    "wait without arrival": r"cluster_wait \(faults.cu:\d+\): it waits and has not arrived",
+    "two arrivals": r"cluster_arrive \(faults.cu:\d+\): it arrives again and has not waited",
+    "cluster thread missing": "the threads of the cluster diverge: 1 returned, the first is thread 5 of block 1; "
+    r"127 wait at cluster_wait \(faults.cu:\d+\)",
+    "grid of half a cluster": "fault: cluster misconfiguration",
+    "no clusters in sm_80": "fault: cluster misconfiguration",
+    "copy without barrier": "argument 1 depends on the order of blocks or threads",
+    "misaligned copy": "misaligned address",
+    "copy past the end": "heap-buffer-overflow",
 }
-POISONED = {"unwritten shared": slice(0, 64, 2), "unwritten tensor": slice(0, 61)}
+# What must stay NaN of the kernel's output.
+POISONED = {
+    "unwritten shared": range(0, 64, 2),
+    "unwritten tensor": range(61),
+    "copy without wait": range(60),
+    "copy in an open group": range(60),
+    "copy in no group": range(60),
+}
+SOUND = {
+    "sound": [float(i) for i in range(61, 0, -1)],
+    "sound cluster": [100.0 + i for i in range(64)],
+    "sound copy": [*(float(i) for i in range(1, 61)), 0.0, 0.0, 0.0, 0.0],
+}
 
 
 @pytest.fixture(scope="module")
 def faults(runs):
-    library, done = runs[FAULTS]
+    library, done = runs[FAULTS, 90]
     assert done, library
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout)
 
 
-def test_a_sound_kernel_passes(faults):
-    values, error = faults["sound"]
-    assert error == "" and values == [float(i) for i in range(61, 0, -1)]
+@pytest.mark.parametrize("kind", SOUND)
+def test_a_sound_kernel_passes(kind, faults):
+    assert faults[kind] == [SOUND[kind], ""]
 
 
 @pytest.mark.parametrize("kind", SEEN)
@@ -133,9 +171,7 @@ def test_faults_are_seen(kind, faults):
 def test_what_nobody_wrote_is_nan(kind, faults):
     values, error = faults[kind]
     assert error == ""
-    assert {i for i, value in enumerate(values) if value != value} == set(
-        range(64 if "shared" in kind else 61)[POISONED[kind]]
-    )
+    assert [i for i, value in enumerate(values) if value != value] == [*POISONED[kind]]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,17 @@ namespace rl {
 
 constexpr int kMaxCluster = 8;  // the largest that every device with clusters takes
 
+#ifdef SHIM_CUDACC  // kernels run on a CPU: tests/host_shim/fibers.h
+using shim::close_copies;
+using shim::cluster_arrive;
+using shim::cluster_rank;
+using shim::cluster_size;
+using shim::cluster_wait;
+using shim::copy_async;
+using shim::store_remote;
+using shim::wait_copies;
+#else
+
 __device__ __forceinline__ unsigned cluster_size() {
 #if RL_PTX >= 900
   unsigned size;
@@ -91,6 +102,8 @@ __device__ __forceinline__ void wait_copies(int open) {
   if (open == 3) asm volatile("cp.async.wait_group 3;" ::: "memory");
 #endif
 }
+
+#endif  // SHIM_CUDACC
 
 // The most blocks of a cluster that a kernel was compiled for: what counts is the code that this
 // device runs, which may be older than the device.

@@ -4,8 +4,8 @@ The sources are copied with a few words rewritten, everything else is the very c
 
 - `__shared__` variables become fresh, poisoned, guarded memory of their block;
 - a kernel's body first says its name, so that a test can demand that every kernel ran;
-- `__CUDACC__` and `__CUDA_ARCH__` (here 800: no clusters) select the device's branches; PTX stays out
-  (csrc/cuda/device.cuh asks for nvcc);
+- `__CUDACC__` and `__CUDA_ARCH__` (here 800) select the device's branches; PTX stays out
+  (csrc/cuda/device.cuh asks for nvcc), and what csrc/cuda/cluster.cuh says in PTX, the shim does;
 - implementations register for CPU tensors instead of CUDA's.
 
 Objects are kept under build/host_shim by the hash of everything that went into them.
@@ -118,8 +118,19 @@ def rewrite(text, path):
 
 
 def kernels_of(source):
-    """The names of the kernels that a file defines, but for those that need a cluster."""
+    """The names of the kernels that a file defines."""
     return set(re.findall(r'::shim::entered\("(\w+)"\)', rewrite(source.read_text(), source)))
+
+
+def kernels_reached(source):
+    """The same of a file and of all that it includes beside it."""
+    files, found = [source], set()
+    for file in files:
+        included = re.findall(r'#include "([\w.]+)"', file.read_text())
+        beside = (file.parent / name for name in included)
+        files += [path for path in beside if path.is_file() and path not in files]
+        found |= kernels_of(file)
+    return found
 
 
 def _run(command):
@@ -237,8 +248,11 @@ def missing():
     return "" if shutil.which(CXX) else f"{CXX} is not on PATH"
 
 
-def environment(libraries):
-    """The environment of a Python process that loads `libraries`: the sanitizer must come first."""
+def environment(libraries, sm=80):
+    """The environment of a Python process that loads `libraries`: the sanitizer must come first.
+
+    `sm`: the device that the shim plays, 80 or 90 (with clusters).
+    """
 
     def runtime(name):
         return subprocess.run(
@@ -261,5 +275,6 @@ def environment(libraries):
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), str(ROOT)]),
+        "HOST_SHIM_SM": str(sm),
         "FASTRLHF_HOST_SHIM": os.pathsep.join(map(str, libraries)),
     }

@@ -1,6 +1,7 @@
-// Runs CUDA kernels on the CPU: every thread of a block is a fiber, blocks run one after another.
+// Runs CUDA kernels on the CPU: every thread of a cluster of blocks is a fiber, clusters run one
+// after another. Without clusters each block is one.
 //
-// A fiber runs until it must wait (a barrier, a warp's meeting), so a block that synchronises
+// A fiber runs until it must wait (a barrier, a warp's meeting), so a cluster that synchronises
 // properly gives the same bits in whatever order its fibers run, and one that does not shows it.
 // Shared memory is fresh from malloc, filled with NaN, for every block: AddressSanitizer guards its
 // ends. What hardware leaves undefined is an error here: see fail() in fibers.cpp and below.
@@ -39,11 +40,14 @@ struct Meeting {
   alignas(8) unsigned char brought[32][8] = {};
 };
 
-enum class Order { ascending, shuffled };  // of the blocks; shuffled also reverses the threads
+// Of the clusters; shuffled also reverses the blocks of a cluster and the threads of a block.
+enum class Order { ascending, shuffled };
 inline Order order = Order::ascending;
 
-// Runs body() once a thread. Throws std::runtime_error for a launch that cannot end well.
-void run(dim3 grid, dim3 block, size_t dynamic_bytes, const std::function<void()>& body);
+// Runs body() once a thread; `cluster` neighbours in x run at the same time and see each other's
+// shared memory. Throws std::runtime_error for a launch that cannot end well.
+void run(dim3 grid, dim3 block, unsigned cluster, size_t dynamic_bytes,
+         const std::function<void()>& body);
 
 // The rest is called by a kernel's threads. fail() does not return: the launch throws.
 [[noreturn]] void fail(const char* why, Place place);
@@ -56,6 +60,18 @@ int lane();
 
 // __syncthreads and its relatives; the sum of all threads' values.
 int barrier(Place place, int value);
+
+// Clusters. remote(): the address in block `rank` of the shared variable that lies at `here`.
+unsigned cluster_size();
+unsigned cluster_rank();
+void arrive_at_cluster(Place place);
+void wait_for_cluster(Place place);
+void* remote(Place place, const void* here, unsigned rank, size_t bytes);
+
+// Asynchronous copies of 16 bytes: the target is NaN until the thread waits for the copy's group.
+void begin_copy(Place place, void* to_shared, const void* from);
+void close_copy_group();
+void wait_for_copies(size_t open_groups);
 
 inline void check_lane(const Meeting& m, int source) {
   if (source < 0 || source > 31 || !(m.mask >> source & 1))

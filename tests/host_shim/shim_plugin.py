@@ -31,6 +31,15 @@ _backend.unavailable_reason = unavailable_reason
 logit_cases.DEVICE["cuda"] = "cpu"
 
 
+def last_launch(stem):
+    """(kernel, blocks of a cluster, bytes of dynamic shared memory) of the last launch by `stem`.cu."""
+    (path,) = (p for p in LIBRARIES if os.path.basename(p).startswith(f"{stem}-"))
+    library = ctypes.CDLL(path)
+    library.shim_last_launch.restype = ctypes.c_char_p
+    kernel, blocks, shared = library.shim_last_launch().decode().split()
+    return kernel, int(blocks), int(shared)
+
+
 def pytest_collection_modifyitems(config, items):
     def chosen(item):
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None

@@ -14,6 +14,7 @@ SHORT = {"sound", "no barrier", "read past the end", "write past the end", "unwr
 
 def attempt(kind):
     x = torch.empty(N) if kind == "unwritten tensor" else torch.arange(1.0, N + 1)
+    os.environ["HOST_SHIM_SM"] = "80" if "sm_80" in kind else "90"
     out = torch.zeros(N if kind in SHORT else 64)
     torch.ops.host_shim.fault(x, out, "sound" if kind == "unwritten tensor" else kind)
     return out.tolist()

@@ -20,3 +20,10 @@ inline float2 __bfloat1622float2(__nv_bfloat162 v) {
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
   return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }
+// Of a NaN and a number: the number.
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  const auto larger = [](__nv_bfloat16 x, __nv_bfloat16 y) {
+    return __float2bfloat16_rn(std::fmax(__bfloat162float(x), __bfloat162float(y)));
+  };
+  return {larger(a.x, b.x), larger(a.y, b.y)};
+}

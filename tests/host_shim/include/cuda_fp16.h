@@ -18,3 +18,10 @@ inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2floa
 inline __half2 __floats2half2_rn(float x, float y) {
   return {__float2half_rn(x), __float2half_rn(y)};
 }
+// Of a NaN and a number: the number.
+inline __half2 __hmax2(__half2 a, __half2 b) {
+  const auto larger = [](__half x, __half y) {
+    return __float2half_rn(std::fmax(__half2float(x), __half2float(y)));
+  };
+  return {larger(a.x, b.x), larger(a.y, b.y)};
+}

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <map>
 #include <stdexcept>
 #include <type_traits>
@@ -178,6 +179,25 @@ T __reduce_min_sync(unsigned mask, T value, SHIM_AT) {
                       [](T a, T b) { return std::min(a, b); });
 }
 
+// ---- clusters and asynchronous copies -----------------------------------------------------------
+
+// In the place of PTX: csrc/cuda/cluster.cuh takes these names, and says what they mean.
+namespace shim {
+inline void cluster_arrive(SHIM_AT) { arrive_at_cluster(SHIM_HERE("cluster_arrive")); }
+inline void cluster_wait(SHIM_AT) { wait_for_cluster(SHIM_HERE("cluster_wait")); }
+inline void store_remote(float* to, unsigned rank, float value, SHIM_AT) {
+  *static_cast<float*>(remote(SHIM_HERE("store_remote"), to, rank, sizeof(float))) = value;
+}
+inline void copy_async(void* to_shared, const void* from, SHIM_AT) {
+  // The sanitizers see both sides here, where the kernel has its mistake.
+  const volatile int4 *to = static_cast<int4*>(to_shared), *source = static_cast<const int4*>(from);
+  for (const volatile int4* at : {to, source}) (void)at->x, (void)at->w;
+  begin_copy(SHIM_HERE("copy_async"), to_shared, from);
+}
+inline void close_copies() { close_copy_group(); }
+inline void wait_copies(int open) { wait_for_copies(open); }
+}  // namespace shim
+
 // ---- maths --------------------------------------------------------------------------------------
 
 // glibc declares some of these names for itself: hence macros.
@@ -191,6 +211,10 @@ inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline double __dmul_rn(double x, double y) { return x * y; }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+// The low word of (high:low) >> (shift mod 32).
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>(((uint64_t(high) << 32) | low) >> (shift & 31));
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
@@ -209,7 +233,12 @@ using std::min;
 // ---- runtime ------------------------------------------------------------------------------------
 
 using cudaStream_t = struct CUstream_st*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorInvalidConfiguration,
+  cudaErrorInvalidClusterSize,
+};
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaFuncAttributePreferredSharedMemoryCarveout,
@@ -246,36 +275,49 @@ struct cudaLaunchConfig_t {
 namespace shim {
 inline cudaError_t last_error = cudaSuccess;
 inline std::map<const void*, int> dynamic_limit;  // of kernels that asked for more than 48 KiB
-constexpr int kSharedOptIn = 166912;              // 163 KiB of sm_80
+
+// The device that the shim plays. HOST_SHIM_SM: 80 (default) or 90, which has clusters.
+// HOST_SHIM_SHARED: bytes of shared memory that a block may take; a multiprocessor holds three such
+// blocks then, so that a kernel can be made to spread its work over more blocks, or fewer.
+inline int setting(const char* name, int otherwise) {
+  const char* text = std::getenv(name);
+  return text ? std::atoi(text) : otherwise;
+}
+inline int sm() { return setting("HOST_SHIM_SM", 80); }
+inline int shared_of_block() { return setting("HOST_SHIM_SHARED", (sm() >= 90 ? 227 : 163) << 10); }
+inline int shared_of_multiprocessor() {
+  return (std::getenv("HOST_SHIM_SHARED") ? 3 : 1) * (shared_of_block() + 1024);
+}
 }  // namespace shim
 
 inline cudaError_t cudaGetLastError() { return std::exchange(shim::last_error, cudaSuccess); }
 inline cudaError_t cudaPeekAtLastError() { return shim::last_error; }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess             ? "no error"
-         : error == cudaErrorInvalidValue ? "invalid argument"
-                                          : "invalid configuration argument";
+  return error == cudaSuccess                   ? "no error"
+         : error == cudaErrorInvalidValue       ? "invalid argument"
+         : error == cudaErrorInvalidClusterSize ? "cluster misconfiguration"
+                                                : "invalid configuration argument";
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-// An A100 with few multiprocessors: grids sized by them stay small, and have more than one block.
+// Few multiprocessors: grids sized by them stay small, and have more than one block.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       return *value = 3, cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
-      return *value = 8, cudaSuccess;
+      return *value = shim::sm() / 10, cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
-      return *value = 0, cudaSuccess;
+      return *value = shim::sm() % 10, cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      return *value = shim::kSharedOptIn, cudaSuccess;
+      return *value = shim::shared_of_block(), cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      return *value = shim::kSharedOptIn + 1024, cudaSuccess;
+      return *value = shim::shared_of_multiprocessor(), cudaSuccess;
   }
   return shim::last_error = cudaErrorInvalidValue;
 }
 template <typename K>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, K*) {
-  return *attributes = {80, 80, 0}, cudaSuccess;
+  return *attributes = {shim::sm(), shim::sm(), 0}, cudaSuccess;
 }
 template <typename K>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, K, int, size_t) {
@@ -284,7 +326,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, K, int, s
 template <typename K>
 cudaError_t cudaFuncSetAttribute(K* kernel, cudaFuncAttribute which, int value) {
   if (which != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value > shim::kSharedOptIn) return shim::last_error = cudaErrorInvalidValue;
+  if (value > shim::shared_of_block()) return shim::last_error = cudaErrorInvalidValue;
   shim::dynamic_limit[reinterpret_cast<const void*>(kernel)] = value;
   return cudaSuccess;
 }
@@ -295,8 +337,12 @@ inline cudaError_t cudaMemsetAsync(void* at, int byte, size_t bytes, cudaStream_
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
-  if (config->numAttrs) throw std::runtime_error("host shim: no clusters here");
   const dim3 grid = config->gridDim, block = config->blockDim;
+  dim3 cluster;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const auto& of = config->attrs[i].val.clusterDim;
+    cluster = {of.x, of.y, of.z};
+  }
   const auto limit = shim::dynamic_limit.find(reinterpret_cast<const void*>(kernel));
   const size_t most = limit == shim::dynamic_limit.end() ? 48 << 10 : limit->second;
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
@@ -305,6 +351,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                    block.z > 64;
   if (bad) return shim::last_error = cudaErrorInvalidConfiguration;
   if (config->dynamicSmemBytes > most) return shim::last_error = cudaErrorInvalidValue;
-  shim::run(grid, block, config->dynamicSmemBytes, [&] { kernel(static_cast<Params>(args)...); });
+  const bool fits =
+      config->numAttrs == 0 || (shim::sm() >= 90 && cluster.y == 1 && cluster.z == 1 &&
+                                cluster.x >= 1 && cluster.x <= 8 && grid.x % cluster.x == 0);
+  if (!fits) return shim::last_error = cudaErrorInvalidClusterSize;
+  shim::run(grid, block, cluster.x, config->dynamicSmemBytes,
+            [&] { kernel(static_cast<Params>(args)...); });
   return cudaSuccess;
 }

@@ -5,18 +5,9 @@
 #pragma once
 
 #include "checks.h"
-#include "rl_math.h"
+#include "softmax.h"
 
 namespace rl {
-
-// z = softcap * tanh(logits / softcap) * scale, with scale = 1 / temperature.
-template <typename A>
-struct RowMaths {
-  A scale;
-  A softcap;      // 0: none
-  A inv_softcap;  // 1 / softcap
-  A scale_low;    // 1 / temperature - scale
-};
 
 // Plain pointers and numbers: passed to CUDA kernels by value.
 struct RowsView {
@@ -43,8 +34,7 @@ struct RowsView {
     const double exact = row_temperature ? row_temperature_of(row) : temperature;
     const A t = static_cast<A>(exact), scale = A(1) / t;
     const A missed = std::fma(-scale, t, A(1)) - scale * static_cast<A>(exact - t);
-    return {scale, static_cast<A>(softcap), softcap > 0 ? A(1) / static_cast<A>(softcap) : A(0),
-            scale * missed};
+    return {scale, static_cast<A>(softcap), scale * missed};
   }
 };
 

@@ -72,8 +72,8 @@ def to_double(options):
 def assert_near(ours, eager, truth, what="", rounded=None):
     """Our error <= 2 x eager's error + 2 eps of our dtype at the size of the truth.
 
-    `rounded`: the truth with an intermediate (that everyone rounds to fp32) off by half an ulp. How far that
-    alone moves the result is measured and added.
+    `rounded`: the truth with an intermediate (that everyone rounds to fp32) off by half an ulp, as
+    `off_by_rounded_log_probs` gives it. How far that alone moves the result is measured and added.
     """
     truth = truth.detach().double().cpu()
     ours_error = (ours.detach().double().cpu() - truth).abs().max()
@@ -87,10 +87,58 @@ def assert_near(ours, eager, truth, what="", rounded=None):
     )
 
 
-def half_an_ulp_off(problem, name):
-    """(tensors, targets, rows) with rows[name] in fp64, moved by half an fp32 ulp."""
-    tensors, targets, rows = problem
-    return tensors, targets, {**rows, name: rows[name].double() * (1 + 2.0**-24)}
+LOWEST = ("-inf", "finfo.min")
+TEMPERATURES = (0.3, 0.7, 1.3)
+
+
+def rows_of_the_lowest(kind, dtype, backend):
+    """[5, V] 16-byte aligned rows, and targets above the lowest logit. V holds many batches of a thread or a block.
+
+    Runs of the lowest logit (-inf or finfo.min, with which trainers mask) fill whole batches: before the rest, behind
+    it, on both sides, in every second run of 16 columns; the last row has none.
+    """
+    device, width = DEVICE[backend], 12003 if interpreted(backend) else 66003
+    rows = torch.empty(5, width + 45, dtype=dtype, device=device)[:, :width]
+    rows.copy_(randn(5, width, seed=0, dtype=dtype, scale=3))
+    column = torch.arange(width, device=device)
+    low = torch.zeros(5, width, dtype=torch.bool, device=device)
+    low[0, :-1000], low[1, 700:], low[2] = True, True, (column - width // 2).abs() > 40
+    low[3] = column // 16 % 2 == 0
+    rows.masked_fill_(low, -torch.inf if kind == "-inf" else torch.finfo(dtype).min)
+    targets = torch.tensor([width - 500, 13, width // 2 + 1, 50 * 32 + 17, 9], device=device)
+    assert not low.gather(1, targets[:, None]).any()
+    return rows, targets
+
+
+def shifted(shift, device):
+    """([4, 5003] fp32 logits, the same + shift, without rounding); the maximum moves with every block."""
+    logits = randn(4, 5003, seed=0, scale=3) + torch.linspace(-9, 9, 5003)
+    logits[1::2] = logits[1::2].flip(1)
+    logits = ((logits * 256).round() / 256).to(device)  # an ulp at 1e4 is 2^-10
+    assert torch.equal((logits + shift) - shift, logits)
+    return logits, logits + shift
+
+
+def moved(rows, offset, extra):
+    """A copy of rows [n, V] that begins `offset` elements behind a 16-byte boundary; stride V + extra."""
+    count, width = rows.shape
+    buffer = torch.full((offset + count * (width + extra),), torch.nan, dtype=rows.dtype)
+    view = buffer.to(rows.device)[offset:].as_strided((count, width), (width + extra, 1))
+    return view.copy_(rows)
+
+
+def off_by_rounded_log_probs(truth, logprob, moved):
+    """The results `truth`, each entry off by as far as fp32's rounding of the rows' log-probs may move it.
+
+    `moved(move)` are the results with `move` added to the fp64 log-probs, wherever the loss reads them. Each row
+    moves alone, by half an ulp (2^-24 of it), and the distances add up: in a sum over rows the roundings may all
+    have one sign, and where eager's happen to cancel, its error is no measure of them.
+    """
+    off = [t.clone() for t in truth]
+    for row in torch.diag(2.0**-24 * logprob.flatten()):
+        for sums, now, t in zip(off, moved(row.view_as(logprob)), truth, strict=True):
+            sums += (now - t).abs()
+    return off
 
 
 def compiled(function):

@@ -1,5 +1,7 @@
 """token_logprob on every backend, against float64 and against torch's own functions."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ NAN, INF = float("nan"), float("inf")
 
 each_backend = cases.each_backend("token_logprob")
 fused = cases.each_backend("token_logprob", ("cpu", "triton", "cuda"))
+on_gpu = cases.each_backend("token_logprob", ("triton", "cuda"))
 
 
 def eager(logits, targets, temperature=1.0, softcap=None, mask=None):
@@ -118,7 +121,7 @@ def test_opcheck(backend):
     logits = randn(3, 5, seed=0, device=device)
     targets, mask = randint(5, (3,), 1, device=device), torch.tensor([1, 0, 1], device=device) > 0
     temperature = torch.tensor([1.0, 2.0, 0.5], device=device)
-    forward = (targets, temperature, 1.0, 4.0, mask, False)
+    forward = (targets, temperature, 1.0, 4.0, mask, True, False)
     checks = torch.library.opcheck
     checks(getattr(ops, f"{name}_fwd"), (logits.clone().requires_grad_(), *forward))
     _, _, stats = getattr(ops, f"{name}_fwd")(logits, *forward)
@@ -193,6 +196,244 @@ def test_minus_infinity_is_probability_zero(backend):
     (grad,) = torch.autograd.grad((logprob[:2].sum() + entropy.sum()), logits)
     assert grad.isfinite().all() and (grad[:2][logits[:2] == -INF] == 0).all()
     assert grad.abs().sum() > 0.1
+
+
+def gradients(function, logits, targets, grads, **kwargs):
+    """(logprob, entropy, dL/dlogits) for upstream gradients of both."""
+    logits = logits.detach().requires_grad_()
+    out = function(logits, targets, **kwargs)
+    grads = [g.to(o.device, o.dtype) for g, o in zip(grads, out, strict=True)]
+    return *(o.detach() for o in out), torch.autograd.grad(out, logits, grads)[0]
+
+
+def off_in_the_sum(relative, logits, targets, grads, temperature):
+    """dL/dlogits with the sum of every row's exponentials off by that much."""
+    logp = torch.log_softmax(logits / temperature, dim=-1)
+    p = logp.exp() * (1 - relative)
+    entropy = -(logp.exp() * logp).sum(-1, keepdim=True)
+    g, h = (x.unsqueeze(-1) for x in grads)
+    own = torch.zeros_like(p).scatter_(-1, targets.unsqueeze(-1), 1.0)
+    return (g * (own - p) - h * p * (logp + entropy)) / temperature
+
+
+def eager_of_any(logits, targets, temperature):
+    """`eager`, where a logit of -inf has probability 0 and adds nothing to the entropy."""
+    z = logits.float() if logits.dtype != torch.float64 else logits
+    logp = torch.log_softmax(z / temperature, dim=-1)
+    entropy = -(logp.exp() * logp.masked_fill(logp == -INF, 0.0)).sum(-1)
+    return logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
+
+
+NAMES = ("logprob", "entropy", "gradient")
+
+
+@on_gpu
+@pytest.mark.parametrize("temperature", cases.TEMPERATURES)
+@pytest.mark.parametrize("kind", cases.LOWEST)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_whole_batches_of_the_lowest_logit(backend, dtype, kind, temperature):
+    logits, targets = cases.rows_of_the_lowest(kind, dtype, backend)
+    grads = [randn(len(targets), seed=s) for s in (2, 3)]
+    kwargs = {"temperature": temperature}
+    ours = gradients(
+        token_logprob, logits, targets, grads, return_entropy=True, backend=backend, **kwargs
+    )
+    theirs = gradients(eager_of_any, logits, targets, grads, **kwargs)
+    truth = gradients(eager_of_any, logits.cpu().double(), targets.cpu(), grads, **kwargs)
+    for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
+        assert_near(o, e, t, what)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1e-4, 1e-6, 1e-9, 1e-12])
+def test_the_softmax_is_one_where_an_ulp_of_tanh_is_many_powers_of_two(backend, temperature, dtype):
+    """Gradients of the largest logit's log-probability are those of probabilities: within 1, and they add up to 0."""
+    logits = (-0.2 - 3 * randn(12, 2500, seed=0, device=DEVICE[backend]).abs()).to(dtype)
+    logits[-1] = -math.inf  # soft-capped: V finite z
+    kwargs = {"temperature": temperature, "softcap": 30.0, "return_entropy": True}
+    targets, grads = logits.argmax(-1), [torch.ones(12), torch.zeros(12)]
+    logprob, entropy, grad = gradients(
+        token_logprob, logits, targets, grads, backend=backend, **kwargs
+    )
+    assert (logprob < 1e-3).all() and logprob.isfinite().all() and entropy.isfinite().all()
+    assert abs(logprob[-1] + math.log(2500)) < 1e-5
+    grad = grad.double() * temperature
+    assert grad.abs().max() <= 1 and grad.sum(-1).abs().max() < 0.05
+
+
+@on_gpu
+@pytest.mark.parametrize("temperature", [1.0, *cases.TEMPERATURES, 2.0])
+def test_rows_of_one_huge_logit(backend, temperature):
+    """All logits equal and so large that an ulp is more than any exponent: each has probability 1 / V.
+
+    Not where z itself leaves the range of fp32: there log_softmax gives NaN too.
+    """
+    device, width = DEVICE[backend], 4133
+    largest = torch.finfo(torch.float32).max * min(temperature, 1.0)
+    sizes = torch.tensor([-1.0, 1.0, -1e-9, 1e-20, 1e-28, -1e-29], device=device)
+    logits = (0.99 * largest * sizes)[:, None].repeat(1, width)
+    targets = torch.arange(len(logits), device=device)
+    kwargs = {"temperature": temperature, "return_entropy": True, "backend": backend}
+    out = gradients(token_logprob, logits, targets, torch.ones(2, len(logits)), **kwargs)
+    truth = math.log(width)
+    assert (out[0] + truth).abs().max() < 2e-6 and (out[1] - truth).abs().max() < 2e-6
+    expected = torch.full_like(logits, -1 / width)
+    expected[targets, targets] += 1
+    torch.testing.assert_close(out[2], expected / temperature, rtol=2e-6, atol=1e-9)
+
+
+@on_gpu
+@pytest.mark.parametrize("temperature", [1.0, *cases.TEMPERATURES])
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+def test_a_common_shift_costs_nothing(backend, shift, temperature):
+    """softmax(z + s) = softmax(z): the bar is that of the logits without the shift."""
+    logits, far = cases.shifted(shift, DEVICE[backend])
+    targets, grads = (
+        randint(5003, (4,), 1, device=logits.device),
+        [randn(4, seed=s) for s in (2, 3)],
+    )
+    kwargs = {"temperature": temperature}
+    ours = gradients(
+        token_logprob, far, targets, grads, return_entropy=True, backend=backend, **kwargs
+    )
+    theirs = gradients(eager, logits, targets, grads, **kwargs)
+    truth = gradients(eager, logits.cpu().double(), targets.cpu(), grads, **kwargs)
+    for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
+        assert_near(o, e, t, what)
+
+
+@on_gpu
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_logits_of_every_size(backend, sign):
+    """Neighbours in fp32 around 2^k ln(2): where one way to take the maximum off ends, another begins.
+
+    At T = 1, where z is exact: at any other its rounding leaves no digit of the largest.
+    """
+    device, width = DEVICE[backend], 4133
+    sizes = sign * math.log(2) * 2.0 ** torch.arange(18, 36, device=device)
+    ulps = randint(5, (len(sizes), width), 0, device=device).sort()[0] - 2  # few alike in a tile
+    logits = sizes[:, None] + ulps * (sizes.abs() * 2.0**-23)[:, None]
+    targets = randint(width, (len(sizes),), 1, device=device)
+    grads = [randn(len(sizes), seed=s) for s in (2, 3)]
+    ours = gradients(token_logprob, logits, targets, grads, return_entropy=True, backend=backend)
+    theirs = gradients(eager_of_any, logits, targets, grads, temperature=1.0)
+    truth = gradients(eager_of_any, logits.cpu().double(), targets.cpu(), grads, temperature=1.0)
+    for row in range(len(sizes)):
+        for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
+            assert_near(o[row], e[row], t[row], f"{what} of row {row}")
+
+
+@each_backend
+def test_a_shift_that_only_fp64_can_hold(backend):
+    logits = (randn(3, 300, seed=0, dtype=torch.float64, scale=3) * 256).round() / 256
+    targets, grads = randint(300, (3,), 1), [randn(3, seed=s) for s in (2, 3)]
+    logits, targets = logits.to(DEVICE[backend]), targets.to(DEVICE[backend])
+    expected = gradients(eager, logits, targets, grads)
+    kwargs = {"return_entropy": True, "backend": backend}
+    for o, e in zip(
+        gradients(token_logprob, logits + 2.0**33, targets, grads, **kwargs), expected, strict=True
+    ):
+        torch.testing.assert_close(o, e, rtol=1e-6, atol=1e-9)
+
+
+@fused
+@pytest.mark.parametrize("mode", ["logprob", "entropy", "both"])
+def test_gradients_at_a_low_temperature(backend, mode):
+    """exp(z - max) / sum, not exp(z - lse): at T = 0.3 the rounding of lse alone would be seen."""
+    device = DEVICE[backend]
+    logits = randn(6, V, seed=0, scale=3, device=device)
+    logits[::2] += torch.linspace(-12, 12, V, device=device)
+    targets = randint(V, (6,), 1, device=device)
+    targets[3:] = logits[3:].argmax(-1)
+    grads = [
+        randn(6, seed=s) * (mode in (name, "both")) for s, name in ((2, NAMES[0]), (3, NAMES[1]))
+    ]
+    kwargs = {"temperature": 0.3}
+    ours = gradients(
+        token_logprob, logits, targets, grads, return_entropy=True, backend=backend, **kwargs
+    )
+    theirs = gradients(eager, logits, targets, grads, **kwargs)
+    truth = gradients(eager, logits.cpu().double(), targets.cpu(), grads, **kwargs)
+    # Everyone rounds a row's sum to fp32 several times: an ulp of it scales the probabilities of the
+    # whole row. (exp(z - lse) would be off by 2^-19 here.) Where a target's is near 1, 1 - p magnifies it.
+    other_sum = off_in_the_sum(2.0**-23, logits.cpu().double(), targets.cpu(), grads, **kwargs)
+    for row in range(6):  # a row of small gradients has a small bar
+        for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
+            rounded = other_sum[row] if what == "gradient" else None
+            assert_near(o[row], e[row], t[row], f"{what} of row {row}", rounded)
+
+
+@fused
+@pytest.mark.parametrize("softcap", [0.5, 3.0, 30.0, 32.0, 50.0, 1e4])
+def test_soft_caps_of_any_size(backend, softcap):
+    """The bar has no allowance for the soft-cap; logits around 0, and far behind the cap."""
+    device = DEVICE[backend]
+    logits = randn(4, 3001, seed=0, scale=4, device=device)
+    logits[2:] += torch.linspace(-3, 3, 3001, device=device) * min(softcap, 40.0)
+    targets, grads = randint(3001, (4,), 1, device=device), [randn(4, seed=s) for s in (2, 3)]
+    kwargs = {"softcap": softcap, "temperature": 0.7}
+    ours = gradients(
+        token_logprob, logits, targets, grads, return_entropy=True, backend=backend, **kwargs
+    )
+    theirs = gradients(eager, logits, targets, grads, **kwargs)
+    truth = gradients(eager, logits.cpu().double(), targets.cpu(), grads, **kwargs)
+    for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
+        assert_near(o, e, t, what)
+
+
+@cases.each_backend("token_logprob", ("triton",))
+def test_a_walk_without_the_entropy(backend):
+    from fastrlhf.kernels import token_logprob as kernels
+
+    logits = randn(3, V, seed=0, scale=3, device=DEVICE[backend])
+    arguments = (logits, randint(V, (3,), 1, device=logits.device), None, 0.7, 0.0, None)
+    with_it, without = (kernels.forward(*arguments, with_entropy=x) for x in (True, False))
+    assert torch.equal(with_it[0], without[0]) and torch.equal(with_it[2][:2], without[2][:2])
+    assert (with_it[1] > 0).all() and (without[1] == 0).all() and (without[2][2] == 0).all()
+
+
+@fused
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_bits_do_not_depend_on_where_a_row_lies(backend, dtype):
+    """Nor on whether the entropy is asked for: rows at every offset, at odd and even strides."""
+    device, width = DEVICE[backend], 20011
+    rows = randn(2, width, seed=0, dtype=dtype, scale=3, device=device)
+    rows[1] += torch.linspace(-12, 12, width, device=device).to(dtype)
+    targets, grads = randint(width, (2,), 1, device=device), [randn(2, seed=s) for s in (2, 3)]
+
+    def run(logits, entropy):
+        logits = logits.detach().requires_grad_()
+        kwargs = {"temperature": 0.7, "return_entropy": entropy, "backend": backend}
+        out = token_logprob(logits, targets, **kwargs)
+        out = out if entropy else (out,)
+        used = [g.to(device) for g in grads[: len(out)]]
+        return *out, torch.autograd.grad(out, logits, used)[0]
+
+    expected = {entropy: run(cases.moved(rows, 0, 5), entropy) for entropy in (False, True)}
+    assert torch.equal(expected[True][0], expected[False][0])
+    for offset in (1, 3) if cases.interpreted(backend) else range(8):
+        extra = (5, 0, 6, 1)[offset % 4]
+        for entropy, known in expected.items():
+            got = run(cases.moved(rows, offset, extra), entropy)
+            for a, b in zip(got, known, strict=True):
+                assert torch.equal(a, b), (offset, extra, entropy)
+
+
+@each_backend
+def test_a_long_row(backend):
+    """More tiles than wait for one merge; the largest logits lie in the first and the last ones."""
+    device, width = DEVICE[backend], 1_100_003
+    logits = randn(2, width, seed=0, scale=3, device=device)
+    logits[0, :3000] += 20
+    logits[1, -3000:] += 20
+    targets = torch.tensor([2000, 5], device=device)
+    grads = [randn(2, seed=s) for s in (2, 3)]
+    ours = gradients(token_logprob, logits, targets, grads, return_entropy=True, backend=backend)
+    theirs = gradients(eager, logits, targets, grads)
+    truth = gradients(eager, logits.cpu().double(), targets.cpu(), grads)
+    for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
+        assert_near(o, e, t, what)
 
 
 @each_backend

@@ -7,14 +7,16 @@ from hypothesis import strategies as st
 
 import logit_cases as cases
 from fastrlhf import token_loss
-from logit_cases import DEVICE, randint, randn
-from loss_cases import eager, gradient
+from logit_cases import DEVICE, assert_near, randint, randn
+from loss_cases import check_against_truth, eager, gradient
 
 V = 4133  # ragged; more than one block of the C++ kernel (2048)
 NAN, INF = float("nan"), float("inf")
 
 each_backend = cases.each_backend("token_loss")
 fused = cases.each_backend("token_loss", ("cpu", "triton", "cuda"))
+on_gpu = cases.each_backend("token_loss", ("triton", "cuda"))
+NAMES = ("loss", "logprob", "gradient")
 
 
 @each_backend
@@ -37,6 +39,64 @@ def test_minus_infinity_is_probability_zero(backend):
     old = torch.full((3,), -1.0, device=device)
     loss, _, grad = gradient(token_loss, logits, targets, old_logprob=old, backend=backend)
     assert loss.isfinite().all() and (grad[2] == 0).all()
+
+
+@on_gpu
+@pytest.mark.parametrize("temperature", cases.TEMPERATURES)
+@pytest.mark.parametrize("kind", cases.LOWEST)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_whole_batches_of_the_lowest_logit(backend, dtype, kind, temperature):
+    logits, targets = cases.rows_of_the_lowest(kind, dtype, backend)
+    check_against_truth(backend, logits, targets, {"temperature": temperature})
+
+
+@on_gpu
+@pytest.mark.parametrize("temperature", [1.0, *cases.TEMPERATURES])
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+def test_a_common_shift_costs_nothing(backend, shift, temperature):
+    """softmax(z + s) = softmax(z): the bar is that of the logits without the shift."""
+    logits, far = cases.shifted(shift, DEVICE[backend])
+    targets, kwargs = randint(5003, (4,), 1, device=logits.device), {"temperature": temperature}
+    ours = gradient(token_loss, far, targets, backend=backend, **kwargs)
+    theirs = gradient(eager, logits, targets, **kwargs)
+    truth = gradient(eager, logits.cpu().double(), targets.cpu(), **kwargs)
+    for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
+        assert_near(o, e, t, what)
+
+
+@fused
+def test_gradients_at_a_low_temperature(backend):
+    """exp(z - max) / sum, not exp(z - lse): at T = 0.3 the rounding of lse alone would be seen."""
+    device = DEVICE[backend]
+    logits = randn(6, V, seed=0, scale=3, device=device)
+    logits[::2] += torch.linspace(-12, 12, V, device=device)
+    targets = randint(V, (6,), 1, device=device)
+    targets[3:] = logits[3:].argmax(-1)
+    ours = gradient(token_loss, logits, targets, backend=backend, temperature=0.3)
+    theirs = gradient(eager, logits, targets, temperature=0.3)
+    truth = gradient(eager, logits.cpu().double(), targets.cpu(), temperature=0.3)
+    for row in range(6):  # a row of small gradients has a small bar
+        for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
+            assert_near(o[row], e[row], t[row], f"{what} of row {row}")
+
+
+@fused
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_bits_do_not_depend_on_where_a_row_lies(backend, dtype):
+    """At every offset, at odd and even strides; in place and not."""
+    device, width = DEVICE[backend], 20011
+    rows = randn(2, width, seed=0, dtype=dtype, scale=3, device=device)
+    rows[1] += torch.linspace(-12, 12, width, device=device).to(dtype)
+    targets = randint(width, (2,), 1, device=device)
+    kwargs = {"temperature": 0.7, "backend": backend}
+    expected = gradient(token_loss, cases.moved(rows, 0, 5), targets, **kwargs)
+    for offset in (1, 3) if cases.interpreted(backend) else range(8):
+        extra = (5, 0, 6, 1)[offset % 4]
+        for inplace in (False, True):
+            logits = cases.moved(rows, offset, extra)
+            got = gradient(token_loss, logits, targets, inplace_backward=inplace, **kwargs)
+            for a, b in zip(got, expected, strict=True):
+                assert torch.equal(a, b), (offset, extra, inplace)
 
 
 @each_backend

@@ -16,12 +16,6 @@ constexpr int64_t kBlock = 2048;           // logits per block: 8 KiB of fp32
 constexpr int64_t kFirst = 512;            // logits whose maximum starts a row
 constexpr int64_t kGrainLogits = 1 << 15;  // least work of a thread
 
-template <typename A>
-struct RowStats {
-  A max, log_sum;
-  A mean;  // of z - max under the softmax: entropy = log_sum - mean
-};
-
 // Running sums in as many lanes as the widest vector unit keeps in flight: adding them up costs
 // nothing until the row ends.
 constexpr int64_t kLanes = 64;
@@ -56,28 +50,15 @@ RL_INLINE A total(const A (&lanes)[kLanes]) {
   return sum;
 }
 
-template <bool kCap, typename T, typename A>
-RL_INLINE A unscaled(const T& x, const RowMaths<A>& f) {
-  // Divided: the rounding of a reciprocal would stretch the whole row by it.
-  if constexpr (kCap) return tanh(load(x) / f.softcap);
-  return load(x);
-}
-
-// dz / d unscaled.
-template <bool kCap, typename A>
-RL_INLINE A slope(const RowMaths<A>& f) {
-  return kCap ? f.softcap * f.scale : f.scale;
-}
-
 // z - base. Rounded once: the base's own rounding cancels, that of z would not.
 template <bool kCap, bool kFma, typename T, typename A>
 RL_INLINE A distance(const T& x, const RowMaths<A>& f, A scale, A base) {
-  return multiply_add<kFma>(unscaled<kCap>(x, f), scale, -base);
+  return multiply_add<kFma>(unscaled<kCap>(load(x), f), scale, -base);
 }
 
 template <bool kCap, bool kFma, typename T, typename A>
 RL_INLINE A row_logprob(const T& target, const RowStats<A>& stats, const RowMaths<A>& f) {
-  return distance<kCap, kFma>(target, f, slope<kCap>(f), stats.max) - stats.log_sum;
+  return distance<kCap, kFma>(target, f, dz_du<kCap>(f), stats.max) - stats.log_sum;
 }
 
 template <bool kCap, bool kFma, typename T, typename A>
@@ -87,7 +68,7 @@ RL_INLINE void add_block(const T* row, int64_t n, const RowMaths<A>& f, A scale,
     prefetch_lanes(row + j);
     const int64_t lanes = n - j < kLanes ? n - j : kLanes;
     const auto add = [&](int64_t l) RL_LAMBDA_INLINE {
-      const A z = unscaled<kCap>(row[j + l], f);
+      const A z = unscaled<kCap>(load(row[j + l]), f);
       out.max[l] = z > out.max[l] ? z : out.max[l];
       const A raw = multiply_add<kFma>(z, scale, -base);
       const A d = at_least(floor, raw);
@@ -113,12 +94,12 @@ RL_INLINE RowStats<A> row_stats(const T* row, int64_t width, const RowMaths<A>& 
   constexpr A kInf = std::numeric_limits<A>::infinity();
   constexpr A kMaxSlack = 1;
   const A floor = opaque(exp_floor<A>());
-  const A scale = slope<kCap>(f);
+  const A scale = dz_du<kCap>(f);
   A max = -kInf;
   A first = -kInf;
 #pragma omp simd reduction(max : first)
   for (int64_t j = 0; j < (width < kFirst ? width : kFirst); ++j) {
-    const A z = unscaled<kCap>(row[j], f);
+    const A z = unscaled<kCap>(load(row[j]), f);
     first = z > first ? z : first;
   }
   max = first * scale;
@@ -164,7 +145,7 @@ RL_INLINE void row_backward(const T* row, T* out, int64_t width, int64_t target,
   const A floor = opaque(exp_floor<A>());
   const A base = stats.max, log_sum = stats.log_sum;
   const A mean = stats.mean;
-  const A scale = slope<kCap>(f);
+  const A scale = dz_du<kCap>(f);
   // The target's own element, with 1 - p from expm1, before an in-place pass overwrites its logit.
   const A target_logit = load(row[target]);
   const A target_away = at_least(floor, distance<kCap, kFma>(row[target], f, scale, base));
@@ -176,9 +157,8 @@ RL_INLINE void row_backward(const T* row, T* out, int64_t width, int64_t target,
       const A raw = distance<kCap, kFma>(row[start + l], f, scale, base);
       const A away = at_least(floor, raw);
       const A p = exp_clamped(at_least(floor, away - log_sum));
-      A grad = -p * (h * (away - mean) + g) * f.scale;
-      if constexpr (kCap) grad *= sech2(load(row[start + l]) * f.inv_softcap);
-      store(out[start + l], grad);
+      store(out[start + l],
+            -p * (h * (away - mean) + g) * dz_dlogit<kCap>(load(row[start + l]), f));
     };
     if (lanes == kLanes) {
 #pragma omp simd
@@ -188,11 +168,8 @@ RL_INLINE void row_backward(const T* row, T* out, int64_t width, int64_t target,
       for (int64_t l = 0; l < lanes; ++l) write(l);
     }
   }
-  A chain = f.scale;
-  if constexpr (kCap) chain *= sech2(target_logit * f.inv_softcap);
-  const A d = at_least(floor, target_logprob);
-  const A own = -g * std::expm1(d) - h * exp_clamped(d) * (target_away - mean);
-  store(out[target], own * chain);
+  store(out[target],
+        target_gradient<kCap>(target_logit, target_logprob, target_away, g, h, mean, f));
 }
 
 // ---- rows, threads, dtypes

@@ -64,11 +64,9 @@ void backward_rows(const Batch& b, const Upstream<acc_t<T>>& upstream, const acc
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_logprob_fwd(Tensor logits, Tensor targets,
-                                                     std::optional<Tensor> row_temperature,
-                                                     double temperature, double softcap,
-                                                     std::optional<Tensor> mask,
-                                                     bool /*inplace_backward*/) {
+std::tuple<Tensor, Tensor, Tensor> token_logprob_fwd(
+    Tensor logits, Tensor targets, std::optional<Tensor> row_temperature, double temperature,
+    double softcap, std::optional<Tensor> mask, bool /*with_entropy*/, bool /*inplace_backward*/) {
   const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
   check_rows(b);
   const ScalarType dtype = acc_dtype(logits.scalar_type());

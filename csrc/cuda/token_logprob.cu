@@ -1,103 +1,36 @@
 // token_logprob on CUDA: forward one read of the logits, backward one read and one write.
 //
 // Shapes: logits [..., V] with any row strides, N rows; targets, mask, row_temperature, outputs: N.
-// One block walks one row. Each thread keeps its own running (max, sum e^d, sum d e^d), d = z -
-// max, over 16-byte loads; warps merge by shuffles and the block by shared memory, in a fixed
-// order: results repeat bit for bit and do not depend on other rows, nor on where a row lies: in
-// the forward the columns of a thread are the same at every alignment (off a 16-byte boundary it
-// loads single elements), so a row of an odd V has the same log-prob wherever it stands in a batch.
-// A target outside [0, V) is not read: its row's logprob and gradient are NaN (a check without a
-// host sync).
+// One block takes a row forward; see softmax_row.cuh for the order of its sums. Backward, as many
+// blocks share a row as fill the device. A target outside [0, V) is not read: its row's logprob and
+// gradient are NaN (a check without a host sync).
 
-#include "../token_logprob.h"
-#include "device.cuh"
 #include "launch.cuh"
+#include "softmax_row.cuh"
 
 namespace rl {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
-constexpr int kVectorsPerBlock = 4;  // 16-byte vectors a thread handles in the backward
+// Few warps a block: blocks that wait at their one barrier leave the multiprocessor to others.
+constexpr int kForwardThreads = 128, kBackwardThreads = 256;
 
-template <bool kCap, typename T, typename A>
-__device__ __forceinline__ A logit(T x, const RowMaths<A>& f) {
-  if constexpr (kCap) return f.softcap * tanh(load(x) * f.inv_softcap) * f.scale;
-  return load(x) * f.scale;
-}
+// Blocks a multiprocessor: what leaves each variant its registers.
+template <typename T, Cap kCap>
+constexpr int kForwardBlocks = is_rare<acc_t<T>, kCap> ? 1
+                               : kCap == kNoCap        ? 5
+                                                       : 4;
+template <typename T, Cap kCap>
+constexpr int kBackwardBlocks = is_rare<acc_t<T>, kCap> ? 1
+                                : kCap == kNoCap        ? 3
+                                                        : 2;
 
-// Running maximum and sums. Until a logit above -inf is seen, max is -inf and 0 stands in for it.
-template <typename A>
-struct Running {
-  A max, sum, weighted;
-
-  __device__ __forceinline__ static Running empty() { return {-A(INFINITY), A(0), A(0)}; }
-
-  // Moves the maximum up to at least `to`.
-  __device__ __forceinline__ void raise(A to) {
-    if (!(to > max)) return;
-    if (max > -A(INFINITY)) {
-      const A shift = at_least(exp_floor<A>(), max - to);
-      const A factor = exp_clamped(shift);
-      weighted = factor * (weighted + sum * shift);
-      sum *= factor;
-    }
-    max = to;
-  }
-
-  template <int kCount>
-  __device__ __forceinline__ void add(const A (&z)[kCount]) {
-    A top = z[0];
-#pragma unroll
-    for (int j = 1; j < kCount; ++j) top = z[j] > top ? z[j] : top;
-    raise(top);
-    const A base = max > -A(INFINITY) ? max : A(0);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const A d = at_least(exp_floor<A>(), z[j] - base);
-      const A e = exp_clamped(d);
-      sum += e;
-      weighted += e * d;
-    }
-  }
-
-  __device__ __forceinline__ void merge(Running other) {
-    if (max > other.max) {
-      other.raise(max);
-    } else {
-      raise(other.max);
-    }
-    sum += other.sum;
-    weighted += other.weighted;
-  }
-};
-
-template <typename A>
-__device__ Running<A> merge_block(Running<A> mine) {
-  __shared__ Running<A> of_warp[kWarps];
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    Running<A> other;
-    other.max = __shfl_xor_sync(~0u, mine.max, lanes);
-    other.sum = __shfl_xor_sync(~0u, mine.sum, lanes);
-    other.weighted = __shfl_xor_sync(~0u, mine.weighted, lanes);
-    mine.merge(other);
-  }
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
-  __syncthreads();
-  Running<A> all = of_warp[0];
-#pragma unroll 1
-  for (int w = 1; w < kWarps; ++w) all.merge(of_warp[w]);
-  return all;
-}
-
-template <typename T, bool kCap>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3)  // fp64 must not spill
+template <typename T, Cap kCap, bool kEntropy>
+__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<T, kCap>)
     token_logprob_fwd_kernel(const T* __restrict__ logits_ptr, RowsView view,
                              acc_t<T>* __restrict__ logprob_ptr, acc_t<T>* __restrict__ entropy_ptr,
                              acc_t<T>* __restrict__ stats_ptr) {
   using A = acc_t<T>;
-  constexpr int kSize = Vector<T>::kSize;
+  __shared__ Slots<A> slots;
   const int64_t r = blockIdx.x, count = view.rows.count, width = view.rows.width;
   if (!view.counts(r)) {
     if (threadIdx.x == 0)
@@ -105,130 +38,78 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3)  // fp64 mus
           stats_ptr[2 * count + r] = A(0);
     return;
   }
-  const RowMaths<A> f = view.maths<A>(r);
   const T* row = logits_ptr + view.rows.offset(r);
-  // fp64 always loads single elements: it has no registers to spare.
-  const bool aligned = kSize > 2 && reinterpret_cast<uintptr_t>(row) % 16 == 0;
-  const int64_t vectors = width / kSize;
-  Running<A> mine = Running<A>::empty();
-#pragma unroll 1
-  for (int64_t v = threadIdx.x; v < vectors; v += kThreads) {
-    Vector<T> x;
-    if (aligned) {
-      x = read_vector(row + v * kSize);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) x.at[j] = row[v * kSize + j];
-    }
-    A z[kSize];
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) z[j] = logit<kCap>(x.at[j], f);
-    mine.add(z);
-  }
-  // At most kSize - 1 elements behind the last vector.
-  const int64_t single = vectors * kSize + threadIdx.x;
-  if (single < width) {
-    const A z[1] = {logit<kCap>(row[single], f)};
-    mine.add(z);
-  }
-  const Running<A> all = merge_block(mine);
+  const Exponent<A, kCap> exponent(view.maths<A>(r));
+  Partial<A> all = reduce_row<kEntropy>(row, width, exponent, slots);
+  const bool far = exponent.far(all.max);
+  if (far) all = reduce_row_far<kEntropy>(row, width, exponent, slots, all.max);
   if (threadIdx.x == 0) {
-    const A log_sum = log(all.sum);
+    const RowSums<A, kCap> sums(exponent, all, far);
     const int64_t target = view.target(r);
     const bool inside = target >= 0 && target < width;
-    const A z = inside ? logit<kCap>(row[target], f) : A(NAN);
-    logprob_ptr[r] = (z - all.max) - log_sum;
-    const A mean = all.weighted / all.sum;
-    entropy_ptr[r] = log_sum - mean;
-    stats_ptr[r] = all.max;
-    stats_ptr[count + r] = log_sum;
-    stats_ptr[2 * count + r] = mean;
+    logprob_ptr[r] = inside ? sums.logprob(load(row[target])) : A(NAN);
+    entropy_ptr[r] = kEntropy ? sums.log_sum - sums.mean : A(0);
+    stats_ptr[r] = sums.stats.max;
+    stats_ptr[count + r] = sums.stats.log_sum;
+    stats_ptr[2 * count + r] = kEntropy ? sums.stats.mean : A(0);
   }
 }
 
-// dz_j = (g (1[j = t] - p_j) - h p_j (log p_j + entropy)) dz/dlogits; see csrc/cpu/logit_rows.h.
-template <typename A>
-struct RowGradient {
-  A g, h, max, log_sum, mean;
-  RowMaths<A> f;
-  int64_t target;
-
-  template <bool kCap, typename T>
-  __device__ __forceinline__ A at(T x, int64_t column) const {
-    A capped = load(x), chain = f.scale;
-    if constexpr (kCap) {
-      chain *= sech2(capped * f.inv_softcap);
-      capped = f.softcap * tanh(capped * f.inv_softcap);
-    }
-    const A away = at_least(exp_floor<A>(), capped * f.scale - max);
-    const A p = exp_clamped(at_least(exp_floor<A>(), away - log_sum));
-    const A own = column == target ? g : A(0);
-    return (own - p * (h * (away - mean) + g)) * chain;
-  }
-};
-
 // out may be logits (no __restrict__): every element is read and written by the same thread.
-template <typename T, bool kCap>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)  // fp64 must not spill
+template <typename T, Cap kCap, bool kEntropy>
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<T, kCap>)
     token_logprob_bwd_kernel(const T* logits_ptr, RowsView view, Upstream<acc_t<T>> upstream,
                              const acc_t<T>* __restrict__ stats_ptr, T* out_ptr, Rows out_rows) {
   using A = acc_t<T>;
-  constexpr int kSize = Vector<T>::kSize;
-  constexpr int64_t kSpan = int64_t(kThreads) * kVectorsPerBlock * kSize;
   const int64_t r = blockIdx.x, count = view.rows.count, width = view.rows.width;
   const T* row = logits_ptr + view.rows.offset(r);
   T* out = out_ptr + out_rows.offset(r);
-  bool counts = view.counts(r);  // and carries a gradient: other rows are not read
-  RowGradient<A> grad{};
-  if (counts) {
-    grad.target = view.target(r);
-    grad.g = upstream.logprob ? upstream.logprob[r] : A(0);
-    grad.h = upstream.entropy ? upstream.entropy[r] : A(0);
-    counts = grad.g != A(0) || grad.h != A(0);
-    if (grad.target < 0 || grad.target >= width) grad.g = A(NAN);
-    grad.max = stats_ptr[r];
-    grad.log_sum = stats_ptr[count + r];
-    grad.mean = stats_ptr[2 * count + r];
-    grad.f = view.maths<A>(r);
+  const A g_logprob = upstream.logprob ? upstream.logprob[r] : A(0);
+  const A h = kEntropy && upstream.entropy ? upstream.entropy[r] : A(0);
+  if (!view.counts(r) || (g_logprob == A(0) && h == A(0))) {  // such rows are not read
+    zero_row(out, Share<T>::even(out, width, blockIdx.y, gridDim.y));
+    return;
   }
-  const int64_t head = misaligned_head(row, width);
-  const bool vectorised = misaligned_head(out, width) == head;
-  const int64_t vectors = vectorised ? (width - head) / kSize : 0;
-  const int64_t first = blockIdx.y * int64_t(kThreads) * kVectorsPerBlock;
-#pragma unroll
-  for (int k = 0; k < kVectorsPerBlock; ++k) {
-    const int64_t v = first + k * kThreads + threadIdx.x;
-    if (v >= vectors) break;
-    const int64_t start = head + v * kSize;
-    Vector<T> y{};
-    if (counts) {
-      const Vector<T> x = read_vector(row + start);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) store(y.at[j], grad.template at<kCap>(x.at[j], start + j));
-    }
-    write_vector(out + start, y);
+  const int64_t target = view.target(r);
+  const bool inside = target >= 0 && target < width;
+  const A g = inside ? g_logprob : A(NAN);
+  const RowStats<A> stats{stats_ptr[r], stats_ptr[count + r], stats_ptr[2 * count + r]};
+  const Exponent<A, kCap> exponent(view.maths<A>(r));
+  const auto grad = RowGradient<A, kCap, kEntropy>::from_stats(exponent, stats, g, h);
+  const auto share = Share<T>::even(row, width, blockIdx.y, gridDim.y);
+  // The elements that this thread alone reads and writes, and is to write otherwise.
+  const bool has_single = share.single < width;
+  const A single = has_single ? load(row[share.single]) : A(0);
+  const bool has_target = inside && share.owns(target);
+  const A target_logit = has_target ? load(row[target]) : A(0);
+  const T* from = row + share.column(0);
+  if (grad.rare()) {
+    write_gradient<kBackwardThreads, true>(grad, share, from, out);
+    if (has_single) store(out[share.single], grad.template at<true>(single));
+  } else {
+    write_gradient<kBackwardThreads, false>(grad, share, from, out);
+    if (has_single) store(out[share.single], grad.template at<false>(single));
   }
-  // What no vector covers: head and tail in the first block, or this block's span of a row whose
-  // output is aligned otherwise than its input.
-  const int64_t tail = head + vectors * kSize;
-  const int64_t begin = vectorised ? 0 : blockIdx.y * kSpan;
-  const int64_t singles = vectorised ? (blockIdx.y == 0 ? head + (width - tail) : 0) : kSpan;
-  for (int64_t i = threadIdx.x; i < singles; i += kThreads) {
-    const int64_t column = vectorised ? (i < head ? i : tail + (i - head)) : begin + i;
-    if (column >= width) break;
-    T y{};
-    if (counts) store(y, grad.template at<kCap>(row[column], column));
-    out[column] = y;
+  if (has_target) {
+    const A u = exponent.target_u(target_logit);
+    const A away =
+        grad.far ? rounded_product(u, grad.dz) - stats.max : std::fma(u, grad.dz, -stats.max);
+    store(out[target], target_gradient<kCap != kNoCap>(target_logit, away - stats.log_sum,
+                                                       at_least(exp_floor<A>(), away), g, h,
+                                                       stats.mean, exponent.f));
   }
 }
 
 // ---- launch
 // --------------------------------------------------------------------------------------------------------
 
+// Blocks of a backward that keep a large device busy.
+constexpr int64_t kFill = 2048;
+
 std::tuple<Tensor, Tensor, Tensor> token_logprob_fwd(Tensor logits, Tensor targets,
                                                      std::optional<Tensor> row_temperature,
                                                      double temperature, double softcap,
-                                                     std::optional<Tensor> mask,
+                                                     std::optional<Tensor> mask, bool with_entropy,
                                                      bool /*inplace_backward*/) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
@@ -240,12 +121,16 @@ std::tuple<Tensor, Tensor, Tensor> token_logprob_fwd(Tensor logits, Tensor targe
   dispatch_float(logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
-    auto* kernel =
-        softcap > 0 ? token_logprob_fwd_kernel<T, true> : token_logprob_fwd_kernel<T, false>;
-    launch("token_logprob_fwd", kernel, static_cast<unsigned>(b.view.rows.count), kThreads, 0,
-           current_stream(logits), static_cast<const T*>(b.logits.const_data_ptr()), b.view,
-           static_cast<A*>(logprob.mutable_data_ptr()), static_cast<A*>(entropy.mutable_data_ptr()),
-           static_cast<A*>(stats.mutable_data_ptr()));
+    const int64_t tiles = b.view.rows.width / kTileColumns<T> + 1;
+    const auto threads = static_cast<unsigned>(32 * std::min<int64_t>(tiles, kForwardThreads / 32));
+    dispatch_cap<T>(softcap, with_entropy, [&](auto cap, auto entropy_too) {
+      launch("token_logprob_fwd", token_logprob_fwd_kernel<T, cap(), entropy_too()>,
+             static_cast<unsigned>(b.view.rows.count), threads, 0, current_stream(logits),
+             static_cast<const T*>(b.logits.const_data_ptr()), b.view,
+             static_cast<A*>(logprob.mutable_data_ptr()),
+             static_cast<A*>(entropy.mutable_data_ptr()),
+             static_cast<A*>(stats.mutable_data_ptr()));
+    });
   });
   return {logprob, entropy, stats};
 }
@@ -269,15 +154,18 @@ void run_backward(const Batch& b, const std::optional<Tensor>& grad_logprob,
     using A = acc_t<T>;
     const Upstream<A> upstream{g ? static_cast<const A*>(g->const_data_ptr()) : nullptr,
                                h ? static_cast<const A*>(h->const_data_ptr()) : nullptr};
-    constexpr int64_t kSpan = int64_t(kThreads) * kVectorsPerBlock * Vector<T>::kSize;
-    const dim3 grid(static_cast<unsigned>(rows.count),
-                    static_cast<unsigned>((rows.width + kSpan - 1) / kSpan));
-    auto* kernel =
-        b.view.softcap > 0 ? token_logprob_bwd_kernel<T, true> : token_logprob_bwd_kernel<T, false>;
-    launch("token_logprob_bwd", kernel, grid, kThreads, 0, current_stream(b.logits),
-           static_cast<const T*>(b.logits.const_data_ptr()), b.view, upstream,
-           static_cast<const A*>(stats.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
-           out_rows);
+    // A block works off its constants over many packs; few rows are split among many blocks.
+    const int64_t packs = rows.width / kPerVector<T> + 2;
+    const int64_t split =
+        std::min((packs + kBackwardThreads - 1) / kBackwardThreads, kFill / rows.count + 1);
+    const dim3 grid(static_cast<unsigned>(rows.count), static_cast<unsigned>(split));
+    dispatch_cap<T>(b.view.softcap, upstream.entropy != nullptr, [&](auto cap, auto entropy_too) {
+      launch("token_logprob_bwd", token_logprob_bwd_kernel<T, cap(), entropy_too()>, grid,
+             kBackwardThreads, 0, current_stream(b.logits),
+             static_cast<const T*>(b.logits.const_data_ptr()), b.view, upstream,
+             static_cast<const A*>(stats.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
+             out_rows);
+    });
   });
 }
 

@@ -2,194 +2,231 @@
 // logits.
 //
 // Shapes: logits [..., V] with any row strides, N rows; targets, advantages, old_logprob, mask,
-// outputs: N. A cluster of 1 to 8 blocks takes one row. Each block copies its share into shared
-// memory as it is, in 16-byte vectors that the copying thread alone uses, and reduces (max, sum)
-// while they arrive; every warp leaves its pair in the shared memory of all blocks of the cluster,
-// and after one barrier each thread merges all pairs in the same order, knows the row's loss and
-// its slope, and writes gradients from shared memory. Several clusters share a multiprocessor: one
-// reads while another writes. Where the row does not fit (or for fp64) one block takes the row and
-// reads it twice, the second time backwards, what was read last first: it may still be in a cache.
+// outputs: N. A cluster of 1 to 8 blocks takes one row. Each block copies its tiles
+// (softmax_row.cuh) into shared memory as they are and reduces them while others arrive; every warp
+// leaves its tile's sums in the shared memory of all blocks of the cluster. After one barrier each
+// warp merges all tiles in the same order, so that every thread has the row's loss and slope, and
+// writes gradients from shared memory. Several clusters share a multiprocessor: one reads while
+// another writes. Where the row does not fit, for fp64 and for soft-caps above kFastCap, one block
+// takes the row and reads it twice.
 //
-// Order and bits depend on V, dtype and the alignment of the row alone: no atomics, no neighbours.
-// A target outside [0, V) is not read: its row is NaN (a check without a host sync).
+// Bits depend on V and dtype alone: no atomics, no neighbours. A target outside [0, V) is not read:
+// its row is NaN (a check without a host sync).
 
 #include "../token_loss.h"
 #include "cluster.cuh"
-#include "device.cuh"
 #include "launch.cuh"
-#include "loss_rows.cuh"
+#include "softmax_row.cuh"
 
 namespace rl {
 namespace {
 
+constexpr int kWarps = 8, kThreads = kWarps * 32;
 constexpr int kStages = 4;  // groups of copies: the first are reduced while the last arrive
+constexpr int kTilePacks = 32 * kTileVectors;
 
-template <typename T>
-__device__ __forceinline__ void zero_row(T* out, int width, int rank, int blocks) {
-  const Share<T> share(out, width, rank, blocks);
-  for (int v = threadIdx.x; v < share.count; v += kThreads) {
-    write_vector(out + share.column(v), Vector<T>{});
+// Blocks a multiprocessor, which the launch bounds leave registers for and plan_row() counts on.
+template <typename T, Cap kCap, bool kOnChip>
+constexpr int kResident = is_rare<acc_t<T>, kCap>     ? 1
+                          : kCap == kNoCap && kOnChip ? 3
+                                                      : 2;
+
+// The tiles of a row that a block holds in shared memory, as copied: pack a of the chip is pack
+// first * kTilePacks + a of the row, counted from the 16-byte boundary at or before its start.
+// kCap: what lies beyond the row is -inf there, whose soft-capped z is not.
+template <typename T, bool kAligned, bool kCap>
+struct ChipTiles {
+  static constexpr bool kReadsWhole = true, kGuards = kCap;
+  const T* chip;
+  int64_t first, width;
+  int skew;
+
+  __device__ __forceinline__ int64_t whole() const {
+    return kCap ? width / kTileColumns<T> - first : kSlots;
   }
-  if (share.single < width) out[share.single] = T{};
-}
-
-// dL/dlogits_j = slope (1[j = target] - p_j) dz_j/dlogits_j.
-template <typename A>
-struct RowGradient {
-  A c, b, factor;  // factor: -slope dz/du / sum e
-  RowMaths<A> f;
-
-  template <bool kCap, typename T>
-  __device__ __forceinline__ A at(T x) const {
-    const A p = exp2_fast(std::fma(unscaled<kCap>(x, f), c, -b)) * factor;
-    if constexpr (kCap) return p * sech2(load(x) * f.inv_softcap);
-    return p;
+  __device__ __forceinline__ int64_t columns(int64_t tile) const {
+    return width - (first + tile) * kTileColumns<T>;
   }
+  __device__ __forceinline__ Tile<T> read(int64_t tile) const {
+    constexpr int kSize = kPerVector<T>;
+    Tile<T> x;
+    const T* from = chip + (tile * kTilePacks + threadIdx.x % 32) * kSize;
+#pragma unroll
+    for (int k = 0; k < kTileVectors; ++k) {
+      const T* at = from + k * 32 * kSize;
+      if constexpr (kAligned) {
+        x.vector[k] = *reinterpret_cast<const Pack<T>*>(at);
+      } else if constexpr (sizeof(T) == 2) {
+        x.vector[k] = shifted<T>(*reinterpret_cast<const Pack<T>*>(at),
+                                 *reinterpret_cast<const Pack<T>*>(at + kSize), skew);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) x.vector[k].at[i] = at[skew + i];
+      }
+    }
+    return x;
+  }
+  __device__ __forceinline__ Tile<T> read_guarded(int64_t tile) const { return read(tile); }
 };
+
+// Starts to copy this lane's packs of a tile; what lies beyond the row is -inf.
+template <typename T>
+__device__ __forceinline__ void copy_tile(T* chip, const T* row, int64_t first, int tile, int skew,
+                                          int64_t width, int packs) {
+  constexpr int kSize = kPerVector<T>;
+  const int lane = threadIdx.x % 32;
+  T* const to = chip + (tile * kTilePacks + lane) * kSize;
+  const int64_t column = ((first + tile) * kTilePacks + lane) * kSize - skew;
+  if (packs == kTilePacks && (first + tile + 1) * kTileColumns<T> - skew <= width) {
+#pragma unroll
+    for (int k = 0; k < kTileVectors; ++k) {
+      copy_async(to + k * 32 * kSize, row + column + k * 32 * kSize);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int k = 0; k * 32 + lane < packs; ++k) {
+    const int64_t at = column + k * 32 * kSize;
+    if (at + kSize <= width) {
+      copy_async(to + k * 32 * kSize, row + at);
+    } else {
+      *reinterpret_cast<Pack<T>*>(to + k * 32 * kSize) = guarded_pack(row, at, width);
+    }
+  }
+}
 
 // grad_ptr: nullptr where only the values are wanted; may be the logits (no __restrict__: the
 // thread that reads an element writes it, and all have read the target's before any writes).
-template <typename T, bool kCap, bool kOnChip>
-__global__ void __launch_bounds__(kThreads, std::is_same_v<T, double> ? 1 : 2)
+template <typename T, Cap kCap, bool kOnChip>
+__global__ void __launch_bounds__(kThreads, kResident<T, kCap, kOnChip>)
     token_loss_fwd_kernel(const T* logits_ptr, RowsView view, LossView<acc_t<T>> loss,
                           LossOutputs<acc_t<T>> to, T* grad_ptr, Rows grad_rows) {
   using A = acc_t<T>;
-  constexpr int kSize = Vector<T>::kSize;
-  constexpr int kSlots = kOnChip ? kMaxCluster * kWarps : kWarps;
+  constexpr int64_t kColumns = kTileColumns<T>;
   extern __shared__ int4 chip_bytes[];
-  __shared__ A slot_max[kSlots];
-  __shared__ A slot_sum[kSlots];
+  __shared__ Slots<A> slots;
   T* const chip = reinterpret_cast<T*>(chip_bytes);
   const int blocks = kOnChip ? cluster_size() : 1, rank = kOnChip ? cluster_rank() : 0;
-  const int64_t r = blockIdx.x / blocks, rows = view.rows.count;
-  const int width = static_cast<int>(view.rows.width), thread = threadIdx.x;
+  const int64_t r = blockIdx.x / blocks, rows = view.rows.count, width = view.rows.width;
+  const int tiles = static_cast<int>((width + kColumns - 1) / kColumns);
+  const int each = (tiles + blocks - 1) / blocks, first = rank * each;
+  const int count = max(0, min(each, tiles - first));
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const T* const row = logits_ptr + view.rows.offset(r);
   T* const out = grad_ptr ? grad_ptr + grad_rows.offset(r) : nullptr;
+  const auto zero = [&] {
+    const int64_t begin = int64_t{first} * kTilePacks;
+    zero_row(out, Share<T>(out, width, begin, begin + int64_t{each} * kTilePacks, rank == 0));
+  };
   const bool speaker = rank == 0 && thread == 0;  // writes the row's values
   if (!view.counts(r)) {
     if (speaker) to.loss[r] = to.logprob[r] = to.slope[r] = to.stats[r] = to.stats[rows + r] = A(0);
-    if (out) zero_row(out, width, rank, blocks);
+    if (out) zero();
     return;
   }
 
-  if constexpr (kOnChip) cluster_arrive();  // "this block has started"
-  const Share<T> share(row, width, rank, blocks);
-  const int stage = ((share.count + kStages - 1) / kStages + kThreads - 1) / kThreads * kThreads;
+  const int skew = skew_of(row);
+  const int stage = (count + kStages * kWarps - 1) / (kStages * kWarps) * kWarps;
   if constexpr (kOnChip) {
+    cluster_arrive();  // "this block has started"
+                       // Each thread copies the packs that it will reduce.
 #pragma unroll 1
     for (int s = 0; s < kStages; ++s) {
-      const int end = min(share.count, (s + 1) * stage);
-      for (int v = s * stage + thread; v < end; v += kThreads) {
-        copy_async(chip + v * kSize, row + share.column(v));
+      const int end = min(count, (s + 1) * stage);
+      for (int i = s * stage + warp; i < end; i += kWarps) {
+        copy_tile(chip, row, first, i, skew, width, kTilePacks);
+      }
+      // The elements of a misaligned tile end in the pack behind it.
+      if (s == kStages - 1 && skew > 0 && warp == 0) {
+        copy_tile(chip, row, first, count, skew, width, 1);
       }
       close_copies();
     }
   }
   // While the copies are under way.
-  const RowMaths<A> f = view.maths<A>(r);
-  const A dz_du = kCap ? f.softcap * f.scale : f.scale;
-  const A c = dz_du * A(1.4426950408889634);
+  const Exponent<A, kCap> exponent(view.maths<A>(r));
+  // Made again where it is needed: kept, it would cost registers that the tiles want.
+  const auto share_of = [&] {
+    const int64_t begin = int64_t{first} * kTilePacks;
+    return Share<T>(row, width, begin, begin + int64_t{each} * kTilePacks, rank == 0);
+  };
   const int64_t target = view.target(r);
   const bool inside = target >= 0 && target < width;
-  const T target_logit = inside ? row[target] : T{};
-  const T single = share.single < width ? row[share.single] : T{};
+  const A target_logit = inside ? load(row[target]) : A(0);
+  const int64_t single_at = share_of().single;
+  const A single = single_at < width ? load(row[single_at]) : A(0);
 
-  Running<A> all = Running<A>::empty();
-  const auto add = [&](int begin, int end) {
-    for (int v = begin + thread; v < end; v += kThreads) {
-      const T* const from = kOnChip ? chip + v * kSize : row + share.column(v);
-      Vector<T> x;
-      *reinterpret_cast<int4*>(&x) = *reinterpret_cast<const int4*>(from);
-      A u[kSize];
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) u[j] = unscaled<kCap>(x.at[j], f);
-      all.add(u, c);
-    }
-  };
-  if (share.single < width) {
-    const A u[1] = {unscaled<kCap>(single, f)};
-    all.add(u, c);
-  }
+  Partial<A> all;
   if constexpr (kOnChip) {
-#pragma unroll 1
-    for (int s = 0; s < kStages; ++s) {
-      wait_copies(kStages - 1 - s);
-      add(s * stage, min(share.count, (s + 1) * stage));
-    }
-  } else {
-    add(0, share.count);
-  }
-
-  // Every warp's pair to every block; then all threads merge the same pairs in the same order.
-  all.merge_warp(c);
-  const int lane = thread % 32, warp = thread / 32;
-  if constexpr (kOnChip) {
-    __syncwarp();
     cluster_wait();  // all blocks have started
-    if (lane < blocks) {
-      store_remote(&slot_max[rank * kWarps + warp], lane, all.max);
-      store_remote(&slot_sum[rank * kWarps + warp], lane, all.sum);
+    const auto tell = [&](int i, const Partial<A>& part) {
+      if (lane < blocks) {
+        store_remote(&slots.max[first + i], lane, part.max);
+        store_remote(&slots.sum[first + i], lane, part.sum);
+      }
+    };
+    if (skew == 0) {
+#pragma unroll 1
+      for (int s = 0; s < kStages; ++s) {
+        wait_copies(kStages - 1 - s);
+        const int begin = min(count, s * stage);
+        reduce_tiles<false, false>(ChipTiles<T, true, kCap != kNoCap>{chip, first, width, 0}, begin,
+                                   min(count, begin + stage) - begin, exponent, A(0),
+                                   [&](int i, const Partial<A>& part) { tell(begin + i, part); });
+      }
+    } else {
+      wait_copies(0);
+      __syncthreads();  // packs that other threads copied
+      reduce_tiles<false, false>(ChipTiles<T, false, kCap != kNoCap>{chip, first, width, skew}, 0,
+                                 count, exponent, A(0), tell);
     }
     __syncwarp();
     cluster_arrive();
-    cluster_wait();
+    cluster_wait();  // parts of all tiles are here, and packs that other threads copied
+    all = merge_slots<false, false>(slots, tiles, exponent);
   } else {
-    if (lane == 0) {
-      slot_max[warp] = all.max;
-      slot_sum[warp] = all.sum;
-    }
-    __syncthreads();
+    all = reduce_row<false>(row, width, exponent, slots);
   }
-  all = Running<A>::empty();
-  for (int s = lane; s < blocks * kWarps; s += 32) all.merge({slot_max[s], slot_sum[s]}, c);
-  all.merge_warp(c);
+  const bool far = exponent.far(all.max);
+  if (far) {
+    all = reduce_row_far<false>(row, width, exponent, slots, all.max);
+    if constexpr (kOnChip) {  // nobody writes before all have read
+      cluster_arrive();
+      cluster_wait();
+    }
+  }
 
-  // log of the sum of e^(z - max z): the sum is of 2^(c u - b), and b is c max u rounded.
-  const A b = all.base(c);
-  const A log_sum = log(all.sum) - std::fma(all.max, c, -b) * A(0.6931471805599453);
-  const A u_target = inside ? unscaled<kCap>(target_logit, f) : A(NAN);
-  const A logprob = log_softmax(u_target, all.max, log_sum, kCap ? f.softcap : A(1), f);
+  const RowSums<A, kCap> sums(exponent, all, far);
+  const A logprob = inside ? sums.logprob(target_logit) : A(NAN);
   TokenTerm<A> term = loss.term(r, logprob);
   if (!inside) term.slope = A(NAN);
   if (speaker) {
     to.loss[r] = term.loss;
     to.logprob[r] = logprob;
     to.slope[r] = term.slope;
-    to.stats[r] = all.max * dz_du;
-    to.stats[rows + r] = log_sum;
+    to.stats[r] = sums.stats.max;
+    to.stats[rows + r] = sums.stats.log_sum;
   }
   if (out == nullptr) return;
-  if (term.slope == A(0)) return zero_row(out, width, rank, blocks);
+  if (term.slope == A(0)) return zero();
 
-  const RowGradient<A> grad{c, b, -term.slope * f.scale / all.sum, f};
-  const bool vectorised = misaligned_head(out, width) == share.head;
-  // From the last vector to the first.
-  const int own = (share.count - thread + kThreads - 1) / kThreads;
-  for (int i = own - 1; i >= 0; --i) {
-    const int v = i * kThreads + thread, column = share.column(v);
-    Vector<T> x;
-    if constexpr (kOnChip) {
-      *reinterpret_cast<int4*>(&x) = *reinterpret_cast<const int4*>(chip + v * kSize);
-    } else {
-      x = read_vector(row + column);
-    }
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) store(x.at[j], grad.template at<kCap>(x.at[j]));
-    if (vectorised) {
-      write_vector(out + column, x);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) out[column + j] = x.at[j];
-    }
+  const auto grad = RowGradient<A, kCap, false>::from_sums(sums, term.slope);
+  const Share<T> share = share_of();
+  const T* from = row + share.column(0);
+  if constexpr (kOnChip) {
+    from = chip + (share.first - int64_t{first} * kTilePacks) * kPerVector<T>;
   }
-  if (share.single < width) store(out[share.single], grad.template at<kCap>(single));
+  if (grad.rare()) {
+    write_gradient<kThreads, true>(grad, share, from, out);
+    if (share.single < width) store(out[share.single], grad.template at<true>(single));
+  } else {
+    write_gradient<kThreads, false>(grad, share, from, out);
+    if (share.single < width) store(out[share.single], grad.template at<false>(single));
+  }
   // The target's element once more, by the thread that wrote it: 1 - p without cancellation.
-  const int64_t v = (target - share.head) / kSize - share.first;
-  const bool in_vectors = target >= share.head && v >= 0 && v < share.count;
-  if (inside && (in_vectors ? v % kThreads == thread : share.single == target)) {
-    A chain = f.scale;
-    if constexpr (kCap) chain *= sech2(load(target_logit) * f.inv_softcap);
-    store(out[target], -term.slope * std::expm1(logprob) * chain);
+  if (inside && share.owns(target)) {
+    store(out[target], target_gradient<kCap != kNoCap>(target_logit, logprob, A(0), term.slope,
+                                                       A(0), A(0), exponent.f));
   }
 }
 
@@ -199,24 +236,29 @@ __global__ void __launch_bounds__(kThreads)
     token_loss_bwd_kernel(T* grad_ptr, Rows rows, const acc_t<T>* __restrict__ upstream_ptr,
                           int64_t stride_upstream) {
   using A = acc_t<T>;
+  using C = Cells<T>;
   for (int64_t r = blockIdx.x; r < rows.count; r += gridDim.x) {
     const A factor = upstream_ptr[r * stride_upstream];
     if (factor == A(1)) continue;
     T* const row = grad_ptr + rows.offset(r);
-    const Share<T> share(row, static_cast<int>(rows.width), blockIdx.y, gridDim.y);
-    const auto scaled = [&](T x) {
-      T y{};
-      if (factor != A(0)) store(y, load(x) * factor);
-      return y;
-    };
-    for (int v = threadIdx.x; v < share.count; v += kThreads) {
-      Vector<T> x{};
-      if (factor != A(0)) x = read_vector(row + share.column(v));
-#pragma unroll
-      for (int j = 0; j < Vector<T>::kSize; ++j) x.at[j] = scaled(x.at[j]);
-      write_vector(row + share.column(v), x);
+    const auto share = Share<T>::even(row, rows.width, blockIdx.y, gridDim.y);
+    if (factor == A(0)) {
+      zero_row(row, share);
+      continue;
     }
-    if (share.single < rows.width) row[share.single] = scaled(row[share.single]);
+    for (int v = threadIdx.x; v < share.count; v += kThreads) {
+      Pack<T> x = read_pack(row + share.column(v));
+#pragma unroll
+      for (int i = 0; i < Pack<T>::kCells; ++i) {
+        A both[C::kEach];
+        C::split(x.at[i], both);
+#pragma unroll
+        for (int j = 0; j < C::kEach; ++j) both[j] *= factor;
+        x.at[i] = C::join(both);
+      }
+      write_pack(row + share.column(v), x);
+    }
+    if (share.single < rows.width) store(row[share.single], load(row[share.single]) * factor);
   }
 }
 
@@ -236,11 +278,11 @@ struct Plan {
   int64_t bytes = 0;
 };
 
-// As few blocks a row as leave room for three blocks a multiprocessor, so that some read while
-// others reduce or write; else for two, else for one. One alone cannot overlap reading and writing:
-// without clusters (one block a row) the two-read path is taken instead.
+// As few blocks a row as leave room for `resident` blocks a multiprocessor, so that some read while
+// others reduce or write; else for fewer. One alone cannot overlap reading and writing: without
+// clusters (one block a row) the two-read path is taken instead.
 template <typename Kernel>
-Plan plan_row(Kernel* kernel, int device, int64_t row_bytes) {
+Plan plan_row(Kernel* kernel, int device, int most_resident, int64_t tiles, int64_t tile_bytes) {
   cudaFuncAttributes compiled;
   RL_CHECK(cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess,
            "token_loss: no kernel for this device in the extension");
@@ -249,9 +291,11 @@ Plan plan_row(Kernel* kernel, int device, int64_t row_bytes) {
   const int64_t per_sm = device_limit(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   const int64_t per_block = device_limit(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const int most = cluster_limit(compiled);
-  for (int resident = 3; resident >= (most > 1 ? 1 : 2); --resident) {
+  if (tiles > kSlots) return {};
+  for (int resident = most_resident; resident >= (most > 1 ? 1 : 2); --resident) {
     for (int blocks = 1; blocks <= most; blocks *= 2) {
-      const int64_t bytes = (row_bytes / 16 + blocks - 1) / blocks * 16;
+      // And the pack behind a misaligned share.
+      const int64_t bytes = (tiles + blocks - 1) / blocks * tile_bytes + 16;
       if (bytes + fixed <= per_block && (bytes + fixed + of_system) * resident <= per_sm) {
         return {blocks, bytes};
       }
@@ -260,19 +304,19 @@ Plan plan_row(Kernel* kernel, int device, int64_t row_bytes) {
   return {};
 }
 
-template <typename T, bool kCap>
+template <typename T, Cap kCap>
 void launch_fwd(const Batch& b, const LossView<acc_t<T>>& loss, const LossOutputs<acc_t<T>>& to,
                 T* grad, const Rows& grad_rows) {
   const Rows& rows = b.view.rows;
   const T* logits = static_cast<const T*>(b.logits.const_data_ptr());
   const cudaStream_t stream = current_stream(b.logits);
   // Without gradients one read is enough anyway.
-  if constexpr (!std::is_same_v<T, double>) {
+  if constexpr (!is_rare<acc_t<T>, kCap>) {
     auto* kernel = token_loss_fwd_kernel<T, kCap, true>;
     Plan plan;
     if (grad) {
-      plan = plan_row(kernel, b.logits.get_device_index(),
-                      rows.width * static_cast<int64_t>(sizeof(T)));
+      plan = plan_row(kernel, b.logits.get_device_index(), kResident<T, kCap, true>,
+                      (rows.width + kTileColumns<T> - 1) / kTileColumns<T>, 16 * kTilePacks);
     }
     if (plan.blocks > 0) {
       const auto bytes = static_cast<int>(plan.bytes);
@@ -303,9 +347,10 @@ LossTensors run(const Batch& b, const LossInputs& loss, const Tensor& targets, c
   dispatch_float(b.logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
-    auto* launch_rows = b.view.softcap > 0 ? launch_fwd<T, true> : launch_fwd<T, false>;
-    launch_rows(b, loss.view<A>(), to.outputs<A>(),
-                out ? static_cast<T*>(out->mutable_data_ptr()) : nullptr, out_rows);
+    dispatch_cap<T>(b.view.softcap, false, [&](auto cap, auto) {
+      launch_fwd<T, cap()>(b, loss.view<A>(), to.outputs<A>(),
+                           out ? static_cast<T*>(out->mutable_data_ptr()) : nullptr, out_rows);
+    });
   });
   return to;
 }
@@ -347,7 +392,7 @@ void token_loss_bwd_(Tensor grad, Tensor upstream) {
     // Mostly nothing is to be done: few blocks that look at many rows; more a row where rows are
     // few.
     const int64_t across = std::min<int64_t>(rows.count, 1024);
-    const int64_t vectors = rows.width / Vector<T>::kSize;
+    const int64_t vectors = rows.width / kPerVector<T>;
     const int64_t down = std::clamp<int64_t>(vectors / kThreads, 1, 1024 / across);
     launch("token_loss_bwd", token_loss_bwd_kernel<T>,
            dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)), dim3(kThreads), 0,

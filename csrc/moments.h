@@ -24,4 +24,65 @@ struct MomentsOf {
 
 using Moments = MomentsOf<double>;
 
+// The same without a division until the end, for threads that merge many: the count, and the sums
+// of x - pivot and of its square. Sums about one pivot merge by addition; moved() changes the
+// pivot. The pivot is one of the values: then squares <= count * m2, so that m2 keeps its digits
+// wherever the mean lies. Its relative error is a few times count * 2^-53 where the pivot is an
+// outlier from which all variance comes, and a few times 2^-53 elsewhere; equal values leave
+// exactly 0.
+struct PivotedSums {
+  double pivot = 0;
+  double count = 0;
+  double sum = 0;
+  double squares = 0;
+
+  RL_HD PivotedSums moved(double to) const {
+    const double by = pivot - to, shift = count * by;
+    return {to, count, sum + shift, squares + by * (2.0 * sum + shift)};
+  }
+  RL_HD Moments moments() const {
+    Moments out;
+    if (count == 0.0) return out;
+    const double drift = sum / count;
+    const double m2 = squares - drift * sum;
+    out.count = count;
+    out.mean = pivot + drift;
+    out.m2 = m2 < 0.0 ? 0.0 : m2;  // NaN stays NaN
+    return out;
+  }
+};
+
+// Those of one thread in S, about its first value of type A; it meets fewer than 2^31.
+template <typename A, typename S>
+struct PivotedValues {
+  A pivot = 0;
+  S sum = 0;
+  S squares = 0;
+  int count = 0;
+
+  // Those x whose bit in `keep` is set.
+  template <int kCount>
+  RL_HD void add(const A (&x)[kCount], unsigned keep) {
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+    for (int j = kCount - 1; count == 0 && j >= 0; --j) pivot = keep >> j & 1u ? x[j] : pivot;
+    const S about = static_cast<S>(pivot);
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+    for (int j = 0; j < kCount; ++j) {
+      if (!(keep >> j & 1u)) continue;
+      const S d = static_cast<S>(x[j]) - about;
+      sum += d;
+      squares += d * d;
+      ++count;
+    }
+  }
+  RL_HD PivotedSums sums() const {
+    return {static_cast<double>(pivot), static_cast<double>(count), static_cast<double>(sum),
+            static_cast<double>(squares)};
+  }
+};
+
 }  // namespace rl

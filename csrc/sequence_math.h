@@ -69,10 +69,11 @@ struct GaeRun {
 // is to stay.
 template <typename A>
 struct Whitening {
-  A mean;
-  A scale;
-  A shift;
+  A mean = 0;
+  A scale = 1;
+  A shift = 0;
 
+  Whitening() = default;
   RL_HD Whitening(const Moments& all, bool shift_mean, bool unbiased) {
     const double degrees = all.count - (unbiased ? 1.0 : 0.0);
     const double variance = all.m2 / (degrees < 1.0 ? 1.0 : degrees);

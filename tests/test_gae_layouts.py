@@ -121,6 +121,32 @@ def test_kl_gae_of_few_long_masked_sequences(backend, estimator):
         assert torch.equal(a, b)
 
 
+@each_backend_of("kl_gae", ("cuda",))
+@pytest.mark.parametrize("shape", [(3, 4), (2, 1028), (150, 132), (2, 20_000)])
+def test_contiguous_rows_have_the_bits_of_strided_ones(backend, shape):
+    # csrc/cuda has a kernel for contiguous fp32 rows of a multiple of four tokens.
+    device, seeds = DEVICE[backend], (1, 2, 3)
+    mask, score = cases.random_mask(shape, 5, keep=0.97), cases.randn(shape[0], 4, torch.float32)
+    mask[0], mask[1:, 2 * shape[1] // 3 :] = True, False
+    score, mask = score.to(device), mask.to(device)
+    rows = [cases.randn(shape, seed, torch.float32).to(device) for seed in seeds]
+    strided, views = [cases.with_strides(x) for x in rows], (mask, mask.T.contiguous().T)
+    for keep, view in ((None, None), views):
+        for op, tensors in ((gae, 2), (kl_reward, 2), (kl_gae, 3)):
+            options = {"backend": backend} | ({} if op is kl_reward else {"gamma": 0.99})
+            if op is not gae:
+                options["beta"] = 0.1
+            several = [(rows, keep), (strided, keep), (rows, view)]
+            outs = []
+            for inputs, m in several:
+                inputs = inputs[:tensors]
+                inputs = inputs if op is gae else [*inputs[:2], score, *inputs[2:]]
+                outs.append(op(*inputs, mask=m, **options))
+            for other in outs[1:]:
+                for a, b in zip(outs[0], other, strict=True):
+                    assert torch.equal(a, b)
+
+
 @each_kernel
 @pytest.mark.parametrize("shape", [(1,), (127,), (129,), (3, 128), (3, 131), (70, 1001)])
 def test_whitening_of_any_shape_and_offset(backend, shape):

@@ -100,6 +100,32 @@ def test_any_rank_and_stride(backend):
     assert masked_whiten(torch.tensor(3.0), backend=backend).shape == ()
 
 
+@cases.each_backend("masked_whiten", ("cuda",))
+def test_every_bit_is_the_same_in_any_layout(backend):
+    # fp64: nothing is rounded to fewer digits afterwards. Rows of 300 tokens cross tiles of 128.
+    for shape in ((7, 300), (40, 33), (3, 1024)):
+        x, mask = 7 + cases.randn(shape, 1), cases.random_mask(shape, 2)
+        flat = masked_whiten(x.flatten(), mask=mask.flatten(), backend=backend)
+        strided = cases.with_strides(x)
+        for view, keep in ((x, mask), (strided, mask), (x, mask.T.contiguous().T)):
+            assert torch.equal(masked_whiten(view, mask=keep, backend=backend).flatten(), flat)
+
+
+@cases.each_backend("masked_whiten", ("cuda",))
+@pytest.mark.parametrize("first", [0.0, 1e6, -1e12])
+def test_the_digits_survive_any_pivot(backend, first):
+    # The sums are taken about the first value that is met: an outlier, or far from zero.
+    # What cancels is at most count times what is left (csrc/moments.h), in a few roundings.
+    x = 3 + cases.randn(20_000, 1)
+    x[0] = first
+    for offset in (0.0, 1e9):
+        got = masked_whiten(x + offset, backend=backend)
+        exact = torch.tensor(cases.naive_whiten((x + offset).tolist()), dtype=torch.float64)
+        relative = 4 * len(x) * 2**-53
+        # The mean of numbers around 1e9 is rounded too, before it is subtracted.
+        torch.testing.assert_close(got, exact, rtol=relative, atol=relative + offset * 2**-52)
+
+
 @fused
 def test_packed_equals_flat(backend):
     x = cases.randn(20, 1, torch.float32)

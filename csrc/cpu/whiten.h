@@ -7,6 +7,28 @@
 
 namespace rl {
 
+// The same about the first value and in double, for squares beyond the range of A: equal values
+// have no deviation, whatever their size.
+template <typename A>
+__attribute__((noinline)) Moments far_moments(const A* x, const uint8_t* keep, int64_t count) {
+  Moments out;
+  double origin = 0, sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (keep && !keep[i]) continue;
+    if (out.count == 0) origin = x[i];
+    out.count += 1;
+    sum += x[i] - origin;
+  }
+  const double mean = sum / out.count;
+  for (int64_t i = 0; i < count; ++i) {
+    if (keep && !keep[i]) continue;
+    const double d = (x[i] - origin) - mean;
+    out.m2 += d * d;
+  }
+  out.mean = origin + mean;
+  return out;
+}
+
 // Moments of one block of at most kBlock tokens in two passes over memory that is in cache. x is 0
 // where keep is 0.
 template <typename A>
@@ -41,6 +63,7 @@ RL_INLINE Moments block_moments(const A* x, const uint8_t* keep, int64_t count) 
       drift += d;
     }
   }
+  if (!(m2 <= std::numeric_limits<A>::max())) return far_moments(x, keep, count);
   out.count = kept;
   out.mean = static_cast<double>(mean) + static_cast<double>(drift) / kept;
   const double squares = static_cast<double>(m2) - static_cast<double>(drift) * drift / kept;

@@ -1,118 +1,97 @@
 // ppo_loss on CUDA: loss, gradients and metrics in one launch, one read of every token.
 //
-// N tokens, 1-d or 2-d tensors of any strides; tiles of kTile tokens. Block b sums the tiles b,
-// b + blocks, ... and leaves one PpoSums; the last block to finish merges them in the order of the
-// blocks, so that no sum depends on which it was. The gradients need 1 / n, hence every block has
-// to know the whole mask: it counts a slice, tells the others, and counts further only what it has
-// not been told. No block ever waits for another.
+// N tokens, 1-d or 2-d tensors of any strides; a warp takes a tile of 128 tokens. Block b sums the
+// eight tiles from 8 b on, then those 8 * blocks later, ... and leaves one PpoTotals; the last
+// block to finish merges them in the order of the blocks, so that no sum depends on which it was.
+// The gradients need 1 / n, hence every block has to know the whole mask: it counts a slice, tells
+// the others, and counts further only what it has not been told. No block ever waits for another.
 #include "../ppo_loss.h"
 #include "blocks.cuh"
-#include "launch.cuh"
-#include "tokens.cuh"
+#include "token_reader.cuh"
 
 namespace rl {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kTokens = 4;  // of a thread in a tile
-constexpr int kTile = kThreads * kTokens;
 constexpr int kMaxBlocks = kThreads;  // one thread of the last block for each
 constexpr int64_t kSlice = 65536;     // bytes of mask that a block counts rather than be told
+
+// What one thread has seen, and what threads, warps and blocks have seen together: plain sums, and
+// those about a pivot for the two variances. Adding two of them divides nothing.
+struct PpoTotals {
+  double sum[kMetrics] = {};  // kRatioMax holds the largest, kExplainedVariance is unused
+  PivotedSums target, error;
+
+  __device__ __forceinline__ PpoSums<double> sums() const {
+    PpoSums<double> out;
+#pragma unroll
+    for (int i = 0; i < kMetrics; ++i) out.sum[i] = sum[i];
+    out.target = target.moments();
+    out.error = error.moments();
+    return out;
+  }
+};
+constexpr int64_t kTotalWords = sizeof(PpoTotals) / sizeof(double);
+
+// The sums and the maximum over a warp, in every lane.
+template <typename S>
+__device__ __forceinline__ void sum_metrics(S (&sum)[kMetrics]) {
+#pragma unroll 1
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+#pragma unroll
+    for (int i = 0; i < kMetrics; ++i) {
+      if (i == kExplainedVariance) continue;
+      const S other = __shfl_xor_sync(kAllLanes, sum[i], lanes);
+      if (i == kRatioMax) {
+        sum[i] = sum[i] < other ? other : sum[i];
+      } else {
+        sum[i] += other;
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ PpoTotals warp_total(PpoTotals x) {
+  sum_metrics(x.sum);
+  x.target = warp_total(x.target);
+  x.error = warp_total(x.error);
+  return x;
+}
+
+// What one thread has seen. Its warp adds the metrics in A, then all is fp64.
+template <typename A>
+struct PpoTerms {
+  A sum[kMetrics] = {};
+  PivotedValues<A, A> target, error;
+};
+template <typename A>
+__device__ __forceinline__ PpoTotals warp_total(PpoTerms<A> x) {
+  sum_metrics(x.sum);
+  PpoTotals out;
+#pragma unroll
+  for (int i = 0; i < kMetrics; ++i) out.sum[i] = x.sum[i];
+  out.target = warp_total(x.target.sums());
+  out.error = warp_total(x.error.sums());
+  return out;
+}
 
 template <typename A>
 struct PpoCall {
   TokenView logprob, old_logprob, advantages, values, old_values, returns, entropy, mask;
+  Tiles tiles;
   A low, high, dual_clip, value_clip;
   double value_coef, entropy_coef;
   A *grad_logprob, *grad_values, *grad_entropy;  // null: not wanted
   A* loss;
   float* metrics;
-  int64_t tokens;
   int blocks;
-  int slices;             // of the mask, at most kMaxBlocks; 0 without a mask
-  int64_t slice;          // tokens of one, a multiple of 16
-  Flags flags;            // slices + blocks of them
-  int64_t* kept;          // [slices]
-  PpoSums<double>* sums;  // [blocks]
+  int slices;      // of the mask, at most kMaxBlocks; 0 without a mask
+  int64_t slice;   // tiles of one
+  Flags flags;     // slices + blocks of them
+  int64_t* kept;   // [slices]
+  double* totals;  // [kTotalWords, blocks]
 };
-
-// Moments about the first value that a thread sees: equal values leave no deviation.
-template <typename A>
-struct Deviations {
-  A origin, sum, squares;
-
-  __device__ __forceinline__ void add(bool first, A x) {
-    if (first) origin = x;
-    const A d = x - origin;
-    sum += d;
-    squares += d * d;
-  }
-  __device__ __forceinline__ MomentsOf<A> moments(A count) const {
-    MomentsOf<A> out;
-    if (count == A(0)) return out;
-    const A shift = sum / count;
-    const A m2 = squares - sum * shift;
-    out.count = count;
-    out.mean = origin + shift;
-    out.m2 = m2 < A(0) ? A(0) : m2;  // NaN stays NaN
-    return out;
-  }
-};
-
-template <typename S>
-__device__ __forceinline__ MomentsOf<S> shifted(const MomentsOf<S>& x, int lanes) {
-  MomentsOf<S> out;
-  out.count = __shfl_down_sync(~0u, x.count, lanes);
-  out.mean = __shfl_down_sync(~0u, x.mean, lanes);
-  out.m2 = __shfl_down_sync(~0u, x.m2, lanes);
-  return out;
-}
-
-// Lane 0 gets the merged sums of the first `lanes` lanes, a power of two.
-template <typename S>
-__device__ __forceinline__ void merge_warp(PpoSums<S>& mine, int lanes) {
-#pragma unroll 1
-  for (int step = lanes / 2; step > 0; step /= 2) {
-    PpoSums<S> other;
-#pragma unroll
-    for (int i = 0; i < kMetrics; ++i) other.sum[i] = __shfl_down_sync(~0u, mine.sum[i], step);
-    other.target = shifted(mine.target, step);
-    other.error = shifted(mine.error, step);
-    mine.merge(other);
-  }
-}
-
-__device__ __forceinline__ MomentsOf<double> widened(const MomentsOf<float>& x) {
-  MomentsOf<double> out;
-  out.count = x.count, out.mean = x.mean, out.m2 = x.m2;
-  return out;
-}
-__device__ __forceinline__ PpoSums<double> widened(const PpoSums<double>& x) { return x; }
-__device__ __forceinline__ PpoSums<double> widened(const PpoSums<float>& x) {
-  PpoSums<double> out;
-#pragma unroll
-  for (int i = 0; i < kMetrics; ++i) out.sum[i] = x.sum[i];
-  out.target = widened(x.target);
-  out.error = widened(x.error);
-  return out;
-}
-
-// Thread 0 gets the merged sums of all threads: within a warp in S, then in fp64.
-template <typename S>
-__device__ __forceinline__ PpoSums<double> merge_block(PpoSums<S> mine) {
-  __shared__ double of_warp[kWarps][sizeof(PpoSums<double>) / sizeof(double)];
-  merge_warp(mine, 32);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  __syncthreads();  // what was here before has been read
-  if (lane == 0) *reinterpret_cast<PpoSums<double>*>(of_warp[warp]) = widened(mine);
-  __syncthreads();
-  PpoSums<double> all;
-  if (warp > 0) return all;
-  if (lane < kWarps) all = *reinterpret_cast<const PpoSums<double>*>(of_warp[lane]);
-  merge_warp(all, kWarps);
-  return all;
-}
 
 // One byte of 0 or 1 for each token: the sum of sixteen.
 __device__ __forceinline__ int count_bytes(uint4 v) {
@@ -122,19 +101,24 @@ __device__ __forceinline__ int count_bytes(uint4 v) {
 // The unmasked tokens of one slice, counted by a block.
 template <typename A>
 __device__ __forceinline__ int64_t count_slice(const PpoCall<A>& call, int slice) {
-  const int64_t begin = slice * call.slice;
-  const int64_t end = begin + call.slice < call.tokens ? begin + call.slice : call.tokens;
-  int64_t single = begin;  // what vectors do not cover starts here
-  int64_t kept = 0;
-  if (call.mask.wide_vector) {
-    const char* bytes = static_cast<const char*>(call.mask.data);
-    if (begin < end) single = end - (end - begin) % 16;
+  const int64_t first = slice * call.slice;
+  const int64_t end =
+      first + call.slice < call.tiles.count() ? first + call.slice : call.tiles.count();
+  int64_t tile = first, kept = 0;
+  if (call.tiles.width == call.tiles.tokens && call.mask.vector != 0 &&
+      reinterpret_cast<uintptr_t>(call.mask.data) % 16 == 0) {
+    // Sixteen tokens of a thread at a time; what such vectors do not cover is left to the tiles.
+    const int64_t whole = end * kTile <= call.tiles.tokens ? end : end - 1;
+    const int64_t vectors = whole > first ? (whole - first) * (kTile / 16) : 0;
 #pragma unroll 8
-    for (int64_t i = begin + 16 * threadIdx.x; i < single; i += 16 * kThreads)
-      kept += count_bytes(*reinterpret_cast<const uint4*>(bytes + i));
+    for (int64_t i = threadIdx.x; i < vectors; i += kThreads)
+      kept += count_bytes(reinterpret_cast<const uint4*>(call.mask.data + first * kTile)[i]);
+    tile = whole > first ? whole : first;
   }
-  for (int64_t i = single + threadIdx.x; i < end; i += kThreads) kept += call.mask.kept(i);
-  return block_sum<kThreads>(kept);
+#pragma unroll 1
+  for (tile += threadIdx.x / 32; tile < end; tile += kWarps)
+    kept += __popc(read_mask(call.mask, call.tiles, call.tiles.at(tile)));
+  return block_sum(kept);
 }
 
 // All unmasked tokens. Blocks begin at different slices, so that most of them are told most.
@@ -161,84 +145,91 @@ __device__ __forceinline__ int64_t count_kept(const PpoCall<A>& call) {
         atomicMin(&nearest, mine > slice ? mine - slice : mine - slice + call.slices);
       }
     }
-    told = block_sum<kThreads>(told);
+    told = block_sum(told);
     if (nearest == call.slices) return told;
     slice = (slice + nearest) % call.slices;
   }
 }
 
+// The tensors of one tile. Those of type A are in flight together; a tensor of 16-bit floats, and a
+// tile that goes on in the next row, are read one after the other: rare, and code that is not
+// needed costs time too where a launch lives for some microseconds.
 template <typename A>
-__device__ __forceinline__ void write(A* to, const A (&x)[kTokens], int64_t i, int valid) {
-  if (to == nullptr) return;
-  if (valid == kTokens) {
-    constexpr int kSize = Vector<A>::kSize;
-#pragma unroll
-    for (int k = 0; k < kTokens; k += kSize) {
-      Vector<A> v;
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) v.at[j] = x[k + j];
-      write_vector(to + i + k, v);
-    }
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < kTokens; ++k) {
-    if (k < valid) to[i + k] = x[k];
-  }
-}
+struct TileReader {
+  const Tiles& tiles;
+  const int64_t tile;
+  const Place place;
+  A* const stage;
+  unsigned own = 0;  // a bit for each tensor whose tokens are the lane's own
 
-// The tokens of one thread, 0 where masked, so that nothing behind the mask enters any sum.
-template <typename A>
-__device__ __forceinline__ void unpack(const TokenView& view, const Quad<A>& quad, int valid,
-                                       const bool (&keep)[kTokens], A (&x)[kTokens]) {
-  view.convert(quad, valid, x);
+  template <unsigned kBit>
+  __device__ __forceinline__ RawTile<A> start(const TokenView& view) {
+    constexpr TokenKind kKind = std::is_same_v<A, double> ? TokenKind::f64 : TokenKind::f32;
+    RawTile<A> raw{};
+    if (view.data == nullptr) return raw;
+    if (view.kind == kKind && tiles.in_one_row(place)) {
+      if (fetch(view, place, raw)) own |= kBit;
+    } else {
+      own |= kBit;
+      A x[kPerLane];
+      read_across(view, tiles, tile, stage, x);
+      as_raw(x, raw);
+    }
+    return raw;
+  }
+  // The lane's tokens, 0 where masked, so that nothing behind the mask enters any sum.
+  template <unsigned kBit>
+  __device__ __forceinline__ void finish(const RawTile<A>& raw, unsigned keep,
+                                         A (&x)[kPerLane]) const {
+    as_numbers(raw, x);
+    if (!(own & kBit)) to_own_tokens(stage, x);
 #pragma unroll
-  for (int k = 0; k < kTokens; ++k) x[k] = keep[k] ? x[k] : A(0);
-}
+    for (int j = 0; j < kPerLane; ++j) x[j] = keep >> j & 1u ? x[j] : A(0);
+  }
+};
 
 template <typename A>
 __global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 2 : 1)
     ppo_loss_fwd_kernel(const PpoCall<A> call) {
-  const int block = static_cast<int>(blockIdx.x);
+  __shared__ alignas(16) A stages[kWarps][kTile];
+  const int block = static_cast<int>(blockIdx.x), warp = threadIdx.x / 32;
   const bool has_values = call.values.data != nullptr;
   const bool has_old_values = call.old_values.data != nullptr;
-  double normaliser = call.tokens > 0 ? static_cast<double>(call.tokens) : 1.0;
+  double normaliser = call.tiles.tokens > 0 ? static_cast<double>(call.tiles.tokens) : 1.0;
   bool counted = call.slices == 0;
-  PpoSums<A> mine;
-  Deviations<A> target{}, error{};
-  int kept = 0;
-  for (int64_t start = int64_t(block) * kTile; start < call.tokens;
-       start += int64_t(call.blocks) * kTile) {
-    const int64_t i = start + threadIdx.x * kTokens;
-    const int64_t left = call.tokens - i;
-    const int valid = left >= kTokens ? kTokens : left > 0 ? static_cast<int>(left) : 0;
-    const Quad<float> mask = call.mask.read_mask(i, valid);
-    const Quad<A> raw_logprob = call.logprob.template read<A>(i, valid);
-    const Quad<A> raw_old_logprob = call.old_logprob.template read<A>(i, valid);
-    const Quad<A> raw_advantages = call.advantages.template read<A>(i, valid);
-    const Quad<A> raw_values = call.values.template read<A>(i, valid);
-    const Quad<A> raw_old_values = call.old_values.template read<A>(i, valid);
-    const Quad<A> raw_returns = call.returns.template read<A>(i, valid);
-    const Quad<A> raw_entropy = call.entropy.template read<A>(i, valid);
+  PpoTerms<A> mine;
+  // The whole block counts in the first round, so that every warp goes through it.
+  for (int64_t first = int64_t(block) * kWarps; first < call.tiles.count();
+       first += int64_t(call.blocks) * kWarps) {
+    const int64_t tile = first + warp;
+    const bool here = tile < call.tiles.count();
+    const Place place = here ? call.tiles.at(tile) : Place{0, 0, 0};
+    TileReader<A> reader{call.tiles, tile, place, stages[warp]};
+    const auto raw_logprob = reader.template start<1>(call.logprob);
+    const auto raw_old_logprob = reader.template start<2>(call.old_logprob);
+    const auto raw_advantages = reader.template start<4>(call.advantages);
+    const auto raw_values = reader.template start<8>(call.values);
+    const auto raw_old_values = reader.template start<16>(call.old_values);
+    const auto raw_returns = reader.template start<32>(call.returns);
+    const auto raw_entropy = reader.template start<64>(call.entropy);
+    const unsigned keep = read_mask(call.mask, call.tiles, place);
     if (!counted) {  // while the reads above are under way
       const int64_t count = count_kept(call);
       normaliser = count > 0 ? static_cast<double>(count) : 1.0;
       counted = true;
     }
-    bool keep[kTokens];
-#pragma unroll
-    for (int k = 0; k < kTokens; ++k) keep[k] = call.mask.keeps(mask, k, valid);
+    if (!here) continue;
 
-    A logprob[kTokens], old_logprob[kTokens], advantage[kTokens];
-    unpack(call.logprob, raw_logprob, valid, keep, logprob);
-    unpack(call.old_logprob, raw_old_logprob, valid, keep, old_logprob);
-    unpack(call.advantages, raw_advantages, valid, keep, advantage);
-    A grad_logprob[kTokens], grad_value[kTokens] = {};
+    A logprob[kPerLane], old_logprob[kPerLane], advantage[kPerLane];
+    reader.template finish<1>(raw_logprob, keep, logprob);
+    reader.template finish<2>(raw_old_logprob, keep, old_logprob);
+    reader.template finish<4>(raw_advantages, keep, advantage);
+    A grad_logprob[kPerLane], grad_value[kPerLane] = {};
 #pragma unroll
-    for (int k = 0; k < kTokens; ++k) {
+    for (int k = 0; k < kPerLane; ++k) {
       const PolicyTerm<A> term = policy_term(logprob[k], old_logprob[k], advantage[k], call.low,
                                              call.high, call.dual_clip);
-      const A ratio = keep[k] ? term.ratio : A(0);
+      const A ratio = keep >> k & 1u ? term.ratio : A(0);
       mine.sum[kPolicyLoss] += term.loss;
       mine.sum[kApproxKl] += term.kl;
       mine.sum[kClipFraction] += term.clipped;
@@ -247,75 +238,71 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 2 : 1)
       grad_logprob[k] = term.grad;
     }
     if (has_values) {
-      A value[kTokens], old_value[kTokens], wanted[kTokens];
-      unpack(call.values, raw_values, valid, keep, value);
-      unpack(call.returns, raw_returns, valid, keep, wanted);
-      unpack(call.old_values, raw_old_values, valid, keep, old_value);
-      int seen = kept;
+      A value[kPerLane], old_value[kPerLane], wanted[kPerLane], error[kPerLane];
+      reader.template finish<8>(raw_values, keep, value);
+      reader.template finish<32>(raw_returns, keep, wanted);
+      reader.template finish<16>(raw_old_values, keep, old_value);
 #pragma unroll
-      for (int k = 0; k < kTokens; ++k) {
+      for (int k = 0; k < kPerLane; ++k) {
         const A old = has_old_values ? old_value[k] : value[k];
         const ValueTerm<A> term = value_term(value[k], old, wanted[k], call.value_clip);
         mine.sum[kValueLoss] += term.loss;
         mine.sum[kValueClipFraction] += term.clipped;
         grad_value[k] = term.grad;
-        if (!keep[k]) continue;
-        target.add(seen == 0, wanted[k]);
-        error.add(seen == 0, value[k] - wanted[k]);
-        ++seen;
+        error[k] = value[k] - wanted[k];
       }
+      mine.target.add(wanted, keep);
+      mine.error.add(error, keep);
     }
     if (call.entropy.data != nullptr) {
-      A entropy[kTokens];
-      unpack(call.entropy, raw_entropy, valid, keep, entropy);
+      A entropy[kPerLane];
+      reader.template finish<64>(raw_entropy, keep, entropy);
 #pragma unroll
-      for (int k = 0; k < kTokens; ++k) mine.sum[kEntropy] += entropy[k];
+      for (int k = 0; k < kPerLane; ++k) mine.sum[kEntropy] += entropy[k];
     }
-#pragma unroll
-    for (int k = 0; k < kTokens; ++k) kept += keep[k];
 
     const A per_token = static_cast<A>(1 / normaliser);
     const A value_weight = static_cast<A>(call.value_coef) * per_token;
     const A entropy_weight = -static_cast<A>(call.entropy_coef) * per_token;
-    A grad_entropy[kTokens];
+    A grad_entropy[kPerLane];
 #pragma unroll
-    for (int k = 0; k < kTokens; ++k) {
+    for (int k = 0; k < kPerLane; ++k) {
       grad_logprob[k] *= per_token;
       grad_value[k] *= value_weight;
-      grad_entropy[k] = keep[k] ? entropy_weight : A(0);
+      grad_entropy[k] = keep >> k & 1u ? entropy_weight : A(0);
     }
-    write(call.grad_logprob, grad_logprob, i, valid);
-    write(call.grad_values, grad_value, i, valid);
-    write(call.grad_entropy, grad_entropy, i, valid);
+    const auto write = [&](A* to, const A(&x)[kPerLane]) {
+      if (to != nullptr) put(to + tile * kTile, place.count, stages[warp], x);
+    };
+    write(call.grad_logprob, grad_logprob);
+    write(call.grad_values, grad_value);
+    write(call.grad_entropy, grad_entropy);
   }
-  if (has_values) {
-    mine.target = target.moments(static_cast<A>(kept));
-    mine.error = error.moments(static_cast<A>(kept));
-  }
-  PpoSums<double> all = merge_block(mine);
+  PpoTotals all = block_total(mine);
   if (threadIdx.x == 0) {
-    call.sums[block] = all;
+    // By word, then by block: the last block reads a word of many blocks at once.
+    const double* words = reinterpret_cast<const double*>(&all);
+    for (int i = 0; i < kTotalWords; ++i) call.totals[i * call.blocks + block] = words[i];
     call.flags.raise(call.slices + block);
   }
   __syncthreads();
   if (!call.flags.all_up(call.slices, call.blocks)) return;
 
-  PpoSums<double> one;
-  if (static_cast<int>(threadIdx.x) < call.blocks) one = call.sums[threadIdx.x];
-  all = merge_block(one);
+  PpoTotals one;
+  if (static_cast<int>(threadIdx.x) < call.blocks) {
+    double* words = reinterpret_cast<double*>(&one);
+#pragma unroll
+    for (int i = 0; i < kTotalWords; ++i) words[i] = call.totals[i * call.blocks + threadIdx.x];
+  }
+  all = block_total(one);
   if (threadIdx.x == 0) {
     *call.loss = static_cast<A>(
-        ppo_finish(all, normaliser, call.value_coef, call.entropy_coef, call.metrics));
+        ppo_finish(all.sums(), normaliser, call.value_coef, call.entropy_coef, call.metrics));
   }
   call.flags.take_down(call.slices + call.blocks);
 }
 
-int blocks_for(int64_t tokens, int64_t each) {
-  const int64_t blocks = (tokens + each - 1) / each;
-  return static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_fwd(
+std::tuple<Tensor, Tensor, Tensor> ppo_loss_fwd(
     const Tensor& logprob, const Tensor& old_logprob, const Tensor& advantages,
     const std::optional<Tensor>& values, const std::optional<Tensor>& old_values,
     const std::optional<Tensor>& returns, const std::optional<Tensor>& entropy,
@@ -324,48 +311,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_fwd(
   const torch::stable::accelerator::DeviceGuard guard(logprob.get_device_index());
   const PpoInputs in{logprob, old_logprob, advantages, values, old_values, returns, entropy};
   in.check();
-  const int64_t tokens = logprob.numel();
-  RL_CHECK(
-      !mask.has_value() || (mask->scalar_type() == ScalarType::Bool && mask->numel() == tokens),
-      "mask: expected a bool tensor of ", tokens, " elements");
+  const auto view = [&](const auto& t, const char* name) { return tokens_like(t, logprob, name); };
+  const TokenView views[] = {view_of(logprob, "logprob"),    view(old_logprob, "old_logprob"),
+                             view(advantages, "advantages"), view(values, "values"),
+                             view(old_values, "old_values"), view(returns, "returns"),
+                             view(entropy, "entropy"),       mask_like(mask, logprob)};
+  const Tiles tiles = tiles_of(
+      logprob, {views[0], views[1], views[2], views[3], views[4], views[5], views[6], views[7]});
   const PpoOutputs out(in, with_grad);
   // Where there is nothing to sum, one block writes the zeros.
-  const int blocks = tokens > 0 ? blocks_for(tokens, kTile) : 1;
-  const int slices = mask.has_value() ? blocks_for(tokens, kSlice) : 0;
-  const int64_t slice = slices > 0 ? (tokens + slices - 1) / slices : 0;
-  constexpr int64_t kWords = sizeof(PpoSums<double>) / sizeof(int64_t);
-  const Tensor scratch =
-      empty_like_device(logprob, {blocks * kWords + slices + slices + blocks}, ScalarType::Long);
+  const int blocks = tiles.tokens > 0 ? blocks_for(tiles.count(), kWarps, kMaxBlocks) : 1;
+  const int slices = mask.has_value() ? blocks_for(tiles.tokens, kSlice, kMaxBlocks) : 0;
+  const int64_t slice = slices > 0 ? (tiles.count() + slices - 1) / slices : 0;
+  const Tensor scratch = empty_like_device(
+      logprob, {blocks * kTotalWords + slices + slices + blocks}, ScalarType::Long);
   int64_t* words = static_cast<int64_t*>(scratch.mutable_data_ptr());
   const auto run = [&](auto zero) {
     using A = decltype(zero);
     const PpoCall<A> call{
-        TokenView(logprob),
-        TokenView(old_logprob),
-        TokenView(advantages),
-        TokenView(values),
-        TokenView(old_values),
-        TokenView(returns),
-        TokenView(entropy),
-        TokenView(mask),
+        views[0],
+        views[1],
+        views[2],
+        views[3],
+        views[4],
+        views[5],
+        views[6],
+        views[7],
+        tiles,
         static_cast<A>(1 - clip),
         static_cast<A>(1 + clip),
         static_cast<A>(dual_clip),
         static_cast<A>(value_clip),
         value_coef,
         entropy_coef,
-        PpoOutputs::address<A>(out.grad_logprob, with_grad),
-        PpoOutputs::address<A>(out.grad_values, with_grad && values.has_value()),
-        PpoOutputs::address<A>(out.grad_entropy, with_grad && entropy.has_value()),
+        out.grad_logprob<A>(),
+        out.grad_values<A>(),
+        out.grad_entropy<A>(),
         static_cast<A*>(out.loss.mutable_data_ptr()),
         static_cast<float*>(out.metrics.mutable_data_ptr()),
-        tokens,
         blocks,
         slices,
-        (slice + 15) / 16 * 16,
-        Flags{reinterpret_cast<uint64_t*>(words + blocks * kWords + slices), next_tag()},
-        words + blocks * kWords,
-        reinterpret_cast<PpoSums<double>*>(words)};
+        slice,
+        Flags{reinterpret_cast<uint64_t*>(words + blocks * kTotalWords + slices), next_tag()},
+        words + blocks * kTotalWords,
+        reinterpret_cast<double*>(words)};
     launch("ppo_loss_fwd", ppo_loss_fwd_kernel<A>, static_cast<unsigned>(blocks), kThreads, 0,
            current_stream(logprob), call);
   };

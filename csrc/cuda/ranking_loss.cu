@@ -57,8 +57,9 @@ __device__ __forceinline__ int64_t count_prompts(const RankingCall<T>& call) {
   }
   if (threadIdx.x == 0 && (call.cut(0) != 0 || call.cut(call.prompts) != call.completions))
     wrong = 1;
-  strict = block_sum<kThreads>(strict);
-  return block_sum<kThreads>(wrong) > 0 ? -1 : strict;
+  // Both in one sum: there are fewer than 2^40 prompts.
+  strict = block_sum(strict + wrong * (int64_t{1} << 40));
+  return strict >> 40 ? -1 : strict;
 }
 
 // The strict pairs of the prompt begin .. end - 1, counted by a warp.
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kThreads) ranking_loss_fwd_kernel(const Rankin
       loss += prompt_loss(call, begin, end, pairs > 0 ? pair_weight(pairs, strict) : 0.0);
     }
   }
-  loss = block_sum<kThreads>(loss);
+  loss = block_sum(loss);
   if (threadIdx.x == 0) {
     call.partial[blockIdx.x] = loss;
     call.flags.raise(blockIdx.x);
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kThreads) ranking_loss_fwd_kernel(const Rankin
   __syncthreads();
   if (!call.flags.all_up(0, call.blocks)) return;
   loss = static_cast<int>(threadIdx.x) < call.blocks ? call.partial[threadIdx.x] : 0.0;
-  loss = block_sum<kThreads>(loss);
+  loss = block_sum(loss);
   if (threadIdx.x == 0) *call.loss = static_cast<A>(loss);
   call.flags.take_down(call.blocks);
 }

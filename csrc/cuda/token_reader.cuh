@@ -1,0 +1,379 @@
+// Per-token arguments on CUDA: warps read tiles of 128 tokens of any strides and any float dtype.
+//
+// N tokens: padded [B, T] or packed [N]. In a tile each lane owns four consecutive tokens. Where a
+// tile is whole, aligned and of unit stride, a lane reads and writes them as vectors; elsewhere
+// lanes take every 32nd token, which is coalesced at any offset, and exchange them in shared
+// memory. Both ways give a lane the same tokens, so no result depends on where they lie in memory.
+#pragma once
+
+#include <algorithm>
+
+#include "device.cuh"
+#include "launch.cuh"
+
+namespace rl {
+
+constexpr int kPerLane = 4;
+constexpr int kTile = 32 * kPerLane;
+constexpr unsigned kAllLanes = ~0u;
+
+enum class TokenKind : int { f64, f32, bf16, f16, mask };
+
+// A 1-d or 2-d tensor (null data: absent), by value in kernel arguments.
+struct TokenView {
+  const char* data = nullptr;
+  int64_t step = 0;      // bytes from a token to the next one
+  int64_t row_step = 0;  // bytes from a row to the next one
+  TokenKind kind = TokenKind::f32;
+  unsigned vector = 0;  // what a lane's four tokens are aligned to as vectors; 0: they are not
+
+  __device__ __forceinline__ const char* at(int64_t row, int64_t column) const {
+    return data + row * row_step + column * step;
+  }
+  // Whether a whole tile at `from` is read as vectors. It holds for all tiles of a row or for none.
+  RL_HD bool vectors(const char* from) const {
+    return vector != 0 && (reinterpret_cast<uintptr_t>(from) & (vector - 1)) == 0;
+  }
+};
+
+// Up to 128 tokens of a matrix, in row-major order: `count` of them exist.
+struct Place {
+  int64_t row, column;
+  int count;
+};
+
+// N tokens in rows of `width`, cut into tiles by their number in row-major order, whatever their
+// strides: the tile of a token, and the order of every sum, is the same in every layout.
+struct Tiles {
+  int64_t tokens, width;
+  double rows_per_token;
+  int64_t whole;  // tiles before this one are 16-byte vectors in each view, and 4 bytes in a mask
+
+  RL_HD int64_t count() const { return (tokens + kTile - 1) / kTile; }
+  // A product and a correction by one row: integer division of 64 bits is a call.
+  __device__ __forceinline__ Place of_token(int64_t token, int count) const {
+    int64_t row = static_cast<int64_t>(static_cast<double>(token) * rows_per_token);
+    int64_t column = token - row * width;
+    if (column < 0) --row, column += width;
+    if (column >= width) ++row, column -= width;
+    return {row, column, count};
+  }
+  __device__ __forceinline__ Place at(int64_t tile) const {
+    const int64_t left = tokens - tile * kTile;
+    return of_token(tile * kTile, left < kTile ? static_cast<int>(left) : kTile);
+  }
+  __device__ __forceinline__ bool in_one_row(const Place& place) const {
+    return place.column + place.count <= width;
+  }
+};
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
+
+template <typename To>
+__device__ __forceinline__ To read_as(const char* from) {
+  return *reinterpret_cast<const To*>(from);
+}
+
+// One element.
+template <typename A>
+__device__ __forceinline__ A read_one(const TokenView& view, int64_t row, int64_t column) {
+  const char* from = view.at(row, column);
+  switch (view.kind) {
+    case TokenKind::f64:
+      return static_cast<A>(read_as<double>(from));
+    case TokenKind::f32:
+      return static_cast<A>(read_as<float>(from));
+    case TokenKind::bf16:
+      return static_cast<A>(load(read_as<__nv_bfloat16>(from)));
+    default:
+      return static_cast<A>(load(read_as<__half>(from)));
+  }
+}
+
+// What a lane has read of a tile, before conversion, so that the reads of several tensors and tiles
+// are in flight together: its own four tokens as a vector, or every 32nd.
+template <typename A>
+struct RawTile {
+  uint32_t bits[kPerLane];
+};
+template <>
+struct RawTile<double> {
+  double bits[kPerLane];
+};
+
+// ---- reading: fetch() starts the loads, settle() uses them -------------------------------------
+
+// bits[j] of every 32nd token; 0 where there is none.
+template <typename Word, typename Bits>
+__device__ __forceinline__ void read_striped(const char* from, int64_t step, int count,
+                                             Bits (&bits)[kPerLane]) {
+  from += lane_id() * step;
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    bits[j] = j * 32 + lane_id() < count ? read_as<Word>(from) : Word(0);
+    from += 32 * step;
+  }
+}
+
+// The lane's four numbers of a tile of vectors.
+__device__ __forceinline__ void read_vectors(const char* from, RawTile<float>& raw) {
+  const int4 v = read_as<int4>(from + lane_id() * 16);
+  raw.bits[0] = v.x, raw.bits[1] = v.y, raw.bits[2] = v.z, raw.bits[3] = v.w;
+}
+__device__ __forceinline__ void read_vectors(const char* from, RawTile<double>& raw) {
+  const double2 low = read_as<double2>(from + lane_id() * 32);
+  const double2 high = read_as<double2>(from + lane_id() * 32 + 16);
+  raw.bits[0] = low.x, raw.bits[1] = low.y, raw.bits[2] = high.x, raw.bits[3] = high.y;
+}
+
+// `count` tokens of one row from address `from` on, as vectors if told so; then they are 128.
+template <typename A>
+__device__ __forceinline__ void fetch(const TokenView& view, const char* from, int count,
+                                      bool as_vectors, RawTile<A>& raw) {
+  if constexpr (std::is_same_v<A, double>) {
+    if (as_vectors) return read_vectors(from, raw);
+    read_striped<double>(from, view.step, count, raw.bits);
+  } else if (view.kind == TokenKind::f32) {
+    if (as_vectors) return read_vectors(from, raw);
+    read_striped<uint32_t>(from, view.step, count, raw.bits);
+  } else if (as_vectors) {
+    const int2 v = read_as<int2>(from + lane_id() * 8);
+    raw.bits[0] = v.x, raw.bits[1] = v.y;
+  } else {
+    read_striped<uint16_t>(from, view.step, count, raw.bits);
+  }
+}
+
+// A tile in one row. Returns whether it reads vectors, for settle().
+template <typename A>
+__device__ __forceinline__ bool fetch(const TokenView& view, const Place& place, RawTile<A>& raw) {
+  const char* from = view.at(place.row, place.column);
+  const bool as_vectors = place.count == kTile && view.vectors(from);
+  fetch(view, from, place.count, as_vectors, raw);
+  return as_vectors;
+}
+
+__device__ __forceinline__ float from_bits16(uint32_t bits, TokenKind kind) {
+  if (kind == TokenKind::bf16) return __uint_as_float(bits << 16);
+  __half half;
+  const uint16_t low = static_cast<uint16_t>(bits);
+  memcpy(&half, &low, sizeof(half));
+  return load(half);
+}
+
+// The lane's four tokens of a tile of vectors of type A.
+__device__ __forceinline__ void as_numbers(const RawTile<float>& raw, float (&x)[kPerLane]) {
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) x[j] = __uint_as_float(raw.bits[j]);
+}
+__device__ __forceinline__ void as_numbers(const RawTile<double>& raw, double (&x)[kPerLane]) {
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) x[j] = raw.bits[j];
+}
+
+__device__ __forceinline__ void as_raw(const float (&x)[kPerLane], RawTile<float>& raw) {
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) raw.bits[j] = __float_as_uint(x[j]);
+}
+__device__ __forceinline__ void as_raw(const double (&x)[kPerLane], RawTile<double>& raw) {
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) raw.bits[j] = x[j];
+}
+__device__ __forceinline__ void convert(const RawTile<float>& raw, bool as_vectors, TokenKind kind,
+                                        float (&x)[kPerLane]) {
+  if (kind == TokenKind::f32) return as_numbers(raw, x);
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    const uint32_t pair = raw.bits[j / 2];
+    const uint32_t half = j % 2 ? pair >> 16 : pair & 0xffffu;
+    x[j] = from_bits16(as_vectors ? half : raw.bits[j], kind);
+  }
+}
+__device__ __forceinline__ void convert(const RawTile<double>& raw, bool, TokenKind,
+                                        double (&x)[kPerLane]) {
+  as_numbers(raw, x);
+}
+
+// From every 32nd token to the lane's own four. `stage`: kTile elements of shared memory of this
+// warp.
+template <typename A>
+__device__ __forceinline__ void to_own_tokens(A* stage, A (&x)[kPerLane]) {
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) stage[j * 32 + lane_id()] = x[j];
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) x[j] = stage[lane_id() * kPerLane + j];
+}
+
+// The lane's four tokens as numbers.
+template <typename A>
+__device__ __forceinline__ void settle(const TokenView& view, const RawTile<A>& raw,
+                                       bool as_vectors, A* stage, A (&x)[kPerLane]) {
+  convert(raw, as_vectors, view.kind, x);
+  if (!as_vectors) to_own_tokens(stage, x);
+}
+
+// The same of any tile of a matrix, read where it is used.
+template <typename A>
+__device__ __forceinline__ void read_across(const TokenView& view, const Tiles& tiles, int64_t tile,
+                                            A* stage, A (&x)[kPerLane]) {
+  __syncwarp();
+#pragma unroll 2
+  for (int j = 0; j < kPerLane; ++j) {
+    const int64_t token = tile * kTile + j * 32 + lane_id();
+    const Place at = tiles.of_token(token, 1);
+    A one = 0;
+    if (token < tiles.tokens) one = read_one<A>(view, at.row, at.column);
+    stage[j * 32 + lane_id()] = one;
+  }
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) x[j] = stage[lane_id() * kPerLane + j];
+}
+
+// ---- masks: bytes of 0 or 1, four in a word; an absent mask keeps every token ------------------
+
+__device__ __forceinline__ uint32_t fetch_mask(const TokenView& view, const char* from, int count,
+                                               bool as_vectors) {
+  if (view.data == nullptr) return 0x01010101u;
+  if (as_vectors) return read_as<uint32_t>(from + lane_id() * 4);
+  uint32_t bytes[kPerLane];
+  read_striped<uint8_t>(from, view.step, count, bytes);
+  return bytes[0] | bytes[1] << 8 | bytes[2] << 16 | bytes[3] << 24;
+}
+
+// Bits 0, 8, 16 and 24 side by side.
+__device__ __forceinline__ unsigned nibble(uint32_t bytes) { return bytes * 0x10204080u >> 28; }
+
+// Bit j: the lane's token j exists and counts.
+__device__ __forceinline__ unsigned settle_mask(const TokenView& view, uint32_t raw, int count,
+                                                bool as_vectors) {
+  if (view.data == nullptr) {
+    const int left = count - lane_id() * kPerLane;
+    return left >= kPerLane ? 0xfu : left <= 0 ? 0u : (1u << left) - 1u;
+  }
+  if (as_vectors) return nibble(raw);
+  // Word j has a bit for each of the tokens [32 j, 32 j + 32); the lane's four lie in one word.
+  const int word = lane_id() * kPerLane / 32;
+  unsigned keep = 0;
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    const unsigned ballot = __ballot_sync(kAllLanes, raw >> (8 * j) & 1u);
+    if (j == word) keep = ballot >> (lane_id() * kPerLane % 32) & 0xfu;
+  }
+  return keep;
+}
+
+// The same of any tile of a matrix.
+__device__ __forceinline__ unsigned read_mask(const TokenView& view, const Tiles& tiles,
+                                              const Place& place) {
+  if (view.data == nullptr || tiles.in_one_row(place)) {
+    const char* from = view.at(place.row, place.column);
+    const bool as_vectors = place.count == kTile && view.vectors(from);
+    return settle_mask(view, fetch_mask(view, from, place.count, as_vectors), place.count,
+                       as_vectors);
+  }
+  uint32_t raw = 0;
+#pragma unroll 1
+  for (int j = 0; j < kPerLane; ++j) {
+    const int i = j * 32 + lane_id();
+    if (i >= place.count) break;
+    const Place one = tiles.of_token(place.row * tiles.width + place.column + i, 1);
+    raw |= uint32_t{read_as<uint8_t>(view.at(one.row, one.column))} << (8 * j);
+  }
+  return settle_mask(view, raw, place.count, false);
+}
+
+// ---- writing -----------------------------------------------------------------------------------
+
+// Writes the lane's four tokens to the contiguous tile at `to`, which is aligned to 16 bytes. Not
+// as a Pack, whose copy the compiler takes apart into four stores.
+__device__ __forceinline__ void put_vectors(float* to, const float (&x)[kPerLane]) {
+  reinterpret_cast<float4*>(to)[lane_id()] = make_float4(x[0], x[1], x[2], x[3]);
+}
+__device__ __forceinline__ void put_vectors(double* to, const double (&x)[kPerLane]) {
+  reinterpret_cast<double2*>(to)[lane_id() * 2] = make_double2(x[0], x[1]);
+  reinterpret_cast<double2*>(to)[lane_id() * 2 + 1] = make_double2(x[2], x[3]);
+}
+
+// The same at any address, of the first `count` tokens.
+template <typename A>
+__device__ __forceinline__ void put(A* to, int count, A* stage, const A (&x)[kPerLane]) {
+  if (count == kTile && reinterpret_cast<uintptr_t>(to) % 16 == 0) return put_vectors(to, x);
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) stage[lane_id() * kPerLane + j] = x[j];
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    const int i = j * 32 + lane_id();
+    if (i < count) to[i] = stage[i];
+  }
+}
+
+// ---- host --------------------------------------------------------------------------------------
+
+inline TokenView view_of(const Tensor& t, const char* name) {
+  RL_CHECK(t.dim() == 1 || t.dim() == 2, name, ": expected a 1-d or 2-d tensor, got ", t.dim(),
+           "-d");
+  const ScalarType dtype = t.scalar_type();
+  RL_CHECK(dtype == ScalarType::Bool || is_float_dtype(dtype), name, ": expected a float tensor");
+  const int64_t bytes = t.element_size();
+  TokenView view;
+  view.data = static_cast<const char*>(t.const_data_ptr());
+  view.step = t.stride(t.dim() - 1) * bytes;
+  view.row_step = t.dim() == 2 ? t.stride(0) * bytes : 0;
+  view.kind = dtype == ScalarType::Double     ? TokenKind::f64
+              : dtype == ScalarType::Float    ? TokenKind::f32
+              : dtype == ScalarType::BFloat16 ? TokenKind::bf16
+              : dtype == ScalarType::Half     ? TokenKind::f16
+                                              : TokenKind::mask;
+  if (view.step == bytes) view.vector = static_cast<unsigned>(std::min<int64_t>(16, 4 * bytes));
+  return view;
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t d = 0; same && d < a.dim(); ++d) same = a.size(d) == b.size(d);
+  return same;
+}
+
+// An argument with the shape of `like`; fp64 only together with fp64.
+inline TokenView tokens_like(const Tensor& t, const Tensor& like, const char* name) {
+  RL_CHECK(is_float_dtype(t.scalar_type()), name, ": expected a float tensor");
+  RL_CHECK(same_shape(t, like), name, ": expected the shape of the first argument");
+  RL_CHECK((t.scalar_type() == ScalarType::Double) == (like.scalar_type() == ScalarType::Double),
+           name, ": float64 goes only with float64");
+  return view_of(t, name);
+}
+inline TokenView tokens_like(const std::optional<Tensor>& t, const Tensor& like, const char* name) {
+  return t.has_value() ? tokens_like(*t, like, name) : TokenView{};
+}
+
+inline TokenView mask_like(const std::optional<Tensor>& mask, const Tensor& like) {
+  if (!mask || mask->numel() == 0) return {};
+  RL_CHECK(mask->scalar_type() == ScalarType::Bool, "mask: expected a bool tensor");
+  RL_CHECK(same_shape(*mask, like), "mask: expected the shape of the first argument");
+  return view_of(*mask, "mask");
+}
+
+// The tiles of views (and of an output) of the shape of `like`: one long row if one stride reaches
+// every token of each.
+inline Tiles tiles_of(const Tensor& like, std::initializer_list<TokenView> views) {
+  const int64_t tokens = like.numel(), width = like.size(like.dim() - 1);
+  bool flat = true, vectors = true;
+  for (const TokenView& v : views) {
+    if (v.data == nullptr) continue;
+    flat &= width == tokens || v.row_step == width * v.step;
+    vectors &= v.vectors(v.data) && v.vector != 8;
+  }
+  const int64_t row = flat ? tokens : width;
+  return {tokens, row, 1.0 / static_cast<double>(row), flat && vectors ? tokens / kTile : 0};
+}
+
+inline unsigned blocks_for(int64_t items, int64_t per_block, int64_t most) {
+  return static_cast<unsigned>(std::min((items + per_block - 1) / per_block, most));
+}
+
+}  // namespace rl

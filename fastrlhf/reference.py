@@ -219,6 +219,11 @@ def ppo_loss(
     def mean(x):
         return x.masked_fill(~keep, 0.0).sum() / count
 
+    def variance(x):
+        """Of x - max(x): equal elements have none, whatever their size."""
+        d = x - x.masked_fill(~keep, -torch.inf).max() if x.numel() else x
+        return mean((d - mean(d)) ** 2)
+
     a = load(advantages.detach())
     log_ratio = load(logprob) - load(old_logprob.detach())
     log_ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -244,7 +249,7 @@ def ppo_loss(
             square = torch.where(value_clipped, clipped_error * clipped_error, square)
         value_loss = mean(0.5 * square)
         loss = loss + value_coef * value_loss
-        noise, spread = mean((error - mean(error)) ** 2), mean((target - mean(target)) ** 2)
+        noise, spread = variance(error.detach()), variance(target)
         metrics["value_loss"] = value_loss
         metrics["value_clip_fraction"] = mean(value_clipped.to(v.dtype))
         metrics["explained_variance"] = torch.where(spread > 0, 1 - noise / spread, 0.0)

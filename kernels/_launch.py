@@ -1,5 +1,6 @@
 """Host side of the kernels: strides without copies, block sizes, grids, the device guard."""
 
+import inspect
 from contextlib import nullcontext
 
 import torch
@@ -7,6 +8,18 @@ import triton
 import triton.language as tl
 
 from ._moments import PROGRAMS
+from ._online_softmax import EXACT_CAP
+
+
+def one_order(kernel):
+    """`triton.jit` of a kernel whose sums have the same bits in every layout of its arguments.
+
+    The order of a sum or a scan is that of the registers, and Triton lays those out by how wide a load may be. Without
+    the alignment of pointers, strides and sizes each load is of one element, in every variant.
+    """
+    parameters = inspect.signature(kernel).parameters.values()
+    names = [p.name for p in parameters if p.annotation is not tl.constexpr]
+    return triton.jit(kernel, do_not_specialize_on_alignment=names)
 
 
 def rows_of(x):
@@ -54,14 +67,46 @@ def logit_rows(logits, targets, row_temperature, mask):
     return logits, rows, targets, row_temperature, mask, flags
 
 
-def row_block(width, largest=4096):
-    """(BLOCK, num_warps) for a walk along rows of `width` elements: 16 elements a thread."""
-    block = max(128, min(largest, triton.next_power_of_2(max(width, 1))))
-    return block, max(1, min(8, block // 512))
+def row_tile(double, cap, warps=1):
+    """Constants of a row's walk for its statistics: tiles [R, L], STAGES of them in flight.
+
+    64 logits a thread of one warp and 32 of several, as far as registers allow. The order of a row's sums is that of
+    its tiles. Products are fused where the kernel says so, alone.
+    """
+    rows = 2 if double or cap == EXACT_CAP.value else 8 if warps == 1 else 4
+    return {
+        "R": rows,
+        "L": (128 if double else 256) * warps,
+        "STAGES": 4,
+        "num_warps": warps,
+        "enable_fp_fusion": False,
+    }
+
+
+def elements_a_thread(double, cap):
+    """Of a row's block whose gradient is made, as far as registers allow."""
+    return 8 if double else 16 if cap == EXACT_CAP.value else 32
+
+
+def row_block(width, a_thread=32):
+    """(BLOCK, num_warps) for a walk along rows of `width` elements, each by itself: four warps, or as few as do."""
+    block = max(128, min(128 * a_thread, triton.next_power_of_2(max(width, 1))))
+    return block, max(1, block // (32 * a_thread))
+
+
+def walkers(count, width, block):
+    """Programs that share a row: enough for a GPU where rows are few, else one, which looks at the row once."""
+    return max(1, min(triton.cdiv(width, block), triton.cdiv(4 * PROGRAMS, count)))
+
+
+_NO_GUARD = nullcontext()
 
 
 def device_guard(x):
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    """Makes the device of x the current one, which it nearly always is."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NO_GUARD
+    return torch.cuda.device(x.device)
 
 
 def row_strides(x):
@@ -86,8 +131,13 @@ def token_layout(*tensors):
     FLAT: element i lies at i * column stride in each of them. Else at (i // T) * row stride
     + (i % T) * column stride. `strides` has a pair for each tensor, zeros for None.
     """
-    pairs = [_flat_strides(x) for x in tensors]
     first = tensors[0]
+    for x in tensors:
+        if x is not None and not x.is_contiguous():
+            break
+    else:  # nearly always
+        return tensors, first.shape[-1], True, [(0, 0) if x is None else (0, 1) for x in tensors]
+    pairs = [_flat_strides(x) for x in tensors]
     if None not in pairs:
         return tensors, first.shape[-1], True, pairs
     if first.numel() < FLAT_LIMIT:

@@ -5,16 +5,15 @@ bootstrap [B]; partials [3, P] fp64, the moments of each program's advantages.
 """
 
 import torch
-import triton
 import triton.language as tl
 
 from . import masked_whiten
-from ._launch import device_guard, row_strides, sequence_grid
+from ._launch import device_guard, one_order, row_strides, sequence_grid
 from ._moments import block_moments, merge, store_partial
 from ._sequence import BLOCK, WARPS, bounds, gae_block, kept
 
 
-@triton.jit
+@one_order
 def gae_kernel(
     rewards_ptr,
     values_ptr,
@@ -100,7 +99,9 @@ def forward(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten):
         return out
     advantages, returns = out.unbind()
     sequences, steps, grid = sequence_grid(rewards, cu_seqlens)
-    partials = rewards.new_empty((3, *grid) if whiten else 0, dtype=torch.float64)
+    partials = values  # of no use
+    if whiten:
+        partials = rewards.new_empty((3, *grid), dtype=torch.float64)
     with device_guard(rewards):
         gae_kernel[grid](
             rewards,

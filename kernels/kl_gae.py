@@ -5,17 +5,16 @@ score [B]; partials [3, P] fp64, the moments of each program's advantages.
 """
 
 import torch
-import triton
 import triton.language as tl
 
 from . import masked_whiten
-from ._launch import device_guard, row_strides, sequence_grid
+from ._launch import device_guard, one_order, row_strides, sequence_grid
 from ._moments import block_moments, merge, store_partial
 from ._rl_math import kl_term
 from ._sequence import BLOCK, WARPS, bounds, gae_block, kept, last_kept
 
 
-@triton.jit
+@one_order
 def kl_gae_kernel(
     logprob_ptr,
     ref_logprob_ptr,
@@ -118,7 +117,9 @@ def forward(
     if logprob.numel() == 0:
         return out
     sequences, steps, grid = sequence_grid(logprob, cu_seqlens)
-    partials = logprob.new_empty((3, *grid) if whiten else 0, dtype=torch.float64)
+    partials = values  # of no use
+    if whiten:
+        partials = logprob.new_empty((3, *grid), dtype=torch.float64)
     with device_guard(logprob):
         kl_gae_kernel[grid](
             logprob,

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import device_guard, token_layout, token_offset
+from ._launch import device_guard, one_order, token_layout, token_offset
 from ._moments import PROGRAMS, block_moments, load_moments, merge, reciprocal, store_partial
 
 BLOCK = 1024
@@ -25,7 +25,7 @@ def _kept(
     return keep
 
 
-@triton.jit
+@one_order
 def masked_whiten_moments_kernel(
     x_ptr,
     mask_ptr,
@@ -116,6 +116,7 @@ def normalise(x, mask, partials, out, shift_mean=True, unbiased=True):
         PROGRAMS=PROGRAMS,
         BLOCK=BLOCK,
         num_warps=4,
+        enable_fp_fusion=False,  # the same bits in every layout
     )
 
 
@@ -142,6 +143,7 @@ def forward(x, mask, shift_mean, unbiased):
             ACC=tl.float64 if acc == torch.float64 else tl.float32,
             BLOCK=BLOCK,
             num_warps=4,
+            enable_fp_fusion=False,  # the same bits in every layout
         )
         normalise(x, mask, partials, out, shift_mean, unbiased)
     return out

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import device_guard, token_layout, token_offset
+from ._launch import device_guard, one_order, token_layout, token_offset
 from ._moments import PROGRAMS, block_moments, load_moments, merge, reciprocal, store_partial
 from ._rl_math import policy_term, value_term
 
@@ -21,7 +21,7 @@ METRICS = 9
 ROWS = 15
 
 
-@triton.jit
+@one_order
 def ppo_loss_fwd_kernel(
     logprob_ptr,
     old_logprob_ptr,
@@ -200,8 +200,9 @@ def ppo_loss_metrics_kernel(
 
 
 def forward(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef, with_grad):
-    """(loss, metrics, 1 / n, slopes by logprob, values and entropy times n) of `fastrlhf.ppo_loss`.
+    """(loss, metrics, 1 / n, slopes times n) of `fastrlhf.ppo_loss`.
 
+    The slopes [k, ...] are those by logprob, values and entropy, of the tensors that are given.
     `tensors`: logprob, old_logprob, advantages, values, old_values, returns, entropy, checked before.
     """
     logprob, _, _, values, _, _, entropy = tensors
@@ -211,12 +212,10 @@ def forward(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef
     loss = fill((), dtype=acc, device=logprob.device)
     metrics = fill(METRICS, dtype=torch.float32, device=logprob.device)
     per_token = fill((), dtype=acc, device=logprob.device)
-    grads = [
-        torch.empty(logprob.shape if with_grad and want else 0, dtype=acc, device=logprob.device)
-        for want in (True, values is not None, entropy is not None)
-    ]
+    given = 1 + (values is not None) + (entropy is not None) if with_grad else 0
+    grads = torch.empty((given, *logprob.shape), dtype=acc, device=logprob.device)
     if count == 0:
-        return loss, metrics, per_token, *grads
+        return loss, metrics, per_token, grads
     (*tensors, mask), steps, flat, strides = token_layout(*tensors, mask)
     if tensors[4] is None:  # without a clip, any old value will do
         tensors[4], strides[4] = tensors[3], strides[3]
@@ -225,7 +224,7 @@ def forward(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef
     with device_guard(logprob):
         ppo_loss_fwd_kernel[grid](
             *(tensors[0] if x is None else x for x in (*tensors, mask)),
-            *grads,
+            *_grads_by_input(grads, values is not None),
             partials,
             1.0 - clip,
             1.0 + clip,
@@ -244,6 +243,7 @@ def forward(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef
             ACC=tl.float64 if acc == torch.float64 else tl.float32,
             BLOCK=BLOCK,
             num_warps=4,
+            enable_fp_fusion=False,  # the same bits in every layout
         )
         ppo_loss_metrics_kernel[(1,)](
             partials,
@@ -256,5 +256,14 @@ def forward(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef
             HAS_VALUES=values is not None,
             PROGRAMS=PROGRAMS,
             num_warps=4,
+            enable_fp_fusion=False,  # the same bits in every layout
         )
-    return loss, metrics, per_token, *grads
+    return loss, metrics, per_token, grads
+
+
+def _grads_by_input(grads, has_values):
+    """Where the slopes of logprob, values and entropy go; those nobody asks for are not written."""
+    if not grads.shape[0]:
+        return grads, grads, grads
+    found = grads.unbind()
+    return found[0], found[1] if has_values else found[0], found[-1]

@@ -1,7 +1,7 @@
 """token_loss in Triton: the loss of each row and dL/dlogits, two reads and one write in one launch.
 
 Shapes: logits [..., V], N rows; targets, row_temperature, mask, advantages, old_logprob, loss, logprob,
-slope = d loss / d logprob: N; scale: 0-d; stats [2, N] = (max of z, log of the sum of e^(z - max)).
+slope = d loss / d logprob: N; scale: 0-d; stats [2, N]: the first two of token_logprob's.
 One program takes a row: a walk for its statistics, then one for its gradient, from the last block to
 the first, what was read last first: it may still be in a cache. Offsets are int64.
 """
@@ -10,10 +10,28 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import device_guard, logit_rows, row_block, rows_of
+from ._launch import (
+    device_guard,
+    elements_a_thread,
+    logit_rows,
+    row_block,
+    row_tile,
+    rows_of,
+    walkers,
+)
 from ._moments import PROGRAMS
-from ._online_softmax import row_scale, scaled_logits, sech2, update
-from ._rl_math import expm1, policy_term
+from ._online_softmax import (
+    cap_kind,
+    capped,
+    log_softmax,
+    row_slope,
+    row_statistics,
+    write_gradient,
+    write_zeros,
+)
+from ._rl_math import policy_term
+
+WARPS = 4  # that share a row: fewer rows at a time, so that the second walk finds more of its row in the cache
 
 
 @triton.jit
@@ -55,13 +73,6 @@ def _term(
 
 
 @triton.jit
-def _zero_row(row_ptr, V, BLOCK: tl.constexpr):
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        tl.store(row_ptr + cols, tl.zeros((BLOCK,), row_ptr.dtype.element_ty), mask=cols < V)
-
-
-@triton.jit
 def token_loss_fwd_kernel(
     logits_ptr,
     targets_ptr,
@@ -91,12 +102,15 @@ def token_loss_fwd_kernel(
     stride_out_outer,
     HAS_MASK: tl.constexpr,
     HAS_ROW_T: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    CAP: tl.constexpr,
     HAS_ADVANTAGES: tl.constexpr,
     HAS_OLD: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     ACC: tl.constexpr,
+    R: tl.constexpr,
+    L: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -109,10 +123,12 @@ def token_loss_fwd_kernel(
             tl.store(stats_ptr + row, 0.0)
             tl.store(stats_ptr + N + row, 0.0)
             if WITH_GRAD:
-                _zero_row(out, V, BLOCK)
+                write_zeros(out, V, 0, 1, BLOCK)
             return
-    dz = row_scale(row, row_temperature_ptr, temperature, HAS_ROW_T, ACC)
-    softcap = tl.full((), softcap, ACC)
+    cap = tl.full((), softcap, ACC)
+    c, c_error, dz, dz_low, inverse = row_slope(
+        row, row_temperature_ptr, temperature, cap, HAS_ROW_T, CAP, ACC
+    )
     row_ptr = (
         logits_ptr + (row // inner) * stride_logits_outer + (row % inner) * stride_logits_inner
     )
@@ -120,28 +136,25 @@ def token_loss_fwd_kernel(
     # it. A target outside [0, V) is not read; its row becomes NaN.
     target = tl.load(targets_ptr + row).to(tl.int64)
     inside = (target >= 0) & (target < V)
-    z_target = tl.load(row_ptr + target, mask=inside, other=float("nan")).to(ACC)
-    z_target = scaled_logits(z_target, dz, softcap, HAS_CAP)
-
-    top = tl.full((), float("-inf"), ACC)
-    total = tl.zeros((BLOCK,), ACC)
-    weighted = tl.zeros((BLOCK,), ACC)  # the entropy's: unused, the compiler drops it
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        x = tl.load(
-            row_ptr + cols,
-            mask=cols < V,
-            other=float("-inf"),
-            eviction_policy="evict_last" if WITH_GRAD else "evict_first",
-        )
-        # The soft-cap would lift the padding from -inf: pad again behind it.
-        z = scaled_logits(x.to(ACC), dz, softcap, HAS_CAP)
-        if HAS_CAP:
-            z = tl.where(cols < V, z, float("-inf"))
-        top, total, weighted = update(top, total, weighted, z)
-    sum_e = tl.sum(total, axis=0)
-    log_sum = tl.log(sum_e)
-    logprob = (z_target - top) - log_sum
+    x_target = tl.load(row_ptr + target, mask=inside, other=float("nan")).to(ACC)
+    u_target, _ = capped(x_target, cap, CAP)
+    top, z, log_sum, left, mean = row_statistics(
+        row_ptr,
+        V,
+        c,
+        dz,
+        dz_low,
+        cap,
+        False,
+        CAP,
+        ACC,
+        R,
+        L,
+        STAGES,
+        "evict_last" if WITH_GRAD else "evict_first",
+    )
+    logprob = log_softmax(u_target, top, log_sum, dz, dz_low)
+    log_sum += left
     loss, slope = _term(
         row,
         logprob,
@@ -161,28 +174,35 @@ def token_loss_fwd_kernel(
     tl.store(loss_ptr + row, loss)
     tl.store(logprob_ptr + row, logprob)
     tl.store(slope_ptr + row, slope)
-    tl.store(stats_ptr + row, top)
+    tl.store(stats_ptr + row, z)
     tl.store(stats_ptr + N + row, log_sum)
     if WITH_GRAD:
         if slope == 0.0:
-            _zero_row(out, V, BLOCK)
+            write_zeros(out, V, 0, 1, BLOCK)
             return
-        # slope (1[j = target] - p_j) dz, p_j = e_j / sum e; 1 - p of the target without cancellation.
-        others = -slope * dz / sum_e
-        own = -slope * dz * expm1(tl.where(logprob < -800.0, -800.0, logprob))
-        blocks = tl.cdiv(V, BLOCK)
-        for i in range(0, blocks):
-            cols = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-            # out may be logits: a program reads and writes the same block of its row.
-            x = tl.load(row_ptr + cols, mask=cols < V, other=0.0, eviction_policy="evict_first").to(
-                ACC
-            )
-            away = scaled_logits(x, dz, softcap, HAS_CAP) - top
-            grad = others * tl.exp(away)
-            grad = tl.where(cols == target, own, grad)
-            if HAS_CAP:
-                grad *= sech2(x / softcap)
-            tl.store(out + cols, grad.to(out_ptr.dtype.element_ty), mask=cols < V)
+        write_gradient(
+            row_ptr,
+            out,
+            V,
+            0,
+            1,
+            target,
+            slope,
+            0.0,
+            z,
+            log_sum,
+            mean,
+            c,
+            c_error,
+            dz,
+            inverse,
+            cap,
+            True,
+            False,
+            CAP,
+            ACC,
+            BLOCK,
+        )
 
 
 @triton.jit
@@ -246,7 +266,8 @@ def forward(
     stats = torch.empty((2, count), dtype=dtype, device=logits.device)
     if count == 0:
         return loss, logprob, slope, stats
-    block, warps = row_block(logits.shape[-1])
+    double = dtype == torch.float64
+    cap = cap_kind(softcap, double)
     constants = (advantages, old_logprob, scale_tensor)
     with device_guard(logits):
         token_loss_fwd_kernel[(count,)](
@@ -272,13 +293,13 @@ def forward(
             stride_inner,
             stride_outer,
             *(rows if out is None else out_rows)[1:],
-            HAS_CAP=softcap > 0,
+            CAP=cap,
             HAS_ADVANTAGES=advantages is not None,
             HAS_OLD=old_logprob is not None,
             HAS_SCALE=scale_tensor is not None,
             WITH_GRAD=out is not None,
-            BLOCK=block,
-            num_warps=warps,
+            BLOCK=32 * WARPS * elements_a_thread(double, cap),
+            **row_tile(double, cap, WARPS),
             **flags,
         )
     return loss, logprob, slope, stats
@@ -298,7 +319,7 @@ def backward(grad, upstream):
     block, warps = row_block(width)
     # Mostly nothing is to be done: few programs that look at many rows; more a row where rows are few.
     across = min(count, PROGRAMS)
-    down = max(1, min(triton.cdiv(width, block), PROGRAMS // across))
+    down = walkers(across, width, block)
     with device_guard(grad):
         token_loss_bwd_kernel[(across, down)](
             grad,

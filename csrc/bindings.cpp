@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <string>
 
+#include "checks.h"
 #include "packer.h"
 #include "rl_math.h"
 
@@ -22,12 +23,13 @@ namespace py = pybind11;
 
 STABLE_TORCH_LIBRARY(fastrlhf, m) {
   // token_logprob: logits [..., V], targets [...]; stats [3, N] = (row max, log of the sum of exp(z
-  // - max), mean of z - max under the softmax).
+  // - max), mean of z - max under the softmax). The entropy and that mean are only made
+  // with_entropy: a GPU's kernel is bound by its instructions.
   m.def(
       "token_logprob_fwd(Tensor logits, Tensor targets, Tensor? row_temperature, float "
       "temperature, "
-      "float softcap, Tensor? mask, bool inplace_backward) -> (Tensor logprob, Tensor entropy, "
-      "Tensor stats)");
+      "float softcap, Tensor? mask, bool with_entropy, bool inplace_backward) -> (Tensor logprob, "
+      "Tensor entropy, Tensor stats)");
   m.def(
       "token_logprob_bwd(Tensor? grad_logprob, Tensor? grad_entropy, Tensor logits, Tensor "
       "targets, Tensor stats, Tensor? row_temperature, float temperature, float softcap, "
@@ -67,12 +69,13 @@ STABLE_TORCH_LIBRARY(fastrlhf, m) {
   m.def("masked_whiten(Tensor x, Tensor? mask, bool shift_mean, bool unbiased) -> Tensor");
 
   // Losses: no dual clip, or no value clip, is infinity; gradients are empty unless with_grad.
+  // grads [k, ...]: of logprob, values and entropy, one after the other, of the tensors that are
+  // given.
   m.def(
       "ppo_loss_fwd(Tensor logprob, Tensor old_logprob, Tensor advantages, Tensor? values, "
       "Tensor? old_values, Tensor? returns, Tensor? entropy, Tensor? mask, float clip, "
       "float dual_clip, float value_clip, float value_coef, float entropy_coef, bool with_grad) "
-      "-> (Tensor loss, Tensor metrics, Tensor grad_logprob, Tensor grad_values, "
-      "Tensor grad_entropy)");
+      "-> (Tensor loss, Tensor metrics, Tensor grads)");
   m.def(
       "ranking_loss_fwd(Tensor scores, Tensor ranks, Tensor cu_groups, bool with_grad) "
       "-> (Tensor loss, Tensor grad)");
@@ -104,10 +107,18 @@ py::dict build_info() {
   return info;
 }
 
+float poison_fresh_memory(bool on) {
+  rl::fresh_memory_is_nan = on;
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return *static_cast<const float*>(rl::empty_on(cpu, {1}, rl::ScalarType::Float).const_data_ptr());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ and CUDA kernels of fastrlhf; the ops are reached through torch.ops.fastrlhf.";
   m.def("build_info", &build_info, "Facts of this build, as a dict.");
+  m.def("poison_fresh_memory", &poison_fresh_memory,
+        "For tests: fresh CPU memory of the C++ ops holds NaN; returns an element of some.");
   fastrlhf::bind_packer(m);
 }

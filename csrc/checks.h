@@ -4,6 +4,7 @@
 // the raw ops.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,7 +14,9 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -47,8 +50,28 @@ inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
-inline Tensor empty_like_device(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
+// Tests set it: fresh CPU memory holds NaN, so that reading what nobody wrote shows.
+inline bool fresh_memory_is_nan = false;
+
+// Not torch::stable::empty, whose way through the dispatcher costs as much as a small op.
+inline Tensor empty_on(const torch::stable::Device& device, const std::vector<int64_t>& sizes,
+                       ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  for (size_t d = sizes.size(); d-- > 0; step *= std::max<int64_t>(sizes[d], 1)) strides[d] = step;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<int32_t>(dtype),
+      static_cast<int32_t>(device.type()), device.index(), &handle));
+  Tensor made(handle);
+  if (fresh_memory_is_nan && made.is_cpu() && made.numel() > 0)
+    std::memset(made.mutable_data_ptr(), 0xff, made.numel() * made.element_size());
+  return made;
+}
+
+inline Tensor empty_like_device(const Tensor& like, const std::vector<int64_t>& sizes,
+                                ScalarType dtype) {
+  return empty_on(like.device(), sizes, dtype);
 }
 
 // An output of one float per token of `like`.

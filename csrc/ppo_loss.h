@@ -79,36 +79,45 @@ struct PpoInputs {
   }
 };
 
-// loss [], metrics [kMetrics] fp32, and the gradients of logprob, values and entropy, which have no
-// elements where they are not wanted.
+// loss [], metrics [kMetrics] fp32, and grads [k, ...], those of logprob, values and entropy one
+// after the other, of the tensors that are given: the backward scales them in one launch. k = 0:
+// not wanted.
 struct PpoOutputs {
-  Tensor loss, metrics, grad_logprob, grad_values, grad_entropy;
+  Tensor loss, metrics, grads;
 
   PpoOutputs(const PpoInputs& in, bool with_grad)
       : loss(empty_like_device(in.logprob, {}, acc_dtype(in.logprob.scalar_type()))),
         metrics(empty_like_device(in.logprob, {kMetrics}, ScalarType::Float)),
-        grad_logprob(gradient(in, with_grad)),
-        grad_values(gradient(in, with_grad && in.values.has_value())),
-        grad_entropy(gradient(in, with_grad && in.entropy.has_value())) {}
+        grads(new_stacked_tokens(
+            in.logprob, with_grad ? 1 + in.values.has_value() + in.entropy.has_value() : 0)),
+        tokens_(in.logprob.numel()),
+        with_grad_(with_grad),
+        values_(in.values.has_value()),
+        entropy_(in.entropy.has_value()) {}
 
   // Where a gradient goes; null where it is not wanted.
   template <typename A>
-  static A* address(const Tensor& grad, bool wanted) {
-    return wanted ? static_cast<A*>(grad.mutable_data_ptr()) : nullptr;
+  A* grad_logprob() const {
+    return at<A>(with_grad_, 0);
   }
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tuple() const {
-    return {loss, metrics, grad_logprob, grad_values, grad_entropy};
+  template <typename A>
+  A* grad_values() const {
+    return at<A>(with_grad_ && values_, 1);
   }
+  template <typename A>
+  A* grad_entropy() const {
+    return at<A>(with_grad_ && entropy_, 1 + values_);
+  }
+  std::tuple<Tensor, Tensor, Tensor> tuple() const { return {loss, metrics, grads}; }
 
  private:
-  static Tensor gradient(const PpoInputs& in, bool wanted) {
-    std::vector<int64_t> shape{0};
-    if (wanted) {
-      const auto sizes = in.logprob.sizes();
-      shape.assign(sizes.begin(), sizes.end());
-    }
-    return empty_like_device(in.logprob, shape, acc_dtype(in.logprob.scalar_type()));
+  template <typename A>
+  A* at(bool wanted, int64_t place) const {
+    return wanted ? static_cast<A*>(grads.mutable_data_ptr()) + place * tokens_ : nullptr;
   }
+
+  int64_t tokens_;
+  bool with_grad_, values_, entropy_;
 };
 
 }  // namespace rl

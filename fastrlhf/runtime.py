@@ -4,12 +4,14 @@ Multi-process runs are accelerate's (DDP, FSDP2 under torchrun or `accelerate la
 the work is its own.
 """
 
+import atexit
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedType,
@@ -90,6 +92,8 @@ class Runtime:
         self.accelerator = Accelerator(
             mixed_precision=mixed, cpu=cfg.device == "cpu", fsdp_plugin=plugin
         )
+        if self.world > 1:
+            atexit.register(_close_groups)
         if plugin is not None and self.world > 1 and self.device.type == "cpu":
             # accelerate 1.15 turns FSDP on for accelerators only and would run DDP on CPU without a word.
             # It reads the type from both of its states.
@@ -204,6 +208,17 @@ class Runtime:
         scale = self.loss_scale
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit * scale)
         return float(sharded.full(norm)) / scale
+
+
+def _close_groups() -> None:
+    """Ends the threads of the process groups while Python still runs.
+
+    One that drops a tensor, or calls back, when the interpreter has begun to close is ended by force, and inside C++
+    that is `terminate called without an active exception`, after a run that had gone well. Runs' ends are barriers
+    (`Run.finish`), so that nobody waits for this rank. Not at the end of a run: a process may have several.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _fsdp_plugin(compute: torch.dtype) -> FullyShardedDataParallelPlugin | None:

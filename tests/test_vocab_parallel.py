@@ -66,6 +66,8 @@ def combinations():
                 yield backend, dtype, name, "everything"
     for part in PARTS:
         yield BACKENDS[-1], torch.float32, "all", part
+    if not _backend.unavailable_reason(module.OP, "triton", "cpu"):
+        yield "triton", torch.float32, "softcap", "everything"  # statistics of its own
 
 
 def sharded_outputs(rank):

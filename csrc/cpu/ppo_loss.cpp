@@ -126,7 +126,7 @@ Partial sum_blocks(const Call<A>& call, const Mask& mask, int64_t tokens) {
 }
 
 // See PpoOutputs for what is returned. `dual_clip` and `value_clip` are infinity for none.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_fwd(
+std::tuple<Tensor, Tensor, Tensor> ppo_loss_fwd(
     const Tensor& logprob, const Tensor& old_logprob, const Tensor& advantages,
     const std::optional<Tensor>& values, const std::optional<Tensor>& old_values,
     const std::optional<Tensor>& returns, const std::optional<Tensor>& entropy,
@@ -154,9 +154,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_fwd(
                        static_cast<A>(value_coef),
                        static_cast<A>(entropy_coef),
                        static_cast<A>(1 / normaliser),
-                       PpoOutputs::address<A>(out.grad_logprob, with_grad),
-                       PpoOutputs::address<A>(out.grad_values, with_grad && values.has_value()),
-                       PpoOutputs::address<A>(out.grad_entropy, with_grad && entropy.has_value())};
+                       out.grad_logprob<A>(),
+                       out.grad_values<A>(),
+                       out.grad_entropy<A>()};
     const Partial all = sum_blocks(call, keep, tokens);
     *static_cast<A*>(out.loss.mutable_data_ptr()) =
         static_cast<A>(ppo_finish(all, normaliser, value_coef, entropy_coef,

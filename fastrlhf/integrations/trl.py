@@ -261,7 +261,7 @@ def _head_forward(hidden, weight, bias, targets, temperature, softcap, backend, 
     maths = RowMaths(backend, temperature, softcap)
     vocab, acc = weight.shape[0], operands.acc
     step = _chunks.chunk_rows("fast", vocab, acc, hidden.device)
-    buffer = torch.empty((min(step, operands.rows), vocab), dtype=acc, device=hidden.device)
+    buffer = _chunks.logits_rows(min(step, operands.rows), vocab, acc, hidden.device)
     parts = []
     # A batch in which nothing counts is one empty chunk.
     for rows in _chunks.cuts(operands.rows, step) or [slice(0, 0)]:

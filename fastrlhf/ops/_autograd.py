@@ -1,7 +1,5 @@
 """What the fused backends cannot differentiate is an error, in every op the same one."""
 
-import functools
-
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
@@ -16,8 +14,6 @@ def refuse_transforms(op: str, tensors: tuple, *, constant: bool, way_out: str) 
     to autograd, so that torch.func's reverse mode is right as it is.
     """
     forward = forward_ad._current_level >= 0
-    if not forward and not torch._C._are_functorch_transforms_active():
-        return
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             continue
@@ -34,6 +30,11 @@ def refuse_transforms(op: str, tensors: tuple, *, constant: bool, way_out: str) 
         raise NotImplementedError(f"{op}: {what} is not implemented; use {way_out}")
 
 
+def transforming() -> bool:
+    """Whether a tensor may carry a tangent or belong to a transform of torch.func."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def needs(*tensors: Tensor | None) -> list[bool]:
     """For each, whether its gradient may be asked for, which it does not tell inside torch.func.vmap."""
     if not torch.is_grad_enabled():
@@ -44,30 +45,18 @@ def needs(*tensors: Tensor | None) -> list[bool]:
 
 def trained(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be asked for."""
-    return any(needs(*tensors))
+    if not torch.is_grad_enabled():
+        return False
+    for x in tensors:
+        if x is not None and x.requires_grad:
+            return True
+    return torch._C._are_functorch_transforms_active()
 
 
-def refuse_graph(op: str) -> None:
-    """NotImplementedError in a backward whose own gradient is asked for."""
-    if torch.is_grad_enabled():
-        raise NotImplementedError(
-            f"{op}: the gradient of the gradient is not implemented; got create_graph=True"
-        )
-
-
-def once(op: str):
-    """A backward that refuses create_graph=True: the gradient of its gradients does not exist.
+def refuse(op: str, got: str = "") -> None:
+    """NotImplementedError: a kernel's gradient has no gradient.
 
     torch's once_differentiable lets a second derivative through, as zeros, where the upstream gradient is
     a constant.
     """
-
-    def decorate(backward):
-        @functools.wraps(backward)
-        def wrapped(ctx, *grads):
-            refuse_graph(op)
-            return backward(ctx, *grads)
-
-        return wrapped
-
-    return decorate
+    raise NotImplementedError(f"{op}: the gradient of the gradient is not implemented{got}")

@@ -86,7 +86,7 @@ class Auto(NamedTuple):
 
 # Device -> the file under benchmarks/results/ that holds the rows of AUTO; empty: not measured yet.
 # tests/test_dispatch.py compares the order with the file.
-RESULTS = {"cpu": "amd-epyc-2026-11-26.json", "cuda": ""}
+RESULTS = {"cpu": "amd-epyc-2026-11-27.json", "cuda": ""}
 _CPU, _CUDA = ("cpu", "reference"), ("cuda", "triton", "reference")
 AUTO = {
     ("token_logprob", "cpu"): Auto(_CPU, "Llama-2 1024x32000"),
@@ -140,6 +140,8 @@ _TRITON_OPS = frozenset(
 # Public calls by (op, backend): the proof of what ran. Calls that torch.compile traces do not count.
 calls: Counter = Counter()
 _warned: set[tuple[str, str]] = set()
+# (op, backend, device) -> what `choose` found the first time.
+_chosen: dict[tuple[str, str, str], str] = {}
 _lock = threading.Lock()
 
 
@@ -195,7 +197,7 @@ def _warn_of_reference(op: str, device: str) -> None:
     else:
         why = f"no fused backend takes {device} tensors"
     warnings.warn(
-        f"{op}: backend='auto' takes the reference, the slow one. {why}", UserWarning, stacklevel=4
+        f"{op}: backend='auto' takes the reference, the slow one. {why}", UserWarning, stacklevel=5
     )
 
 
@@ -210,27 +212,38 @@ def choose(op: str, backend: str, tensor: torch.Tensor, *others: torch.Tensor | 
 
     `others`: the op's other tensors that are no constants to autograd: no tangent may be lost.
     """
-    device = tensor.device.type
-    check_name(op, backend)
-    if backend == "auto":
-        chosen = auto(op, device)
-        if chosen == "reference" and not torch.compiler.is_compiling():
-            _warn_of_reference(op, device)
-    else:
-        reason = unavailable_reason(op, backend, device)
-        if reason:
-            raise ValueError(
-                f"{op}: backend={backend!r} cannot run: {reason}. "
-                f"Use backend='auto' (here: {auto(op, device)!r}) or backend='reference'."
-            )
-        chosen = backend
-    if chosen != "reference" or op in _OWN_AUTOGRAD:
+    device = "cpu" if tensor.is_cpu else tensor.device.type
+    compiling = torch.compiler.is_compiling()
+    chosen = None
+    if not compiling and type(backend) is str:
+        chosen = _chosen.get((op, backend, device))
+    if chosen is None:
+        chosen = _choose(op, backend, device, compiling)
+    if _autograd.transforming() and (chosen != "reference" or op in _OWN_AUTOGRAD):
         way_out = "torch.autograd.grad" + (", or backend='reference'" * (op not in _OWN_AUTOGRAD))
         tensors = (tensor, *others)
         _autograd.refuse_transforms(op, tensors, constant=op in _CONSTANTS, way_out=way_out)
-    if not torch.compiler.is_compiling():
+    if not compiling:
         with _lock:
             calls[op, chosen] += 1
+    return chosen
+
+
+def _choose(op, backend, device, compiling):
+    check_name(op, backend)
+    if backend == "auto":
+        chosen = auto(op, device)
+        if chosen == "reference" and not compiling:
+            _warn_of_reference(op, device)
+    elif reason := unavailable_reason(op, backend, device):
+        raise ValueError(
+            f"{op}: backend={backend!r} cannot run: {reason}. "
+            f"Use backend='auto' (here: {auto(op, device)!r}) or backend='reference'."
+        )
+    else:
+        chosen = backend
+    if not compiling:
+        _chosen[op, backend, device] = chosen
     return chosen
 
 

@@ -6,6 +6,9 @@ import sys
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What nearly every argument is. The checks have one look at it, and a closer one at anything else.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_MAX = sys.float_info.max
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
@@ -18,6 +21,9 @@ def tensor(op: str, name: str, value: object) -> None:
 
 
 def float_tensor(op: str, name: str, value: object) -> None:
+    if type(value) in _PLAIN and value.dtype in FLOAT_DTYPES and value.layout is torch.strided:
+        if not value.is_nested:
+            return
     tensor(op, name, value)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(
@@ -27,7 +33,7 @@ def float_tensor(op: str, name: str, value: object) -> None:
 
 def whole_tensor(op: str, name: str, value: object) -> None:
     """Refuses a DTensor: the kernels would read one rank's part of it."""
-    if hasattr(value, "device_mesh"):
+    if type(value) not in _PLAIN and hasattr(value, "device_mesh"):
         raise TypeError(
             f"{op}: {name} must be a plain tensor; got a DTensor {tuple(value.shape)} with placements "
             f"{value.placements}. Under FSDP2 (fully_shard) call {op} inside the forward of the module "
@@ -36,13 +42,16 @@ def whole_tensor(op: str, name: str, value: object) -> None:
 
 
 def index_tensor(op: str, name: str, value: object) -> None:
+    if type(value) in _PLAIN and value.dtype in INDEX_DTYPES and value.layout is torch.strided:
+        if not value.is_nested:
+            return
     tensor(op, name, value)
     if value.dtype not in INDEX_DTYPES:
         raise TypeError(f"{op}: {name} must be int32 or int64; got {value.dtype}")
 
 
 def shape(op: str, name: str, value: torch.Tensor, expected: tuple) -> None:
-    if tuple(value.shape) != tuple(expected):
+    if value.shape != expected:
         raise ValueError(
             f"{op}: {name} must have shape {tuple(expected)}; got {tuple(value.shape)}"
         )
@@ -65,10 +74,13 @@ def constants(op: str, **tensors: torch.Tensor | None) -> None:
 
 def number(op: str, name: str, value: object, *, low: float | None = None, strict=False) -> float:
     """A finite Python number, at least (or, if strict, above) `low`."""
+    # What nearly every call has; the rest finds out what is wrong, or makes a float of an int.
+    if type(value) is float and -_MAX <= value <= _MAX and (low is None or value > low):
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number; got {type(value).__name__}")
     bound = "" if low is None else (f" above {low:g}" if strict else f" of at least {low:g}")
-    finite = abs(value) <= sys.float_info.max
+    finite = abs(value) <= _MAX
     if not finite or (low is not None and (value < low or (strict and value == low))):
         raise ValueError(f"{op}: {name} must be a finite number{bound}; got {value}")
     return float(value)

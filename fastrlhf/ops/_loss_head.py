@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops import _autograd, _checks, _chunks
+from fastrlhf.ops._register import differentiable
 from fastrlhf.ops._rows import RowMaths
 from fastrlhf.ops.token_logprob import check_target_values
 
@@ -65,21 +66,35 @@ class LossHead:
             shard, scattered = weight.shape[0], self.compact or index is not None
             self.maths = _vocab_parallel.ShardMaths(backend, temperature, softcap, group, shard)
             self.sums = _vocab_parallel.HiddenSums(self.grads, group, scattered=scattered)
-        self.logprob = torch.zeros(targets.numel(), **self.options)
-        self.entropy = torch.zeros(targets.numel(), **self.options)
+        self.count = targets.numel()
+        self.logprob = self.entropy = None
 
     def run(self, slopes: Slopes) -> None:
         ops, vocab = self.operands, self.parameters[1].shape[0]
-        buffer = torch.empty((min(self.step, ops.rows), vocab), **self.options)
-        for rows in _chunks.cuts(ops.rows, self.step):
+        chunks = _chunks.cuts(ops.rows, self.step)
+        whole = len(chunks) == 1 and ops.index is None
+        if not whole:
+            buffer = _chunks.logits_rows(min(self.step, ops.rows), vocab, **self.options)
+            self.logprob = torch.zeros(self.count, **self.options)
+            self.entropy = torch.zeros_like(self.logprob)
+        for rows in chunks:
             start, stop = rows.start, rows.stop
-            where = ops.where(rows)
-            x = ops.hidden_chunk(start, stop)
-            logits = ops.logits(x, buffer[: stop - start])
-            y = self.targets[rows]
-            t, m = (None if v is None else v[rows] for v in (self.row_temperature, self.mask))
+            x, y, t, m = (
+                ops.hidden_chunk(start, stop),
+                self.targets,
+                self.row_temperature,
+                self.mask,
+            )
+            if whole:
+                where, logits = rows, ops.logits(x, None)
+            else:
+                where, logits = ops.where(rows), ops.logits(x, buffer[: stop - start])
+                y, t, m = (None if v is None else v[rows] for v in (y, t, m))
             logprob, entropy, stats = self.maths.forward(logits, y, t, m)
-            self.logprob[where], self.entropy[where] = logprob, entropy
+            if whole:
+                self.logprob, self.entropy = logprob, entropy
+            else:
+                self.logprob[where], self.entropy[where] = logprob, entropy
             g, h = slopes(where, logprob, entropy)
             if not self.trains or (g is None and h is None):
                 continue
@@ -98,7 +113,7 @@ class LossHead:
             self.sums.finish()
 
     def gradients(self, dtype_of: Callable[[Tensor], torch.dtype]) -> list[Tensor]:
-        """(dX, dW, db), empty where not needed; dW where it went `into` a tensor, too."""
+        """(dX, dW, db), None where not needed; dW where it went `into` a tensor, too."""
         return self.grads.finish(*self.parameters, dtype_of)
 
 
@@ -127,74 +142,96 @@ def kept_dtype(like: Tensor) -> torch.dtype:
     return torch.float32 if like.dtype == torch.float16 else like.dtype
 
 
-def empty_gradients(parameters, needs) -> list[Tensor]:
+def fake_gradients(parameters, needs) -> list[Tensor | None]:
     """What a fake returns for `LossHead.gradients`."""
     return [
-        like.new_empty(like.shape, dtype=kept_dtype(like)) if need else parameters[0].new_empty(0)
+        like.new_empty(like.shape, dtype=kept_dtype(like)) if need else None
         for like, need in zip(parameters, needs, strict=True)
     ]
 
 
-def scaled(ctx, grad_loss: Tensor) -> list[Tensor | None]:
-    """The saved gradients times the upstream one, in ctx.dtypes; None where ctx.wanted is false.
+def scaled(ctx, grad_loss: Tensor, wanted) -> list[Tensor | None]:
+    """The saved gradients times the upstream one, in ctx.dtypes; None where not wanted.
 
     In place where no later backward will want them: autograd is giving up the graph. (What traces a
-    graph passes tensors of a type of its own.)
+    graph passes tensors of a type of its own.) Not at all where the upstream one is known to be 1, which
+    a GPU would have to be asked.
     """
     keep = type(grad_loss) is not Tensor or _keeps_graph()
+    one = not keep and grad_loss.is_cpu and grad_loss.item() == 1
     out = []
-    for saved, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True):
-        if not want:
-            out.append(None)
-        else:
-            out.append((saved * grad_loss if keep else saved.mul_(grad_loss)).to(dtype))
+    for saved, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, wanted, strict=True):
+        grad = None
+        if want:
+            if one:
+                grad = saved
+            else:
+                grad = saved * grad_loss if keep else saved.mul_(grad_loss)
+            if grad.dtype != dtype:
+                grad = grad.to(dtype)
+        out.append(grad)
     return out
 
 
-class GradientsInForward(torch.autograd.Function):
-    """The loss that `body` returns, with its gradients [dX, dW, db, ...] of `parameters`, in that order.
+def scaling(wrt: tuple[int, ...], first: int = 1) -> dict[str, Callable]:
+    """setup and backward of an op whose outputs from `first` on are the gradients of its arguments `wrt`."""
 
-    Eager mode's way where a custom op cannot go: `body` holds Python functions, or adds to a tensor.
-    With `accumulated`, dW has been added where it belongs, times an upstream gradient of 1.
-    """
+    def setup(ctx, arguments, outputs):
+        ctx.dtypes = [None if arguments[i] is None else arguments[i].dtype for i in wrt]
+        ctx.save_for_backward(*outputs[first:])  # None where nobody needs it
 
-    @staticmethod
-    def forward(ctx, op, body, accumulated, *parameters):
-        with torch.autocast(parameters[0].device.type, enabled=False):
-            loss, grads = body()
-        ctx.op, ctx.accumulated, ctx.spent = op, accumulated, False
-        ctx.dtypes = [None if p is None else p.dtype for p in parameters]
-        ctx.wanted = list(ctx.needs_input_grad[3:])
-        if accumulated:
-            ctx.wanted[1] = False
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*grads)
-        return loss
-
-    @staticmethod
     def backward(ctx, grad_loss):
-        _autograd.refuse_graph(ctx.op)
-        if grad_loss is None:
-            return (None,) * (3 + len(ctx.dtypes))
-        if ctx.accumulated:
-            if ctx.spent:
-                raise RuntimeError(
-                    f"{ctx.op}: with accumulate_into the backward runs once, for dW has been added once; "
-                    "got a second one (retain_graph=True)"
-                )
-            grad_loss = _one(ctx.op, grad_loss)
-            ctx.spent = True
-        return None, None, None, *scaled(ctx, grad_loss)
+        return scaled(ctx, grad_loss, ctx.needs_input_grad[: len(wrt)])
+
+    return {"setup": setup, "backward": backward}
 
 
-def gradients_in_forward(op: str, body: Callable, accumulated: bool, *parameters) -> Tensor:
+def _run_body(op, body, accumulated, hidden, weight, bias, values):
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        loss, grads = body()
+    return loss, *grads, *(None,) * (4 - len(grads))
+
+
+def _setup(ctx, arguments, outputs):
+    ctx.op, _, ctx.accumulated, *parameters = arguments
+    ctx.spent = False
+    ctx.dtypes = [None if p is None else p.dtype for p in parameters]
+    ctx.save_for_backward(*outputs[1:])
+
+
+def _backward(ctx, grad_loss):
+    if torch.is_grad_enabled():
+        _autograd.refuse(ctx.op, "; got create_graph=True")
+    wanted = list(ctx.needs_input_grad[:-2])
+    if ctx.accumulated:
+        if ctx.spent:
+            raise RuntimeError(
+                f"{ctx.op}: with accumulate_into the backward runs once, for dW has been added once; "
+                "got a second one (retain_graph=True)"
+            )
+        grad_loss = _one(ctx.op, grad_loss)
+        ctx.spent, wanted[1] = True, False
+    return scaled(ctx, grad_loss, wanted)
+
+
+_with_gradients = differentiable(
+    _run_body, op="linear", wrt=(3, 4, 5, 6), setup=_setup, backward=_backward, create_graph=True
+)
+
+
+def gradients_in_forward(op, body, accumulated, hidden, weight, bias, values=None) -> Tensor:
+    """The loss that `body` returns, with its gradients [dX, dW, db, ...] of these parameters.
+
+    Eager mode's way where an op cannot go: `body` holds Python functions, or adds to a tensor. With
+    `accumulated`, dW has been added where it belongs, times an upstream gradient of 1.
+    """
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             f"{op}: torch.func transforms (vmap, grad, ...) are not implemented for a Python "
             "token_loss, accumulate_into or process_group; loop over the batch, or use reduction='none' "
             "without accumulate_into"
         )
-    return GradientsInForward.apply(op, body, accumulated, *parameters)
+    return _with_gradients(op, body, accumulated, hidden, weight, bias, values)[0]
 
 
 def _one(op: str, grad_loss: Tensor) -> Tensor:
@@ -223,6 +260,10 @@ def whole_vocab(op: str, group, hidden: Tensor, weight: Tensor) -> int:
     return _vocab_parallel.check_group(op, group, hidden, weight)
 
 
+def times(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x * factor
+
+
 def scale_argument(op: str, scale: object, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A number, or a 0-d tensor, as a 0-d tensor of `dtype` that is a constant."""
     if not isinstance(scale, Tensor):
@@ -239,8 +280,6 @@ def check_accumulate(
 ) -> None:
     """Refuses what `accumulate_into` could not be added to, before anything is written."""
     name = "accumulate_into"
-    if into is None:
-        return
     if torch.compiler.is_compiling():
         raise ValueError(f"{op}: {name} must be None under torch.compile, where dW is planned")
     _checks.tensor(op, name, into)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops import _chunks
-from fastrlhf.ops.token_logprob import check_target_values
+from fastrlhf.ops.token_logprob import check_target_values, ops
 
 # On CPU the statistics of a row are those of blocks of about so many columns, combined: whoever makes the
 # logits block by block (linear_logprob) has the bits of whoever makes them row by row (the update).
@@ -22,16 +22,13 @@ class RowMaths:
 
     def __init__(self, backend: str, temperature: float, softcap: float):
         self.backend, self.temperature, self.softcap = backend, temperature, softcap
-        if backend != "reference":
-            prefix = "token_logprob_triton" if backend == "triton" else "token_logprob"
-            ops = torch.ops.fastrlhf
-            self._fwd, self._bwd_ = getattr(ops, f"{prefix}_fwd"), getattr(ops, f"{prefix}_bwd_")
+        self._ops = None if backend == "reference" else ops(backend)
 
     def forward(self, logits, targets, row_temperature, mask):
         """(logprob [n], entropy [n], stats [3, n]) of the chunk."""
-        blocks = self.blocks(logits.device, logits.shape[-1])
-        if len(blocks) <= 1:
+        if logits.shape[-1] <= BLOCK or not logits.is_cpu:
             return self._forward(logits, targets, row_temperature, mask)
+        blocks = self.blocks(logits.device, logits.shape[-1])
         parts = (self.part(logits[:, c], c, targets, row_temperature, mask) for c in blocks)
         return self.combined(list(parts), blocks, targets, mask)
 
@@ -54,8 +51,8 @@ class RowMaths:
 
     def _forward(self, logits, targets, row_temperature, mask):
         if self.backend != "reference":
-            return self._fwd(
-                logits, targets, row_temperature, self.temperature, self.softcap, mask, False
+            return self._ops.fwd.inside(
+                logits, targets, row_temperature, self.temperature, self.softcap, mask, True, False
             )
         z = self._scaled(logits, row_temperature)
         top = z.amax(-1, keepdim=True)
@@ -75,9 +72,9 @@ class RowMaths:
         return logprob, entropy, torch.stack((top, log_sum, mean))
 
     def backward_(self, grad_logprob, grad_entropy, logits, targets, stats, row_t, mask):
-        """Overwrites the chunk's logits with dL/dlogits; "reference" takes targets None: no column is one."""
+        """Overwrites the chunk's logits with dL/dlogits."""
         if self.backend != "reference":
-            self._bwd_(
+            self._ops.bwd_.inside(
                 grad_logprob,
                 grad_entropy,
                 logits,
@@ -98,9 +95,7 @@ class RowMaths:
         away = self._scaled(logits, row_t) - top
         p = (away - log_sum).exp()
         grad = torch.zeros_like(logits)
-        if grad_logprob is not None and targets is None:
-            grad.sub_(grad_logprob.unsqueeze(-1) * p)
-        elif grad_logprob is not None:
+        if grad_logprob is not None:
             index, wrong = self._index(targets, p.shape[-1], mask)
             g = grad_logprob.masked_fill(wrong, math.nan).unsqueeze(-1)
             grad.scatter_(-1, index.unsqueeze(-1), g).sub_(g * p)

@@ -18,35 +18,44 @@ ESTIMATORS = ("k1", "k2", "k3", "abs")
 def same_tokens(op: str, first: str, like: Tensor, **others: Tensor | None) -> None:
     """Float tensors of one shape on one device; float64 only together with float64. None passes."""
     _checks.float_tensor(op, first, like)
+    tokens_of(op, first, like.shape, like.dtype, like.device, **others)
+
+
+def tokens_of(op, first, shape, dtype, device, **others: Tensor | None) -> None:
+    """The same of the others, where `first` has this shape, dtype and device."""
     for name, value in others.items():
         if value is None:
             continue
+        if isinstance(value, Tensor) and value.dtype is dtype and value.device == device:
+            if value.layout is torch.strided and not value.is_nested and value.shape == shape:
+                continue  # nearly always: nothing to look at more closely
         _checks.float_tensor(op, name, value)
-        _checks.shape(op, name, value, like.shape)
-        _same_kind(op, name, value, first, like)
+        _checks.shape(op, name, value, shape)
+        _same_kind(op, name, value, first, dtype, device)
 
 
 def per_sequence(op: str, name: str, value: Tensor, first: str, like: Tensor, count: int) -> None:
     """One float per sequence, on the device of `like`."""
     _checks.float_tensor(op, name, value)
     _checks.shape(op, name, value, (count,))
-    _same_kind(op, name, value, first, like)
+    _same_kind(op, name, value, first, like.dtype, like.device)
 
 
-def _same_kind(op, name, value, first, like):
-    _checks.same_device(op, name, value, like.device)
-    if (value.dtype == torch.float64) != (like.dtype == torch.float64):
+def _same_kind(op, name, value, first, dtype, device):
+    _checks.same_device(op, name, value, device)
+    if (value.dtype == torch.float64) != (dtype == torch.float64):
         raise TypeError(
-            f"{op}: {name} must be float64 if and only if {first} is ({like.dtype}); "
-            f"got {value.dtype}"
+            f"{op}: {name} must be float64 if and only if {first} is ({dtype}); got {value.dtype}"
         )
 
 
 def mask(op: str, value: Tensor | None, like: Tensor) -> Tensor | None:
     """The mask as bool, or None. Bool, or integer or float of 0 and 1."""
+    if value is None:
+        return None
     checked = _checks.mask(op, value, like.shape, like.device)
     on_cpu = like.device.type == "cpu" and not torch.compiler.is_compiling()
-    if value is not None and value.dtype != torch.bool and on_cpu:
+    if value.dtype != torch.bool and on_cpu:
         wrong = value[checked & (value != 1)]
         if wrong.numel():
             raise ValueError(

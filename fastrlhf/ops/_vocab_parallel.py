@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastrlhf.ops import _autograd, _chunks
+from fastrlhf.ops import _chunks
+from fastrlhf.ops._register import differentiable
 from fastrlhf.ops._rows import RowMaths, local_targets, whole_rows
+from fastrlhf.ops.linear_logprob import FWD
 from fastrlhf.ops.token_logprob import check_target_values, run
 
 
@@ -28,9 +30,8 @@ def logprob(op, hidden, weight, targets, bias, row_t, temperature, softcap, mask
     vocab = check_group(op, rest[-1], hidden, weight)
     if hidden.device.type == "cpu":
         check_target_values(op, targets, vocab, mask)
-    return _VocabParallel.apply(
-        hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest
-    )
+    arguments = (hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest)
+    return _vocab_parallel(*arguments)[:2]
 
 
 def check_group(op: str, group: object, hidden: Tensor, weight: Tensor) -> int:
@@ -67,43 +68,23 @@ def _same_shapes(op: str, group, device: torch.device, shape: tuple[int, int, in
 _same_shapes_once = functools.lru_cache(maxsize=256)(_same_shapes)
 
 
-class _VocabParallel(torch.autograd.Function):
-    """(logprob, entropy), as `linear_logprob`, of a weight and bias shard."""
+def _forward(hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest):
+    """(logprob, entropy), as `linear_logprob`, of a weight and bias shard; and the rows' statistics."""
+    workspace, backend, group = rest
+    maths = ShardMaths(backend, temperature, softcap, group, weight.shape[0])
+    flat = targets.reshape(-1)
+    local, _ = local_targets(targets, maths.columns)
+    arguments = (hidden, weight, local, bias, row_t, temperature, softcap, mask)
+    logprob, _, stats, _ = run("linear_logprob", FWD, (*arguments, workspace, backend, False))
+    flat_mask = None if mask is None else mask.reshape(-1)
+    logprob, entropy, stats = maths.over_ranks(logprob.view(-1), stats, flat, flat_mask)
+    return logprob.view(targets.shape), entropy.view(targets.shape), stats
 
-    @staticmethod
-    @_chunks.without_autocast
-    def forward(
-        ctx, hidden, weight, targets, bias, row_t, temperature, softcap, mask, workspace, backend, group
-    ):  # fmt: skip
-        maths = ShardMaths(backend, temperature, softcap, group, weight.shape[0])
-        flat = targets.reshape(-1)
-        local, _ = local_targets(targets, maths.columns)
-        arguments = (hidden, weight, local, bias, row_t, temperature, softcap, mask)
-        op = torch.ops.fastrlhf.linear_logprob_fwd
-        logprob, _, stats, _ = run("linear_logprob", op, (*arguments, workspace, backend, False))
-        flat_mask = None if mask is None else mask.reshape(-1)
-        logprob, entropy, stats = maths.over_ranks(logprob.view(-1), stats, flat, flat_mask)
-        logprob, entropy = logprob.view(targets.shape), entropy.view(targets.shape)
-        ctx.settings = temperature, softcap, workspace, backend, group
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, targets, stats, row_t, mask)
-        return logprob, entropy
 
-    @staticmethod
-    @_autograd.once("linear_logprob")
-    def backward(ctx, grad_logprob, grad_entropy):
-        if grad_logprob is None and grad_entropy is None:
-            return (None,) * 11
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-        d_hidden, d_weight, d_bias = (
-            grad if need else None
-            for grad, need in zip(
-                _backward(grad_logprob, grad_entropy, ctx.saved_tensors, needs, *ctx.settings),
-                needs,
-                strict=True,
-            )
-        )
-        return (d_hidden, d_weight, None, d_bias, *(None,) * 7)
+def _setup(ctx, arguments, outputs):
+    hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest = arguments
+    ctx.settings = temperature, softcap, *rest
+    ctx.save_for_backward(hidden, weight, bias, targets, outputs[2], row_t, mask)
 
 
 def _gather(mine: Tensor, group) -> Tensor:
@@ -114,7 +95,7 @@ def _gather(mine: Tensor, group) -> Tensor:
 
 
 @_chunks.without_autocast
-def _backward(
+def _gradients(
     grad_logprob, grad_entropy, saved, needs, temperature, softcap, workspace, backend, group
 ):
     hidden, weight, bias, targets, stats, row_t, mask = saved
@@ -129,9 +110,7 @@ def _backward(
     m = None if index is not None else take(mask)
     s = stats if index is None else stats.index_select(1, index)
     step = _chunks.chunk_rows(workspace, shard, operands.acc, hidden.device)
-    buffer = torch.empty(
-        (min(step, operands.rows), shard), dtype=operands.acc, device=hidden.device
-    )
+    buffer = _chunks.logits_rows(min(step, operands.rows), shard, operands.acc, hidden.device)
     for rows in _chunks.cuts(operands.rows, step):
         x = operands.hidden_chunk(rows.start, rows.stop)
         logits = operands.logits(x, buffer[: len(x)])
@@ -144,6 +123,22 @@ def _backward(
     return grads.finish(hidden, weight, bias, lambda like: like.dtype)
 
 
+def _backward(ctx, *upstream):
+    needs = ctx.needs_input_grad[:3]
+    grads = _gradients(*upstream, ctx.saved_tensors, needs, *ctx.settings)
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+_vocab_parallel = differentiable(
+    _chunks.without_autocast(_forward),
+    op="linear_logprob",
+    wrt=(0, 1, 3),
+    gives=2,
+    setup=_setup,
+    backward=_backward,
+)
+
+
 class ShardMaths(RowMaths):
     """`RowMaths` of whole rows, from this rank's columns of their logits; targets count in [0, V)."""
 
@@ -151,7 +146,6 @@ class ShardMaths(RowMaths):
         super().__init__(backend, temperature, softcap)
         self.group, self.shard, self.vocab = group, shard, shard * group.size()
         self.columns = slice(group.rank() * shard, (group.rank() + 1) * shard)
-        self._exact = RowMaths("reference", temperature, softcap)
 
     def forward(self, logits, targets, row_temperature, mask):
         local, _ = local_targets(targets, self.columns)
@@ -171,11 +165,12 @@ class ShardMaths(RowMaths):
             grad_logprob = grad_logprob.masked_fill(self._wrong(targets), math.nan)
         upstream, rest = (grad_logprob, grad_entropy), (stats, row_t, mask)
         # The row maths counts column `local` as the target. Where the target is another rank's, that is
-        # column 0, whose gradient is made apart, without a target: subtracting would lose digits.
-        first = logits[:, :1].clone()
-        self._exact.backward_(*upstream, first, None, *rest)
+        # column 0, whose gradient is made apart, beside a copy that is the target: subtracting would lose
+        # digits. By the same backend, which alone knows what its statistics are.
+        first = logits[:, :1].repeat(1, 2)
+        super().backward_(*upstream, first, torch.ones_like(local), *rest)
         super().backward_(*upstream, logits, local, *rest)
-        logits[:, :1] = torch.where(mine.unsqueeze(1), logits[:, :1], first)
+        logits[:, :1] = torch.where(mine.unsqueeze(1), logits[:, :1], first[:, :1])
 
     def _wrong(self, targets):
         """On CPU such targets were refused; a GPU cannot tell without a host sync."""
@@ -186,21 +181,18 @@ class HiddenSums:
     """dX summed over the ranks, a chunk's sum under way while the next chunk's GEMMs run."""
 
     def __init__(self, grads: _chunks.Gradients, group, *, scattered: bool):
-        self.hidden, self.group, self.scattered, self._under_way = (
-            grads.hidden,
-            group,
-            scattered,
-            [],
-        )
+        self.grads, self.group, self.scattered, self._under_way = grads, group, scattered, []
 
     def start(self, rows: slice) -> None:
         """The rows of a chunk are there; of scattered ones nobody knows until the end."""
-        if self.hidden is not None and not self.scattered:
-            work = dist.all_reduce(self.hidden[rows], group=self.group, async_op=True)
+        hidden = self.grads.hidden
+        if hidden is not None and not self.scattered:
+            work = dist.all_reduce(hidden[rows], group=self.group, async_op=True)
             self._under_way.append(work)
 
     def finish(self) -> None:
-        if self.hidden is not None and self.scattered:
-            dist.all_reduce(self.hidden, group=self.group)
+        hidden = self.grads.hidden
+        if hidden is not None and self.scattered:
+            dist.all_reduce(hidden, group=self.group)
         for work in self._under_way:
             work.wait()

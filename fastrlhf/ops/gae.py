@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastrlhf import reference
 from fastrlhf.ops import _backend, _sequence
+from fastrlhf.ops._register import register
 
 OP = "gae"
 
@@ -62,8 +63,8 @@ def gae(
     if bootstrap is not None:
         _sequence.per_sequence(OP, "bootstrap", bootstrap, "rewards", rewards, count)
     chosen = _backend.choose(OP, backend, rewards, values, bootstrap)
-    with torch.no_grad():
-        if chosen == "reference":
+    if chosen == "reference":
+        with torch.no_grad():
             return reference.gae(
                 rewards,
                 values,
@@ -74,9 +75,8 @@ def gae(
                 bootstrap=bootstrap,
                 whiten=whiten,
             )
-        arguments = (rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten)
-        op = torch.ops.fastrlhf.gae_triton if chosen == "triton" else torch.ops.fastrlhf.gae
-        return op(*arguments).unbind()
+    run = _TRITON if chosen == "triton" else _CPP
+    return run(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten).unbind()
 
 
 def check(op, first, like, values, gamma, lam, whiten):
@@ -93,11 +93,11 @@ def _fake(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten):
     return _sequence.empty_stacked(rewards, 2)
 
 
+_CPP = None
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
-    torch.library.register_fake("fastrlhf::gae", _fake)
+    _CPP = register("gae", _fake)
 
 
-@torch.library.custom_op("fastrlhf::gae_triton", mutates_args=())
 def _triton(
     rewards: Tensor,
     values: Tensor,
@@ -113,4 +113,4 @@ def _triton(
     return kernels.forward(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten)
 
 
-torch.library.register_fake("fastrlhf::gae_triton", _fake)
+_TRITON = register("gae_triton", _fake, body=_triton)

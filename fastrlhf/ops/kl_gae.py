@@ -10,6 +10,7 @@ from fastrlhf import reference
 from fastrlhf.ops import _backend, _sequence
 from fastrlhf.ops import gae as _gae
 from fastrlhf.ops import kl_reward as _kl_reward
+from fastrlhf.ops._register import register
 from fastrlhf.reference import KLGAEOutput
 
 OP = "kl_gae"
@@ -64,8 +65,8 @@ def kl_gae(
     cu_seqlens, mask, count = _sequence.layout(OP, "logprob", logprob, cu_seqlens, mask)
     _sequence.per_sequence(OP, "score", score, "logprob", logprob, count)
     chosen = _backend.choose(OP, backend, logprob, ref_logprob, score, values)
-    with torch.no_grad():
-        if chosen == "reference":
+    if chosen == "reference":
+        with torch.no_grad():
             return reference.kl_gae(
                 logprob,
                 ref_logprob,
@@ -79,34 +80,20 @@ def kl_gae(
                 cu_seqlens=cu_seqlens,
                 mask=mask,
             )
-        ops = torch.ops.fastrlhf
-        op = ops.kl_gae_triton if chosen == "triton" else ops.kl_gae
-        return KLGAEOutput(
-            *op(
-                logprob,
-                ref_logprob,
-                score,
-                values,
-                beta,
-                index,
-                gamma,
-                lam,
-                whiten,
-                cu_seqlens,
-                mask,
-            ).unbind()
-        )
+    run = _TRITON if chosen == "triton" else _CPP
+    rewarded = (logprob, ref_logprob, score, values, beta, index)
+    return KLGAEOutput(*run(*rewarded, gamma, lam, whiten, cu_seqlens, mask).unbind())
 
 
 def _fake(logprob, *rest):
     return _sequence.empty_stacked(logprob, len(KLGAEOutput._fields))
 
 
+_CPP = None
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
-    torch.library.register_fake("fastrlhf::kl_gae", _fake)
+    _CPP = register("kl_gae", _fake)
 
 
-@torch.library.custom_op("fastrlhf::kl_gae_triton", mutates_args=())
 def _triton(
     logprob: Tensor,
     ref_logprob: Tensor,
@@ -126,4 +113,4 @@ def _triton(
     return kernels.forward(*rewarded, gamma, lam, whiten, cu_seqlens, mask)
 
 
-torch.library.register_fake("fastrlhf::kl_gae_triton", _fake)
+_TRITON = register("kl_gae_triton", _fake, body=_triton)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastrlhf import reference
 from fastrlhf.ops import _backend, _checks, _sequence
+from fastrlhf.ops._register import register
 
 OP = "kl_reward"
 
@@ -64,8 +65,8 @@ def kl_reward(
     cu_seqlens, mask, count = _sequence.layout(OP, "logprob", logprob, cu_seqlens, mask)
     _sequence.per_sequence(OP, "score", score, "logprob", logprob, count)
     chosen = _backend.choose(OP, backend, logprob, ref_logprob, score)
-    with torch.no_grad():
-        if chosen == "reference":
+    if chosen == "reference":
+        with torch.no_grad():
             return reference.kl_reward(
                 logprob,
                 ref_logprob,
@@ -75,10 +76,8 @@ def kl_reward(
                 cu_seqlens=cu_seqlens,
                 mask=mask,
             )
-        arguments = (logprob, ref_logprob, score, beta, index, cu_seqlens, mask)
-        ops = torch.ops.fastrlhf
-        op = ops.kl_reward_triton if chosen == "triton" else ops.kl_reward
-        return op(*arguments).unbind()
+    run = _TRITON if chosen == "triton" else _CPP
+    return run(logprob, ref_logprob, score, beta, index, cu_seqlens, mask).unbind()
 
 
 def check(op, logprob, ref_logprob, beta, estimator):
@@ -92,11 +91,11 @@ def _fake(logprob, ref_logprob, score, beta, estimator, cu_seqlens, mask):
     return _sequence.empty_stacked(logprob, 2)
 
 
+_CPP = None
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
-    torch.library.register_fake("fastrlhf::kl_reward", _fake)
+    _CPP = register("kl_reward", _fake)
 
 
-@torch.library.custom_op("fastrlhf::kl_reward_triton", mutates_args=())
 def _triton(
     logprob: Tensor,
     ref_logprob: Tensor,
@@ -111,4 +110,4 @@ def _triton(
     return kernels.forward(logprob, ref_logprob, score, beta, estimator, cu_seqlens, mask)
 
 
-torch.library.register_fake("fastrlhf::kl_reward_triton", _fake)
+_TRITON = register("kl_reward_triton", _fake, body=_triton)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops import _autograd, _backend, _checks, _chunks, _loss_head
+from fastrlhf.ops._register import register
 from fastrlhf.ops.linear_logprob import check_linear, linear_logprob
 from fastrlhf.ops.token_logprob import check, check_target_values, run
 
@@ -78,10 +79,11 @@ def linear_cross_entropy(
     row_temperature, temperature_number, cap, _ = check(
         OP, hidden, targets, temperature, softcap, None, vocab=weight.shape[0]
     )
-    acc = _chunks.acc_dtype(torch.promote_types(hidden.dtype, weight.dtype))
+    acc = _chunks.acc_of(hidden, weight)
     factor = _loss_head.scale_argument(OP, scale, hidden.device, acc)
-    inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
-    _loss_head.check_accumulate(OP, accumulate_into, weight, acc, inputs)
+    if accumulate_into is not None:
+        inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
+        _loss_head.check_accumulate(OP, accumulate_into, weight, acc, inputs)
     if reduction == "none":
         if accumulate_into is not None:
             raise ValueError(f"{OP}: accumulate_into must be None with reduction='none'")
@@ -124,7 +126,7 @@ def linear_cross_entropy(
             return loss, grads
 
         return _loss_head.gradients_in_forward(OP, body, into is not None, hidden, weight, bias)
-    loss, *_ = run(OP, torch.ops.fastrlhf.linear_cross_entropy_fwd, arguments)
+    loss, *_ = run(OP, _FWD, arguments)
     return loss
 
 
@@ -174,9 +176,8 @@ def _forward(
     return head.logprob.sum() * slope, *head.gradients(_loss_head.kept_dtype)
 
 
-@torch.library.custom_op("fastrlhf::linear_cross_entropy_fwd", mutates_args=())
 @_chunks.without_autocast
-def linear_cross_entropy_fwd(
+def _fwd(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -193,33 +194,19 @@ def linear_cross_entropy_fwd(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, dloss/dX, dloss/dW, dloss/db); the last three empty where not needed."""
+    """(loss, dloss/dX, dloss/dW, dloss/db); the last three None where not needed."""
     needs = (needs_hidden, needs_weight, needs_bias)
     rows = (row_temperature, temperature, softcap, mask, factor, mean, workspace, backend)
     return _forward(hidden, weight, targets, bias, *rows, *needs)
 
 
-@linear_cross_entropy_fwd.register_fake
-def _(hidden, weight, targets, bias, *rest):
-    acc = _chunks.acc_dtype(torch.promote_types(hidden.dtype, weight.dtype))
-    grads = _loss_head.empty_gradients((hidden, weight, bias), rest[-3:])
+def _fake(hidden, weight, targets, bias, *rest):
+    acc = _chunks.acc_of(hidden, weight)
+    grads = _loss_head.fake_gradients((hidden, weight, bias), rest[-3:])
     return (hidden.new_empty((), dtype=acc), *grads)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in (0, 1, 3)]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
-
-
-@_autograd.once(OP)
-def _backward(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return (None,) * 15
-    ctx.wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    d_hidden, d_weight, d_bias = _loss_head.scaled(ctx, grad_loss)
-    return (d_hidden, d_weight, None, d_bias, *(None,) * 11)
-
-
-linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_setup_context)
+_WRT = (0, 1, 3)  # hidden, weight and bias
+_FWD = register(
+    "linear_cross_entropy_fwd", _fake, body=_fwd, op=OP, wrt=_WRT, **_loss_head.scaling(_WRT)
+)

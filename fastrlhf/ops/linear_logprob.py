@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops import _autograd, _backend, _checks, _chunks
+from fastrlhf.ops._register import register
 from fastrlhf.ops._rows import RowMaths
 from fastrlhf.ops.token_logprob import check, check_target_values, run
 
@@ -81,7 +82,7 @@ def linear_logprob(
         check_target_values(OP, targets, weight.shape[0], mask)
     logprob, entropy, _, _ = run(
         OP,
-        torch.ops.fastrlhf.linear_logprob_fwd,
+        FWD,
         (
             hidden,
             weight,
@@ -100,8 +101,8 @@ def linear_logprob(
 
 
 def check_linear(op, hidden, weight, bias, workspace):
-    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        _checks.whole_tensor(op, name, value)
+    _checks.whole_tensor(op, "hidden", hidden)
+    _checks.whole_tensor(op, "weight", weight)
     _checks.float_tensor(op, "hidden", hidden)
     _checks.float_tensor(op, "weight", weight)
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -114,6 +115,7 @@ def check_linear(op, hidden, weight, bias, workspace):
         raise ValueError(f"{op}: hidden must have at least 1 feature; got {tuple(hidden.shape)}")
     _checks.same_device(op, "weight", weight, hidden.device)
     if bias is not None:
+        _checks.whole_tensor(op, "bias", bias)
         _checks.float_tensor(op, "bias", bias)
         _checks.shape(op, "bias", bias, weight.shape[:1])
         _checks.same_device(op, "bias", bias, hidden.device)
@@ -124,9 +126,8 @@ def _keeps_logits(rows: int, vocab: int, acc: torch.dtype, trained: bool) -> boo
     return trained and 0 < rows * vocab * acc.itemsize <= KEEP_BYTES
 
 
-@torch.library.custom_op("fastrlhf::linear_logprob_fwd", mutates_args=())
 @_chunks.without_autocast
-def linear_logprob_fwd(
+def _fwd(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -158,18 +159,18 @@ def linear_logprob_fwd(
     by_block = several and acc == torch.float32 and not keep
     width = blocks[0].stop if by_block else vocab
     step = operands.rows if keep else _chunks.chunk_rows(workspace, width, acc, hidden.device)
-    buffer = kept if keep else torch.empty(min(step, operands.rows) * width, **options)
+    buffer = kept if keep else _chunks.logits_rows(min(step, operands.rows), width, **options)
     for rows in _chunks.cuts(operands.rows, step):
         x = operands.hidden_chunk(rows.start, rows.stop)
         per_row = y[rows], *(None if v is None else v[rows] for v in (t, m))
         if by_block:
             parts = []
             for columns in blocks:
-                logits = operands.logits(x, _shaped(buffer, len(x), columns), columns)
+                logits = operands.logits(x, _block(buffer, len(x), columns), columns)
                 parts.append(maths.part(logits, columns, *per_row))
             out = maths.combined(parts, blocks, per_row[0], per_row[2])
         else:
-            logits = operands.logits(x, _shaped(buffer, len(x), slice(0, vocab)))
+            logits = operands.logits(x, buffer[: len(x)])
             out = maths.forward(logits, *per_row)
         where = rows if index is None else index[rows]
         logprob.view(-1)[where] = out[0]
@@ -178,14 +179,13 @@ def linear_logprob_fwd(
     return logprob, entropy, stats, kept
 
 
-def _shaped(buffer: Tensor, rows: int, columns: slice) -> Tensor:
-    """[rows, columns] at the front of the buffer."""
+def _block(buffer: Tensor, rows: int, columns: slice) -> Tensor:
+    """[rows, columns] without gaps at the front of the buffer, which has none either (CPU)."""
     width = columns.stop - columns.start
     return buffer.view(-1)[: rows * width].view(rows, width)
 
 
-@linear_logprob_fwd.register_fake
-def _(
+def _fwd_fake(
     hidden,
     weight,
     targets,
@@ -198,7 +198,7 @@ def _(
     backend,
     trained,
 ):
-    acc = _chunks.acc_dtype(torch.promote_types(hidden.dtype, weight.dtype))
+    acc = _chunks.acc_of(hidden, weight)
     out = hidden.new_empty(targets.shape, dtype=acc)
     count, vocab = targets.numel(), weight.shape[0]
     keep = _keeps_logits(count, vocab, acc, trained)
@@ -210,9 +210,8 @@ def _(
     )
 
 
-@torch.library.custom_op("fastrlhf::linear_logprob_bwd", mutates_args=())
 @_chunks.without_autocast
-def linear_logprob_bwd(
+def _bwd(
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
     hidden: Tensor,
@@ -231,7 +230,7 @@ def linear_logprob_bwd(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dX, dW, db); empty tensors for those not needed."""
+    """(dX, dW, db); None for those not needed."""
     forward_index = _chunks.counted_rows(mask)
     index = _active_rows(grad_logprob, grad_entropy, mask)
     operands = _chunks.Operands(hidden, weight, bias, index)
@@ -243,9 +242,7 @@ def linear_logprob_bwd(
     s = stats if index is None else stats.index_select(1, index)
     vocab = weight.shape[0]
     step = _chunks.chunk_rows(workspace, vocab, operands.acc, hidden.device)
-    buffer = torch.empty(
-        (min(step, operands.rows), vocab), dtype=operands.acc, device=hidden.device
-    )
+    buffer = _chunks.logits_rows(min(step, operands.rows), vocab, operands.acc, hidden.device)
     source = _kept_positions(index, forward_index) if kept.numel() else None
     for rows in _chunks.cuts(operands.rows, step):
         start, stop = rows.start, rows.stop
@@ -290,55 +287,36 @@ def _kept_positions(index, forward_index):
     return torch.searchsorted(forward_index, index)
 
 
-@linear_logprob_bwd.register_fake
-def _(grad_logprob, grad_entropy, hidden, weight, targets, bias, *rest):
-    needs = rest[-3:]
-    empty = hidden.new_empty(0)
-    return (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else empty,
-        torch.empty_like(weight, memory_format=torch.contiguous_format)
-        if needs[1]
-        else torch.empty_like(empty),
-        torch.empty_like(bias, memory_format=torch.contiguous_format)
-        if needs[2]
-        else torch.empty_like(empty),
+def _bwd_fake(grad_logprob, grad_entropy, hidden, weight, targets, bias, *rest):
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
+        for x, need in zip((hidden, weight, bias), rest[-3:], strict=True)
     )
 
 
-def _setup_context(ctx, inputs, output):
-    hidden, weight, targets, bias, row_t, ctx.temperature, ctx.softcap, mask = inputs[:8]
-    ctx.workspace, ctx.backend, _ = inputs[8:]
-    _, _, stats, kept = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(stats, kept)
+def _setup(ctx, arguments, outputs):
+    hidden, weight, targets, bias, row_t, ctx.temperature, ctx.softcap, mask = arguments[:8]
+    ctx.workspace, ctx.backend, _ = arguments[8:]
+    _, _, stats, kept = outputs
     ctx.save_for_backward(hidden, weight, targets, bias, stats, kept, row_t, mask)
 
 
-@_autograd.once(OP)
-def _backward(ctx, grad_logprob, grad_entropy, _grad_stats, _grad_kept):
-    if grad_logprob is None and grad_entropy is None:
-        return (None,) * 11
+def _backward(ctx, *upstream):
     hidden, weight, targets, bias, stats, kept, row_t, mask = ctx.saved_tensors
-    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-    grads = torch.ops.fastrlhf.linear_logprob_bwd(
-        grad_logprob,
-        grad_entropy,
-        hidden,
-        weight,
-        targets,
-        bias,
-        stats,
-        kept,
-        row_t,
-        ctx.temperature,
-        ctx.softcap,
-        mask,
-        ctx.workspace,
-        ctx.backend,
-        *needs,
-    )
-    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return (d_hidden, d_weight, None, d_bias, *(None,) * 7)
+    needs = ctx.needs_input_grad[:3]
+    settings = (row_t, ctx.temperature, ctx.softcap, mask, ctx.workspace, ctx.backend)
+    grads = _BWD(*upstream, hidden, weight, targets, bias, stats, kept, *settings, *needs)
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-linear_logprob_fwd.register_autograd(_backward, setup_context=_setup_context)
+_BWD = register("linear_logprob_bwd", _bwd_fake, body=_bwd)
+FWD = register(
+    "linear_logprob_fwd",
+    _fwd_fake,
+    body=_fwd,
+    op=OP,
+    wrt=(0, 1, 3),
+    gives=2,
+    setup=_setup,
+    backward=_backward,
+)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastrlhf import reference
 from fastrlhf.ops import _autograd, _backend, _checks, _chunks, _loss_head, _sequence
 from fastrlhf.ops import ppo_loss as _ppo
+from fastrlhf.ops._register import plain, register
 from fastrlhf.ops.linear_logprob import check_linear, linear_logprob
 from fastrlhf.ops.token_logprob import check, check_target_values, run
 from fastrlhf.reference import PPOLossOutput
@@ -80,7 +81,7 @@ def linear_ppo_loss(
     row_temperature, temperature_number, cap, _ = check(
         OP, hidden, targets, temperature, softcap, None, vocab=weight.shape[0]
     )
-    acc = _chunks.acc_dtype(torch.promote_types(hidden.dtype, weight.dtype))
+    acc = _chunks.acc_of(hidden, weight)
     rows = {
         "old_logprob": old_logprob,
         "advantages": advantages,
@@ -88,19 +89,23 @@ def linear_ppo_loss(
         "old_values": old_values,
         "returns": returns,
     }
-    like = torch.empty((), dtype=acc, device=hidden.device).expand(targets.shape)
-    _checks.tensor(OP, "old_logprob", old_logprob)
-    _checks.tensor(OP, "advantages", advantages)
-    _sequence.same_tokens(OP, "the log-prob", like, **rows)
-    mask = _sequence.mask(OP, mask, like)
+    if old_logprob is None or advantages is None:
+        _checks.tensor(OP, "old_logprob", old_logprob)
+        _checks.tensor(OP, "advantages", advantages)
+    _sequence.tokens_of(OP, "the log-prob", targets.shape, acc, hidden.device, **rows)
+    if mask is not None:
+        mask = _sequence.mask(OP, mask, targets)
     settings = _ppo.check_settings(OP, clip, dual_clip, value_clip, value_coef, entropy_coef)
     _ppo.check_value_tensors(OP, values, old_values, returns, value_clip)
     _ppo.check_constants(OP, old_logprob, advantages, old_values, returns)
     if not isinstance(compact_rows, bool):
         raise TypeError(f"{OP}: compact_rows must be a bool; got {type(compact_rows).__name__}")
-    factor = _loss_head.scale_argument(OP, scale, hidden.device, acc)
-    inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, **rows}
-    _loss_head.check_accumulate(OP, accumulate_into, weight, acc, inputs)
+    # None: 1, which costs nothing.
+    one = type(scale) is float and scale == 1
+    factor = None if one else _loss_head.scale_argument(OP, scale, hidden.device, acc)
+    if accumulate_into is not None:
+        inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, **rows}
+        _loss_head.check_accumulate(OP, accumulate_into, weight, acc, inputs)
     chosen = _backend.choose(OP, backend, hidden, weight, bias)
     vocab = _loss_head.whole_vocab(OP, process_group, hidden, weight)
     if chosen == "reference" and accumulate_into is None and process_group is None:
@@ -124,7 +129,9 @@ def linear_ppo_loss(
             settings,
             factor,
         )
-    flat = [None if x is None else x.reshape(-1) for x in (*rows.values(), mask)]
+    flat = (old_logprob, advantages, values, old_values, returns, mask)
+    if targets.dim() != 1:
+        flat = [None if x is None else x.reshape(-1) for x in flat]
     needs = _autograd.needs(hidden, weight, bias, values)
     arguments = (
         hidden,
@@ -157,8 +164,9 @@ def linear_ppo_loss(
         loss = _loss_head.gradients_in_forward(OP, body, into is not None, *parameters)
         metrics = found["metrics"]
     else:
-        loss, metrics, *_ = run(OP, torch.ops.fastrlhf.linear_ppo_loss_fwd, arguments)
-    return PPOLossOutput(loss, _ppo.named_metrics(metrics, values is not None, True))
+        loss, metrics, *_ = run(OP, _FWD, arguments)
+    lazy = plain()
+    return PPOLossOutput(loss, _ppo.named_metrics(metrics, values is not None, True, lazy))
 
 
 def _by_parts(head, rows, mask, settings, factor):
@@ -178,17 +186,15 @@ def _by_parts(head, rows, mask, settings, factor):
         value_coef=value_coef,
         entropy_coef=entropy_coef,
     )
-    return PPOLossOutput(factor * out.loss, out.metrics)
+    return PPOLossOutput(_loss_head.times(out.loss, factor), out.metrics)
 
 
 def _ppo_forward(backend, head, rows, mask, settings, grads):
-    """(loss, metrics [9], dL/dlogprob, dL/dvalues, dL/dentropy), each gradient [N] or empty or None."""
+    """(loss, metrics [9], dL/dlogprob, dL/dvalues, dL/dentropy), each gradient [N] or None."""
     old_logprob, advantages, values, old_values, returns = rows
     if backend == "reference":
         return _reference_forward(head, rows, mask, settings, grads)
-    ops = torch.ops.fastrlhf
-    op = ops.ppo_loss_triton_fwd if backend == "triton" else ops.ppo_loss_fwd
-    loss, metrics, *rest = op(
+    loss, metrics, *factor, stacked = _ppo.ops(backend).inside(
         head.logprob,
         old_logprob,
         advantages,
@@ -200,9 +206,12 @@ def _ppo_forward(backend, head, rows, mask, settings, grads):
         *settings,
         grads,
     )
-    if len(rest) == 4:  # Triton leaves 1 / n, which stands first, out of its gradients
-        rest = [x * rest[0] for x in rest[1:]]
-    return loss, metrics, *rest
+    if not grads:
+        return loss, metrics, None, None, None
+    if factor:  # Triton leaves 1 / n out of its gradients
+        stacked = stacked * factor[0]
+    found = stacked.unbind()
+    return loss, metrics, found[0], None if values is None else found[1], found[-1]
 
 
 def _reference_forward(head, rows, mask, settings, grads):
@@ -213,8 +222,7 @@ def _reference_forward(head, rows, mask, settings, grads):
         leaves = [head.logprob, head.entropy, named["values"]]
         leaves = [None if x is None else x.detach().clone().requires_grad_() for x in leaves]
         named["values"] = leaves[2]
-        one = torch.ones((), dtype=head.logprob.dtype, device=head.logprob.device)
-        loss, metrics = _by_parts(leaves[:2], named, mask, settings, one)
+        loss, metrics = _by_parts(leaves[:2], named, mask, settings, None)
         wanted = [x for x in leaves if x is not None]
         found = torch.autograd.grad(loss, wanted) if grads else [None] * len(wanted)
     zero = torch.zeros((), device=loss.device)
@@ -256,20 +264,21 @@ def _forward(
             return None, None
         last = _ppo_forward(backend, head, rows, mask, settings, True)
         g, h = last[2], last[4] if entropy_coef != 0 else None
-        return g[where] * factor, None if h is None else h[where] * factor
+        g, h = _chunks.rows_of(g, where), _chunks.rows_of(h, where)
+        times = _loss_head.times
+        return times(g, factor), None if h is None else times(h, factor)
 
     head.run(slopes)
     if last is None:
         last = _ppo_forward(backend, head, rows, mask, settings, needs[3])
     loss, metrics, _, d_values, _ = last
     grads = head.gradients(_loss_head.kept_dtype)
-    grads.append(d_values * factor if needs[3] else hidden.new_empty(0))
-    return loss * factor, metrics, *grads
+    grads.append(_loss_head.times(d_values, factor) if needs[3] else None)
+    return _loss_head.times(loss, factor), metrics, *grads
 
 
-@torch.library.custom_op("fastrlhf::linear_ppo_loss_fwd", mutates_args=())
 @_chunks.without_autocast
-def linear_ppo_loss_fwd(
+def _fwd(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -288,7 +297,7 @@ def linear_ppo_loss_fwd(
     value_clip: float,
     value_coef: float,
     entropy_coef: float,
-    factor: Tensor,
+    factor: Tensor | None,
     compact_rows: bool,
     workspace: str,
     backend: str,
@@ -297,7 +306,7 @@ def linear_ppo_loss_fwd(
     needs_bias: bool,
     needs_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, metrics, dL/dX, dL/dW, dL/db, dL/dvalues); the last four empty where not needed."""
+    """(loss, metrics, dL/dX, dL/dW, dL/db, dL/dvalues); the last four None where not needed."""
     loss_arguments = (old_logprob, advantages, values, old_values, returns, mask)
     settings = (clip, dual_clip, value_clip, value_coef, entropy_coef)
     return _forward(
@@ -307,37 +316,18 @@ def linear_ppo_loss_fwd(
     )
 
 
-@linear_ppo_loss_fwd.register_fake
-def _(hidden, weight, targets, bias, row_temperature, temperature, softcap, *rest):
-    acc = _chunks.acc_dtype(torch.promote_types(hidden.dtype, weight.dtype))
-    grads = _loss_head.empty_gradients((hidden, weight, bias), rest[-4:-1])
-    count, dtype = (targets.numel(), acc) if rest[-1] else (0, hidden.dtype)
+def _fake(hidden, weight, targets, bias, row_temperature, temperature, softcap, *rest):
+    acc = _chunks.acc_of(hidden, weight)
+    grads = _loss_head.fake_gradients((hidden, weight, bias), rest[-4:-1])
     return (
         hidden.new_empty((), dtype=acc),
         hidden.new_empty(len(_ppo.METRICS), dtype=torch.float32),
         *grads,
-        hidden.new_empty(count, dtype=dtype),
+        hidden.new_empty(targets.numel(), dtype=acc) if rest[-1] else None,
     )
 
 
-_PARAMETERS = (0, 1, 3, 9)  # hidden, weight, bias and values among the inputs
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in _PARAMETERS]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[2:])
-
-
-@_autograd.once(OP)
-def _backward(ctx, grad_loss, *_):
-    grads = [None] * 26
-    if grad_loss is not None:
-        ctx.wanted = [ctx.needs_input_grad[i] for i in _PARAMETERS]
-        for i, grad in zip(_PARAMETERS, _loss_head.scaled(ctx, grad_loss), strict=True):
-            grads[i] = grad
-    return tuple(grads)
-
-
-linear_ppo_loss_fwd.register_autograd(_backward, setup_context=_setup_context)
+_WRT = (0, 1, 3, 9)  # hidden, weight, bias and values
+_FWD = register(
+    "linear_ppo_loss_fwd", _fake, body=_fwd, op=OP, wrt=_WRT, **_loss_head.scaling(_WRT, 2)
+)

@@ -96,10 +96,11 @@ def linear_token_loss(
     for name, value in (("with_entropy", with_entropy), ("compact_rows", compact_rows)):
         if not isinstance(value, bool):
             raise TypeError(f"{OP}: {name} must be a bool; got {type(value).__name__}")
-    acc = _chunks.acc_dtype(torch.promote_types(hidden.dtype, weight.dtype))
+    acc = _chunks.acc_of(hidden, weight)
     factor = _loss_head.scale_argument(OP, scale, hidden.device, acc)
-    inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, **rows}
-    _loss_head.check_accumulate(OP, accumulate_into, weight, acc, inputs)
+    if accumulate_into is not None:
+        inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, **rows}
+        _loss_head.check_accumulate(OP, accumulate_into, weight, acc, inputs)
     if accumulate_into is not None and reduction == "none":
         raise ValueError(f"{OP}: accumulate_into must be None with reduction='none'")
     chosen = _backend.choose(OP, backend, hidden, weight, bias)
@@ -151,7 +152,7 @@ def linear_token_loss(
         if (
             not head.operands.rows
         ):  # no chunk: its result is looked at, and its metrics get their names
-            empty = head.logprob[:0]
+            empty = torch.empty(0, **head.options)
             tokens.slopes(slice(0, 0), empty, empty)
         head.run(tokens.slopes)
         return tokens.loss.sum() * factor, head.gradients(_loss_head.kept_dtype)
@@ -244,10 +245,10 @@ class _Tokens:
         self.head, self.token_loss, self.with_entropy = head, token_loss, with_entropy
         self.rows = {name: x.reshape(-1) for name, x in rows.items()}
         # On CPU the rows of a chunk all count.
-        on_cpu = head.logprob.device.type == "cpu"
+        on_cpu = head.options["device"].type == "cpu"
         self.mask = None if mask is None or on_cpu else mask.reshape(-1)
         self.factor, self.on_cpu = factor, on_cpu
-        self.loss, self.metrics = torch.zeros_like(head.logprob), {}
+        self.loss, self.metrics = torch.zeros(head.count, **head.options), {}
 
     def slopes(self, where, logprob, entropy):
         leaves = [logprob.detach()] + ([entropy.detach()] if self.with_entropy else [])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastrlhf import reference
 from fastrlhf.ops import _backend, _checks, _sequence
+from fastrlhf.ops._register import register
 
 OP = "masked_whiten"
 
@@ -58,29 +59,27 @@ def masked_whiten(
     else:
         _, mask, _ = _sequence.layout(OP, "x", x, cu_seqlens, mask)
     chosen = _backend.choose(OP, backend, x)
-    with torch.no_grad():
-        if chosen == "reference":
+    if chosen == "reference":
+        with torch.no_grad():
             return reference.masked_whiten(x, mask=mask, shift_mean=shift_mean, unbiased=unbiased)
-        tokens, kept = _sequence.rows(x), _sequence.rows(mask)
-        ops = torch.ops.fastrlhf
-        op = ops.masked_whiten_triton if chosen == "triton" else ops.masked_whiten
-        out = op(tokens, kept, shift_mean, unbiased)
-        return out.reshape(x.shape)
+    run = _TRITON if chosen == "triton" else _CPP
+    out = run(_sequence.rows(x), _sequence.rows(mask), shift_mean, unbiased)
+    return out if x.dim() in (1, 2) else out.reshape(x.shape)
 
 
 def _fake(x, mask, shift_mean, unbiased):
     return _sequence.empty_tokens(x)
 
 
+_CPP = None
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
-    torch.library.register_fake("fastrlhf::masked_whiten", _fake)
+    _CPP = register("masked_whiten", _fake)
 
 
-@torch.library.custom_op("fastrlhf::masked_whiten_triton", mutates_args=())
 def _triton(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool) -> Tensor:
     from fastrlhf.kernels import masked_whiten as kernels  # imported when the op first runs
 
     return kernels.forward(x, mask, shift_mean, unbiased)
 
 
-torch.library.register_fake("fastrlhf::masked_whiten_triton", _fake)
+_TRITON = register("masked_whiten_triton", _fake, body=_triton)

@@ -4,12 +4,14 @@ Shapes: every tensor [...], one element a token, packed [N] or padded [B, T]; n 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.ops import _autograd, _backend, _checks, _sequence
+from fastrlhf.ops import _autograd, _backend, _checks, _metrics, _sequence
+from fastrlhf.ops._register import plain, register
 from fastrlhf.reference import PPOLossOutput
 
 OP = "ppo_loss"
@@ -84,11 +86,19 @@ def ppo_loss(
     >>> out.loss, out.metrics["ratio_max"]
     (tensor(-1.), tensor(1.))
     """
-    tensors = {"values": values, "old_values": old_values, "returns": returns, "entropy": entropy}
     _sequence.same_tokens(
-        OP, "logprob", logprob, old_logprob=old_logprob, advantages=advantages, **tensors
+        OP,
+        "logprob",
+        logprob,
+        old_logprob=old_logprob,
+        advantages=advantages,
+        values=values,
+        old_values=old_values,
+        returns=returns,
+        entropy=entropy,
     )
-    mask = _sequence.mask(OP, mask, logprob)
+    if mask is not None:
+        mask = _sequence.mask(OP, mask, logprob)
     settings = check_settings(OP, clip, dual_clip, value_clip, value_coef, entropy_coef)
     if entropy_coef != 0 and entropy is None:
         raise ValueError(f"{OP}: entropy_coef={entropy_coef:g} needs entropy; got None")
@@ -100,7 +110,10 @@ def ppo_loss(
             logprob,
             old_logprob,
             advantages,
-            **tensors,
+            values=values,
+            old_values=old_values,
+            returns=returns,
+            entropy=entropy,
             mask=mask,
             clip=clip,
             dual_clip=dual_clip,
@@ -108,40 +121,47 @@ def ppo_loss(
             value_coef=value_coef,
             entropy_coef=entropy_coef,
         )
-    ops = torch.ops.fastrlhf
-    op = ops.ppo_loss_triton_fwd if chosen == "triton" else ops.ppo_loss_fwd
-    loss, metrics, *_ = op(
-        *(_sequence.rows(x) for x in (logprob, old_logprob, advantages)),
-        _sequence.rows(values),
-        None if value_clip is None else _sequence.rows(old_values),
-        _sequence.rows(returns),
-        _sequence.rows(entropy),
-        _sequence.rows(mask),
-        *settings,
-        _autograd.trained(logprob, values, entropy),
-    )
-    return PPOLossOutput(loss, named_metrics(metrics, values is not None, entropy is not None))
+    tokens = (logprob, old_logprob, advantages, values, old_values, returns, entropy, mask)
+    if value_clip is None:
+        tokens = (*tokens[:4], None, *tokens[5:])
+    if logprob.dim() not in (1, 2):
+        tokens = map(_sequence.rows, tokens)
+    with_grad = _autograd.trained(logprob, values, entropy)
+    fwd, lazy = ops(chosen), plain()
+    loss, metrics, *_ = (fwd.kernel if lazy else fwd)(*tokens, *settings, with_grad)
+    given = (values is not None, entropy is not None)
+    return PPOLossOutput(loss, named_metrics(metrics, *given, lazy=lazy))
 
 
-def named_metrics(metrics: Tensor, has_values: bool, has_entropy: bool) -> dict[str, Tensor]:
+def named_metrics(metrics: Tensor, has_values: bool, has_entropy: bool, lazy: bool):
     """The metrics [9] of the raw op by name, without those of tensors that were not given."""
-    absent = set(() if has_values else _VALUE_METRICS)
-    absent |= set(() if has_entropy else ("entropy",))
-    named = zip(METRICS, metrics.unbind(), strict=True)
-    return {name: x for name, x in named if name not in absent}
+    return _metrics.named(_GIVEN[has_values, has_entropy], metrics, lazy)
+
+
+_GIVEN = {
+    (has_values, has_entropy): (
+        *_POLICY_METRICS,
+        *(name if has_values else None for name in _VALUE_METRICS),
+        "entropy" if has_entropy else None,
+    )
+    for has_values in (False, True)
+    for has_entropy in (False, True)
+}
 
 
 def check_settings(op, clip, dual_clip, value_clip, value_coef, entropy_coef):
     """The five numbers of the loss as the raw op takes them: infinite for a clip that is None."""
-    clip = _checks.number(op, "clip", clip, low=0, strict=True)
-    if dual_clip is not None:
-        dual_clip = _checks.number(op, "dual_clip", dual_clip, low=1, strict=True)
-    if value_clip is not None:
-        value_clip = _checks.number(op, "value_clip", value_clip, low=0, strict=True)
-    value_coef = _checks.number(op, "value_coef", value_coef)
-    entropy_coef = _checks.number(op, "entropy_coef", entropy_coef)
-    bounds = (math.inf if bound is None else bound for bound in (dual_clip, value_clip))
-    return clip, *bounds, value_coef, entropy_coef
+    return (
+        _checks.number(op, "clip", clip, low=0, strict=True),
+        math.inf
+        if dual_clip is None
+        else _checks.number(op, "dual_clip", dual_clip, low=1, strict=True),
+        math.inf
+        if value_clip is None
+        else _checks.number(op, "value_clip", value_clip, low=0, strict=True),
+        _checks.number(op, "value_coef", value_coef),
+        _checks.number(op, "entropy_coef", entropy_coef),
+    )
 
 
 def check_value_tensors(op, values, old_values, returns, value_clip):
@@ -159,58 +179,61 @@ def check_value_tensors(op, values, old_values, returns, value_clip):
 
 
 def check_constants(op, old_logprob, advantages, old_values, returns):
-    _checks.constants(
-        op,
-        old_logprob=old_logprob,
-        advantages=advantages,
-        old_values=old_values,
-        returns=returns,
-    )
+    constants = (old_logprob, advantages, old_values, returns)
+    for x in constants:
+        if x is not None and x.requires_grad:
+            names = ("old_logprob", "advantages", "old_values", "returns")
+            _checks.constants(op, **dict(zip(names, constants, strict=True)))
 
 
 # ---- registration -------------------------------------------------------------------------------
 
 
-def _fwd_fake(logprob, old_logprob, advantages, values, old_values, returns, entropy, *rest):
-    dtype, with_grad = _sequence.acc_dtype(logprob), rest[-1]
-    wanted = (True, values is not None, entropy is not None)
-    grads = [
-        _sequence.empty_tokens(logprob) if with_grad and want else logprob.new_empty(0, dtype=dtype)
-        for want in wanted
-    ]
-    metrics = logprob.new_empty(len(METRICS), dtype=torch.float32)
-    return logprob.new_empty((), dtype=dtype), metrics, *grads
+def _fake(logprob, old_logprob, advantages, values, old_values, returns, entropy, *rest):
+    given = 1 + (values is not None) + (entropy is not None)
+    return (
+        logprob.new_empty((), dtype=_sequence.acc_dtype(logprob)),
+        logprob.new_empty(len(METRICS), dtype=torch.float32),
+        _sequence.empty_stacked(logprob, given if rest[-1] else 0),
+    )
 
 
-def _setup_context(ctx, inputs, output):
-    # Positions of logprob, values and entropy among the inputs.
-    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in (0, 3, 6)]
-    _, metrics, *grads = output
-    ctx.mark_non_differentiable(metrics, *grads)
-    ctx.save_for_backward(*grads)
+_WRT = (0, 3, 6)  # logprob, values and entropy
 
 
-@_autograd.once(OP)
-def _backward(ctx, grad_loss, *_):
-    wanted = [ctx.needs_input_grad[i] for i in (0, 3, 6)]
+def _setup(ctx, arguments, outputs):
+    logprob, _, _, values, _, _, entropy, *_ = arguments
+    ctx.dtypes = (
+        logprob.dtype,
+        None if values is None else values.dtype,
+        None if entropy is None else entropy.dtype,
+    )
+    ctx.save_for_backward(*outputs[2:])
+
+
+def _backward(ctx, grad_loss):
     # The Triton op leaves its gradients without 1 / n, which stands before them.
-    *factor, logprob, values, entropy = ctx.saved_tensors
+    *factor, grads = ctx.saved_tensors
     scale = grad_loss * factor[0] if factor else grad_loss
-    logprob, values, entropy = (
-        (grad * scale).to(dtype) if want else None
-        for grad, dtype, want in zip((logprob, values, entropy), ctx.dtypes, wanted, strict=True)
+    found = (grads * scale).unbind()
+    logprob, values, entropy = ctx.dtypes
+    return (
+        _as(found[0], logprob),
+        None if values is None else _as(found[1], values),
+        None if entropy is None else _as(found[-1], entropy),
     )
-    return logprob, None, None, values, None, None, entropy, *(None,) * 7
 
 
+def _as(x, dtype):
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+_AUTOGRAD = {"op": OP, "wrt": _WRT, "setup": _setup, "backward": _backward}
+_CPP = None
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
-    torch.library.register_fake("fastrlhf::ppo_loss_fwd", _fwd_fake)
-    torch.library.register_autograd(
-        "fastrlhf::ppo_loss_fwd", _backward, setup_context=_setup_context
-    )
+    _CPP = register("ppo_loss_fwd", _fake, **_AUTOGRAD)
 
 
-@torch.library.custom_op("fastrlhf::ppo_loss_triton_fwd", mutates_args=())
 def _triton_fwd(
     logprob: Tensor,
     old_logprob: Tensor,
@@ -226,7 +249,7 @@ def _triton_fwd(
     value_coef: float,
     entropy_coef: float,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fastrlhf.kernels import ppo_loss as kernels  # imported when the op first runs
 
     tensors = (logprob, old_logprob, advantages, values, old_values, returns, entropy)
@@ -234,12 +257,14 @@ def _triton_fwd(
     return kernels.forward(tensors, mask, *options)
 
 
-@torch.library.register_fake("fastrlhf::ppo_loss_triton_fwd")
-def _triton_fwd_fake(*inputs):
-    loss, metrics, *grads = _fwd_fake(*inputs)
-    return loss, metrics, torch.empty_like(loss), *grads
+def _triton_fake(*inputs):
+    loss, metrics, grads = _fake(*inputs)
+    return loss, metrics, torch.empty_like(loss), grads
 
 
-torch.library.register_autograd(
-    "fastrlhf::ppo_loss_triton_fwd", _backward, setup_context=_setup_context
-)
+_TRITON = register("ppo_loss_triton_fwd", _triton_fake, body=_triton_fwd, **_AUTOGRAD)
+
+
+def ops(backend: str) -> Callable:
+    """The raw op of a fused backend."""
+    return _TRITON if backend == "triton" else _CPP

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastrlhf import reference
 from fastrlhf.ops import _autograd, _backend, _checks, _sequence
+from fastrlhf.ops._register import register
 
 OP = "ranking_loss"
 
@@ -58,11 +59,9 @@ def ranking_loss(
     chosen = _backend.choose(OP, backend, scores)
     if chosen == "reference":
         return reference.ranking_loss(scores, ranks, cu_groups)
-    with_grad = _autograd.trained(scores)
-    if chosen == "triton":
-        return torch.ops.fastrlhf.ranking_loss_triton_fwd(scores, ranks, cu_groups, with_grad)[0]
-    loss, _ = torch.ops.fastrlhf.ranking_loss_fwd(scores, ranks.long(), cu_groups, with_grad)
-    return loss
+    fwd = _TRITON if chosen == "triton" else _CPP
+    ranks = ranks if chosen == "triton" else ranks.long()
+    return fwd(scores, ranks, cu_groups, _autograd.trained(scores))[0]
 
 
 def _groups(cu_groups, scores):
@@ -73,34 +72,31 @@ def _groups(cu_groups, scores):
         raise type(error)(message.replace("B + 1", "P + 1").replace("B >= 0", "P >= 0")) from None
 
 
-def _fwd_fake(scores, ranks, cu_groups, with_grad):
+def _fake(scores, ranks, cu_groups, with_grad):
     dtype = _sequence.acc_dtype(scores)
     shape = scores.shape if with_grad else (0,)
     return scores.new_empty((), dtype=dtype), scores.new_empty(shape, dtype=dtype)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.dtype = inputs[0].dtype
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
+def _setup(ctx, arguments, outputs):
+    ctx.dtype = arguments[0].dtype
+    ctx.save_for_backward(*outputs[1:])
 
 
-@_autograd.once(OP)
-def _backward(ctx, grad_loss, *_):
+def _backward(ctx, grad_loss):
     # The Triton op leaves its gradient without 1 / (counted prompts), which stands before it.
     *factor, grad = ctx.saved_tensors
     scale = grad_loss * factor[0] if factor else grad_loss
-    return (grad * scale).to(ctx.dtype), None, None, None
+    grad = grad * scale
+    return (grad if grad.dtype == ctx.dtype else grad.to(ctx.dtype),)
 
 
+_AUTOGRAD = {"op": OP, "wrt": (0,), "setup": _setup, "backward": _backward}
+_CPP = None
 if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
-    torch.library.register_fake("fastrlhf::ranking_loss_fwd", _fwd_fake)
-    torch.library.register_autograd(
-        "fastrlhf::ranking_loss_fwd", _backward, setup_context=_setup_context
-    )
+    _CPP = register("ranking_loss_fwd", _fake, **_AUTOGRAD)
 
 
-@torch.library.custom_op("fastrlhf::ranking_loss_triton_fwd", mutates_args=())
 def _triton_fwd(
     scores: Tensor, ranks: Tensor, cu_groups: Tensor, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,12 +105,9 @@ def _triton_fwd(
     return kernels.forward(scores, ranks, cu_groups, with_grad)
 
 
-@torch.library.register_fake("fastrlhf::ranking_loss_triton_fwd")
-def _triton_fwd_fake(*inputs):
-    loss, grad = _fwd_fake(*inputs)
+def _triton_fake(*inputs):
+    loss, grad = _fake(*inputs)
     return loss, torch.empty_like(loss), grad
 
 
-torch.library.register_autograd(
-    "fastrlhf::ranking_loss_triton_fwd", _backward, setup_context=_setup_context
-)
+_TRITON = register("ranking_loss_triton_fwd", _triton_fake, body=_triton_fwd, **_AUTOGRAD)

@@ -5,12 +5,15 @@ the sum of e^(z - m), mean of z - m under the softmax).
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrlhf import reference
 from fastrlhf.ops import _backend, _checks
+from fastrlhf.ops._register import register
 
 OP = "token_logprob"
 
@@ -76,10 +79,9 @@ def token_logprob(
     inplace = (
         inplace_backward and not torch.compiler.is_compiling() and _checks.overwritable(logits)
     )
-    ops = torch.ops.fastrlhf
-    op = ops.token_logprob_triton_fwd if chosen == "triton" else ops.token_logprob_fwd
-    arguments = (logits, targets, row_temperature, temperature, softcap, mask, inplace)
-    logprob, entropy, _ = run(OP, op, arguments)
+    fwd = ops(chosen).fwd
+    settings = (row_temperature, temperature, softcap, mask, return_entropy, inplace)
+    logprob, entropy, _ = run(OP, fwd, (logits, targets, *settings))
     return (logprob, entropy) if return_entropy else logprob
 
 
@@ -88,12 +90,15 @@ def check(op, logits, targets, temperature, softcap, mask, vocab=None):
 
     `logits` stands for any [..., X] tensor of the rows; `vocab` is V where X is not.
     """
-    _checks.float_tensor(op, "logits" if vocab is None else "hidden", logits)
+    if vocab is None:  # else: hidden, which has been looked at
+        _checks.float_tensor(op, "logits", logits)
     _checks.index_tensor(op, "targets", targets)
     if logits.dim() < 1:
         name = "logits" if vocab is None else "hidden"
         raise ValueError(f"{op}: {name} must have a last axis; got a 0-d tensor")
-    _checks.shape(op, "targets", targets, logits.shape[:-1])
+    rows = logits.shape[:-1]
+    if targets.shape != rows:
+        _checks.shape(op, "targets", targets, rows)
     _checks.same_device(op, "targets", targets, logits.device)
     if (logits.shape[-1] if vocab is None else vocab) == 0 and targets.numel() > 0:
         raise ValueError(f"{op}: the vocabulary must have at least 1 entry; got 0")
@@ -103,7 +108,8 @@ def check(op, logits, targets, temperature, softcap, mask, vocab=None):
         row_temperature, temperature = _row_temperature(op, temperature, logits, targets), 1.0
     else:
         temperature = _checks.number(op, "temperature", temperature, low=0, strict=True)
-    mask = _checks.mask(op, mask, targets.shape, logits.device)
+    if mask is not None:
+        mask = _checks.mask(op, mask, targets.shape, logits.device)
     return row_temperature, temperature, softcap, mask
 
 
@@ -126,7 +132,7 @@ _VALUE_ERRORS = ("targets must be in", "temperature must be above 0")
 
 
 def run(name, op, arguments):
-    """Calls an op; its complaints about values become ValueErrors of `name` in eager mode."""
+    """Calls what `register` returned; its complaints about values become ValueErrors of `name` in eager mode."""
     if torch.compiler.is_compiling():
         return op(*arguments)
     try:
@@ -190,7 +196,7 @@ def _acc_dtype(logits):
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _fwd_fake(logits, targets, row_temperature, temperature, softcap, mask, inplace_backward):
+def _fwd_fake(logits, targets, *settings):
     dtype = _acc_dtype(logits)
     out = logits.new_empty(targets.shape, dtype=dtype)
     return out, torch.empty_like(out), logits.new_empty((3, targets.numel()), dtype=dtype)
@@ -204,65 +210,54 @@ def _bwd_inplace_fake(*args):
     return None
 
 
-def _setup_context(ctx, inputs, output):
-    logits, targets, row_temperature, ctx.temperature, ctx.softcap, mask, ctx.inplace = inputs
-    _, _, stats = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(logits, targets, stats, row_temperature, mask)
+def _setup(ctx, arguments, outputs):
+    logits, targets, row_temperature, ctx.temperature, ctx.softcap, mask, _, ctx.inplace = arguments
+    ctx.save_for_backward(logits, targets, outputs[2], row_temperature, mask)
 
 
-def _backward(bwd, bwd_inplace):
-    def backward(ctx, grad_logprob, grad_entropy, _grad_stats):
-        if grad_logprob is None and grad_entropy is None:
-            return (None,) * 7
+class Ops(NamedTuple):
+    """The ops of a backend; `bwd_` writes over the logits."""
+
+    fwd: Callable
+    bwd: Callable
+    bwd_: Callable
+
+
+def _register(prefix, fwd=None, bwd=None, bwd_=None):
+    bwd = register(f"{prefix}_bwd", _bwd_fake, body=bwd, op=OP, wrt=(0, 1, 2))
+    bwd_ = register(f"{prefix}_bwd_", _bwd_inplace_fake, body=bwd_, mutates=("logits",))
+
+    def backward(ctx, grad_logprob, grad_entropy):
         logits, targets, stats, row_temperature, mask = ctx.saved_tensors
-        op = bwd_inplace if ctx.inplace else bwd
-        grad = op(
-            grad_logprob,
-            grad_entropy,
-            logits,
-            targets,
-            stats,
-            row_temperature,
-            ctx.temperature,
-            ctx.softcap,
-            mask,
-        )
+        run = bwd_.below if ctx.inplace else bwd
+        settings = (row_temperature, ctx.temperature, ctx.softcap, mask)
+        grad = run(grad_logprob, grad_entropy, logits, targets, stats, *settings)
         if ctx.inplace:
             # The saved logits are gone: let autograd notice any second use.
             torch.autograd.graph.increment_version(logits)
             grad = logits.detach()
-        return (grad, *(None,) * 6)
+        return (grad,)
 
-    return backward
-
-
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError(f"{OP}: the gradient of the gradient is not implemented")
-
-
-def _register(prefix):
-    """Fake implementations and autograd of <prefix>_fwd, _bwd and _bwd_."""
-    ops = torch.ops.fastrlhf
-    bwd, bwd_inplace = getattr(ops, f"{prefix}_bwd"), getattr(ops, f"{prefix}_bwd_")
-    torch.library.register_fake(f"fastrlhf::{prefix}_fwd", _fwd_fake)
-    torch.library.register_fake(f"fastrlhf::{prefix}_bwd", _bwd_fake)
-    torch.library.register_fake(f"fastrlhf::{prefix}_bwd_", _bwd_inplace_fake)
-    torch.library.register_autograd(
-        f"fastrlhf::{prefix}_fwd", _backward(bwd, bwd_inplace), setup_context=_setup_context
+    fwd = register(
+        f"{prefix}_fwd",
+        _fwd_fake,
+        body=fwd,
+        op=OP,
+        wrt=(0,),
+        gives=2,
+        setup=_setup,
+        backward=backward,
+        create_graph=True,
     )
-    torch.library.register_autograd(f"fastrlhf::{prefix}_bwd", _no_double_backward)
+    return Ops(fwd, bwd, bwd_)
 
 
-if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
-    _register("token_logprob")
+_CPP = _register("token_logprob") if OP in _backend._CPU_OPS | _backend._CUDA_OPS else None
 
 
 # ---- Triton: the kernels are imported when an op first runs -----------------------------------
 
 
-@torch.library.custom_op("fastrlhf::token_logprob_triton_fwd", mutates_args=())
 def _triton_fwd(
     logits: Tensor,
     targets: Tensor,
@@ -270,14 +265,15 @@ def _triton_fwd(
     temperature: float,
     softcap: float,
     mask: Tensor | None,
+    with_entropy: bool,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from fastrlhf.kernels import token_logprob as kernels
 
-    return kernels.forward(logits, targets, row_temperature, temperature, softcap, mask)
+    settings = (row_temperature, temperature, softcap, mask, with_entropy)
+    return kernels.forward(logits, targets, *settings)
 
 
-@torch.library.custom_op("fastrlhf::token_logprob_triton_bwd", mutates_args=())
 def _triton_bwd(
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
@@ -292,22 +288,11 @@ def _triton_bwd(
     from fastrlhf.kernels import token_logprob as kernels
 
     out = logits.new_empty(logits.shape)
-    kernels.backward(
-        grad_logprob,
-        grad_entropy,
-        logits,
-        targets,
-        stats,
-        row_temperature,
-        temperature,
-        softcap,
-        mask,
-        out,
-    )
+    rest = (stats, row_temperature, temperature, softcap, mask)
+    kernels.backward(grad_logprob, grad_entropy, logits, targets, *rest, out)
     return out
 
 
-@torch.library.custom_op("fastrlhf::token_logprob_triton_bwd_", mutates_args=("logits",))
 def _triton_bwd_(
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
@@ -321,18 +306,13 @@ def _triton_bwd_(
 ) -> None:
     from fastrlhf.kernels import token_logprob as kernels
 
-    kernels.backward(
-        grad_logprob,
-        grad_entropy,
-        logits,
-        targets,
-        stats,
-        row_temperature,
-        temperature,
-        softcap,
-        mask,
-        logits,
-    )
+    rest = (stats, row_temperature, temperature, softcap, mask)
+    kernels.backward(grad_logprob, grad_entropy, logits, targets, *rest, logits)
 
 
-_register("token_logprob_triton")
+_TRITON = _register("token_logprob_triton", _triton_fwd, _triton_bwd, _triton_bwd_)
+
+
+def ops(backend: str) -> Ops:
+    """The raw ops of a fused backend."""
+    return _TRITON if backend == "triton" else _CPP

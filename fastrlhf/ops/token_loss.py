@@ -14,6 +14,7 @@ from torch import Tensor
 from fastrlhf import reference
 from fastrlhf.ops import _backend, _checks
 from fastrlhf.ops import token_logprob as _logprob
+from fastrlhf.ops._register import differentiable, register
 
 OP = "token_loss"
 
@@ -44,8 +45,10 @@ def token_loss(
 
     d loss / d l is known as soon as l is, so the forward makes dL/dlogits_j = (d loss / d l)
     (1[j = target] - p_j) dz_j/dlogits_j while the row is still on the chip: one read and one write
-    of the logits for forward and backward together. The backward multiplies row i by the upstream
-    gradient of loss_i. **Where that is 1 it touches nothing**, so fold the mean into the loss::
+    of the logits for forward and backward together. (Triton reads the row twice; so does CUDA in
+    float64, with a soft-cap above 64, and where a row does not fit on the chip.) The backward
+    multiplies row i by the upstream gradient of loss_i. **Where that is 1 it touches nothing**, so
+    fold the mean into the loss::
 
         loss, logprob = token_loss(logits, targets, advantages, scale=1 / n, ...)
         loss.sum().backward()
@@ -94,8 +97,10 @@ def token_loss(
     row_temperature, temperature, softcap, mask = _logprob.check(
         OP, logits, targets, temperature, softcap, mask
     )
-    advantages = _row_constant("advantages", advantages, logits, targets)
-    old_logprob = _row_constant("old_logprob", old_logprob, logits, targets)
+    if advantages is not None:
+        advantages = _row_constant("advantages", advantages, logits, targets)
+    if old_logprob is not None:
+        old_logprob = _row_constant("old_logprob", old_logprob, logits, targets)
     clip = _checks.number(OP, "clip", clip, low=0, strict=True)
     if dual_clip is not None:
         dual_clip = _checks.number(OP, "dual_clip", dual_clip, low=1, strict=True)
@@ -133,20 +138,20 @@ def token_loss(
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
         loss, logprob, _, _ = _logprob.run(OP, ops.fwd, (logits, *arguments))
         return loss, logprob.detach()
-    return _GradientInForward.apply(
-        ops, logits, inplace_backward and _checks.overwritable(logits), *arguments
-    )
+    inplace = inplace_backward and _checks.overwritable(logits)
+    outputs = _logprob.run(OP, _gradient_in_forward, (logits, ops, inplace, *arguments))
+    return outputs[:2]
 
 
 def _row_constant(name, value, logits, targets):
-    """A float tensor of the rows in the accumulator's dtype, contiguous; None passes."""
-    if value is None:
-        return None
+    """A float tensor of the rows in the accumulator's dtype, contiguous."""
     _checks.float_tensor(OP, name, value)
     _checks.shape(OP, name, value, targets.shape)
     _checks.same_device(OP, name, value, logits.device)
-    _checks.constants(OP, **{name: value})
-    return value.detach().to(_logprob._acc_dtype(logits)).contiguous()
+    if value.requires_grad:
+        _checks.constants(OP, **{name: value})
+    dtype = _logprob._acc_dtype(logits)
+    return (value if value.dtype == dtype else value.to(dtype)).contiguous()
 
 
 def _scale(scale, logits):
@@ -172,52 +177,68 @@ def _reference(logits, targets, *rest, row_temperature, temperature, mask, **opt
 # ---- the gradient made in the forward: eager mode ------------------------------------------------
 
 
-class _GradientInForward(torch.autograd.Function):
-    """fwd_ writes dL/dlogits for an upstream gradient of 1; the backward hands it out, scaled."""
+def _forward(logits, ops, inplace, *arguments):
+    """fwd_ writes dL/dlogits for an upstream gradient of 1."""
+    out = logits if inplace else _empty(logits)
+    outputs = ops.fwd_.below(logits, *arguments, out)
+    if inplace:
+        # The logits are gone: let autograd notice whoever has saved them.
+        torch.autograd.graph.increment_version(logits)
+    return *outputs, out
 
-    @staticmethod
-    def forward(ctx, ops, logits, inplace, *arguments):
-        out = logits if inplace else logits.new_empty(logits.shape)
-        loss, logprob, slope, stats = _logprob.run(OP, ops.fwd_, (logits, *arguments, out))
-        if inplace:
-            # The logits are gone: let autograd notice whoever has saved them.
-            torch.autograd.graph.increment_version(logits)
-        tensors = [x if isinstance(x, Tensor) else None for x in arguments]
-        ctx.save_for_backward(logits, slope, stats, *tensors)
-        ctx.numbers = [None if isinstance(x, Tensor) else x for x in arguments]
-        ctx.ops, ctx.inplace, ctx.grad = ops, inplace, None if inplace else out
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(logprob)
-        return loss, logprob
 
-    @staticmethod
-    def backward(ctx, grad_loss, _grad_logprob):
-        nothing = (None,) * 12
-        if grad_loss is None:
-            return None, None, *nothing
-        logits, slope, stats, *tensors = ctx.saved_tensors
-        arguments = [n if t is None else t for t, n in zip(tensors, ctx.numbers, strict=True)]
-        if torch.is_grad_enabled():  # create_graph: an op whose own gradient says that it has none
-            if ctx.inplace:
-                raise NotImplementedError(f"{OP}: create_graph must not meet inplace_backward=True")
-            grad = _from_stats(ctx.ops, grad_loss, logits, slope, stats, *arguments)
-            return None, grad, *nothing
+def _empty(logits):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_forward(ctx, all_arguments, outputs):
+    logits, ctx.ops, ctx.inplace, targets, advantages, old_logprob, *rest = all_arguments
+    clip, dual_clip, row_temperature, temperature, softcap, mask, scale_tensor, scale = rest
+    _, _, slope, stats, out = outputs
+    rows = (targets, advantages, old_logprob, row_temperature, mask, scale_tensor)
+    ctx.save_for_backward(logits, slope, stats, *rows)
+    ctx.numbers = clip, dual_clip, temperature, softcap, scale
+    ctx.grad = None if ctx.inplace else out
+
+
+def _hand_out(ctx, grad_loss):
+    """The gradient that the forward has made, scaled."""
+    if ctx.grad is not None and not torch.is_grad_enabled():
+        grad, ctx.grad = ctx.grad, None
+        ctx.ops.bwd_.below(grad, grad_loss)
+        return (grad,)
+    logits, slope, stats, *rows = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph: an op whose own gradient says that it has none
         if ctx.inplace:
-            grad = logits.detach()
-            # One gradient, given away once: a second backward raises at saved_tensors.
-            torch.autograd.graph.increment_version(logits)
-        elif ctx.grad is not None:
-            grad, ctx.grad = ctx.grad, None
-        else:  # a retained graph: the same bits once more
-            grad = logits.new_empty(logits.shape)
-            ctx.ops.fwd_(logits, *arguments, grad)
-        ctx.ops.bwd_(grad, grad_loss)
-        return None, grad, *nothing
+            raise NotImplementedError(f"{OP}: create_graph must not meet inplace_backward=True")
+        return (_from_stats(ctx.ops, grad_loss, logits, slope, stats, *_arguments(ctx, rows)),)
+    if ctx.inplace:
+        grad = logits.detach()
+        # One gradient, given away once: a second backward raises at saved_tensors.
+        torch.autograd.graph.increment_version(logits)
+    else:  # a retained graph: the same bits once more
+        grad = _empty(logits)
+        ctx.ops.fwd_(logits, *_arguments(ctx, rows), grad)
+    ctx.ops.bwd_.below(grad, grad_loss)
+    return (grad,)
+
+
+def _arguments(ctx, rows):
+    """Those of fwd_ behind the logits, once more."""
+    targets, advantages, old_logprob, row_temperature, mask, scale_tensor = rows
+    clip, dual_clip, temperature, softcap, scale = ctx.numbers
+    policy = (advantages, old_logprob, clip, dual_clip)
+    return targets, *policy, row_temperature, temperature, softcap, mask, scale_tensor, scale
+
+
+_gradient_in_forward = differentiable(
+    _forward, op=OP, wrt=(0,), setup=_setup_forward, backward=_hand_out, create_graph=True
+)
 
 
 def _from_stats(ops, grad_loss, logits, slope, stats, targets, *arguments):
     """dL/dlogits from the logits and the statistics of their rows."""
-    _, _, _, _, row_temperature, temperature, softcap, mask, _, _ = arguments
+    *_, row_temperature, temperature, softcap, mask, _, _ = arguments
     return ops.logprob_bwd(
         grad_loss * slope,
         None,
@@ -243,25 +264,10 @@ def _bwd_fake(grad, upstream):
     return None
 
 
-def _setup_context(ctx, inputs, output):
-    logits, targets, _, _, _, _, row_temperature, ctx.temperature, ctx.softcap, mask, _, _ = inputs
-    _, logprob, slope, stats = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(logprob, slope, stats)
+def _setup(ctx, arguments, outputs):
+    logits, targets, *_, row_temperature, ctx.temperature, ctx.softcap, mask, _, _ = arguments
+    _, _, slope, stats = outputs
     ctx.save_for_backward(logits, slope, stats, targets, row_temperature, mask)
-
-
-def _backward(ops):
-    def backward(ctx, grad_loss, *_):
-        if grad_loss is None:
-            return (None,) * 12
-        logits, slope, stats, targets, row_temperature, mask = ctx.saved_tensors
-        unused = (None,) * 4
-        more = (row_temperature, ctx.temperature, ctx.softcap, mask, None, None)
-        grad = _from_stats(ops, grad_loss, logits, slope, stats, targets, *unused, *more)
-        return grad, *(None,) * 11
-
-    return backward
 
 
 class _Ops(NamedTuple):
@@ -273,26 +279,30 @@ class _Ops(NamedTuple):
     logprob_bwd: Callable
 
 
-def _register(suffix):
-    """Fake implementations and autograd of token_loss<suffix>_fwd, _fwd_ and _bwd_."""
-    name = f"fastrlhf::{OP}{suffix}"
-    torch.library.register_fake(f"{name}_fwd", _fwd_fake)
-    torch.library.register_fake(f"{name}_fwd_", _fwd_fake)
-    torch.library.register_fake(f"{name}_bwd_", _bwd_fake)
-    of = lambda end: getattr(torch.ops.fastrlhf, end)  # noqa: E731
-    ends = (f"{OP}{suffix}_fwd", f"{OP}{suffix}_fwd_", f"{OP}{suffix}_bwd_")
-    ops = _Ops(*map(of, ends), of(f"token_logprob{suffix}_bwd"))
-    torch.library.register_autograd(f"{name}_fwd", _backward(ops), setup_context=_setup_context)
+def _register(prefix, logprob_ops, fwd=None, fwd_=None, bwd_=None):
+    def backward(ctx, grad_loss):
+        logits, slope, stats, targets, row_temperature, mask = ctx.saved_tensors
+        rest = (row_temperature, ctx.temperature, ctx.softcap, mask, None, None)
+        return (_from_stats(ops, grad_loss, logits, slope, stats, targets, *(None,) * 4, *rest),)
+
+    autograd = {"op": OP, "wrt": (0,), "setup": _setup, "backward": backward}
+    ops = _Ops(
+        register(f"{prefix}_fwd", _fwd_fake, body=fwd, **autograd, create_graph=True),
+        register(f"{prefix}_fwd_", _fwd_fake, body=fwd_, mutates=("out",)),
+        register(f"{prefix}_bwd_", _bwd_fake, body=bwd_, mutates=("grad",)),
+        logprob_ops.bwd,
+    )
     return ops
 
 
-_CPP = _register("") if OP in _backend._CPU_OPS | _backend._CUDA_OPS else None
+_CPP = None
+if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
+    _CPP = _register("token_loss", _logprob._CPP)
 
 
 # ---- Triton: the kernels are imported when an op first runs -----------------------------------
 
 
-@torch.library.custom_op("fastrlhf::token_loss_triton_fwd", mutates_args=())
 def _triton_fwd(
     logits: Tensor,
     targets: Tensor,
@@ -309,23 +319,11 @@ def _triton_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fastrlhf.kernels import token_loss as kernels
 
-    return kernels.forward(
-        logits,
-        targets,
-        advantages,
-        old_logprob,
-        clip,
-        dual_clip,
-        row_temperature,
-        temperature,
-        softcap,
-        mask,
-        scale_tensor,
-        scale,
-    )
+    policy = (advantages, old_logprob, clip, dual_clip)
+    rest = (row_temperature, temperature, softcap, mask, scale_tensor, scale)
+    return kernels.forward(logits, targets, *policy, *rest)
 
 
-@torch.library.custom_op("fastrlhf::token_loss_triton_fwd_", mutates_args=("out",))
 def _triton_fwd_(
     logits: Tensor,
     targets: Tensor,
@@ -343,28 +341,15 @@ def _triton_fwd_(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fastrlhf.kernels import token_loss as kernels
 
-    return kernels.forward(
-        logits,
-        targets,
-        advantages,
-        old_logprob,
-        clip,
-        dual_clip,
-        row_temperature,
-        temperature,
-        softcap,
-        mask,
-        scale_tensor,
-        scale,
-        out,
-    )
+    policy = (advantages, old_logprob, clip, dual_clip)
+    rest = (row_temperature, temperature, softcap, mask, scale_tensor, scale)
+    return kernels.forward(logits, targets, *policy, *rest, out)
 
 
-@torch.library.custom_op("fastrlhf::token_loss_triton_bwd_", mutates_args=("grad",))
 def _triton_bwd_(grad: Tensor, upstream: Tensor) -> None:
     from fastrlhf.kernels import token_loss as kernels
 
     kernels.backward(grad, upstream)
 
 
-_TRITON = _register("_triton")
+_TRITON = _register("token_loss_triton", _logprob._TRITON, _triton_fwd, _triton_fwd_, _triton_bwd_)

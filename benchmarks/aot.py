@@ -1,0 +1,81 @@
+"""Compiles the GPU kernels on machines without a GPU: CUDA through nvcc, Triton through triton.compile."""
+
+import importlib
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
+
+def nvcc(source: Path, out: Path, *flags: str) -> subprocess.CompletedProcess:
+    """Runs nvcc over a file of csrc/cuda as the extension's build does; `flags` say what comes out."""
+    import torch
+
+    include = Path(torch.__file__).parent / "include"
+    command = ["nvcc", "-std=c++20", "-O3", "-DUSE_CUDA", TORCH_TARGET, *flags]
+    command += [f"-I{ROOT / 'csrc'}", f"-I{include}", str(source), "-o", str(out)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+# Types of the arguments of Triton kernels. What is not named here: a pointer to the accumulator's type, an i64 stride,
+# an i32.
+NAMED = {
+    **dict.fromkeys(("cu_seqlens_ptr", "cu_groups_ptr"), "*i32"),
+    **dict.fromkeys(("targets_ptr", "ranks_ptr"), "*i64"),
+    "mask_ptr": "*i1",
+    "partials_ptr": "*fp64",
+}
+IN_THE_DTYPE = {
+    f"{name}_ptr"
+    for name in (
+        "logits out rewards values bootstrap x logprob ref_logprob score old_logprob advantages"
+        " old_values returns entropy scores"
+    ).split()
+}
+
+
+def type_of(name: str, dtype: str) -> str:
+    if name in IN_THE_DTYPE:
+        return "*" + dtype
+    if name in NAMED:
+        return NAMED[name]
+    acc = "fp64" if dtype == "fp64" else "fp32"
+    return f"*{acc}" if name.endswith("_ptr") else "i64" if name.startswith("stride") else "i32"
+
+
+def kernels_of(module: str) -> dict:
+    """The Triton kernels of kernels/<module>.py. Not where TRITON_INTERPRET is set: they do not compile there."""
+    found = vars(importlib.import_module(f"fastrlhf.kernels.{module}"))
+    return {name: kernel for name, kernel in found.items() if name.endswith("_kernel")}
+
+
+def triton_kernel(kernel, constants: dict, dtype: str, target: tuple, aligned=()):
+    """A compiled Triton kernel.
+
+    `constants`: its constexpr arguments (ACC by name), strides that are 1, and options of the compiler. `target`:
+    (backend, architecture, warp size). `aligned`: arguments that are multiples of 16, as the launcher would find; the
+    kernel may refuse to be told.
+    """
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {"fp32": tl.float32, "fp64": tl.float64}
+    names = ("num_warps", "num_stages", "enable_fp_fusion")
+    options = {k: v for k, v in constants.items() if k in names}
+    values = {
+        k: types.get(v, v) if k == "ACC" else v for k, v in constants.items() if k not in options
+    }
+    signature = {
+        p.name: "constexpr" if p.name in values else p.annotation_type or type_of(p.name, dtype)
+        for p in kernel.params
+    }
+    attrs = {
+        (n,): [["tt.divisibility", 16]]
+        for n, p in enumerate(kernel.params)
+        if p.name in aligned and p.name not in values and not p.do_not_specialize_on_alignment
+    }
+    source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attrs)
+    return triton.compile(source, target=GPUTarget(*target), options={"num_warps": 4} | options)

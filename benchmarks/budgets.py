@@ -1,0 +1,390 @@
+"""Instructions a logit of the kernels that walk rows of logits, on sm_90, without a GPU: `make budgets`.
+
+    python benchmarks/budgets.py [--only TEXT] [--loops] [--json]
+
+A row of the table is a kernel, a dtype and a kind of row: V = 128256 at a 16-byte boundary, V = 50257 off it. It says
+what a warp issues per logit over all loops that walk the row (benchmarks/walks.py has the rule), exponentials, other
+MUFU and rare blocks among it, and what the row costs outside those loops; 16-byte loads in flight, registers, shared
+memory and how many blocks reside on a multiprocessor. tests/test_budgets.py holds the kernels to the budgets that are
+written here.
+"""
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import walks
+from aot import ROOT, kernels_of, nvcc, triton_kernel
+from cubin import Function, functions, resident_blocks
+from sass import SassError
+from walks import Division, Phase
+
+ROWS = ((128256, True), (50257, False))  # V, and whether each row begins at a 16-byte boundary
+MISALIGNED_MORE = 3  # instructions a logit that a misaligned row may cost on top of its budget
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+CXX = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float"}
+SM_90 = ("cuda", 90, 32)
+
+
+# Instructions a logit of an aligned row: kernel -> dtype -> budget. Where there is none, TODAY below bounds the kernel.
+BUDGETS = {
+    "token_logprob forward": {"bf16": 6, "fp16": 6, "fp32": 6},
+    "token_logprob forward + entropy": {"bf16": 8, "fp16": 8, "fp32": 8},
+    "token_logprob forward, soft-cap": {"bf16": 13},
+    "token_logprob backward": {"bf16": 6, "fp16": 6},
+    "token_logprob backward + entropy": {"bf16": 8, "fp16": 8},
+    "token_logprob backward, soft-cap": {"bf16": 13},
+    "token_loss statistics": {"bf16": 7.5},
+    "token_loss statistics, soft-cap": {"bf16": 13},
+    "token_loss gradient": {"bf16": 5.5},
+    "token_loss gradient, soft-cap": {"bf16": 13},
+    "triton token_logprob forward": {"bf16": 7},
+    "triton token_logprob forward + entropy": {"bf16": 10},
+}
+LOADS_IN_FLIGHT = (
+    4  # at least, of 16 bytes a thread, in CUDA kernels that walk an aligned row in global memory
+)
+# Exponentials among them, where a soft-cap has a budget: of a logit, and of the largest logit of 64, whose tanh is the
+# base of a tile.
+MUFU_OF_SOFT_CAP = 3 + 2 / 64
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled variant of a kernel."""
+
+    label: str
+    dtype: str
+    source: str  # under csrc/cuda, or kernels/
+    name: str  # template instance, or Triton function
+    phases: Callable[[int], dict[str, Phase]]  # of the threads that share a row: what counts
+    constants: dict | None = None  # Triton's
+
+    @property
+    def size(self) -> int:
+        return SIZES[self.dtype]
+
+    @property
+    def budget(self) -> float | None:
+        return BUDGETS.get(self.label, {}).get(self.dtype)
+
+
+# ---- token_loss on chip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What plan_row of csrc/cuda/token_loss.cu chooses: blocks a row, bytes of dynamic shared memory each, and how many
+    blocks it counts on a multiprocessor to hold."""
+
+    blocks: int
+    bytes: int
+    resident: int
+
+
+def source_number(file: str, pattern: str) -> int:
+    text = (ROOT / "csrc" / "cuda" / file).read_text()
+    found = re.findall(pattern, text)
+    if len(set(found)) != 1:
+        raise ValueError(f"csrc/cuda/{file}: {pattern!r} found {len(found)} times")
+    return int(found[0])
+
+
+def plan_row(width: int, size: int, static: int, wanted: int) -> Plan:
+    """As few blocks a row as leave room for the wanted number of blocks a multiprocessor, else for one fewer."""
+    most = source_number("cluster.cuh", r"kMaxCluster = (\d+);")
+    of_system = source_number("token_loss.cu", r"of_system = (\d+);")
+    vectors = source_number("softmax_row.cuh", r"kTileVectors = (\d+);")
+    per_sm, per_block = 228 * 1024, 227 * 1024  # sm_90
+    tile_bytes = 16 * 32 * vectors
+    tiles = -(-width * size // tile_bytes)
+    for resident in range(wanted, 0, -1):
+        blocks = 1
+        while blocks <= most:
+            needed = -(-tiles // blocks) * tile_bytes + 16
+            fits = (needed + static + of_system) * resident <= per_sm
+            if needed + static <= per_block and fits:
+                return Plan(blocks, needed, resident)
+            blocks *= 2
+    raise ValueError(f"a row of {width} logits does not fit on chip")
+
+
+# ---- the table
+
+
+def statistics(division: Division, ex2: int = 1, far: bool = False) -> dict[str, Phase]:
+    return {"maximum": Phase(0, division, far), "statistics": Phase(ex2, division, far)}
+
+
+def gradient(division: Division, ex2: int = 1, far: bool = False) -> dict[str, Phase]:
+    return {"gradient": Phase(ex2, division, far), "scaling": Phase(0, division, far)}
+
+
+def cuda_kernels() -> list[Kernel]:
+    stages = source_number("token_loss.cu", r"kStages = (\d+);")
+
+    # A warp reduces tiles; the loop around them, which merges what waits in shared memory, runs once in 256 tiles.
+    def forward(ex2):
+        return lambda lanes: statistics(Division(lanes, tiles=True, pieces=1), ex2, far=True)
+
+    # Rows enough for a block each.
+    def backward(ex2):
+        return lambda lanes: gradient(Division(lanes), ex2, far=True)
+
+    def on_chip(ex2):
+        return lambda lanes: (
+            {"copy": Phase(0, Division(lanes, tiles=True, pieces=stages))}
+            | statistics(
+                Division(lanes, True, pieces=stages, last="padded" if ex2 == 1 else "guarded"),
+                ex2,
+                far=True,
+            )
+        )
+
+    def from_chip(ex2):
+        return lambda lanes: gradient(Division(lanes), ex2, far=True)
+
+    variants = (  # of one dtype: op, half, its flags
+        ("token_logprob forward", "fwd", "0, false", forward(1)),
+        ("token_logprob forward + entropy", "fwd", "0, true", forward(1)),
+        ("token_logprob forward, soft-cap", "fwd", "1, false", forward(2)),
+        ("token_logprob backward", "bwd", "0, false", backward(1)),
+        ("token_logprob backward + entropy", "bwd", "0, true", backward(1)),
+        ("token_logprob backward, soft-cap", "bwd", "1, false", backward(2)),
+        ("token_loss statistics", "fwd", "0, true", on_chip(1)),
+        ("token_loss gradient", "fwd", "0, true", from_chip(1)),
+        ("token_loss statistics, soft-cap", "fwd", "1, true", on_chip(2)),
+        ("token_loss gradient, soft-cap", "fwd", "1, true", from_chip(2)),
+    )
+    return [
+        Kernel(
+            label=label,
+            dtype=dtype,
+            source=f"{label.split()[0]}.cu",
+            name=f"{label.split()[0]}_{half}_kernel<{t}, {flags}>",
+            phases=phases,
+        )
+        for dtype, t in CXX.items()
+        for label, half, flags, phases in variants
+    ]
+
+
+def triton_kernels() -> list[Kernel]:
+    row = {"HAS_MASK": False, "HAS_ROW_T": False, "CAP": 0, "ACC": "fp32"}
+    row |= {"enable_fp_fusion": False}
+    walk = row | {"R": 8, "L": 256, "STAGES": 4, "num_warps": 1}
+    plain, entropy = walk | {"HAS_ENTROPY": False}, walk | {"HAS_ENTROPY": True}
+    back = row | {"HAS_G": True, "BLOCK": 4096, "num_warps": 4}
+    g, h = back | {"HAS_H": False}, back | {"HAS_H": True}
+    loss = row | {"R": 4, "L": 1024, "STAGES": 4, "num_warps": 4, "BLOCK": 4096}
+    loss |= dict.fromkeys(("HAS_ADVANTAGES", "HAS_OLD", "HAS_SCALE", "WITH_GRAD"), True)
+
+    def forward(lanes):
+        return statistics(Division(lanes, tiles=True, unit=lanes), far=True)
+
+    def from_row(lanes):
+        return gradient(Division(lanes, tiles=True, unit=lanes), far=True)
+
+    variants = (
+        ("token_logprob forward", "fwd", plain, forward),
+        ("token_logprob forward + entropy", "fwd", entropy, forward),
+        ("token_logprob backward", "bwd", g, from_row),
+        ("token_logprob backward + entropy", "bwd", h, from_row),
+        ("token_loss statistics", "fwd", loss, forward),
+        ("token_loss gradient", "fwd", loss, from_row),
+    )
+    return [
+        Kernel(
+            label=f"triton {label}",
+            dtype="bf16",
+            source=f"{label.split()[0]}.py",
+            name=f"{label.split()[0]}_{half}_kernel",
+            phases=phases,
+            constants=constants,
+        )
+        for label, half, constants, phases in variants
+    ]
+
+
+# What kernels take that do not keep their budget yet, or have none: (label, dtype) -> aligned, misaligned; None where
+# the budget is kept. An entry goes when both are; where there is no budget, the numbers follow what the kernel takes.
+TODAY = {
+    ("token_logprob backward, soft-cap", "bf16"): (13.1, None),
+    ("token_loss gradient, soft-cap", "bf16"): (13.09, None),
+    ("token_logprob forward, soft-cap", "fp16"): (10.35, 13.28),
+    ("token_logprob backward, soft-cap", "fp16"): (13.1, 13.08),
+    ("token_loss statistics", "fp16"): (7.35, 9.13),
+    ("token_loss gradient", "fp16"): (5.05, 5.02),
+    ("token_loss statistics, soft-cap", "fp16"): (12.76, 14.0),
+    ("token_loss gradient, soft-cap", "fp16"): (13.09, 13.05),
+    ("token_logprob forward, soft-cap", "fp32"): (10.79, 11.91),
+    ("token_logprob backward", "fp32"): (4.21, 4.23),
+    ("token_logprob backward + entropy", "fp32"): (6.08, 6.1),
+    ("token_logprob backward, soft-cap", "fp32"): (12.27, 12.29),
+    ("token_loss statistics", "fp32"): (10.05, 9.59),
+    ("token_loss gradient", "fp32"): (4.1, 4.03),
+    ("token_loss statistics, soft-cap", "fp32"): (15.73, 14.04),
+    ("token_loss gradient, soft-cap", "fp32"): (12.17, 12.1),
+    ("triton token_logprob backward", "bf16"): (5.95, 8.82),
+    ("triton token_logprob backward + entropy", "bf16"): (8.06, 10.98),
+    ("triton token_loss statistics", "bf16"): (8.17, 10.65),
+    ("triton token_loss gradient", "bf16"): (6.18, 11.48),
+}
+
+
+# ---- compiled
+
+
+def compile_cuda(source: str, folder: Path) -> dict[str, Function]:
+    cubin = folder / f"{source}.cubin"
+    done = nvcc(ROOT / "csrc" / "cuda" / source, cubin, "-cubin", "-arch=sm_90")
+    if done.returncode != 0:
+        raise RuntimeError(f"{source}: nvcc says\n{done.stderr[-3000:]}")
+    return functions(cubin, "__half|bfloat16|float")
+
+
+def compile_triton(kernel: Kernel, aligned: bool, folder: Path) -> Function:
+    """The variant that a launch with such rows compiles: sizes and strides are multiples of 16, or V is not."""
+    function = kernels_of(kernel.source.removesuffix(".py"))[kernel.name]
+    names = [p.name for p in function.params]
+    multiples = {n for n in names if n.endswith("_ptr") or n in ("N", "inner", "inner_out")}
+    if aligned:
+        multiples |= {n for n in names if n == "V" or n.startswith("stride")}
+    built = triton_kernel(function, dict(kernel.constants), kernel.dtype, SM_90, multiples)
+    cubin = folder / "triton.cubin"
+    cubin.write_bytes(built.asm["cubin"])
+    compiled = functions(cubin)[kernel.name]
+    threads = 32 * built.metadata.num_warps
+    return replace(compiled, threads=threads, shared=built.metadata.shared)
+
+
+def measure(only: str = "") -> list[dict]:
+    """The table's rows as dictionaries; `figure` holds the loops."""
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        folder, cubins = Path(name), {}
+        for kernel in cuda_kernels() + triton_kernels():
+            if only not in f"{kernel.label} {kernel.dtype}":
+                continue
+            for width, aligned in ROWS:
+                if kernel.constants is None:
+                    if kernel.source not in cubins:
+                        cubins[kernel.source] = compile_cuda(kernel.source, folder)
+                    function = cubins[kernel.source][kernel.name]
+                else:
+                    key = (kernel.name, json.dumps(kernel.constants), aligned)
+                    if key not in cubins:
+                        cubins[key] = compile_triton(kernel, aligned, folder)
+                    function = cubins[key]
+                try:
+                    found.append(row_of(kernel, function, width, aligned))
+                except SassError as error:
+                    where = f"{kernel.label} {kernel.dtype} V = {width} ({kernel.name})"
+                    raise SassError(f"{where}: {error}") from None
+    return found
+
+
+def row_of(kernel: Kernel, function: Function, width: int, aligned: bool) -> dict:
+    plan = Plan(1, 0, 0)
+    if kernel.source == "token_loss.cu":
+        # kResident of token_loss.cu
+        plan = plan_row(width, kernel.size, function.shared, 2 if "soft-cap" in kernel.label else 3)
+    lanes = function.threads * plan.blocks
+    phases = kernel.phases(lanes)
+    figure = walks.count_row(function.code, width, kernel.size, phases, aligned)
+    straight = any(p.division.straight for p in phases.values())
+    rest = 0.0 if straight else walks.count_rest(function.code, figure, phases, lanes, width)
+    shared = function.shared + plan.bytes
+    return {
+        "kernel": kernel.label,
+        "dtype": kernel.dtype,
+        "V": width,
+        "aligned": aligned,
+        "instructions": figure.instructions,
+        "ex2": figure.ex2,
+        "mufu": figure.mufu,
+        "uniform": figure.uniform,
+        "rare": figure.rare,
+        "loads": figure.in_flight,
+        "rest": rest,
+        "budget": kernel.budget and kernel.budget + MISALIGNED_MORE * (not aligned),
+        "today": TODAY.get((kernel.label, kernel.dtype), (None, None))[not aligned],
+        "mufu_budget": MUFU_OF_SOFT_CAP if kernel.budget and "soft-cap" in kernel.label else None,
+        "registers": function.registers,
+        "threads": function.threads,
+        "shared": shared,
+        "resident": resident_blocks(function.registers, function.threads, shared),
+        "planned": plan.resident,
+        "spills": function.spills,
+        "figure": figure,
+    }
+
+
+# ---- shown
+
+
+def table(rows: list[dict]) -> list[str]:
+    head = (
+        f"{'kernel':40} {'dtype':5} {'V':>7} {'instr':>6} {'budget':>6} {'ex2':>5} {'MUFU':>5}"
+        f" {'rare':>6} {'rest':>6} {'loads':>5} {'regs':>4} {'threads':>7} {'shared':>7} {'blocks/SM':>9} {'spill':>5}"
+    )
+    lines = [head]
+    for r in rows:
+        budget = "" if r["budget"] is None else f"{r['budget']:g}"
+        blocks = f"{r['resident']}" + (f" of {r['planned']}" if r["planned"] else "")
+        lines.append(
+            f"{r['kernel']:40} {r['dtype']:5} {r['V']:7} {r['instructions']:6.2f} {budget:>6} {r['ex2']:5.2f}"
+            f" {r['mufu']:5.2f} {r['rare']:6.2f} {r['rest']:6.2f} {r['loads']:5} {r['registers']:4} {r['threads']:7}"
+            f" {r['shared']:7} {blocks:>9} {r['spills']:5}"
+        )
+    return lines
+
+
+def loops(figure: walks.Figure) -> list[str]:
+    """Every walker: where it is, its share, what a pass takes and costs."""
+    merged: dict = {}
+    for phase, logits, w in figure.parts:
+        key = (phase, w.address)
+        merged[key] = (merged.get(key, (0, None))[0] + logits, w)
+    used = [walker_line(phase, f"{logits} logits", w) for (phase, _), (logits, w) in merged.items()]
+    return used + [walker_line(w.phase, "not used by such a row", w) for w in figure.unused]
+
+
+def walker_line(phase: str, share: str, w: walks.Walker) -> str:
+    return (
+        f"    {phase} at {w.address:#x}: {share}; {w.take} a thread and pass, {w.way.count} instructions"
+        f" ({w.way.count / w.take:.2f} a logit; {w.rare} in rare blocks, {w.uniform} uniform),"
+        f" ex2 {w.ex2}, MUFU {w.mufu}"
+        + ", conditional" * w.partial
+        + ", misaligned rows" * (w.misaligned or w.singles)
+        + ", single elements" * w.narrow
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="rows whose kernel and dtype hold this text")
+    parser.add_argument("--loops", action="store_true", help="name every loop that counts")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
+    args = parser.parse_args()
+    rows = measure(args.only)
+    if args.json:
+        print(json.dumps([{k: v for k, v in r.items() if k != "figure"} for r in rows]))
+        return 0
+    lines = table(rows)
+    print("V = 128256: rows at a 16-byte boundary; V = 50257: rows off it. sm_90.")
+    print(lines[0])
+    for r, line in zip(rows, lines[1:], strict=True):
+        print(line)
+        if args.loops:
+            print("\n".join(loops(r["figure"])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,7 +8,7 @@ import torch
 
 import peers
 from cases import Case
-from harness import Problem
+from harness import Problem, Yardstick
 
 
 def _linear(case: Case, device: str) -> Problem:
@@ -38,6 +38,7 @@ def _linear(case: Case, device: str) -> Problem:
     knows_loss = case.op != "linear_logprob"
     chosen = hidden[:count]
     logits = torch.empty(count, v, dtype=dtype, device=device)
+    product = 2 * count * h * v
 
     @torch.no_grad()
     def one():
@@ -49,20 +50,25 @@ def _linear(case: Case, device: str) -> Problem:
         torch.mm(logits, weight)
         torch.mm(logits.t(), chosen)
 
+    variants = {"compact": ({"workspace": "compact"}, False)}
+
     return Problem(
         case.op,
         args,
         wrt=() if case.sizes["frozen"] else ("hidden", "weight"),
         forward_bytes=(n + v) * h * hidden.element_size() + 4 * n,
         backward_bytes=2 * (n + v) * h * hidden.element_size(),
-        forward_flops=2 * count * h * v,
-        backward_flops=(4 if knows_loss else 6) * count * h * v,
+        forward_flops=product,
+        backward_flops=(2 if knows_loss else 3) * product,
         floor_note="2*N*H*V FLOP forward; backward 6*N*H*V (logits again, dX, dW), or 4*N*H*V where "
         "the op knows its loss; N: rows that count",
         seconds=3.0,
-        peers=getattr(peers, case.op)(),
-        yardsticks={"gemm": one},
-        full_yardsticks={"three_gemms": three} if knows_loss else {},
+        ones=knows_loss,  # as loss.backward() asks, where the gradients of the forward stay as they are
+        peers=getattr(peers, case.op)(hidden),
+        # On a CPU "compact" is half of "fast", and its time stands in LOG.md.
+        variants=variants if device == "cuda" else {},
+        yardsticks={"gemm": Yardstick(one, flops=product)},
+        full_yardsticks={"three_gemms": Yardstick(three, flops=3 * product)} if knows_loss else {},
     )
 
 

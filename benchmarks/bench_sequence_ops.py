@@ -5,10 +5,11 @@ import torch
 import fastrlhf
 import peers
 from cases import Case
-from harness import Problem
+from harness import Problem, Provider, Yardstick
 
-# fp32 tensors that an op reads and writes per token, as its definition needs them.
-TENSORS = {"kl_reward": 2 + 2, "gae": 2 + 2, "kl_gae": 3 + 4, "masked_whiten": 2 + 1}
+# fp32 tensors that an op reads at the tokens that count, and that it writes, padding with them.
+READS = {"kl_reward": 2, "gae": 2, "kl_gae": 3, "masked_whiten": 1}
+WRITES = {"kl_reward": 2, "gae": 2, "kl_gae": 4, "masked_whiten": 1}
 LOOPS = {"gae": peers.python_loop_gae, "kl_gae": peers.python_loop_kl_gae}
 
 
@@ -41,22 +42,25 @@ def _sequences(case: Case, device: str) -> Problem:
     }[case.op]()
     if "beta" in args:
         args["score"] = torch.randn(b, generator=generator, device=device)
-    tokens = args[next(iter(args))].numel()
-    whitened = 2 * args.get("whiten", False)
+    written, read = args[next(iter(args))].numel(), int(lengths.sum())
     yardsticks = {}
     if case.op == "kl_gae":  # what the fusion costs over its last part
         rewards, values = draw(), args["values"]
-        yardsticks["gae"] = lambda: fastrlhf.gae(rewards, values, whiten=bool(whiten), **layout)
+        yardsticks["gae"] = Yardstick(
+            lambda: fastrlhf.gae(rewards, values, whiten=bool(whiten), **layout)
+        )
     return Problem(
         case.op,
         {**args, **layout},
-        forward_bytes=tokens * (4 * (TENSORS[case.op] + whitened) + (0 if packed else 1)),
-        floor_note="each fp32 input read once, each output written once, whitening one more pass",
+        forward_bytes=4 * (READS[case.op] * read + WRITES[case.op] * written)
+        + (0 if packed else written),
+        # Whitening takes no bytes more: what it passes again may have stayed on the chip.
+        floor_note="each fp32 input read once where the mask is set, each output written once",
         # A loop of T steps would be unrolled, for minutes; packed sequences are no fixed shape.
         compiled=case.op in ("kl_reward", "masked_whiten"),
-        peers={"python loop": LOOPS[case.op]} if case.op in LOOPS and not packed else {},
+        peers={"python loop": Provider(LOOPS[case.op])} if case.op in LOOPS and not packed else {},
         yardsticks=yardsticks,
     )
 
 
-PROBLEMS = dict.fromkeys(TENSORS, _sequences)
+PROBLEMS = dict.fromkeys(READS, _sequences)

@@ -4,7 +4,7 @@ import torch
 
 import peers
 from cases import Case
-from harness import Problem
+from harness import Problem, Yardstick
 
 
 def token_logprob(case: Case, device: str) -> Problem:
@@ -12,6 +12,7 @@ def token_logprob(case: Case, device: str) -> Problem:
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
     logits = (2 * torch.randn(n, v, generator=generator, device=device)).to(dtype)
+    targets = torch.randint(v, (n,), generator=generator, device=device)
     size, outputs = logits.element_size(), 4 * (1 + entropy)
     # Beside the outputs: what the backward needs of a row (max, sum, E[z]), and nothing of size N*V.
     extra = 64 * n + 2**16
@@ -19,7 +20,7 @@ def token_logprob(case: Case, device: str) -> Problem:
         "token_logprob",
         {
             "logits": logits,
-            "targets": torch.randint(v, (n,), generator=generator, device=device),
+            "targets": targets,
             "return_entropy": bool(entropy),
         },
         wrt=("logits",),
@@ -31,7 +32,14 @@ def token_logprob(case: Case, device: str) -> Problem:
         compiled=not entropy,
         backward_alone=True,
         peers=peers.token_logprob(logits, bool(entropy)),
-        yardsticks={"read_floor": lambda: logits.detach().sum()},
+        rows=lambda at: {
+            "logits": logits[at],
+            "targets": targets[at],
+            "return_entropy": bool(entropy),
+        },
+        yardsticks={
+            "read_floor": Yardstick(lambda: logits.detach().sum(), bytes=n * v * size),
+        },
         peak_limits={
             "forward": extra,
             "backward": n * v * size + extra,

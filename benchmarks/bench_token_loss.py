@@ -1,10 +1,12 @@
-"""token_loss, clipped, forward and backward: one read and one write of the logits in all.
+"""token_loss, forward and backward: one read and one write of the logits in all.
 
-The upstream gradient is that of `loss.sum()`, ones: the mean is folded into `scale`.
+The clipped policy loss, or the cross entropy. The upstream gradient is that of `loss.sum()`, ones: the mean
+is folded into `scale`.
 """
 
 import torch
 
+import peers
 from cases import Case
 from harness import Problem
 
@@ -22,20 +24,29 @@ def token_loss(case: Case, device: str) -> Problem:
         [torch.log_softmax(z.float(), -1)[range(len(t)), t] for z, t in chunks(logits, targets)]
     )
     size = logits.element_size()
+    args = {"logits": logits, "targets": targets, "scale": 1 / n}
+    policy = case.sizes.get("policy", 1)
+    if policy:
+        # One advantage a sequence, as of a group of samples: some peers know no other.
+        sequences = peers.SEQUENCES if n % peers.SEQUENCES == 0 else 1
+        args["advantages"] = draw(sequences).repeat_interleave(n // sequences)
+        args["old_logprob"] = logprob + 0.1 * draw(n)
+
+    def rows(at):
+        return {k: x[at] if isinstance(x, torch.Tensor) else x for k, x in args.items()}
+
     return Problem(
         "token_loss",
-        {
-            "logits": logits,
-            "targets": targets,
-            "advantages": draw(n),
-            "old_logprob": logprob + 0.1 * draw(n),
-            "scale": 1 / n,
-        },
+        args,
         wrt=("logits",),
-        forward_bytes=n * v * size + n * (8 + 4 + 4 + 8),
+        forward_bytes=n * v * size + n * (8 + 8 + policy * (4 + 4)),
         backward_bytes=n * v * size,
         floor_note="N*V read once and written once",
         ones=True,
+        rows=rows,
+        peers=peers.token_loss(logits, policy),
+        # On a CPU the gradient that is written over the logits is the same kernel.
+        variants={"in place": ({"inplace_backward": True}, True)} if device == "cuda" else {},
     )
 
 

@@ -28,6 +28,14 @@ def _heads(op: str, rows: list[tuple[str, int, int, str]], entropy: bool = False
     ]
 
 
+def _cross_entropy(*rows: tuple[str, int, int, str]) -> list[Case]:
+    """token_loss without advantages: the negative log-likelihood."""
+    return [
+        case._replace(name=f"{case.name}, cross entropy", sizes={**case.sizes, "policy": 0})
+        for case in _heads("token_loss", list(rows))
+    ]
+
+
 def _linear(
     op: str, rows: list[tuple[str, int, int, int, str]], masked: int = 0, frozen: int = 0
 ) -> list[Case]:
@@ -78,39 +86,60 @@ CPU = [
     Case("pack", "1M lengths", "int64", {"n": 1_000_000, "max_tokens": 16384}),
 ]
 
-GPU = [
+# What `make gpu-quick` times, the most telling first: it starts none that would not end in time.
+GPU_QUICK = [
+    *_heads("token_logprob", [("Llama-3", 8192, 128256, "bfloat16")]),
+    *_heads("token_loss", [("Llama-3", 8192, 128256, "bfloat16")]),
+    *[case for op in _SEQUENCE_OPS for case in _sequences(op, "padded", (512, 4096))],
+    *_sequences("gae", "padded", (512, 4096), whiten=0),
+    Case("ppo_loss", "64k tokens", "float32", {"B": 64, "T": 1024}),
+    Case("ranking_loss", "512 prompts x 9", "float32", {"P": 512, "K": 9}),
+    *_heads("token_logprob", [("Llama-3", 8192, 128256, "bfloat16")], entropy=True),
+    *_linear("linear_logprob", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")], frozen=1),
+    *_linear("linear_ppo_loss", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),
+    *_cross_entropy(("Llama-3", 8192, 128256, "bfloat16")),
     *_heads(
         "token_logprob",
         [
-            ("Llama-3", 8192, 128256, "bfloat16"),
-            ("Qwen", 8192, 151936, "bfloat16"),
-            ("Llama-2", 8192, 32000, "float32"),
+            ("GPT-2", 4096, 50257, "bfloat16"),
+            ("Llama-3", 2048, 128256, "float16"),
+            ("Llama-3", 2048, 128256, "float32"),
         ],
     ),
-    *_heads("token_logprob", [("Llama-3", 8192, 128256, "bfloat16")], entropy=True),
+    *_heads(
+        "token_loss",
+        [("GPT-2", 4096, 50257, "bfloat16"), ("Llama-3", 2048, 128256, "float32")],
+    ),
+    *_linear("linear_cross_entropy", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),
+    *_linear("linear_ppo_loss", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")], masked=60),
+]
+
+GPU_REST = [
+    *_heads(
+        "token_logprob",
+        [("Qwen", 8192, 151936, "bfloat16"), ("Llama-2", 8192, 32000, "float32")],
+    ),
     *_heads(
         "token_loss",
         [
-            ("Llama-3", 8192, 128256, "bfloat16"),
             ("Qwen", 8192, 151936, "bfloat16"),
             ("Llama-2", 8192, 32000, "float32"),
             ("Qwen3.5", 4096, 248320, "bfloat16"),
-            ("GPT-2", 8192, 50257, "bfloat16"),
         ],
     ),
     *_linear("linear_logprob", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),
-    *_linear("linear_cross_entropy", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),
     *_linear("linear_token_loss", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),
-    *_linear("linear_ppo_loss", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),
-    *[case for op in _SEQUENCE_OPS for case in _sequences(op, "padded", (512, 4096))],
     *[case for op in ("gae", "kl_gae") for case in _sequences(op, "packed", (512, 4096))],
-    Case("ppo_loss", "64k tokens", "float32", {"B": 64, "T": 1024}),
-    Case("ranking_loss", "512 prompts x 9", "float32", {"P": 512, "K": 9}),
 ]
+
+GPU = [*GPU_QUICK, *GPU_REST]
+LISTS = {"cpu": CPU, "gpu": GPU, "gpu-quick": GPU_QUICK, "gpu-rest": GPU_REST}
 
 # `--quick` caps every size at this, to see the harness run; its numbers mean nothing.
 QUICK = {"N": 64, "V": 4096, "H": 64, "B": 16, "T": 64, "P": 32, "K": 4, "n": 10_000}
-# Errors are measured at these caps in fp64, with the same V, H and K.
+# Few rows, whose number Triton takes for one of the same kind: what compiles serves the whole size.
+WARM_UP = {"N": 64, "H": 512, "B": 16, "P": 32}
+# On a CPU errors are measured at these caps in fp64, with the same V, H and K.
 GATE = {"N": 32, "B": 8, "P": 32, "n": 2_000}
 
 

@@ -1,19 +1,28 @@
-"""Everything that only a CUDA machine can show, in under ten minutes and without a network: `make gpu`.
+"""Everything that only a CUDA machine can show, without a network: `make gpu-quick` and `make gpu`.
 
-    python benchmarks/gpu.py [--out build/gpu] [--only part ...] [--plan]
+    python benchmarks/gpu.py [--quick] [--out build/gpu] [--only part ...] [--plan]
+    python benchmarks/gpu.py --keep build/gpu/results.json     # the timings into benchmarks/results/
 
-Build, the whole test suite, compute-sanitizer over every CUDA op, the quickstart pipeline in bf16 on the varlen flash
-path, and the benchmarks. A part that fails or runs out of time does not stop the next one; the exit status is 1 if any
-did. OUT/results.json holds every part's outcome (it is rewritten after each group), OUT/<part>.log what it printed.
+Quick, within 150 seconds: build (beside it Triton compiles), timings alone on the machine, hardware counters
+where ncu starts, a marked part of the op tests on both GPU backends. The whole, within 590 seconds, begins with
+that; then the whole test suite, compute-sanitizer over every CUDA op, the quickstart pipeline in bf16 on the
+varlen flash path, and the other benchmarks. A part that fails or runs out of time does not stop the next one;
+the exit status is 1 if any did. OUT/results.json holds every part's outcome and what it found; it is written
+anew, in one piece, after each part. The parts' own files are in build/gpu-work.
+
+`--device cpu --tiny` goes the same way on a machine without a GPU, on the CPU kernels and tiny shapes.
 """
 
 import argparse
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -22,10 +31,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGET = 590  # seconds for all groups
+WORK = ROOT / "build" / "gpu-work"
+RESULTS = ROOT / "benchmarks" / "results"
+BUDGET, QUICK_BUDGET = 590, 150  # seconds for all groups
+SLACK = 10  # times as long may a dry run take: its machine has fewer cores, and other work
+# Whose kernels Triton compiles while nvcc builds, a process each.
+WARM_UPS = (
+    ("token_logprob",),
+    ("token_loss",),
+    ("kl_reward", "gae", "kl_gae", "masked_whiten"),
+    ("ppo_loss", "ranking_loss", "linear_logprob"),
+    ("linear_ppo_loss", "linear_cross_entropy"),
+)
 SHARDS = 6  # processes of the test suite
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TAIL = 3000  # characters of a log that go into the results
+_running: set[subprocess.Popen] = set()  # each leads a session, which no signal to this one reaches
 
 
 @dataclass
@@ -36,8 +57,10 @@ class Part:
     command: list[str]
     limit: float  # seconds
     group: int = 0
+    reserve: float = 0.0  # of the run's seconds, that the groups before it leave
     env: dict[str, str] = field(default_factory=dict)
     skip: str = ""  # why it cannot run here
+    optional: bool = False  # a failure is told, and is none of the run
     # What else to keep of a part that ended; an exception fails the part.
     collect: Callable[[], dict] | None = None
 
@@ -61,12 +84,15 @@ def junit(path: Path) -> Callable[[], dict]:
         counts = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
         if counts["tests"] == counts["skipped"]:
             raise ValueError("no test ran")
+        cases = list(suite.iter("testcase"))
         failed = [
             f"{case.get('classname')}::{case.get('name')}"
-            for case in suite.iter("testcase")
+            for case in cases
             if case.find("failure") is not None or case.find("error") is not None
         ]
-        return {**counts, "failed": failed}
+        skips = [case.find("skipped") for case in cases]
+        late = sum(s is not None and "no time was left" in s.get("message", "") for s in skips)
+        return {**counts, "failed": failed, "out_of_time": late}
 
     return collect
 
@@ -91,25 +117,84 @@ def quickstart(run: Path, out: Path) -> Callable[[], dict]:
     return collect
 
 
-def parts(out: Path) -> list[Part]:
-    """What `make gpu` runs."""
+def op_tests() -> list[Path]:
+    """The files whose tests take a backend."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [file for file in files if "each_backend(" in file.read_text()]
+
+
+def present_arch() -> dict[str, str]:
+    """The environment that builds for the GPU here alone; empty where the driver does not tell."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    archs = sorted(set(re.findall(r"^\d+\.\d+$", told, re.MULTILINE)))
+    return {"TORCH_CUDA_ARCH_LIST": ";".join(archs)} if archs else {}
+
+
+def quick_parts(work: Path, device: str = "cuda", tiny: bool = False) -> list[Part]:
+    """What `make gpu-quick` runs."""
+    python, on_gpu = sys.executable, device == "cuda"
+    slack = SLACK if tiny else 1
+    bench = [python, "benchmarks/run.py", "--device", device, "--list", "gpu-quick"]
+    bench += ["--quick"] * tiny
+    build = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
+    no_build = "" if on_gpu else "a dry run takes the extension that is there"
+    found = [Part("build", build, 60, env=present_arch() if on_gpu else {}, skip=no_build)]
+    for i, ops in enumerate(WARM_UPS):
+        found.append(Part(f"compile-{i}", [*bench, "--warm-up", *ops], 60 * slack))
+    times, counters = work / "bench-quick.json", work / "counters.json"
+    clock = ["--no-compile", "--pace", "0.01" if tiny else "0.1"]
+    found.append(  # alone: nothing else may use the GPU
+        Part(
+            "bench-quick",
+            [*bench, *clock, "--out", str(times)],
+            80 * slack,
+            group=1,
+            reserve=70,
+            collect=document(times),
+        )
+    )
+    missing = "" if shutil.which("ncu") else "ncu is not on PATH"
+    found.append(
+        Part(
+            "counters",
+            [python, "benchmarks/counters.py", "--out", str(counters)],
+            20,
+            group=2,
+            reserve=12,
+            skip=missing if on_gpu else "a dry run has no GPU",
+            optional=True,
+            collect=document(counters),
+        )
+    )
+    report = work / "tests-quick.xml"
+    select = [python, "-m", "pytest", "-q", "-m", "gpu_quick", *map(str, op_tests())]
+    select.append("--continue-on-collection-errors")  # a file that needs an absent package
+    if importlib.util.find_spec("xdist") and not tiny:
+        select += ["-n", "12", "--dist", "worksteal"]
+    if tiny:
+        found.append(Part("tests-quick", [*select, "--collect-only"], 60 * slack, group=3))
+    else:
+        select.append(f"--junitxml={report}")
+        found.append(Part("tests-quick", select, 40, group=3, reserve=33, collect=junit(report)))
+    return found
+
+
+def parts(out: Path, work: Path) -> list[Part]:
+    """What `make gpu` runs: the quick parts first."""
     python = sys.executable
     sanitizer = shutil.which("compute-sanitizer")
     run = ROOT / "build" / "gpu-quickstart"
-    found = [
-        Part("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 150),
-        Part(
-            "doctor",
-            [python, "-m", "fastrlhf", "doctor", "--json"],
-            30,
-            group=1,
-            collect=document(out / "doctor.log"),
-        ),
-    ]
+    doctor = [python, "-m", "fastrlhf", "doctor", "--json"]
+    found = quick_parts(work)
+    found.append(Part("doctor", doctor, 30, group=3, collect=document(work / "doctor.log")))
     for i, heap in enumerate(shards(sorted((ROOT / "tests").glob("test_*.py")))):
-        report = out / f"tests-{i}.xml"
+        report = work / f"tests-{i}.xml"
         command = [python, "-m", "pytest", "-q", f"--junitxml={report}", *map(str, heap)]
-        found.append(Part(f"tests-{i}", command, 230, group=2, collect=junit(report)))
+        found.append(Part(f"tests-{i}", command, 230, group=4, collect=junit(report)))
     for tool in TOOLS:
         command = [sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
         if (
@@ -121,47 +206,37 @@ def parts(out: Path) -> list[Part]:
                 f"sanitizer-{tool}",
                 [*command, python, "tests/sanitize.py", "--backend", "cuda"],
                 230,
-                group=2,
+                group=4,
                 env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
                 skip="" if sanitizer else "compute-sanitizer is not on PATH",
             )
         )
-    demo = [
-        python,
-        "-m",
-        "fastrlhf",
-        "demo",
-        "--overwrite",
-        "--precision",
-        "bf16",
-        "--out",
-        str(run),
-    ]
-    found += [
-        Part("quickstart", demo, 230, group=2, collect=quickstart(run, out)),
-        Part(  # alone: nothing else may use the GPU
-            "bench",
-            [python, "benchmarks/run.py", "--device", "cuda", "--out", str(out / "bench.json")],
-            180,
-            group=3,
-            collect=document(out / "bench.json"),
-        ),
-    ]
+    demo = [python, "-m", "fastrlhf", "demo", "--overwrite", "--precision", "bf16"]
+    demo += ["--out", str(run)]
+    found.append(Part("quickstart", demo, 230, group=4, collect=quickstart(run, out)))
+    times = work / "bench-rest.json"
+    bench = [python, "benchmarks/run.py", "--device", "cuda", "--list", "gpu-rest"]
+    bench += ["--out", str(times)]
+    found.append(Part("bench-rest", bench, 150, group=5, collect=document(times)))
     return found
 
 
-def run_part(part: Part, out: Path, left: float) -> dict:
-    """Runs one part to its end or its limit, and says how it went."""
+def run_part(part: Part, work: Path, left: float) -> dict:
+    """Runs one part to its end or its limit, and says how it went. Its files are in `work`."""
     outcome = {"name": part.name, "command": part.command, "limit_s": min(part.limit, left)}
     if part.skip:
         return {**outcome, "status": "skipped", "reason": part.skip, "seconds": 0.0}
     if left <= 0:
         return {**outcome, "status": "failed", "reason": "no time was left", "seconds": 0.0}
-    log, start = out / f"{part.name}.log", time.perf_counter()
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "FASTRLHF_BUILD": "cuda", **part.env}
+    log, start = work / f"{part.name}.log", time.perf_counter()
+    env = {**os.environ, "FASTRLHF_BUILD": "cuda", **part.env}
+    # Peers may lie on the caller's path.
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    # Nothing new starts in what is then left, so that tests and timings end with their report.
+    env["FASTRLHF_UNTIL"] = str(time.time() + 0.85 * outcome["limit_s"])
     status, reason = "failed", ""
     try:
-        with log.open("w") as stream, (out / f"{part.name}.err").open("w") as errors:
+        with log.open("w") as stream, (work / f"{part.name}.err").open("w") as errors:
             # A session of its own, so that its children end with it.
             process = subprocess.Popen(
                 part.command,
@@ -171,6 +246,7 @@ def run_part(part: Part, out: Path, left: float) -> dict:
                 stderr=errors,
                 start_new_session=True,
             )
+            _running.add(process)
             try:
                 code = process.wait(outcome["limit_s"])
                 status, reason = ("passed", "") if code == 0 else ("failed", f"exit status {code}")
@@ -178,6 +254,7 @@ def run_part(part: Part, out: Path, left: float) -> dict:
                 status, reason = "failed", f"still running after {outcome['limit_s']:.0f} s"
             finally:
                 _end(process)
+                _running.discard(process)
     except OSError as error:
         reason = f"did not start: {error}"
     outcome["seconds"] = round(time.perf_counter() - start, 1)
@@ -188,6 +265,8 @@ def run_part(part: Part, out: Path, left: float) -> dict:
             status = "failed"
             reason = "; ".join(filter(None, (reason, f"{type(error).__name__}: {error}")))
     outcome |= {"status": status, "reason": reason}
+    if status == "failed" and part.optional:
+        outcome["status"] = "skipped"
     if status == "failed":
         texts = [
             path.read_text(errors="replace")
@@ -207,43 +286,114 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def run(todo: list[Part], out: Path, budget: float = BUDGET) -> int:
-    """Runs every part, group by group, and writes OUT/results.json; 1 if a part failed."""
+def _stop(number: int, frame) -> None:
+    """On a signal: ends every part, so that none outlives this process."""
+    for process in tuple(_running):
+        os.killpg(process.pid, signal.SIGKILL)  # its thread, which waits for it, tells the results
+    raise SystemExit(128 + number)
+
+
+def run(todo: list[Part], out: Path, budget: float = BUDGET, work: Path | None = None) -> int:
+    """Runs every part, group by group, and writes OUT/results.json after each; 1 if a part failed."""
+    work = out if work is None else work
     out.mkdir(parents=True, exist_ok=True)
-    start, outcomes = time.perf_counter(), []
-    for group in sorted({part.group for part in todo}):
+    work.mkdir(parents=True, exist_ok=True)
+    start, outcomes, lock = time.perf_counter(), {}, threading.Lock()
+    failed: list[str] = []
+
+    def told(part: Part, left: float) -> None:
+        outcome = run_part(part, work, left)
+        with lock:
+            outcomes[part.name] = outcome
+            failed[:] = [p.name for p in todo if outcomes.get(p.name, {}).get("status") == "failed"]
+            reason = f": {outcome['reason']}" if outcome["reason"] else ""
+            print(
+                f"{part.name:<20} {outcome['status']:<8} {outcome['seconds']:6.1f} s{reason}",
+                flush=True,
+            )
+            done = [outcomes[p.name] for p in todo if p.name in outcomes]
+            text = {
+                "date": time.strftime("%Y-%m-%d"),
+                "seconds": round(time.perf_counter() - start, 1),
+                "failed": failed,
+                "skipped": {o["name"]: o["reason"] for o in done if o["status"] == "skipped"},
+                "not_run": [p.name for p in todo if p.name not in outcomes],
+                "parts": done,
+            }
+            unfinished = out / ".results.json"
+            unfinished.write_text(json.dumps(text, indent=1) + "\n")
+            os.replace(unfinished, out / "results.json")
+
+    groups = sorted({part.group for part in todo})
+    for group in groups:
         together = [part for part in todo if part.group == group]
-        left = budget - (time.perf_counter() - start)
+        later = sum(reserved(todo, later) for later in groups if later > group)
+        left = budget - later - (time.perf_counter() - start)
         with ThreadPoolExecutor(len(together)) as pool:
-            for outcome in pool.map(lambda part, left=left: run_part(part, out, left), together):
-                outcomes.append(outcome)
-                reason = f": {outcome['reason']}" if outcome["reason"] else ""
-                print(
-                    f"{outcome['name']:<20} {outcome['status']:<8} {outcome['seconds']:6.1f} s{reason}"
-                )
-        failed = [o["name"] for o in outcomes if o["status"] == "failed"]
-        text = {
-            "date": time.strftime("%Y-%m-%d"),
-            "seconds": round(time.perf_counter() - start, 1),
-            "failed": failed,
-            "skipped": {o["name"]: o["reason"] for o in outcomes if o["status"] == "skipped"},
-            "parts": outcomes,
-        }
-        (out / "results.json").write_text(json.dumps(text, indent=1) + "\n")
+            list(pool.map(lambda part, left=left: told(part, left), together))
     print(f"{len(failed)} of {len(outcomes)} parts failed; {out / 'results.json'}")
     return 1 if failed else 0
+
+
+def reserved(todo: list[Part], group: int) -> float:
+    """The seconds that the groups before `group` leave to it."""
+    return max(part.reserve for part in todo if part.group == group)
+
+
+def keep(path: Path, folder: Path = RESULTS) -> Path:
+    """Writes the timings of a results.json as a results file of benchmarks/, with the commit they measured."""
+    found = {part["name"]: part.get("found") for part in json.loads(path.read_text())["parts"]}
+    documents = [found[name] for name in ("bench-quick", "bench-rest") if found.get(name)]
+    if not documents:
+        raise ValueError(f"{path} holds no timings")
+    kept = {**documents[0], "commit": commit()}
+    for more in documents[1:]:
+        kept["rows"] = kept["rows"] + more["rows"]
+        kept["not_run"] = kept["not_run"] + more["not_run"]
+    kept["whole"] = len(documents) == 2 and not kept["not_run"]
+    target = folder / f"{slug(kept['machine']['name'])}-{kept['date']}.json"
+    target.write_text(json.dumps(kept, indent=1) + "\n")
+    return target
+
+
+def slug(name: str) -> str:
+    """The machine's name as a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commit() -> str:
+    """Of the checkout, with a plus where it has changes."""
+    git = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu")
+    parser.add_argument("--quick", action="store_true", help="the parts of make gpu-quick alone")
     parser.add_argument(
-        "--only", nargs="*", help="parts by name, or by its first word (tests, bench)"
+        "--only", nargs="+", help="parts by name, or by its first word (tests, bench)"
     )
     parser.add_argument("--plan", action="store_true", help="print the parts and run nothing")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, a dry run")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="RESULTS",
+        help="keep its timings in benchmarks/results/; runs nothing",
+    )
     arguments = parser.parse_args()
+    if arguments.keep:
+        print(f"wrote {keep(arguments.keep)}; now: make bench-readme")
+        return 0
     out = arguments.out.resolve()
-    todo = parts(out)
+    if arguments.quick:
+        todo = quick_parts(WORK, arguments.device, arguments.tiny)
+    elif arguments.tiny or arguments.device != "cuda":
+        parser.error("--tiny and --device cpu go with --quick")
+    else:
+        todo = parts(out, WORK)
     if arguments.only:
         names = set(arguments.only)
         todo = [part for part in todo if names & {part.name, part.name.partition("-")[0]}]
@@ -256,7 +406,10 @@ def main() -> int:
                 f"{part.group} {part.name:<20} <= {part.limit:.0f} s  {' '.join(part.command)}{note}"
             )
         return 0
-    return run(todo, out)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    budget = QUICK_BUDGET if arguments.quick else BUDGET
+    return run(todo, out, budget * (SLACK if arguments.tiny else 1), WORK)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,48 @@
-"""What others run for the same op: torch's and TRL's functions where they import, and the Python loop.
+"""What others run for the same op: torch, TRL, Liger, cut-cross-entropy and quack where they import, and the
+Python loop.
 
-Each takes our op's arguments and gives our op's tensors. TRL's are called as its trainers call them, and
-once more on fp32 logits where the logits are 16-bit, because it computes in the type that it is given.
+Each takes our op's arguments and gives our op's tensors, or has a layout of its own (`Provider.lay_out`).
+TRL's are called as its trainers call them, and on a CPU once more on fp32 logits where the logits are 16-bit,
+because there it computes in the type that it is given.
 B sequences, T steps, N tokens, V vocabulary, H hidden.
 """
+
+import importlib
+import importlib.metadata
+import os
 
 import torch
 import torch.nn.functional as F
 
 from fastrlhf import reference
+from harness import Provider, copy_of
+
+PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+_missing: dict[str, str] = {}  # "module.name" -> why it cannot be called here
+
+
+def available() -> dict[str, str]:
+    """Package -> its version or "not installed"; function -> why it could not be imported."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions | _missing
+
+
+def _import(module: str, name: str):
+    """The function, or None; a peer that breaks at its import must not stop the others."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:
+        _missing[f"{module}.{name}"] = f"{type(error).__name__}: {error}"[:300]
+        return None
+
+
+def _runs_triton(tensor) -> bool:
+    return tensor.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def python_loop_gae(rewards, values, *, mask, gamma=1.0, lam=0.95, whiten=False):
@@ -45,65 +79,205 @@ def _cross_entropy(logits, targets, *, return_entropy):
     return -F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def _trl(upcast):
-    try:
-        from trl.trainer.utils import selective_log_softmax, selective_log_softmax_and_entropy
-    except ImportError:
+def _trl(logits, upcast):
+    # On a GPU its trainers take the kernel, whose import needs less than theirs.
+    home = "trl.kernels" if logits.device.type == "cuda" else "trl.trainer.utils"
+    with_entropy = _import(home, "selective_log_softmax_and_entropy")
+    alone = _import(home, "selective_log_softmax") if home == "trl.trainer.utils" else with_entropy
+    if with_entropy is None or alone is None:
         return None
 
     def token_logprob(logits, targets, *, return_entropy):
-        function = selective_log_softmax_and_entropy if return_entropy else selective_log_softmax
-        return function(logits.float() if upcast else logits, targets)
+        out = (with_entropy if return_entropy else alone)(
+            logits.float() if upcast else logits, targets
+        )
+        return out if return_entropy or not isinstance(out, tuple) else out[0]
 
-    return token_logprob
+    return Provider(token_logprob)
+
+
+SEQUENCES = 8  # that Liger's layout has; where N is not a multiple of it, one
+
+
+def _with_a_row_between(logits):
+    """[N, V] -> [B, T + 1, V]: Liger scores T targets with the logits of T + 1 positions."""
+    sequences = SEQUENCES if len(logits) % SEQUENCES == 0 else 1
+    return F.pad(logits.view(sequences, -1, logits.shape[-1]), (0, 0, 0, 1))
+
+
+def _liger_token_logprob():
+    function = _import("liger_kernel.ops.grpo_loss", "fused_selective_log_softmax")
+    if function is None:
+        return None
+
+    def lay_out(args):
+        logits = _with_a_row_between(args["logits"])
+        return {"logits": logits, "targets": args["targets"].view(len(logits), -1)}
+
+    return Provider(
+        lambda logits, targets: function(logits, targets, 1.0),
+        forward_only=True,
+        lay_out=lay_out,
+        read=lambda results: [results[0].flatten()],
+    )
+
+
+def _only(found):
+    return {name: provider for name, provider in found.items() if provider is not None}
 
 
 def token_logprob(logits, return_entropy):
-    """Name -> function, of those that can be called here and give what is asked for."""
-    found = {} if return_entropy else {"F.cross_entropy": _cross_entropy}
-    found["TRL"] = _trl(upcast=False)
-    if logits.dtype != torch.float32:
-        found["TRL on .float()"] = _trl(upcast=True)
-    return {name: function for name, function in found.items() if function is not None}
+    """Name -> provider, of those that can be called here and give what is asked for."""
+    found = {} if return_entropy else {"F.cross_entropy": Provider(_cross_entropy)}
+    found["TRL"] = _trl(logits, upcast=False)
+    if logits.dtype != torch.float32 and logits.device.type == "cpu":
+        found["TRL on .float()"] = _trl(logits, upcast=True)
+    if _runs_triton(logits) and not return_entropy:
+        found["Liger"] = _liger_token_logprob()
+    return _only(found)
 
 
-def linear_logprob():
-    """TRL's chunked head, with the chunk of 32,768 words that its trainers set."""
-    try:
-        from trl.kernels import ChunkedLogProbFunction
-    except ImportError:
-        return {}
+def _liger_grpo():
+    """Written over the logits, which is how Liger's trainer calls it; one advantage a sequence."""
+    function = _import("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
+    if function is None:
+        return None
 
-    def chunked(hidden, weight, targets):
-        return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768)[0]
+    def lay_out(args):
+        logits = _with_a_row_between(args["logits"])
+        rows = lambda x: x.view(len(logits), -1)  # noqa: E731
+        return {
+            "logits": logits,
+            "targets": rows(args["targets"]),
+            "old_logprob": rows(args["old_logprob"]),
+            # `scale` is no argument of its: the advantage takes it.
+            "advantages": args["scale"] * rows(args["advantages"])[:, 0].contiguous(),
+        }
 
-    return {"TRL": chunked}
+    def call(logits, targets, old_logprob, advantages):
+        same = {"temperature": 1.0, "beta": 0.0, "eps_low": 0.2, "eps_high": 0.2, "inplace": True}
+        return function(logits, old_logprob, None, targets, advantages, **same)[0]
+
+    return Provider(
+        call,
+        lay_out=lay_out,
+        gives=(0,),
+        read=lambda results: [results[0].flatten(), results[1][:, :-1].flatten(0, 1)],
+    )
 
 
-def linear_cross_entropy():
-    """torch's own fused head, which torch has from 2.13 on."""
-    if not hasattr(F, "linear_cross_entropy"):
-        return {}
-    chunking = torch.nn.LinearCrossEntropyOptions()
+def _mean_alone(call):
+    """A cross entropy that gives the mean over rows, which is our sum at scale 1 / N: compared by its gradient.
 
-    def fused(hidden, weight, targets):
-        return F.linear_cross_entropy(hidden, weight, targets, options=chunking)
+    `call(logits, targets)` writes over the logits, or may.
+    """
+    return Provider(
+        lambda logits, targets, scale: call(logits, targets),
+        gives=(),
+        lay_out=copy_of("logits"),
+        read=lambda results: results[1:],
+    )
 
-    return {"F.linear_cross_entropy": fused}
+
+def _liger_cross_entropy():
+    function = _import("liger_kernel.ops.cross_entropy", "LigerCrossEntropyFunction")
+    if function is None:
+        return None
+    options = (None, -100, 0.0, 0.0, "mean")
+    return _mean_alone(lambda logits, targets: function.apply(logits, targets, *options)[0])
 
 
-def linear_ppo_loss():
-    """The head and the loss in plain PyTorch on whole logits: three products, and all of the memory."""
+def _quack_cross_entropy():
+    function = _import("quack.cross_entropy", "cross_entropy")
+    return None if function is None else _mean_alone(function)
 
-    def whole(hidden, weight, targets, old_logprob, advantages, clip, mask=None):
+
+def token_loss(logits, policy):
+    """The clipped policy loss with the op's clip, or (`policy` false) the cross entropy."""
+    on_gpu = _runs_triton(logits)
+    if policy:
+        return _only({"Liger, in place": _liger_grpo() if on_gpu else None})
+    return _only(
+        {
+            "F.cross_entropy": _mean_alone(F.cross_entropy),
+            "Liger, in place": _liger_cross_entropy() if on_gpu else None,
+            "quack": _quack_cross_entropy() if logits.device.type == "cuda" else None,
+        }
+    )
+
+
+def _heads(hidden):
+    """Name -> a function (hidden, weight, targets) -> log-prob of each row, without its logits."""
+    found = {}
+    chunked = _import("trl.kernels", "ChunkedLogProbFunction")
+    if chunked is not None:  # with the chunk of 32,768 words that TRL's trainers set
+        found["TRL"] = lambda hidden, weight, targets: chunked.apply(
+            hidden, weight, None, targets, 1.0, 32768
+        )[0]
+    if not _runs_triton(hidden) or hidden.dtype == torch.float32:
+        return found
+    cut = _import("cut_cross_entropy", "linear_cross_entropy")
+    if cut is not None:
+        found["cut-cross-entropy"] = lambda hidden, weight, targets: (
+            -cut(hidden, weight, targets, reduction="none")
+        )
+    home = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
+    scaled = _import(home, "LigerFusedLinearScaledCrossEntropyFunction")
+    if scaled is not None:  # its CuTe kernels, which need a package of NVIDIA's
+        found["Liger CuTe"] = lambda hidden, weight, targets: -scaled.apply(hidden, weight, targets)
+    portable = _import(home, "_FusedLinearPPOFallbackFunction")
+    if portable is not None:
+        found["Liger"] = lambda hidden, weight, targets: (
+            -portable.apply(hidden, weight, targets, 1.0, -100, False)
+        )
+    return found
+
+
+def linear_logprob(hidden):
+    return {name: Provider(call) for name, call in _heads(hidden).items()}
+
+
+def linear_cross_entropy(hidden):
+    """torch's own fused head, which torch has from 2.13 on, Liger's and quack's."""
+    found = {}
+    if hasattr(F, "linear_cross_entropy"):
+        chunking = torch.nn.LinearCrossEntropyOptions()
+        found["F.linear_cross_entropy"] = lambda hidden, weight, targets: F.linear_cross_entropy(
+            hidden, weight, targets, options=chunking
+        )
+    if _runs_triton(hidden):
+        home = "liger_kernel.ops.fused_linear_cross_entropy"
+        liger = _import(home, "LigerFusedLinearCrossEntropyFunction")
+        if liger is not None:
+            found["Liger"] = lambda hidden, weight, targets: liger.apply(hidden, weight, targets)[0]
+    if hidden.device.type == "cuda":
+        quack = _import("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
+        if quack is not None:
+            found["quack"] = quack
+    return {name: Provider(call) for name, call in found.items()}
+
+
+def linear_ppo_loss(hidden):
+    """The head and the loss in plain PyTorch on whole logits, and the loss on the heads of others."""
+
+    def whole(hidden, weight, targets):
         logits = F.linear(hidden, weight).float()
-        entropy = torch.zeros_like(old_logprob)
-        logprob = -F.cross_entropy(logits, targets, reduction="none")
-        options = {"entropy": entropy, "clip": clip, "mask": mask}
-        return reference.ppo_loss(logprob, old_logprob, advantages, **options).loss
+        return -F.cross_entropy(logits, targets, reduction="none")
 
-    return {"whole logits": whole}
+    return {
+        name: Provider(_with_ppo_loss(head))
+        for name, head in {"whole logits": whole, **_heads(hidden)}.items()
+    }
 
 
-def linear_token_loss():
+def _with_ppo_loss(head):
+    def call(hidden, weight, targets, old_logprob, advantages, clip, mask=None):
+        logprob = head(hidden, weight, targets)
+        options = {"entropy": torch.zeros_like(old_logprob), "clip": clip, "mask": mask}
+        return reference.ppo_loss(logprob.float(), old_logprob, advantages, **options).loss
+
+    return call
+
+
+def linear_token_loss(hidden):
     return {}

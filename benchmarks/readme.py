@@ -15,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 RESULTS, PLOTS = HERE / "results", HERE / "plots"
 BEGIN, END = "<!-- bench-table -->", "<!-- /bench-table -->"
+EAGER = ("eager", "torch.compile")
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 FAMILIES = {
     "From logits": ("token_logprob", "token_loss"),
@@ -33,6 +34,12 @@ YARDSTICKS = {
     "gemm_ms": "time ÷ bare GEMM",
     "three_gemms_ms": "time ÷ 3 bare GEMMs",
 }
+# Of a file from before short calls were timed cold as well.
+CACHED = (
+    " Shares above 100 % are those of calls whose data stood in the cache, where memory is no floor "
+    "(sequences), and of a product that ran faster than the one it is measured by (heads): `make bench` no "
+    "longer gives any."
+)
 NONE_YET = "No results file is committed yet; `make bench` writes one."
 
 
@@ -62,14 +69,26 @@ def section(found: dict[str, tuple[str, dict]]) -> str:
 
 def _device(device: str, file: str, document: dict) -> str:
     machine = document["machine"]
+    threads = f"{machine['threads']} threads, " if device == "cpu" else ""
+    commit = f", commit {document['commit']}" if "commit" in document else ""
     head = (
-        f"**{DEVICES[device]}**: {machine['name']}, {machine['threads']} threads, "
-        f"torch {machine['torch']}, {document['date']} "
+        f"**{DEVICES[device]}**: {machine['name']}, {threads}"
+        f"torch {machine['torch']}, {document['date']}{commit} "
         f"([`{file}`](benchmarks/results/{file})). *n*× is how many times as fast as that provider, "
         "in turns within one run; *of floor* is the share of this machine's own copy bandwidth (or of "
         "its matrix product rate) that the op's definition needs."
     )
-    tables = [_family(title, ops, document["rows"]) for title, ops in FAMILIES.items()]
+    if device == "cuda":
+        head += (
+            " *ms* is the device's time, *host ms* what the call keeps the CPU busy. A best peer is one "
+            "whose result passed the gate; *faster, ungated* are those whose result failed it or was not "
+            "compared."
+        )
+    elif not document.get("cold"):
+        head += CACHED
+    head = " ".join([head, *document.get("notes", [])])
+    family = _gpu_family if device == "cuda" else _family
+    tables = [family(title, ops, document["rows"]) for title, ops in FAMILIES.items()]
     return "\n\n".join([head, *(t for t in tables if t), _plots(device, document["rows"])])
 
 
@@ -84,8 +103,7 @@ def _family(title: str, ops: tuple[str, ...], rows: list[dict]) -> str:
     lines = [head + [YARDSTICKS[key] for key in yardsticks] + ["of floor"]]
     lines.append(["---"] * 3 + ["---:"] * (len(lines[0]) - 3))
     for row in ours:
-        group = ("op", "case", "dtype", "direction")
-        beside = {r["provider"]: r for r in rows if all(r[key] == row[key] for key in group)}
+        beside = _beside(row, rows)
         cells = [f"`{row['op']}` {row['case']} {row['dtype']}", row["direction"], row["provider"]]
         cells.append(_number(row.get("median_ms"), "wrong"))
         for other in others:
@@ -97,7 +115,45 @@ def _family(title: str, ops: tuple[str, ...], rows: list[dict]) -> str:
                 cells.append("wrong")
         for key in yardsticks:
             cells.append(_number(row["median_ms"] / row[key]) if key in row else "")
-        cells.append(f"{row['fraction_of_floor']:.0%}" if "median_ms" in row else "")
+        share = row.get("fraction_of_floor") if "median_ms" in row else None
+        cells.append(f"{share:.0%}" if share else "")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _beside(row: dict, rows: list[dict]) -> dict[str, dict]:
+    """Provider -> row, of those at the same case and in the same direction."""
+    group = ("op", "case", "dtype", "direction")
+    return {r["provider"]: r for r in rows if all(r[key] == row[key] for key in group)}
+
+
+def _gpu_family(title: str, ops: tuple[str, ...], rows: list[dict]) -> str:
+    """Ours, the best of the others that passed the gate, and those that did not but were faster."""
+    ours = [row for row in rows if row["op"] in ops and row["ours"]]
+    if not ours:
+        return ""
+    head = [title, "direction", "backend", "ms", "host ms", "× eager", "best peer", "× best peer"]
+    lines = [[*head, "faster, ungated", "of floor"]]
+    lines.append(["---"] * 3 + ["---:"] * 3 + ["---", "---:", "---", "---:"])
+    for row in ours:
+        took, beside = row.get("median_ms"), _beside(row, rows)
+        peers = {n: r for n, r in beside.items() if not r["ours"] and n not in EAGER}
+        gated = {n: r["median_ms"] for n, r in peers.items() if "median_ms" in r}
+        best = min(gated, key=gated.get, default=None)
+        faster = [
+            f"{name} {_number(r['ungated_ms'])} ms"
+            for name, r in peers.items()
+            if took and (r.get("ungated_ms") or took) < took
+        ]
+        cells = [f"`{row['op']}` {row['case']} {row['dtype']}", row["direction"], row["provider"]]
+        cells += [_number(took, "wrong"), _number(row.get("host_ms"))]
+        eager = row.get("times_as_fast_as", {}).get("eager")
+        cells.append(f"{_number(eager)}×" if eager else "")
+        cells.append(f"{best} {_number(gated[best])} ms" if best else "")
+        cells.append(f"{_number(gated[best] / took)}×" if best and took else "")
+        cells.append(", ".join(faster))
+        share = row.get("fraction_of_floor")
+        cells.append(f"{share:.0%}" if share else "in cache" if row.get("in_cache") else "")
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -144,7 +200,8 @@ def draw(device: str, file: str, document: dict, folder: Path) -> list[Path]:
                 for row in rows:
                     if (row["case"], row["dtype"], row["direction"]) != group:
                         continue
-                    low, high = (abs(row[k] - row["median_ms"]) for k in ("p20_ms", "p80_ms"))
+                    took = row["median_ms"]  # without quantiles in the file there is no bar
+                    low, high = (abs(row.get(k, took) - took) for k in ("p20_ms", "p80_ms"))
                     axes.barh(
                         place,
                         row["median_ms"],
@@ -152,9 +209,9 @@ def draw(device: str, file: str, document: dict, folder: Path) -> list[Path]:
                         color="#0f766e" if row["ours"] else "#9aa1ab",
                         height=0.8,
                     )
-                    axes.plot(
-                        [row["floor_ms"]] * 2, [place - 0.5, place + 0.5], "--", color="#d97706"
-                    )
+                    if "floor_ms" in row:
+                        line = [row["floor_ms"]] * 2
+                        axes.plot(line, [place - 0.5, place + 0.5], "--", color="#d97706")
                     ticks.append((place, row["provider"]))
                     place += 1
             axes.set_xscale("log")

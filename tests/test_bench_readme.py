@@ -68,6 +68,71 @@ def test_table(readme):
     assert readme.NONE_YET in readme.section({})
 
 
+def gpu_document(**more):
+    """Ours beside a peer that passed, a faster one and a slower one that did not, and one that did not run."""
+    ours = row(provider="cuda", ours=True, median_ms=2.0, host_ms=0.05, fraction_of_floor=0.25)
+    ours |= {"times_as_fast_as": {"eager": 4.0}}
+    faster = row(provider="Liger", ungated="NaN", ungated_ms=1.0)
+    slower = row(provider="quack", ungated="its error is 9 of the bar", ungated_ms=3.0)
+    for wrong in (faster, slower):
+        del wrong["median_ms"], wrong["fraction_of_floor"]
+    absent = {**slower, "provider": "TRL"}
+    del absent["ungated_ms"]
+    rows = [
+        row(provider="eager"),
+        row(provider="A", median_ms=6.0),
+        row(provider="B", median_ms=5.0),
+    ]
+    rows += [faster, slower, absent, ours, {**ours, "provider": "triton", "in_cache": True}]
+    del rows[-1]["fraction_of_floor"], rows[-1]["p20_ms"], rows[-1]["p80_ms"], rows[-1]["floor_ms"]
+    document = {
+        "date": "2026-01-02",
+        "device": "cuda",
+        "quick": False,
+        "commit": "abc",
+        "rows": rows,
+    }
+    return (
+        document | {"machine": {"name": "A GPU", "torch": "2.11.0"}, "notes": ["So it is."]} | more
+    )
+
+
+def test_gpu_table_never_shows_an_ungated_row_as_the_best_peer(readme):
+    text = readme.section({"cuda": ("g.json", gpu_document())})
+    head, _, cuda, triton = (x for x in text.splitlines() if x.startswith("|"))
+    assert head.endswith("| × eager | best peer | × best peer | faster, ungated | of floor |")
+    assert cuda == (
+        "| `gae` padded 2x3 float32 | forward | cuda | 2 | 0.05 | 4× | B 5 ms | 2.5× | Liger 1 ms | 25% |"
+    )
+    assert triton.endswith("| Liger 1 ms | in cache |")
+    assert "commit abc" in text and "So it is." in text and "threads" not in text
+
+
+def test_gpu_rows_without_quantiles_or_floor_are_drawn(readme, tmp_path):
+    (path,) = readme.draw("cuda", "g.json", gpu_document(), tmp_path)
+    assert "triton" in path.read_text() and "Liger" not in path.read_text()
+
+
+def test_a_cpu_file_from_before_the_cold_calls_says_what_its_shares_are(readme):
+    assert "stood in the cache" in readme.section({"cpu": ("r.json", document())})
+    assert "in the cache" not in readme.section({"cpu": ("r.json", {**document(), "cold": True})})
+
+
+def test_committed_gpu_file_marks_what_was_not_compared(readme):
+    """The first run on a GPU: no row without a check has a time that others are compared with."""
+    text = (readme.RESULTS / "nvidia-h200-2026-11-27.json").read_text()
+    results = json.loads(text, parse_constant=pytest.fail)  # NaN is null
+    assert results["commit"] == "d9ecab4" and not results["whole"]
+    for r in results["rows"]:
+        assert r["ours"] or r["provider"] in ("eager", "TRL") or "median_ms" not in r
+        assert r.get("fraction_of_floor", 0) <= 1
+        assert ("ungated" in r) != ("median_ms" in r)
+    (liger,) = [
+        r for r in results["rows"] if (r["provider"], r["op"]) == ("Liger", "token_logprob")
+    ]
+    assert liger["error"] is None and "8184" in liger["ungated"]
+
+
 def test_a_wrong_result_of_ours_has_no_number(readme):
     results = document()
     del results["rows"][-1]["median_ms"], results["rows"][-1]["gae_ms"]

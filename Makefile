@@ -10,7 +10,7 @@ PREFLIGHT_TORCH ?= torch==2.11.0
 VERL ?= verl==0.9.1
 OPENRLHF ?= openrlhf==0.11.2
 FASTRLHF_BUILD ?= auto
-# Results of `make gpu`, and more arguments for the command or pytest behind a target.
+# Results of `make gpu` and `make gpu-quick`, and more arguments for the command or pytest behind a target.
 OUT ?= build/gpu
 ARGS ?=
 # Processes of the test run.
@@ -32,14 +32,17 @@ PREFLIGHT := build/preflight
 ORACLES := build/oracles
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench bench-readme gpu preflight check fmt clean
+.PHONY: help install demo test test-isa bench bench-readme budgets gpu gpu-quick preflight check fmt clean
 
 help:
 	@echo "make demo       align the shipped tiny model end to end and write its report (minutes, 2 CPU cores)"
 	@echo "make test       the whole test suite"
+	@echo "make test-isa   the ops' CPU tests again under each lesser instruction set that this machine has"
 	@echo "make bench      time the ops against eager PyTorch; writes benchmarks/results/"
 	@echo "make bench-readme  README's performance section and plots from the committed results"
+	@echo "make budgets    instructions a logit and resident blocks of the row kernels on sm_90; needs nvcc, no GPU"
 	@echo "make gpu        on a CUDA machine, < 10 minutes: build, tests, sanitizer, quickstart, bench; OUT=$(OUT)"
+	@echo "make gpu-quick  its first 150 seconds alone: build, timings, counters, a part of the op tests"
 	@echo "make preflight  build the CUDA extension against $(PREFLIGHT_TORCH) in a venv of its own, no GPU needed"
 	@echo "make check      formatting and lint; edits nothing (make fmt does)"
 	@echo "make clean      remove build outputs; keeps .venv and runs/"
@@ -84,7 +87,10 @@ demo: install
 	$(VENV)/bin/fastrlhf demo --overwrite $(ARGS)
 
 test: install $(VENV)/.stamp-test $(ORACLES)/.stamp-$(VERL)-$(OPENRLHF)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-isa: install $(VENV)/.stamp-test
+	$(PY) tests/isas.py $(ARGS)
 
 # With the test requirements: TRL is timed beside ours.
 bench: install $(VENV)/.stamp-test
@@ -93,14 +99,19 @@ bench: install $(VENV)/.stamp-test
 bench-readme: $(VENV)/.stamp-deps
 	$(PY) benchmarks/readme.py $(ARGS)
 
+# Reads machine code: benchmarks/walks.py has the rule. ARGS="--only triton --loops" names the loops.
+budgets: $(VENV)/.stamp-deps
+	$(PY) benchmarks/budgets.py $(ARGS)
+
 # Needs no network. Takes the first Python whose torch finds a GPU: .venv's, or the machine's own.
-gpu:
+gpu-quick: QUICK := --quick
+gpu gpu-quick:
 	@set -e; py=; \
 	for p in $(PY) $(PYTHON); do \
 	  if $$p -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then py=$$p; break; fi; \
 	done; \
-	[ -n "$$py" ] || { echo "make gpu: no CUDA device that the torch of $(PY) or $(PYTHON) can use" >&2; exit 1; }; \
-	$$py benchmarks/gpu.py --out $(OUT) $(ARGS)
+	[ -n "$$py" ] || { echo "make $@: no CUDA device that the torch of $(PY) or $(PYTHON) can use" >&2; exit 1; }; \
+	$$py benchmarks/gpu.py $(QUICK) --out $(OUT) $(ARGS)
 
 # A copy of the tracked tree, so that the CUDA build does not replace the checkout's own extension.
 # numpy: the interpreter of that torch's Triton calls int() on arrays of one element, which numpy 2.4 refuses.

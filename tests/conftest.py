@@ -1,12 +1,16 @@
 """Settings that every test runs under. Imported by pytest before any test module."""
 
 import importlib.util
+import math
 import os
+import sys
+import time
 
 import pytest
 import torch
 
 import fast_scan
+from bench_problems import BENCHMARKS
 
 # Read by Triton when a kernel is decorated, so it must be set before fastrlhf.kernels is imported.
 if not torch.cuda.is_available():
@@ -29,6 +33,62 @@ def poisoned():
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
+    # The C++ ops allocate past torch's own filling; in the host shim the sanitizer fills.
+    poison = getattr(sys.modules.get("fastrlhf._C"), "poison_fresh_memory", None)
+    assert poison is None or math.isnan(poison(True))
     yield
+    if poison is not None:
+        poison(False)
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    """Of benchmarks/: (harness, cases, bench_losses, run), imported afresh."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_losses
+    import run
+
+    import cases
+    import harness
+
+    yield harness, cases, bench_losses, run
+    modules = [f"bench_{m}" for m in ("losses", "sequence_ops", "token_logprob", "token_loss")]
+    for name in (
+        *modules,
+        "bench_linear_logprob",
+        "cases",
+        "floor",
+        "gpu_clock",
+        "harness",
+        "peers",
+        "run",
+    ):
+        sys.modules.pop(name, None)
+
+
+# Mostly compilation, or many drawn cases: not in the short run on a GPU.
+COMPILED = ("compiles", "opcheck", "gradcheck", "test_any_")
+
+
+# Files of a minute and more of CPU first: one that begins last leaves the other processes without work.
+LONG = ("cuda_on_host", "aot", "packaging", "demo", "fsdp", "stages", "ppo_loss", "kl_gae")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """Long files first. Marks `gpu_quick`: every test of an op on a GPU's backend that is not COMPILED."""
+    for item in items:
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        if backend in ("cuda", "triton") and not any(word in item.name for word in COMPILED):
+            item.add_marker("gpu_quick")
+    place = {f"test_{name}": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
+def pytest_runtest_setup(item):
+    """Past FASTRLHF_UNTIL (seconds since 1970) nothing starts, so that the report is still written."""
+    until = os.environ.get("FASTRLHF_UNTIL")
+    if until and time.time() > float(until):
+        pytest.skip("no time was left")

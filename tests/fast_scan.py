@@ -1,7 +1,11 @@
-"""tl.associative_scan for the interpreter in log2(n) vector steps; its own takes n steps of Python.
+"""What the tests mend of Triton's interpreter.
 
-The sums are grouped as on a GPU, by doubling; what an associative function gives does not change.
+tl.associative_scan in log2(n) vector steps; its own takes n steps of Python. The sums are grouped as on a GPU, by
+doubling; what an associative function gives does not change. And tl.fma rounds once, which older interpreters
+(3.6) do twice: the kernels rely on it, and compiled code has it.
 """
+
+from pathlib import Path
 
 import numpy as np
 
@@ -9,7 +13,24 @@ one_by_one = None  # the interpreter's own
 
 
 def install():
-    from triton.runtime.interpreter import ScanOps
+    from triton.runtime import interpreter
+
+    if "fma_fp32" not in Path(interpreter.__file__).read_text():
+        interpreter.InterpreterBuilder.create_fma = _fused
+    _install_scan(interpreter.ScanOps)
+
+
+def _fused(self, x, y, z):
+    """In a wider type, where a product is exact (fp32) or nearly so (fp64)."""
+    from triton.runtime.interpreter import TensorHandle
+
+    dtype = x.data.dtype
+    wide = np.float64 if dtype.itemsize <= 4 else np.longdouble
+    exact = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
+    return TensorHandle(exact.astype(dtype), z.dtype.scalar)
+
+
+def _install_scan(ScanOps):
 
     global one_by_one
     one_by_one = ScanOps.generic_scan

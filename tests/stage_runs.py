@@ -6,9 +6,16 @@ from accelerate.state import AcceleratorState
 
 from fastrlhf.cli import main
 
-if __name__ == "__main__":
-    for stage, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+
+def stages(lines) -> int:
+    """Run (stage, file of its config) one after the other; the status of the first that fails, or 0."""
+    for stage, path in lines:
         status = main([stage, "--config", path])
         if status:
-            sys.exit(status)
+            return status
         AcceleratorState._reset_state()  # runs of one process may differ in precision
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(stages(zip(sys.argv[1::2], sys.argv[2::2], strict=True)))

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -46,7 +45,7 @@ def test_auto_takes_the_compiled_kernel_and_counts_it():
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_every_instruction_set_of_this_machine(isa):
-    """The narrower versions of the C++ loops, which this machine would not choose."""
+    """The narrower versions of the C++ loops, which this machine would not choose; `make test-isa` has the rest."""
     if _backend.unavailable_reason("token_logprob", "cpu"):
         pytest.skip(_backend.unavailable_reason("token_logprob", "cpu"))
     code = (
@@ -66,12 +65,6 @@ def test_every_instruction_set_of_this_machine(isa):
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in ("baseline", isa)
-    files = ("test_token_logprob.py", "test_token_loss.py", "test_ppo_loss.py")
-    chosen = "any_rows or to_its_last_digits or (values_and_gradients and cpu)"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen]
-    command += [str(Path(__file__).with_name(name)) for name in files]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout
 
 
 def test_the_package_lists_its_public_names_and_nothing_else():

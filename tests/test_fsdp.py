@@ -20,7 +20,6 @@ import ranks
 import tiny
 from fastrlhf import checkpoint, sharded
 from fastrlhf import runtime as runtime_module
-from fastrlhf.config import save_resolved
 from fastrlhf.models import policy_from_config
 from fastrlhf.optim import OptimConfig, Optimizers
 from fastrlhf.runtime import Runtime, RuntimeConfig
@@ -30,21 +29,20 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch with
 TIMES = ("time", "time/sample", "time/score", "time/update")
 
 
-def launch(runs, processes=2, **environment):
-    """Run (stage, config) one after the other in one torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+def torchrun(*lines, **environment):
+    """What `ranks.commands` does, by the launcher that users have."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command.append(str(Path(__file__).with_name("stage_runs.py")))
-    for number, (stage, cfg) in enumerate(runs):
-        path = Path(f"{cfg.out}.{number}.yaml")
-        save_resolved(cfg, path)
-        command += [stage, str(path)]
+    command += [
+        str(Path(__file__).with_name("stage_runs.py")),
+        *(w for line in lines for w in line),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def fsdp(runs, **environment):
-    done = launch(runs, ACCELERATE_USE_FSDP="true", **environment)
+def fsdp(runs, launch=ranks.commands):
+    done = launch(*tiny.lines(runs), ACCELERATE_USE_FSDP="true")
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -73,7 +71,7 @@ def whole_runs():
         ("sft", sft_settings("fsdp_sft_bf16", precision="bf16", save_every=0)),
         ("reward", tiny.reward_config("fsdp_reward", max_tokens=256)),
     ]
-    done = fsdp(cfgs)
+    done = fsdp(cfgs, torchrun)
     return [cfg.out for _, cfg in cfgs], done.stdout
 
 
@@ -169,6 +167,13 @@ def test_pieces_lie_on_both_ranks():
         assert one == pytest.approx(found["untied whole"] ** 0.5) and two == pytest.approx(2 * one)
 
 
+def test_a_finished_run_ends_in_order():
+    """Two of the 50 runs that `python tests/exit_runs.py` makes: no rank dies at its end."""
+    script = Path(__file__).with_name("exit_runs.py")
+    done = subprocess.run([sys.executable, script, "2"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "{0: 4}\n", done.stdout + done.stderr[-4000:]
+
+
 def test_sft_is_the_single_process_run():
     (out, *_), said = whole_runs()
     assert "cpu x2 (FSDP2)" in said
@@ -197,7 +202,7 @@ def test_ppo_is_the_run_of_two_whole_replicas():
     """Ranks draw their own samples, so the yardstick is two processes that hold whole models (DDP)."""
     out = whole_runs()[0][1]
     cfg = ppo_settings("ddp_ppo")
-    done = launch([("ppo", cfg)])
+    done = ranks.commands(*tiny.lines([("ppo", cfg)]))
     assert done.returncode == 0, done.stderr[-4000:]
     assert "cpu x2, " in done.stdout
     same_log(tiny.log(out), tiny.log(cfg.out), rtol=1e-3)
@@ -253,9 +258,9 @@ def test_the_folder_loads_as_a_hugging_face_model():
 
 
 def test_what_it_cannot_do_is_said():
-    sft_run = [("sft", sft_settings("fsdp1"))]
-    done = launch(sft_run, 1, ACCELERATE_USE_FSDP="true", FSDP_VERSION="1")
+    fsdp1 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
+    done = ranks.commands(*tiny.lines([("sft", sft_settings("fsdp1"))]), ranks=1, **fsdp1)
     assert done.returncode and "FSDP_VERSION: expected 2, got '1'" in done.stderr
     cfg = pretrain.PretrainConfig(**tiny.QUIET, out=str(tiny.folder() / "no"), text="x")
-    done = launch([("pretrain", cfg)], ACCELERATE_USE_FSDP="true")
+    done = ranks.commands(*tiny.lines([("pretrain", cfg)]), ACCELERATE_USE_FSDP="true")
     assert done.returncode and "pretrain: expected one process or data-parallel" in done.stderr

@@ -55,6 +55,22 @@ def run(function, tensors, targets, rows, dtype=None, device=None, upstream=0.7,
     return (out.loss.detach(), *grads), out.metrics
 
 
+def truth_and_bar(tensors, targets, rows, **options):
+    """The fp64 results, and the same off by the rounding of the log-probs l, which exp(l - l_old) keeps."""
+    old_logprob = rows["old_logprob"].cpu().double()
+
+    def moved(move):
+        moved_rows = {**rows, "old_logprob": old_logprob - move}
+        place = {"dtype": torch.float64, "device": "cpu"}
+        return run(reference.linear_ppo_loss, tensors, targets, moved_rows, **place, **options)[0]
+
+    x, w, b = (t.cpu().double() for t in tensors)
+    head = {k: v for k, v in cases.to_double(options).items() if k in ("temperature", "softcap")}
+    logprob = reference.linear_logprob(x, w, targets.cpu(), bias=b, **head)
+    truth = moved(0)
+    return truth, cases.off_by_rounded_log_probs(truth, logprob, moved)
+
+
 def in_two_ops(
     x, w, targets, *, bias, old_logprob, advantages, backend, temperature=1.0, softcap=None, **more
 ):
@@ -76,12 +92,7 @@ def test_values_and_gradients(backend, options, dtype, four_rows_a_chunk, poison
     kwargs = {**cases.OPTIONS[options]((1, N), device), **FULL}
     ours, _ = run(linear_ppo_loss, *problem, backend=backend, **kwargs)
     eager, _ = run(reference.linear_ppo_loss, *problem, **kwargs)
-    truth, _ = run(reference.linear_ppo_loss, *problem, dtype=torch.float64, device="cpu", **kwargs)
-    # An fp32 log-prob l is rounded by up to half an ulp, which the ratio exp(l - l_old) keeps.
-    shifted = cases.half_an_ulp_off(problem, "old_logprob")
-    rounded, _ = run(
-        reference.linear_ppo_loss, *shifted, dtype=torch.float64, device="cpu", **kwargs
-    )
+    truth, rounded = truth_and_bar(*problem, **kwargs)
     names = ("loss", "dX", "dW", "db", "dv")
     for what, o, e, t, r in zip(names, ours, eager, truth, rounded, strict=True):
         assert_near(o, e, t, what, r)

@@ -61,6 +61,8 @@ def run(function, loss, problem, dtype=None, upstream=None, **options):
     """((loss, dX, dW, db), the whole output); in fp64 on CPU where dtype is fp64."""
     tensors, targets, rows = problem
     token_loss, with_entropy = LOSSES[loss]
+    if "move" in rows:
+        token_loss = moved(token_loss)
     if dtype == torch.float64:
         move = lambda v: v.cpu().double() if v.is_floating_point() else v.cpu()  # noqa: E731
         tensors, targets = [t.detach().cpu().double() for t in tensors], targets.cpu()
@@ -75,10 +77,27 @@ def run(function, loss, problem, dtype=None, upstream=None, **options):
     return (out.loss.detach(), *grads), out
 
 
-def rounded_log_probs(loss, problem, **options):
-    """The truth with log-probs half an ulp off, as fp32 rounds them: the ratio exp(l - l_old) keeps that."""
-    problem = cases.half_an_ulp_off(problem, "old_logprob")
-    return run(reference.linear_token_loss, loss, problem, dtype=torch.float64, **options)[0]
+def moved(token_loss):
+    """`token_loss` of log-probs that are off by the rows `move`."""
+    return lambda logprob, *rest, move, **rows: token_loss(logprob + move, *rest, **rows)
+
+
+def truth_and_bar(loss, problem, **options):
+    """The fp64 results, the same off by the log-probs' rounding, and the whole output.
+
+    fp32 rounds the log-prob l, and every reader gets that: the ratio exp(l - l_old), and CISPO's factor l.
+    """
+    tensors, targets, rows = problem
+
+    def run_fp64(**move):
+        moved_problem = tensors, targets, {**rows, **move}
+        return run(reference.linear_token_loss, loss, moved_problem, dtype=torch.float64, **options)
+
+    truth, exact = run_fp64()
+    rounded = cases.off_by_rounded_log_probs(
+        truth, exact.logprob, lambda move: run_fp64(move=move)[0]
+    )
+    return truth, rounded, exact
 
 
 @each_backend
@@ -94,8 +113,7 @@ def test_values_and_gradients(backend, loss, options, reduction, four_rows_a_chu
     kwargs["upstream"] = randn(1, N, seed=5, device=device) if reduction == "none" else None
     ours, out = run(linear_token_loss, loss, problem, backend=backend, **kwargs)
     eager, _ = run(reference.linear_token_loss, loss, problem, **kwargs)
-    truth, exact = run(reference.linear_token_loss, loss, problem, dtype=torch.float64, **kwargs)
-    rounded = rounded_log_probs(loss, problem, **kwargs)
+    truth, rounded, exact = truth_and_bar(loss, problem, **kwargs)
     for what, o, e, t, r in zip(NAMES, ours, eager, truth, rounded, strict=True):
         assert_near(o, e, t, what, r)
     assert out.logprob.shape == (1, N) and not out.logprob.requires_grad
@@ -114,8 +132,7 @@ def test_16_bit_operands(backend, dtype, four_rows_a_chunk):
     problem = inputs(dtype, DEVICE[backend])
     ours, _ = run(linear_token_loss, "grpo", problem, backend=backend)
     eager, _ = run(reference.linear_token_loss, "grpo", problem)
-    truth, _ = run(reference.linear_token_loss, "grpo", problem, dtype=torch.float64)
-    rounded = rounded_log_probs("grpo", problem)
+    truth, rounded, _ = truth_and_bar("grpo", problem)
     for what, o, e, t, r in zip(NAMES, ours, eager, truth, rounded, strict=True):
         assert_near(o, e, t, what, r)
     assert {g.dtype for g in ours[1:]} == {dtype}

@@ -1,15 +1,13 @@
 """The stages keep the paper's invariants, repeat to the last bit, resume to the last bit, and refuse bad input."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import ranks
 import tiny
 from fastrlhf.errors import UserError
 from fastrlhf.models import load_tokenizer
@@ -194,25 +192,12 @@ def test_ema_follows_the_weights():
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_two_processes_equal_one(stage, tmp_path):
+def test_two_processes_equal_one(stage):
     pytest.importorskip("torch.distributed")
     tiny.reward_model()
     config = {"sft": tiny.sft_config, "reward": tiny.reward_config}.get(stage, tiny.ppo_config)
     cfg = config(f"{stage}_ranks", max_tokens=128)
-    from fastrlhf.config import save_resolved
-
-    save_resolved(cfg, tmp_path / "cfg.yaml")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--master-port=0",
-    ]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command += ["-m", "fastrlhf", stage, "--config", str(tmp_path / "cfg.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = ranks.commands(*tiny.lines([(stage, cfg)]))
     assert done.returncode == 0, done.stderr[-3000:]
     cfg.out = str(tiny.folder() / f"{stage}_alone")
     {"sft": sft, "reward": reward, "ppo": ppo}[stage].main(cfg)

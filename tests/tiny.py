@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastrlhf.config import save_resolved
 from fastrlhf.stages import pretrain, reward, sft
 
 WORDS = (
@@ -116,6 +117,16 @@ def ppo_config(name: str, **changes):
         "out": str(folder() / name),
     }
     return ppo.PPOConfig(**{**fixed, **quick, **small, **changes})
+
+
+def lines(runs) -> list[tuple[str, str]]:
+    """(stage, file) for the command line, of runs (stage, config)."""
+    found = []
+    for number, (stage, cfg) in enumerate(runs):
+        path = Path(f"{cfg.out}.{number}.yaml")
+        save_resolved(cfg, path)
+        found.append((stage, str(path)))
+    return found
 
 
 def weights(run: str) -> dict:

@@ -4,10 +4,10 @@
 // same b stands in every term, so that its rounding cancels.
 //
 // Reduction. A row is cut into tiles of 32 x 8 16-byte vectors, counted from its first element. One
-// warp reduces a tile: lane l takes the vectors l, l + 32, ..., adds its elements in ascending
-// order, and the lanes merge by shuffles. The tiles merge in one fixed order, at most kSlots at a
-// time. Bits depend on V and the dtype alone: not on the alignment of the row, on the number of
-// warps or blocks that share it, or on whether the entropy is wanted.
+// warp reduces a tile: lane l takes the vectors l, l + 32, ..., adds up each as a tree and then the
+// vectors in ascending order, and the lanes merge by shuffles. The tiles merge in one fixed order,
+// at most kSlots at a time. Bits depend on V and the dtype alone: not on the alignment of the row,
+// on the number of warps or blocks that share it, or on whether the entropy is wanted.
 #pragma once
 
 #include "../token_logprob.h"

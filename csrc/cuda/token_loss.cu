@@ -114,14 +114,16 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kCap, kOnChip>)
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const T* const row = logits_ptr + view.rows.offset(r);
   T* const out = grad_ptr ? grad_ptr + grad_rows.offset(r) : nullptr;
-  const auto zero = [&] {
+  // This block's share of a row at `at`. Made where it is needed: kept, it would cost registers
+  // that the tiles want.
+  const auto share_of = [&](const T* at) {
     const int64_t begin = int64_t{first} * kTilePacks;
-    zero_row(out, Share<T>(out, width, begin, begin + int64_t{each} * kTilePacks, rank == 0));
+    return Share<T>(at, width, begin, begin + int64_t{each} * kTilePacks, rank == 0);
   };
   const bool speaker = rank == 0 && thread == 0;  // writes the row's values
   if (!view.counts(r)) {
     if (speaker) to.loss[r] = to.logprob[r] = to.slope[r] = to.stats[r] = to.stats[rows + r] = A(0);
-    if (out) zero();
+    if (out) zero_row(out, share_of(out));
     return;
   }
 
@@ -145,15 +147,10 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kCap, kOnChip>)
   }
   // While the copies are under way.
   const Exponent<A, kCap> exponent(view.maths<A>(r));
-  // Made again where it is needed: kept, it would cost registers that the tiles want.
-  const auto share_of = [&] {
-    const int64_t begin = int64_t{first} * kTilePacks;
-    return Share<T>(row, width, begin, begin + int64_t{each} * kTilePacks, rank == 0);
-  };
   const int64_t target = view.target(r);
   const bool inside = target >= 0 && target < width;
   const A target_logit = inside ? load(row[target]) : A(0);
-  const int64_t single_at = share_of().single;
+  const int64_t single_at = share_of(row).single;
   const A single = single_at < width ? load(row[single_at]) : A(0);
 
   Partial<A> all;
@@ -208,10 +205,10 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kCap, kOnChip>)
     to.stats[rows + r] = sums.stats.log_sum;
   }
   if (out == nullptr) return;
-  if (term.slope == A(0)) return zero();
+  if (term.slope == A(0)) return zero_row(out, share_of(out));
 
   const auto grad = RowGradient<A, kCap, false>::from_sums(sums, term.slope);
-  const Share<T> share = share_of();
+  const Share<T> share = share_of(row);
   const T* from = row + share.column(0);
   if constexpr (kOnChip) {
     from = chip + (share.first - int64_t{first} * kTilePacks) * kPerVector<T>;

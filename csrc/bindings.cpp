@@ -22,22 +22,35 @@
 namespace py = pybind11;
 
 STABLE_TORCH_LIBRARY(fastrlhf, m) {
-  // token_logprob: logits [..., V], targets [...]; stats [3, N] = (row max, log of the sum of exp(z
-  // - max), mean of z - max under the softmax). The entropy and that mean are only made
-  // with_entropy: a GPU's kernel is bound by its instructions.
+  // token_logprob: logits [..., V], targets [...]; stats [3, N] = (row max, log of the sum of
+  // exp(z - max), mean of z - max under the softmax). The entropy and that mean are only made
+  // with_entropy: a GPU's kernel is bound by its instructions. bwd_ writes dL/dlogits to `out`,
+  // which may be the logits, or of a 16-bit dtype where they are fp32.
   m.def(
       "token_logprob_fwd(Tensor logits, Tensor targets, Tensor? row_temperature, float "
       "temperature, "
       "float softcap, Tensor? mask, bool with_entropy, bool inplace_backward) -> (Tensor logprob, "
       "Tensor entropy, Tensor stats)");
+  // The forward in parts, on CPU: part_ adds the columns [first, first + w) of [n, w] logits to the
+  // state [6, n], a running max, sum of exp(z - max) and of (z - max) exp(z - max), each with what
+  // its roundings have lost, and the target's logit; first = 0 starts it. Parts come in ascending
+  // order and begin at multiples of 2048 columns. whole makes of the state of all `vocab` columns
+  // the bits of fwd, and refuses what fwd refuses.
+  m.def(
+      "token_logprob_part_(Tensor logits, Tensor targets, int first, Tensor? row_temperature, "
+      "float temperature, float softcap, Tensor? mask, Tensor(a!) state) -> ()");
+  m.def(
+      "token_logprob_whole(Tensor state, int vocab, Tensor targets, Tensor? row_temperature, "
+      "float temperature, float softcap, Tensor? mask) -> (Tensor logprob, Tensor entropy, "
+      "Tensor stats)");
   m.def(
       "token_logprob_bwd(Tensor? grad_logprob, Tensor? grad_entropy, Tensor logits, Tensor "
       "targets, Tensor stats, Tensor? row_temperature, float temperature, float softcap, "
       "Tensor? mask) -> Tensor");
   m.def(
-      "token_logprob_bwd_(Tensor? grad_logprob, Tensor? grad_entropy, Tensor(a!) logits, "
+      "token_logprob_bwd_(Tensor? grad_logprob, Tensor? grad_entropy, Tensor logits, "
       "Tensor targets, Tensor stats, Tensor? row_temperature, float temperature, "
-      "float softcap, Tensor? mask) -> ()");
+      "float softcap, Tensor? mask, Tensor(a!) out) -> ()");
 
   // token_loss: slope = d loss / d logprob, stats [2, N] the first two; fwd_ writes dL/dlogits to
   // `out`, which may be the logits, and bwd_ multiplies its rows by the upstream gradients that are
@@ -53,6 +66,14 @@ STABLE_TORCH_LIBRARY(fastrlhf, m) {
       "Tensor? mask, Tensor? scale_tensor, float scale, Tensor(a!) out) "
       "-> (Tensor loss, Tensor logprob, Tensor slope, Tensor stats)");
   m.def("token_loss_bwd_(Tensor(a!) grad, Tensor upstream) -> ()");
+  // The row pass of the linear losses, on the logits [n, V] of a chunk: log-probs, entropies and
+  // slopes [n], and dL/dlogits, which may be the logits, or of a 16-bit dtype where they are fp32.
+  // L = sum over the rows of scale * (token_loss - entropy_coef * entropy). Masked rows give 0.
+  m.def(
+      "token_loss_rows_(Tensor logits, Tensor targets, Tensor? advantages, Tensor? old_logprob, "
+      "float clip, float dual_clip, float entropy_coef, Tensor? row_temperature, "
+      "float temperature, float softcap, Tensor? mask, Tensor scale, Tensor(a!) dlogits, "
+      "Tensor(b!) logprob, Tensor(c!)? entropy, Tensor(d!)? slope) -> ()");
 
   // Sequence ops: tokens [B, T], or [N] with cu_seqlens [B + 1]; estimator 0..3 = k1, k2, k3, abs.
   // Their outputs are stacked along a new first axis: one allocation a call.

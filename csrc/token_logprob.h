@@ -45,19 +45,14 @@ struct Batch {
   RowsView view;
 };
 
-inline Batch make_batch(const Tensor& logits, const Tensor& targets,
+// Checks the tensors of one value a row, and puts them into the view, whose rows are known.
+inline void set_per_row(Batch& b, const Tensor& targets,
                         const std::optional<Tensor>& row_temperature, double temperature,
                         double softcap, const std::optional<Tensor>& mask) {
-  Batch b{logits, as_contiguous(targets), std::nullopt, std::nullopt, {}};
   RowsView& v = b.view;
   v.temperature = temperature;
   v.softcap = softcap;
-  RL_CHECK(is_float_dtype(logits.scalar_type()),
-           "logits must be float32, bfloat16, float16 or float64");
-  if (!rows_of(b.logits, v.rows)) {
-    b.logits = as_contiguous(logits);
-    rows_of(b.logits, v.rows);
-  }
+  b.targets = as_contiguous(targets);
   const ScalarType index = targets.scalar_type();
   RL_CHECK(index == ScalarType::Long || index == ScalarType::Int, "targets must be int32 or int64");
   RL_CHECK(targets.numel() == v.rows.count, "targets must have one element per row of logits");
@@ -78,6 +73,19 @@ inline Batch make_batch(const Tensor& logits, const Tensor& targets,
     v.wide_temperature = dtype == ScalarType::Double;
     v.row_temperature = b.row_temperature->const_data_ptr();
   }
+}
+
+inline Batch make_batch(const Tensor& logits, const Tensor& targets,
+                        const std::optional<Tensor>& row_temperature, double temperature,
+                        double softcap, const std::optional<Tensor>& mask) {
+  Batch b{logits, targets, std::nullopt, std::nullopt, {}};
+  RL_CHECK(is_float_dtype(logits.scalar_type()),
+           "logits must be float32, bfloat16, float16 or float64");
+  if (!rows_of(b.logits, b.view.rows)) {
+    b.logits = as_contiguous(logits);
+    rows_of(b.logits, b.view.rows);
+  }
+  set_per_row(b, targets, row_temperature, temperature, softcap, mask);
   return b;
 }
 
@@ -97,6 +105,28 @@ struct Upstream {
 inline std::vector<int64_t> shape_of(const Tensor& t) {
   const auto sizes = t.sizes();
   return {sizes.begin(), sizes.end()};
+}
+
+// The rows of `out`, which takes dL/dlogits: the logits themselves or a tensor like them.
+// may_narrow: or of a 16-bit dtype where they are fp32; then it must not overlap them.
+inline Rows gradient_rows(const Tensor& logits, const Tensor& out, bool may_narrow = false) {
+  Rows rows, from;
+  const ScalarType dtype = out.scalar_type();
+  const bool narrow = may_narrow && logits.scalar_type() == ScalarType::Float &&
+                      (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half);
+  RL_CHECK(rows_of(out, rows) && shape_of(out) == shape_of(logits) &&
+               (narrow || dtype == logits.scalar_type()),
+           "out must be like logits, with unit last stride and at most two row strides",
+           may_narrow ? "; or of 16 bits where they are float32" : "");
+  if (narrow && rows.count > 0 && rows_of(logits, from)) {
+    const auto end = [](const Tensor& t, const Rows& r) {
+      return static_cast<const char*>(t.const_data_ptr()) +
+             (r.offset(r.count - 1) + r.width) * t.element_size();
+    };
+    RL_CHECK(end(logits, from) <= out.const_data_ptr() || end(out, rows) <= logits.const_data_ptr(),
+             "out of 16 bits must not overlap the logits");
+  }
+  return rows;
 }
 
 }  // namespace rl

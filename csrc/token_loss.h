@@ -1,5 +1,5 @@
-// token_loss: what the CPU and CUDA implementations share. The loss of a row and its slope from the
-// row's log-probability; host checks.
+// token_loss and token_loss_rows: what the CPU and CUDA implementations share. The loss of a row
+// and its slope from the row's log-probability; host checks.
 //
 // Shapes: advantages, old_logprob, outputs: N rows, in the accumulator's dtype; scale: 0-d.
 #pragma once
@@ -23,9 +23,13 @@ struct LossView {
   const A* scale_ptr = nullptr;    // nullptr: `scale`
   A scale = 1;
   A low = 0, high = 0, dual_clip = 0;
+  A entropy_coef = 0;
 
+  RL_HD A factor_of_rows() const { return scale_ptr ? *scale_ptr : scale; }
+  // dL/dentropy of a row that counts.
+  RL_HD A grad_entropy() const { return -entropy_coef * factor_of_rows(); }
   RL_HD TokenTerm<A> term(int64_t row, A logprob) const {
-    const A factor = scale_ptr ? *scale_ptr : scale;
+    const A factor = factor_of_rows();
     const A advantage = advantages ? advantages[row] : A(1);
     if (old_logprob == nullptr) {
       return {-advantage * logprob * factor, -advantage * factor};
@@ -39,22 +43,23 @@ struct LossView {
 // The per-row inputs of the loss, and the tensors that keep their pointers alive.
 struct LossInputs {
   std::optional<Tensor> advantages, old_logprob, scale_tensor;
-  double scale, clip, dual_clip;
+  double scale, clip, dual_clip, entropy_coef = 0;
 
   template <typename A>
   LossView<A> view() const {
     const auto pointer = [](const std::optional<Tensor>& t) {
       return t ? static_cast<const A*>(t->const_data_ptr()) : nullptr;
     };
-    return {pointer(advantages),      pointer(old_logprob),     pointer(scale_tensor),
-            static_cast<A>(scale),    static_cast<A>(1 - clip), static_cast<A>(1 + clip),
-            static_cast<A>(dual_clip)};
+    return {pointer(advantages),       pointer(old_logprob),        pointer(scale_tensor),
+            static_cast<A>(scale),     static_cast<A>(1 - clip),    static_cast<A>(1 + clip),
+            static_cast<A>(dual_clip), static_cast<A>(entropy_coef)};
   }
 };
 
 inline LossInputs make_loss(const Batch& b, const std::optional<Tensor>& advantages,
                             const std::optional<Tensor>& old_logprob, double clip, double dual_clip,
-                            const std::optional<Tensor>& scale_tensor, double scale) {
+                            const std::optional<Tensor>& scale_tensor, double scale,
+                            double entropy_coef = 0) {
   const ScalarType dtype = acc_dtype(b.logits.scalar_type());
   const auto checked = [dtype](const std::optional<Tensor>& t, int64_t count, const char* name) {
     if (!t) return std::optional<Tensor>{};
@@ -67,16 +72,28 @@ inline LossInputs make_loss(const Batch& b, const std::optional<Tensor>& advanta
           checked(scale_tensor, 1, "scale"),
           scale,
           clip,
-          dual_clip};
+          dual_clip,
+          entropy_coef};
 }
 
-// Where a row's results go.
+// Where a row's results go; nullptr: nowhere.
 template <typename A>
 struct LossOutputs {
   A* loss;
   A* logprob;
   A* slope;
   A* stats;  // [2, N]: the first two of token_logprob's
+  A* entropy = nullptr;
+
+  // `count`: N.
+  RL_HD void put(int64_t row, int64_t count, const TokenTerm<A>& term, A row_logprob, A row_entropy,
+                 const RowStats<A>& s) const {
+    logprob[row] = row_logprob;
+    if (loss) loss[row] = term.loss;
+    if (slope) slope[row] = term.slope;
+    if (entropy) entropy[row] = row_entropy;
+    if (stats) stats[row] = s.max, stats[count + row] = s.log_sum;
+  }
 };
 
 // The N-row outputs of one call.
@@ -96,14 +113,33 @@ inline LossTensors new_outputs(const Batch& b, const Tensor& targets) {
   return {rows(), rows(), rows(), empty_like_device(targets, {2, b.view.rows.count}, dtype)};
 }
 
-// The rows of `out`, which takes the gradient and may be the logits themselves.
-inline Rows gradient_rows(const Tensor& logits, const Tensor& out) {
-  Rows rows;
-  RL_CHECK(rows_of(out, rows) && shape_of(out) == shape_of(logits) &&
-               out.scalar_type() == logits.scalar_type(),
-           "out must be like logits, with unit last stride and at most two row strides");
-  return rows;
-}
+// The outputs of token_loss_rows_, which the caller made.
+struct RowPassTensors {
+  Tensor logprob;
+  std::optional<Tensor> entropy, slope;
+
+  RowPassTensors(const Batch& b, const Tensor& row_logprob,
+                 const std::optional<Tensor>& row_entropy, const std::optional<Tensor>& row_slope,
+                 double entropy_coef)
+      : logprob(row_logprob), entropy(row_entropy), slope(row_slope) {
+    const ScalarType dtype = acc_dtype(b.logits.scalar_type());
+    const auto check = [&](const Tensor& t, const char* name) {
+      RL_CHECK(t.scalar_type() == dtype && t.numel() == b.view.rows.count && t.is_contiguous(),
+               name, " must be contiguous, one a row, in the accumulator's dtype");
+    };
+    check(logprob, "logprob");
+    if (entropy) check(*entropy, "entropy");
+    if (slope) check(*slope, "slope");
+    RL_CHECK(entropy || entropy_coef == 0, "an entropy_coef needs the entropy");
+  }
+
+  template <typename A>
+  LossOutputs<A> outputs() const {
+    const auto pointer = [](const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); };
+    return {nullptr, pointer(logprob), slope ? pointer(*slope) : nullptr, nullptr,
+            entropy ? pointer(*entropy) : nullptr};
+  }
+};
 
 // Upstream gradients of the rows of `grad`; one number that was expanded is read where it lies.
 struct RowScales {

@@ -12,26 +12,68 @@
 
 namespace rl {
 
-constexpr int64_t kBlock = 2048;           // logits per block: 8 KiB of fp32
+// Columns of a block of the canonical reduction: a row's statistics are its blocks' sums, added up
+// in ascending order. Whoever walks a row in parts that begin at multiples of it has the same bits.
+constexpr int64_t kBlock = 2048;
 constexpr int64_t kFirst = 512;            // logits whose maximum starts a row
 constexpr int64_t kGrainLogits = 1 << 15;  // least work of a thread
 
-// Running sums in as many lanes as the widest vector unit keeps in flight: adding them up costs
-// nothing until the row ends.
+// Sums of a block in as many lanes as the widest vector unit keeps in flight.
 constexpr int64_t kLanes = 64;
+static_assert(kBlock % kLanes == 0 && kFirst <= kBlock);
 // How far ahead the walk asks for memory: the hardware's own prefetch ends with each 4 KiB page.
 constexpr int64_t kPrefetchBytes = 4096;
 
-template <typename T>
-RL_INLINE void prefetch_lanes(const T* at) {
-  for (int64_t line = 0; line < kLanes * int64_t{sizeof(T)}; line += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes + line);
+// f(j + l, l) of the elements j + l of `row`, lane by lane. What the lanes sum up stays in
+// registers: the loop holds nothing but whole vectors.
+template <typename T, typename F>
+RL_INLINE void for_each_lane(const T* row, int64_t n, const F& f) {
+  int64_t j = 0;
+  for (; n - j >= kLanes; j += kLanes) {
+    for (int64_t line = 0; line < kLanes * int64_t{sizeof(T)}; line += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(row + j) + kPrefetchBytes + line);
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) f(j + l, l);
+  }
+#pragma omp simd
+  for (int64_t l = 0; l < n - j; ++l) f(j + l, l);
 }
 
 // Largest z / scale, sum e^(z - base) and sum (z - base) e^(z - base) of a block, by lanes.
 template <typename A>
 struct LaneSums {
   A max[kLanes], sum[kLanes], weighted[kLanes];
+};
+
+// A sum of many blocks, and what its roundings have lost.
+template <typename A>
+struct Compensated {
+  A sum, low;
+
+  RL_INLINE void add(A x) {
+    const A next = sum + x, added = next - sum;
+    low += (sum - (next - added)) + (x - added);
+    sum = next;
+  }
+  RL_INLINE A value() const { return sum + low; }
+};
+
+// The same of all columns of a row so far. `max`, the base, is their largest z to within kMaxSlack.
+template <typename A>
+struct RowSums {
+  A max;
+  Compensated<A> sum, weighted;
+
+  // Makes `top` the base.
+  RL_INLINE void rebase(A top) {
+    // Finite, so that a factor of 0 leaves of a sum 0 or NaN.
+    const A shift = at_least(exp_floor<A>(), max - top);
+    const A factor = exp_clamped(shift);
+    weighted = {factor * (weighted.sum + sum.sum * shift),
+                factor * (weighted.low + sum.low * shift)};
+    sum = {factor * sum.sum, factor * sum.low};
+    max = top;
+  }
 };
 
 template <typename A>
@@ -42,68 +84,100 @@ RL_INLINE A largest(const A (&lanes)[kLanes]) {
   return max;
 }
 
+// The upper half of the lanes is added to the lower one, until one is left: an order that no
+// instruction set changes.
+template <int64_t kHalf = kLanes / 2, typename A>
+RL_INLINE A total(A (&lanes)[kLanes]) {
+#pragma omp simd
+  for (int64_t l = 0; l < kHalf; ++l) lanes[l] += lanes[l + kHalf];
+  if constexpr (kHalf > 1) return total<kHalf / 2>(lanes);
+  return lanes[0];
+}
+
+// Beyond this |base| an ulp of it is several units of the exponent: huge logits, or a tiny
+// temperature.
 template <typename A>
-RL_INLINE A total(const A (&lanes)[kLanes]) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t l = 0; l < kLanes; ++l) sum += lanes[l];
-  return sum;
-}
+constexpr A kFarBase = std::is_same_v<A, double> ? A(0x1p55) : A(0x1p26);
 
-// z - base. Rounded once: the base's own rounding cancels, that of z would not.
-template <bool kCap, bool kFma, typename T, typename A>
-RL_INLINE A distance(const T& x, const RowMaths<A>& f, A scale, A base) {
-  return multiply_add<kFma>(unscaled<kCap>(load(x), f), scale, -base);
-}
+// z - base of the columns of a row.
+template <typename A>
+struct Distance {
+  A scale, base;
+  A floor = opaque(exp_floor<A>());
+  A lowest = opaque(-std::numeric_limits<A>::infinity());
 
-template <bool kCap, bool kFma, typename T, typename A>
-RL_INLINE A row_logprob(const T& target, const RowStats<A>& stats, const RowMaths<A>& f) {
-  return distance<kCap, kFma>(target, f, dz_du<kCap>(f), stats.max) - stats.log_sum;
-}
-
-template <bool kCap, bool kFma, typename T, typename A>
-RL_INLINE void add_block(const T* row, int64_t n, const RowMaths<A>& f, A scale, A base, A floor,
-                         LaneSums<A>& out) {
-  for (int64_t j = 0; j < n; j += kLanes) {
-    prefetch_lanes(row + j);
-    const int64_t lanes = n - j < kLanes ? n - j : kLanes;
-    const auto add = [&](int64_t l) RL_LAMBDA_INLINE {
-      const A z = unscaled<kCap>(load(row[j + l]), f);
-      out.max[l] = z > out.max[l] ? z : out.max[l];
-      const A raw = multiply_add<kFma>(z, scale, -base);
-      const A d = at_least(floor, raw);
-      const A e = exp_clamped(d);
-      out.sum[l] += e;
-      out.weighted[l] += e * d;
-    };
-    if (lanes == kLanes) {
-#pragma omp simd
-      for (int64_t l = 0; l < kLanes; ++l) add(l);
-    } else {
-#pragma omp simd
-      for (int64_t l = 0; l < lanes; ++l) add(l);
-    }
+  RL_INLINE bool far() const { return !(std::fabs(base) <= kFarBase<A>); }
+  // Rounded once: the base's own rounding cancels, that of z would not. A far base's would leave
+  // the range of exp: there z is rounded as the base is, so that the largest is 0 away from it. (A
+  // product that is compared with something is no part of a fused product and sum.)
+  template <bool kFma, bool kFar>
+  RL_INLINE A exact(A u) const {
+    if constexpr (kFar) return at_least(lowest, u * scale) - base;
+    return multiply_add<kFma>(u, scale, -base);
   }
+  template <bool kFma, bool kFar>
+  RL_INLINE A clamped(A u) const {
+    const A raw = exact<kFma, kFar>(u);
+    return at_least(floor, raw);
+  }
+};
+
+// f(std::bool_constant<far>{}): the loops for a far base are apart, for their product costs.
+template <typename A, typename F>
+RL_INLINE auto with_far(const Distance<A>& away, const F& f) {
+  return away.far() ? f(std::true_type{}) : f(std::false_type{});
 }
 
-// `max` is the largest z of the row to within kMaxSlack: only a block that passes it by more is
-// done again, so that sums and maximum come from one walk that hides behind the memory. The slack
-// is small because it cancels in the entropy.
-template <bool kCap, bool kFma, typename T, typename A>
-RL_INLINE RowStats<A> row_stats(const T* row, int64_t width, const RowMaths<A>& f) {
-  constexpr A kInf = std::numeric_limits<A>::infinity();
-  constexpr A kMaxSlack = 1;
-  const A floor = opaque(exp_floor<A>());
-  const A scale = dz_du<kCap>(f);
-  A max = -kInf;
-  A first = -kInf;
+// z_t - max of the target, from its logit.
+template <bool kCap, bool kFma, typename A>
+RL_INLINE A target_distance(A logit, const RowStats<A>& stats, const RowMaths<A>& f) {
+  const Distance<A> away{dz_du<kCap>(f), stats.max};
+  const A u = unscaled<kCap>(logit, f);
+  return with_far(away,
+                  [&](auto far) RL_LAMBDA_INLINE { return away.template exact<kFma, far()>(u); });
+}
+
+template <bool kCap, bool kFma, typename A>
+RL_INLINE A row_logprob(A target, const RowStats<A>& stats, const RowMaths<A>& f) {
+  return target_distance<kCap, kFma>(target, stats, f) - stats.log_sum;
+}
+
+template <bool kCap, bool kFma, bool kFar, typename T, typename A>
+RL_INLINE void add_block(const T* row, int64_t n, const RowMaths<A>& f, const Distance<A>& away,
+                         LaneSums<A>& out) {
+  for_each_lane(row, n, [&](int64_t j, int64_t l) RL_LAMBDA_INLINE {
+    const A u = unscaled<kCap>(load(row[j]), f);
+    out.max[l] = u > out.max[l] ? u : out.max[l];
+    const A d = away.template clamped<kFma, kFar>(u);
+    const A e = exp_clamped(d);
+    out.sum[l] += e;
+    out.weighted[l] += e * d;
+  });
+}
+
+// A row of which no column has been added; `width`: how many of them lie at `row`.
+template <bool kCap, typename T, typename A>
+RL_INLINE RowSums<A> start_row(const T* row, int64_t width, const RowMaths<A>& f) {
+  A first = -std::numeric_limits<A>::infinity();
 #pragma omp simd reduction(max : first)
   for (int64_t j = 0; j < (width < kFirst ? width : kFirst); ++j) {
     const A z = unscaled<kCap>(load(row[j]), f);
     first = z > first ? z : first;
   }
-  max = first * scale;
-  LaneSums<A> all{}, block;
+  // The base is that product rounded, whatever it meets.
+  return {opaque(first * dz_du<kCap>(f)), {0, 0}, {0, 0}};
+}
+
+// Adds the next `width` columns, which lie at `row`: the rest of the row, or a multiple of kBlock.
+// Only a block that passes the maximum so far by more than kMaxSlack is done again, so that sums
+// and maximum come from one walk that hides behind the memory. The slack is small because it
+// cancels in the entropy.
+template <bool kCap, bool kFma, typename T, typename A>
+RL_INLINE void add_columns(const T* row, int64_t width, const RowMaths<A>& f, RowSums<A>& all) {
+  constexpr A kInf = std::numeric_limits<A>::infinity();
+  constexpr A kMaxSlack = 1;
+  Distance<A> away{dz_du<kCap>(f), 0};
+  LaneSums<A> block;
   for (int64_t start = 0; start < width; start += kBlock) {
     const int64_t n = width - start < kBlock ? width - start : kBlock;
     for (bool again = true; again;) {
@@ -111,63 +185,53 @@ RL_INLINE RowStats<A> row_stats(const T* row, int64_t width, const RowMaths<A>& 
       std::fill_n(block.sum, kLanes, A(0));
       std::fill_n(block.weighted, kLanes, A(0));
       // All logits so far -inf: subtract 0 instead, which leaves e^-inf = 0 and keeps a NaN a NaN.
-      add_block<kCap, kFma>(row + start, n, f, scale, max > -kInf ? max : A(0), floor, block);
-      const A top = largest(block.max) * scale;
-      again = top > max + kMaxSlack;
-      if (!again) break;
-      const A shift = max > -kInf ? max - top : A(0);
-      const A factor = max > -kInf ? exp_nonpositive(shift) : A(0);
-#pragma omp simd
-      for (int64_t l = 0; l < kLanes; ++l) {
-        all.weighted[l] = factor > 0 ? factor * (all.weighted[l] + all.sum[l] * shift) : A(0);
-        all.sum[l] = factor > 0 ? factor * all.sum[l] : A(0);
-      }
-      max = top;
+      away.base = all.max > -kInf ? all.max : A(0);
+      with_far(away, [&](auto far) RL_LAMBDA_INLINE {
+        add_block<kCap, kFma, far()>(row + start, n, f, away, block);
+      });
+      const A top = opaque(largest(block.max) * away.scale);
+      again = top > all.max + kMaxSlack;
+      if (again) all.rebase(top);
     }
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      all.sum[l] += block.sum[l];
-      all.weighted[l] += block.weighted[l];
-    }
+    all.sum.add(total(block.sum));
+    all.weighted.add(total(block.weighted));
   }
-  const A sum = total(all.sum);
-  const A log_sum = log(sum);
-  return {max, log_sum, total(all.weighted) / sum};
+}
+
+template <typename A>
+RL_INLINE RowStats<A> finished(const RowSums<A>& all) {
+  const A sum = all.sum.value();
+  return {all.max, log(sum), all.weighted.value() / sum};
+}
+
+template <bool kCap, bool kFma, typename T, typename A>
+RL_INLINE RowStats<A> row_stats(const T* row, int64_t width, const RowMaths<A>& f) {
+  RowSums<A> all = start_row<kCap>(row, width, f);
+  add_columns<kCap, kFma>(row, width, f, all);
+  return finished(all);
 }
 
 // dL/dlogits of a row from g = dL/dlogprob and h = dL/dentropy:
-//   dz_j = g (1[j = t] - p_j) - h p_j (log p_j + entropy),  times dz/dlogits. `out` may be `row`.
-// log p_j + entropy is taken as (z_j - max) - mean, which leaves out the rounding of log_sum: the
-// whole row would share it, and a sum over the row keep it.
-template <bool kCap, bool kFma, typename T, typename A>
-RL_INLINE void row_backward(const T* row, T* out, int64_t width, int64_t target, A g, A h,
+//   dz_j = g (1[j = t] - p_j) - h p_j (log p_j + entropy),  times dz/dlogits.
+// `out` may be `row`, or of a 16-bit type. log p_j + entropy is taken as (z_j - max) - mean, which
+// leaves out the rounding of log_sum: the whole row would share it, and a sum over the row keep it.
+template <bool kCap, bool kFma, typename T, typename G, typename A>
+RL_INLINE void row_backward(const T* row, G* out, int64_t width, int64_t target, A g, A h,
                             const RowStats<A>& stats, const RowMaths<A>& f) {
-  const A floor = opaque(exp_floor<A>());
-  const A base = stats.max, log_sum = stats.log_sum;
-  const A mean = stats.mean;
-  const A scale = dz_du<kCap>(f);
+  const Distance<A> distance{dz_du<kCap>(f), stats.max};
+  const A log_sum = stats.log_sum, mean = stats.mean, floor = distance.floor;
   // The target's own element, with 1 - p from expm1, before an in-place pass overwrites its logit.
   const A target_logit = load(row[target]);
-  const A target_away = at_least(floor, distance<kCap, kFma>(row[target], f, scale, base));
-  const A target_logprob = row_logprob<kCap, kFma>(row[target], stats, f);
-  for (int64_t start = 0; start < width; start += kLanes) {
-    prefetch_lanes(row + start);
-    const int64_t lanes = width - start < kLanes ? width - start : kLanes;
-    const auto write = [&](int64_t l) RL_LAMBDA_INLINE {
-      const A raw = distance<kCap, kFma>(row[start + l], f, scale, base);
-      const A away = at_least(floor, raw);
+  const A target_away = at_least(floor, target_distance<kCap, kFma>(target_logit, stats, f));
+  const A target_logprob = row_logprob<kCap, kFma>(target_logit, stats, f);
+  with_far(distance, [&](auto far) RL_LAMBDA_INLINE {
+    for_each_lane(row, width, [&](int64_t j, int64_t) RL_LAMBDA_INLINE {
+      const A logit = load(row[j]);
+      const A away = distance.template clamped<kFma, far()>(unscaled<kCap>(logit, f));
       const A p = exp_clamped(at_least(floor, away - log_sum));
-      store(out[start + l],
-            -p * (h * (away - mean) + g) * dz_dlogit<kCap>(load(row[start + l]), f));
-    };
-    if (lanes == kLanes) {
-#pragma omp simd
-      for (int64_t l = 0; l < kLanes; ++l) write(l);
-    } else {
-#pragma omp simd
-      for (int64_t l = 0; l < lanes; ++l) write(l);
-    }
-  }
+      store(out[j], -p * (h * (away - mean) + g) * dz_dlogit<kCap>(logit, f));
+    });
+  });
   store(out[target],
         target_gradient<kCap>(target_logit, target_logprob, target_away, g, h, mean, f));
 }
@@ -203,6 +267,19 @@ void dispatch_float(ScalarType dtype, const F& body) {
   if (dtype == ScalarType::BFloat16) return body(bf16{});
   if (dtype == ScalarType::Half) return body(f16{});
   body(double{});
+}
+
+// body(T{}, G{}) with the C++ types of logits and of their gradient (see gradient_rows).
+template <typename F>
+void dispatch_gradient(ScalarType logits, ScalarType gradient, const F& body) {
+  dispatch_float(logits, [&](auto tag) {
+    using T = decltype(tag);
+    if constexpr (std::is_same_v<T, float>) {
+      if (gradient == ScalarType::BFloat16) return body(T{}, bf16{});
+      if (gradient == ScalarType::Half) return body(T{}, f16{});
+    }
+    body(T{}, T{});
+  });
 }
 
 }  // namespace rl

@@ -14,37 +14,33 @@ namespace rl {
 namespace {
 
 // `grad` is nullptr where only the values are wanted, and may be the logits.
-template <typename T, bool kCap>
+template <typename T, typename G, bool kCap>
 void loss_rows(const Batch& b, const LossView<acc_t<T>>& loss, const LossOutputs<acc_t<T>>& to,
-               T* grad, const Rows& grad_rows) {
+               G* grad, const Rows& grad_rows) {
   using A = acc_t<T>;
   const T* data = static_cast<const T*>(b.logits.const_data_ptr());
   const int64_t count = b.view.rows.count, width = b.view.rows.width;
   torch::stable::parallel_for(0, count, grain(b.view.rows), [&](int64_t begin, int64_t end) {
     dispatch_isa([&](auto fma) RL_LAMBDA_INLINE {
       for (int64_t r = begin; r < end; ++r) {
-        T* out = grad ? grad + grad_rows.offset(r) : nullptr;
+        G* out = grad ? grad + grad_rows.offset(r) : nullptr;
         TokenTerm<A> term{0, 0};
         RowStats<A> s{0, 0, 0};
-        A logprob = 0;
+        A logprob = 0, h = 0;
         const T* row = data + b.view.rows.offset(r);
-        const bool counts = b.view.counts(r);
-        if (counts) {
+        if (b.view.counts(r)) {
           const RowMaths<A> f = b.view.maths<A>(r);
           s = row_stats<kCap, fma()>(row, width, f);
-          logprob = row_logprob<kCap, fma()>(row[b.view.target(r)], s, f);
+          logprob = row_logprob<kCap, fma()>(load(row[b.view.target(r)]), s, f);
           term = loss.term(r, logprob);
+          h = loss.grad_entropy();
         }
-        to.loss[r] = term.loss;
-        to.logprob[r] = logprob;
-        to.slope[r] = term.slope;
-        to.stats[r] = s.max;
-        to.stats[count + r] = s.log_sum;
+        to.put(r, count, term, logprob, s.log_sum - s.mean, s);
         if (out == nullptr) continue;
-        if (term.slope == 0) {
-          std::memset(static_cast<void*>(out), 0, width * sizeof(T));
+        if (term.slope == 0 && h == 0) {
+          std::memset(static_cast<void*>(out), 0, width * sizeof(G));
         } else {
-          row_backward<kCap, fma()>(row, out, width, b.view.target(r), term.slope, A(0), s,
+          row_backward<kCap, fma()>(row, out, width, b.view.target(r), term.slope, h, s,
                                     b.view.maths<A>(r));
         }
       }
@@ -52,18 +48,29 @@ void loss_rows(const Batch& b, const LossView<acc_t<T>>& loss, const LossOutputs
   });
 }
 
-LossTensors run(const Batch& b, const LossInputs& loss, const Tensor& targets, const Tensor* out,
-                const Rows& out_rows) {
+// `to`: LossTensors or RowPassTensors; `out`: where the gradient goes, or null.
+template <typename Outputs>
+void run(const Batch& b, const LossInputs& loss, const Outputs& to, const Tensor* out,
+         const Rows& out_rows) {
+  if (out && out->const_data_ptr() != b.logits.const_data_ptr()) advise_huge_pages(*out);
+  const ScalarType dtype = b.logits.scalar_type();
+  dispatch_gradient(dtype, out ? out->scalar_type() : dtype, [&](auto tag, auto grad_tag) {
+    using T = decltype(tag);
+    using G = decltype(grad_tag);
+    using A = acc_t<T>;
+    auto* rows = b.view.softcap > 0 ? loss_rows<T, G, true> : loss_rows<T, G, false>;
+    rows(b, loss.view<A>(), to.template outputs<A>(),
+         out ? static_cast<G*>(out->mutable_data_ptr()) : nullptr, out_rows);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> values(const Batch& b, const LossInputs& loss,
+                                                  const Tensor& targets, const Tensor* out,
+                                                  const Rows& out_rows) {
   check_rows(b);
   const LossTensors to = new_outputs(b, targets);
-  dispatch_float(b.logits.scalar_type(), [&](auto tag) {
-    using T = decltype(tag);
-    using A = acc_t<T>;
-    auto* rows = b.view.softcap > 0 ? loss_rows<T, true> : loss_rows<T, false>;
-    rows(b, loss.view<A>(), to.outputs<A>(),
-         out ? static_cast<T*>(out->mutable_data_ptr()) : nullptr, out_rows);
-  });
-  return to;
+  run(b, loss, to, out, out_rows);
+  return {to.loss, to.logprob, to.slope, to.stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd(
@@ -74,8 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd(
   const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
   const LossInputs loss =
       make_loss(b, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
-  const LossTensors to = run(b, loss, targets, nullptr, Rows{});
-  return {to.loss, to.logprob, to.slope, to.stats};
+  return values(b, loss, targets, nullptr, Rows{});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd_(
@@ -86,9 +92,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd_(
   const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
   const LossInputs loss =
       make_loss(b, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
-  if (out.const_data_ptr() != logits.const_data_ptr()) advise_huge_pages(out);
-  const LossTensors to = run(b, loss, targets, &out, gradient_rows(logits, out));
-  return {to.loss, to.logprob, to.slope, to.stats};
+  return values(b, loss, targets, &out, gradient_rows(logits, out));
+}
+
+void token_loss_rows_(Tensor logits, Tensor targets, std::optional<Tensor> advantages,
+                      std::optional<Tensor> old_logprob, double clip, double dual_clip,
+                      double entropy_coef, std::optional<Tensor> row_temperature,
+                      double temperature, double softcap, std::optional<Tensor> mask, Tensor scale,
+                      Tensor dlogits, Tensor logprob, std::optional<Tensor> entropy,
+                      std::optional<Tensor> slope) {
+  const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
+  const LossInputs loss =
+      make_loss(b, advantages, old_logprob, clip, dual_clip, scale, 1, entropy_coef);
+  const RowPassTensors to(b, logprob, entropy, slope, entropy_coef);
+  const Rows rows = gradient_rows(logits, dlogits, true);
+  check_rows(b);
+  run(b, loss, to, &dlogits, rows);
 }
 
 // ---- backward: the upstream gradient, row by row
@@ -130,5 +149,6 @@ void token_loss_bwd_(Tensor grad, Tensor upstream) {
 STABLE_TORCH_LIBRARY_IMPL(fastrlhf, CPU, m) {
   m.impl("token_loss_fwd", TORCH_BOX(&rl::token_loss_fwd));
   m.impl("token_loss_fwd_", TORCH_BOX(&rl::token_loss_fwd_));
+  m.impl("token_loss_rows_", TORCH_BOX(&rl::token_loss_rows_));
   m.impl("token_loss_bwd_", TORCH_BOX(&rl::token_loss_bwd_));
 }

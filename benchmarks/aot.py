@@ -36,6 +36,10 @@ IN_THE_DTYPE = {
 
 
 def type_of(name: str, dtype: str) -> str:
+    """`dtype`: of the tensors, or "fp32->bf16" where the kernel writes `out` in another one."""
+    dtype, _, of_out = dtype.partition("->")
+    if name == "out_ptr" and of_out:
+        return "*" + of_out
     if name in IN_THE_DTYPE:
         return "*" + dtype
     if name in NAMED:

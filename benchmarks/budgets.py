@@ -2,11 +2,11 @@
 
     python benchmarks/budgets.py [--only TEXT] [--loops] [--json]
 
-A row of the table is a kernel, a dtype and a kind of row: V = 128256 at a 16-byte boundary, V = 50257 off it. It says
-what a warp issues per logit over all loops that walk the row (benchmarks/walks.py has the rule), exponentials, other
-MUFU and rare blocks among it, and what the row costs outside those loops; 16-byte loads in flight, registers, shared
-memory and how many blocks reside on a multiprocessor. tests/test_budgets.py holds the kernels to the budgets that are
-written here.
+A row of the table is a kernel, a dtype (a->b: b is the gradient's) and a kind of row: V = 128256 at a 16-byte boundary,
+V = 50257 off it. It says what a warp issues per logit over all loops that walk the row (benchmarks/walks.py has the
+rule), exponentials, other MUFU and rare blocks among it, and what the row costs outside those loops; 16-byte loads in
+flight, registers, shared memory and how many blocks reside on a multiprocessor. tests/test_budgets.py holds the kernels
+to the budgets that are written here.
 """
 
 import argparse
@@ -28,6 +28,7 @@ ROWS = ((128256, True), (50257, False))  # V, and whether each row begins at a 1
 MISALIGNED_MORE = 3  # instructions a logit that a misaligned row may cost on top of its budget
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 CXX = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float"}
+NARROW = "fp32->bf16"  # the 16-bit operand of the next GEMM
 SM_90 = ("cuda", 90, 32)
 
 
@@ -36,22 +37,25 @@ BUDGETS = {
     "token_logprob forward": {"bf16": 6, "fp16": 6, "fp32": 6},
     "token_logprob forward + entropy": {"bf16": 8, "fp16": 8, "fp32": 8},
     "token_logprob forward, soft-cap": {"bf16": 13},
-    "token_logprob backward": {"bf16": 6, "fp16": 6},
-    "token_logprob backward + entropy": {"bf16": 8, "fp16": 8},
-    "token_logprob backward, soft-cap": {"bf16": 13},
-    "token_loss statistics": {"bf16": 7.5},
-    "token_loss statistics, soft-cap": {"bf16": 13},
-    "token_loss gradient": {"bf16": 5.5},
-    "token_loss gradient, soft-cap": {"bf16": 13},
+    "token_logprob backward": {"bf16": 6, "fp16": 6, NARROW: 5},
+    "token_logprob backward + entropy": {"bf16": 8, "fp16": 8, NARROW: 7},
+    "token_logprob backward, soft-cap": {"bf16": 13, NARROW: 13},
+    "token_loss statistics": {"bf16": 6.5, "fp16": 6.5, "fp32": 8.5, NARROW: 8.5},
+    "token_loss statistics + entropy": {"bf16": 9, "fp16": 9, "fp32": 11, NARROW: 11},
+    "token_loss statistics, soft-cap": {"bf16": 12, "fp16": 12, "fp32": 14, NARROW: 14},
+    "token_loss gradient": {"bf16": 5.5, "fp16": 5.5, "fp32": 5, NARROW: 5},
+    "token_loss gradient + entropy": {"bf16": 7.5, "fp16": 7.5, "fp32": 7, NARROW: 7},
+    "token_loss gradient, soft-cap": {"bf16": 13, "fp32": 13, NARROW: 13},
     "triton token_logprob forward": {"bf16": 7},
     "triton token_logprob forward + entropy": {"bf16": 10},
+    "triton token_logprob backward": {NARROW: 5.5},
+    "triton token_logprob backward + entropy": {NARROW: 7.5},
+    "triton token_loss statistics": {"bf16": 7, NARROW: 6.5},
+    "triton token_loss statistics + entropy": {NARROW: 10},
 }
 LOADS_IN_FLIGHT = (
     4  # at least, of 16 bytes a thread, in CUDA kernels that walk an aligned row in global memory
 )
-# Exponentials among them, where a soft-cap has a budget: of a logit, and of the largest logit of 64, whose tanh is the
-# base of a tile.
-MUFU_OF_SOFT_CAP = 3 + 2 / 64
 
 
 @dataclass(frozen=True)
@@ -59,19 +63,31 @@ class Kernel:
     """One compiled variant of a kernel."""
 
     label: str
-    dtype: str
+    dtype: str  # of the logits, or "a->b": and of their gradient
     source: str  # under csrc/cuda, or kernels/
     name: str  # template instance, or Triton function
-    phases: Callable[[int], dict[str, Phase]]  # of the threads that share a row: what counts
+    # Of the threads that share a row, and the groups in which each copies its part: what counts.
+    phases: Callable[[int, int], dict[str, Phase]]
     constants: dict | None = None  # Triton's
 
     @property
     def size(self) -> int:
-        return SIZES[self.dtype]
+        return SIZES[self.dtype.split("->")[0]]
+
+    @property
+    def stored(self) -> int:
+        return SIZES[self.dtype.split("->")[-1]]
 
     @property
     def budget(self) -> float | None:
         return BUDGETS.get(self.label, {}).get(self.dtype)
+
+    @property
+    def mufu_budget(self) -> float | None:
+        """Of a soft-cap: of a logit, and of the largest logit of a lane's part of a tile, whose tanh is the base."""
+        if not self.budget or "soft-cap" not in self.label:
+            return None
+        return 3 + 2 * self.size / (16 * source_number("softmax_row.cuh", r"kTileVectors = (\d+);"))
 
 
 # ---- token_loss on chip
@@ -80,11 +96,12 @@ class Kernel:
 @dataclass(frozen=True)
 class Plan:
     """What plan_row of csrc/cuda/token_loss.cu chooses: blocks a row, bytes of dynamic shared memory each, and how many
-    blocks it counts on a multiprocessor to hold."""
+    blocks it counts on a multiprocessor to hold; and in how many groups the kernel copies a block's share."""
 
     blocks: int
     bytes: int
     resident: int
+    stages: int
 
 
 def source_number(file: str, pattern: str) -> int:
@@ -103,13 +120,16 @@ def plan_row(width: int, size: int, static: int, wanted: int) -> Plan:
     per_sm, per_block = 228 * 1024, 227 * 1024  # sm_90
     tile_bytes = 16 * 32 * vectors
     tiles = -(-width * size // tile_bytes)
+    wanted *= tiles <= source_number("softmax_row.cuh", r"kSlots = (\d+);")
     for resident in range(wanted, 0, -1):
         blocks = 1
         while blocks <= most:
             needed = -(-tiles // blocks) * tile_bytes + 16
             fits = (needed + static + of_system) * resident <= per_sm
             if needed + static <= per_block and fits:
-                return Plan(blocks, needed, resident)
+                each, warps = -(-tiles // blocks), source_number("token_loss.cu", r"kWarps = (\d+)")
+                stage = -(-each // (warps * source_number("token_loss.cu", r"kStages = (\d+);")))
+                return Plan(blocks, needed, resident, -(-each // (stage * warps)))
             blocks *= 2
     raise ValueError(f"a row of {width} logits does not fit on chip")
 
@@ -126,18 +146,16 @@ def gradient(division: Division, ex2: int = 1, far: bool = False) -> dict[str, P
 
 
 def cuda_kernels() -> list[Kernel]:
-    stages = source_number("token_loss.cu", r"kStages = (\d+);")
-
     # A warp reduces tiles; the loop around them, which merges what waits in shared memory, runs once in 256 tiles.
     def forward(ex2):
-        return lambda lanes: statistics(Division(lanes, tiles=True, pieces=1), ex2, far=True)
+        return lambda lanes, stages: statistics(Division(lanes, True, pieces=1), ex2, far=True)
 
     # Rows enough for a block each.
     def backward(ex2):
-        return lambda lanes: gradient(Division(lanes), ex2, far=True)
+        return lambda lanes, stages: gradient(Division(lanes), ex2, far=True)
 
     def on_chip(ex2):
-        return lambda lanes: (
+        return lambda lanes, stages: (
             {"copy": Phase(0, Division(lanes, tiles=True, pieces=stages))}
             | statistics(
                 Division(lanes, True, pieces=stages, last="padded" if ex2 == 1 else "guarded"),
@@ -147,31 +165,32 @@ def cuda_kernels() -> list[Kernel]:
         )
 
     def from_chip(ex2):
-        return lambda lanes: gradient(Division(lanes), ex2, far=True)
+        return lambda lanes, stages: gradient(Division(lanes), ex2, far=True)
 
-    variants = (  # of one dtype: op, half, its flags
-        ("token_logprob forward", "fwd", "0, false", forward(1)),
-        ("token_logprob forward + entropy", "fwd", "0, true", forward(1)),
-        ("token_logprob forward, soft-cap", "fwd", "1, false", forward(2)),
-        ("token_logprob backward", "bwd", "0, false", backward(1)),
-        ("token_logprob backward + entropy", "bwd", "0, true", backward(1)),
-        ("token_logprob backward, soft-cap", "bwd", "1, false", backward(2)),
-        ("token_loss statistics", "fwd", "0, true", on_chip(1)),
-        ("token_loss gradient", "fwd", "0, true", from_chip(1)),
-        ("token_loss statistics, soft-cap", "fwd", "1, true", on_chip(2)),
-        ("token_loss gradient, soft-cap", "fwd", "1, true", from_chip(2)),
+    variants = (  # op, half, its flags, and whether it writes a gradient
+        ("token_logprob forward", "fwd", "0, false", forward(1), False),
+        ("token_logprob forward + entropy", "fwd", "0, true", forward(1), False),
+        ("token_logprob forward, soft-cap", "fwd", "1, false", forward(2), False),
+        ("token_logprob backward", "bwd", "0, false", backward(1), True),
+        ("token_logprob backward + entropy", "bwd", "0, true", backward(1), True),
+        ("token_logprob backward, soft-cap", "bwd", "1, false", backward(2), True),
+        ("token_loss statistics", "fwd", "0, true, false", on_chip(1), True),
+        ("token_loss gradient", "fwd", "0, true, false", from_chip(1), True),
+        ("token_loss statistics + entropy", "fwd", "0, true, true", on_chip(1), True),
+        ("token_loss gradient + entropy", "fwd", "0, true, true", from_chip(1), True),
+        ("token_loss statistics, soft-cap", "fwd", "1, true, false", on_chip(2), True),
+        ("token_loss gradient, soft-cap", "fwd", "1, true, false", from_chip(2), True),
     )
-    return [
-        Kernel(
-            label=label,
-            dtype=dtype,
-            source=f"{label.split()[0]}.cu",
-            name=f"{label.split()[0]}_{half}_kernel<{t}, {flags}>",
-            phases=phases,
-        )
-        for dtype, t in CXX.items()
-        for label, half, flags, phases in variants
-    ]
+    found = []
+    for dtype in (*CXX, NARROW):
+        for label, half, flags, phases, has_gradient in variants:
+            if dtype == NARROW and not has_gradient:
+                continue
+            op, of = label.split()[0], dtype.split("->")
+            types = f"{CXX[of[0]]}, {CXX[of[-1]]}" if has_gradient else CXX[dtype]
+            name = f"{op}_{half}_kernel<{types}, {flags}>"
+            found.append(Kernel(label, dtype, f"{op}.cu", name, phases))
+    return found
 
 
 def triton_kernels() -> list[Kernel]:
@@ -181,33 +200,43 @@ def triton_kernels() -> list[Kernel]:
     plain, entropy = walk | {"HAS_ENTROPY": False}, walk | {"HAS_ENTROPY": True}
     back = row | {"HAS_G": True, "BLOCK": 4096, "num_warps": 4}
     g, h = back | {"HAS_H": False}, back | {"HAS_H": True}
-    loss = row | {"R": 4, "L": 1024, "STAGES": 4, "num_warps": 4, "BLOCK": 4096}
-    loss |= dict.fromkeys(("HAS_ADVANTAGES", "HAS_OLD", "HAS_SCALE", "WITH_GRAD"), True)
+    # token_loss as the op calls it, and as the linear losses do.
+    terms = dict.fromkeys(("HAS_ADVANTAGES", "HAS_OLD", "HAS_SCALE", "WITH_SLOPE"), True)
+    terms |= walk | {"BLOCK": 1024, "WITH_GRAD": True}
+    loss = terms | {"WITH_LOSS": True, "HAS_H": False, "WITH_ENTROPY": False}
+    rows = loss | {"WITH_LOSS": False}
+    rows_h = rows | {"HAS_H": True, "WITH_ENTROPY": True}
 
-    def forward(lanes):
+    def forward(lanes, stages):
         return statistics(Division(lanes, tiles=True, unit=lanes), far=True)
 
-    def from_row(lanes):
+    def from_row(lanes, stages):
         return gradient(Division(lanes, tiles=True, unit=lanes), far=True)
 
     variants = (
-        ("token_logprob forward", "fwd", plain, forward),
-        ("token_logprob forward + entropy", "fwd", entropy, forward),
-        ("token_logprob backward", "bwd", g, from_row),
-        ("token_logprob backward + entropy", "bwd", h, from_row),
-        ("token_loss statistics", "fwd", loss, forward),
-        ("token_loss gradient", "fwd", loss, from_row),
+        ("token_logprob forward", "bf16", "fwd", plain, forward),
+        ("token_logprob forward + entropy", "bf16", "fwd", entropy, forward),
+        ("token_logprob backward", "bf16", "bwd", g, from_row),
+        ("token_logprob backward + entropy", "bf16", "bwd", h, from_row),
+        ("token_loss statistics", "bf16", "fwd", loss, forward),
+        ("token_loss gradient", "bf16", "fwd", loss, from_row),
+        ("token_logprob backward", NARROW, "bwd", g, from_row),
+        ("token_logprob backward + entropy", NARROW, "bwd", h, from_row),
+        ("token_loss statistics", NARROW, "fwd", rows, forward),
+        ("token_loss gradient", NARROW, "fwd", rows, from_row),
+        ("token_loss statistics + entropy", NARROW, "fwd", rows_h, forward),
+        ("token_loss gradient + entropy", NARROW, "fwd", rows_h, from_row),
     )
     return [
         Kernel(
             label=f"triton {label}",
-            dtype="bf16",
+            dtype=dtype,
             source=f"{label.split()[0]}.py",
             name=f"{label.split()[0]}_{half}_kernel",
             phases=phases,
             constants=constants,
         )
-        for label, half, constants, phases in variants
+        for label, dtype, half, constants, phases in variants
     ]
 
 
@@ -218,22 +247,16 @@ TODAY = {
     ("token_loss gradient, soft-cap", "bf16"): (13.09, None),
     ("token_logprob forward, soft-cap", "fp16"): (10.35, 13.28),
     ("token_logprob backward, soft-cap", "fp16"): (13.1, 13.08),
-    ("token_loss statistics", "fp16"): (7.35, 9.13),
-    ("token_loss gradient", "fp16"): (5.05, 5.02),
-    ("token_loss statistics, soft-cap", "fp16"): (12.76, 14.0),
     ("token_loss gradient, soft-cap", "fp16"): (13.09, 13.05),
     ("token_logprob forward, soft-cap", "fp32"): (10.79, 11.91),
     ("token_logprob backward", "fp32"): (4.21, 4.23),
     ("token_logprob backward + entropy", "fp32"): (6.08, 6.1),
     ("token_logprob backward, soft-cap", "fp32"): (12.27, 12.29),
-    ("token_loss statistics", "fp32"): (10.05, 9.59),
-    ("token_loss gradient", "fp32"): (4.1, 4.03),
-    ("token_loss statistics, soft-cap", "fp32"): (15.73, 14.04),
-    ("token_loss gradient, soft-cap", "fp32"): (12.17, 12.1),
     ("triton token_logprob backward", "bf16"): (5.95, 8.82),
     ("triton token_logprob backward + entropy", "bf16"): (8.06, 10.98),
-    ("triton token_loss statistics", "bf16"): (8.17, 10.65),
-    ("triton token_loss gradient", "bf16"): (6.18, 11.48),
+    ("triton token_loss gradient", "bf16"): (6.07, 10.67),
+    ("triton token_loss gradient", NARROW): (4.41, 11.55),
+    ("triton token_loss gradient + entropy", NARROW): (6.42, 13.47),
 }
 
 
@@ -277,7 +300,7 @@ def measure(only: str = "") -> list[dict]:
                         cubins[kernel.source] = compile_cuda(kernel.source, folder)
                     function = cubins[kernel.source][kernel.name]
                 else:
-                    key = (kernel.name, json.dumps(kernel.constants), aligned)
+                    key = (kernel.name, kernel.dtype, json.dumps(kernel.constants), aligned)
                     if key not in cubins:
                         cubins[key] = compile_triton(kernel, aligned, folder)
                     function = cubins[key]
@@ -290,13 +313,13 @@ def measure(only: str = "") -> list[dict]:
 
 
 def row_of(kernel: Kernel, function: Function, width: int, aligned: bool) -> dict:
-    plan = Plan(1, 0, 0)
+    plan = Plan(1, 0, 0, 1)
     if kernel.source == "token_loss.cu":
         # kResident of token_loss.cu
         plan = plan_row(width, kernel.size, function.shared, 2 if "soft-cap" in kernel.label else 3)
     lanes = function.threads * plan.blocks
-    phases = kernel.phases(lanes)
-    figure = walks.count_row(function.code, width, kernel.size, phases, aligned)
+    phases = kernel.phases(lanes, plan.stages)
+    figure = walks.count_row(function.code, width, kernel.size, phases, aligned, kernel.stored)
     straight = any(p.division.straight for p in phases.values())
     rest = 0.0 if straight else walks.count_rest(function.code, figure, phases, lanes, width)
     shared = function.shared + plan.bytes
@@ -314,7 +337,7 @@ def row_of(kernel: Kernel, function: Function, width: int, aligned: bool) -> dic
         "rest": rest,
         "budget": kernel.budget and kernel.budget + MISALIGNED_MORE * (not aligned),
         "today": TODAY.get((kernel.label, kernel.dtype), (None, None))[not aligned],
-        "mufu_budget": MUFU_OF_SOFT_CAP if kernel.budget and "soft-cap" in kernel.label else None,
+        "mufu_budget": kernel.mufu_budget,
         "registers": function.registers,
         "threads": function.threads,
         "shared": shared,
@@ -330,7 +353,7 @@ def row_of(kernel: Kernel, function: Function, width: int, aligned: bool) -> dic
 
 def table(rows: list[dict]) -> list[str]:
     head = (
-        f"{'kernel':40} {'dtype':5} {'V':>7} {'instr':>6} {'budget':>6} {'ex2':>5} {'MUFU':>5}"
+        f"{'kernel':40} {'dtype':10} {'V':>7} {'instr':>6} {'budget':>6} {'ex2':>5} {'MUFU':>5}"
         f" {'rare':>6} {'rest':>6} {'loads':>5} {'regs':>4} {'threads':>7} {'shared':>7} {'blocks/SM':>9} {'spill':>5}"
     )
     lines = [head]
@@ -338,7 +361,7 @@ def table(rows: list[dict]) -> list[str]:
         budget = "" if r["budget"] is None else f"{r['budget']:g}"
         blocks = f"{r['resident']}" + (f" of {r['planned']}" if r["planned"] else "")
         lines.append(
-            f"{r['kernel']:40} {r['dtype']:5} {r['V']:7} {r['instructions']:6.2f} {budget:>6} {r['ex2']:5.2f}"
+            f"{r['kernel']:40} {r['dtype']:10} {r['V']:7} {r['instructions']:6.2f} {budget:>6} {r['ex2']:5.2f}"
             f" {r['mufu']:5.2f} {r['rare']:6.2f} {r['rest']:6.2f} {r['loads']:5} {r['registers']:4} {r['threads']:7}"
             f" {r['shared']:7} {blocks:>9} {r['spills']:5}"
         )

@@ -2,7 +2,8 @@
 
 A **walker** is a loop (or straight code) that moves logits: from global memory (LDG), into shared memory (LDGSTS), from
 the shared memory that such copies filled (LDS), or back to global memory (STG). What one pass of it takes a thread
-follows from the bytes of its loads and stores: 16 bytes are 8 logits of 16 bits or 4 of 32. Accesses of another size
+follows from the bytes of its loads and stores: 16 bytes are 8 logits of 16 bits or 4 of 32. A gradient may be stored
+in another size than its logits have. Accesses of another size
 under the opposite predicate are another way to the same logits. Where a pass holds fewer exponentials than its loads
 would need (misaligned rows are read by overlapping vectors), the exponentials say how many logits it takes.
 
@@ -80,9 +81,9 @@ def logits_moved(instructions: list[Instruction], kind: str, size: int, least: i
     return total
 
 
-def rank_of(code: Code, loop: Loop, moved: Callable, size: int) -> Callable:
+def rank_of(code: Code, loop: Loop, moved: Callable) -> Callable:
     """For Code.path: the way that moves most logits is wanted, and single elements are shunned beside vectors."""
-    wide = {b: sum(moved(code.blocks[b], 2 * size).values()) for b in loop.own}
+    wide = {b: sum(moved(code.blocks[b], 2).values()) for b in loop.own}
     vectors = any(wide.values())
 
     def rank(block):
@@ -133,17 +134,22 @@ def exponentials(way: Way) -> int:
 
 
 def walker(
-    code: Code, loop: Loop, size: int, phases: dict[str, Phase], on_chip: bool
+    code: Code, loop: Loop, size: int, phases: dict[str, Phase], on_chip: bool, stored: int
 ) -> Walker | None:
-    """The loop as a walker of logits of `size` bytes, or None where it moves none."""
-    kinds = {GLOBAL_LOADS: size, COPIES: 4, STORES: size} | (
+    """The loop as a walker of logits of `size` bytes, `stored` once written, or None where it moves none."""
+    sizes = dict.fromkeys((GLOBAL_LOADS, COPIES, SHARED_LOADS), size) | {STORES: stored}
+    kinds = {GLOBAL_LOADS: size, COPIES: 4, STORES: stored} | (
         {SHARED_LOADS: size} if on_chip else {}
     )
 
     def moved(instructions, least=0):
-        return {k: logits_moved(instructions, k, size, max(kinds[k], least)) for k in kinds}
+        """Logits by kind, in accesses of `least` logits or more."""
+        return {
+            k: logits_moved(instructions, k, sizes[k], max(kinds[k], least * sizes[k]))
+            for k in kinds
+        }
 
-    rank = rank_of(code, loop, moved, size)
+    rank = rank_of(code, loop, moved)
     way, straight = code.longest(loop, rank), code.path(loop, rank)
     of = moved(way.instructions)
     if not any(of.values()):
@@ -151,7 +157,7 @@ def walker(
     from_vectors = logits_moved(way.instructions, SHARED_LOADS, size, 16) if on_chip else 0
     if from_vectors:  # and what else is read there are a block's sums
         of[SHARED_LOADS] = from_vectors
-    wide = moved(way.instructions, 2 * size)
+    wide = moved(way.instructions, 2)
     loads = max(of.get(k, 0) for k in (GLOBAL_LOADS, COPIES, SHARED_LOADS))
     take = min(loads, of[STORES]) if loads and of[STORES] else loads or of[STORES]
     found, overlapping = exponentials(way), False
@@ -239,15 +245,15 @@ class Figure:
             self.parts.append((phase, logits, w))
 
 
-def walkers(code: Code, size: int, phases: dict[str, Phase]) -> list[Walker]:
+def walkers(code: Code, size: int, phases: dict[str, Phase], stored: int) -> list[Walker]:
     on_chip = any(i.name == COPIES for i in code.instructions)
     if any(of.division.straight for of in phases.values()):
         moves = lambda b: (False, sum(i.name in (GLOBAL_LOADS, STORES) for i in code.blocks[b]))  # noqa: E731
         straight = [code.once(moves)]
     else:
         straight = straight_vectors(code, size)
-    found = [walker(code, loop, size, phases, on_chip) for loop in code.loops]
-    conditional = [walker(code, loop, size, phases, on_chip) for loop in straight]
+    found = [walker(code, loop, size, phases, on_chip, stored) for loop in code.loops]
+    conditional = [walker(code, loop, size, phases, on_chip, stored) for loop in straight]
     return [w for w in found if w] + [replace(w, partial=True) for w in conditional if w]
 
 
@@ -331,9 +337,13 @@ def count_row(
     size: int,
     phases: dict[str, Phase],
     aligned: bool = True,
+    stored: int | None = None,
 ) -> Figure:
-    """The figure of one row of `width` logits of `size` bytes over the phases named."""
-    found = walkers(code, size, phases)
+    """The figure of one row of `width` logits of `size` bytes over the phases named.
+
+    `stored`: bytes of a logit's gradient, where they are not `size`.
+    """
+    found = walkers(code, size, phases, stored or size)
     figure = Figure()
     for phase, of in phases.items():
         group = candidates(found, phase, of.far, aligned)

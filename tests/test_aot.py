@@ -35,14 +35,20 @@ def cases(everything, least):
 
 FLAGS = dict.fromkeys(("HAS_MASK", "HAS_ROW_T"), True)
 PLAIN = dict.fromkeys(FLAGS, False) | {"CAP": 0}
-# As row_tile of kernels/_launch.py: of one warp, and of those that share a row in token_loss.
+# As row_tile of kernels/_launch.py.
 TILE = {"R": 8, "L": 256, "STAGES": 4, "num_warps": 1, "enable_fp_fusion": False}
 SMALL = TILE | {"R": 2}  # the exact soft-cap, and fp64
-SHARED = TILE | {"R": 4, "L": 1024, "BLOCK": 4096, "num_warps": 4}
-SMALL_SHARED = SHARED | {"R": 2, "BLOCK": 2048}
 ROW = {"BLOCK": 4096, "num_warps": 4, "enable_fp_fusion": False}
-SMALL_ROW = ROW | {"BLOCK": 2048}  # the exact soft-cap
+SMALL_ROW = ROW | {"BLOCK": 2048}  # a soft-cap
+# token_loss: the row pass of the linear losses, without and with the entropy, and the op's forward.
 TERMS = dict.fromkeys(("HAS_ADVANTAGES", "HAS_OLD", "HAS_SCALE", "WITH_GRAD"), True)
+TERMS |= {"BLOCK": 1024}
+PASS = TERMS | dict.fromkeys(("HAS_H", "WITH_ENTROPY", "WITH_LOSS"), False) | {"WITH_SLOPE": True}
+ENTROPY = PASS | {"HAS_H": True, "WITH_ENTROPY": True}
+LOSS = PASS | {"WITH_LOSS": True}
+EVERY = ENTROPY | {"WITH_LOSS": True}
+LEAST_LOSS = {**dict.fromkeys(LOSS, False), "WITH_LOSS": True, "WITH_SLOPE": True, "BLOCK": 1024}
+TO_BF16 = "fp32->bf16"  # fp32 logits, a gradient of 16 bits
 # The same for the sequence ops and the losses: strided, masked and packed, or as plain as it gets.
 KL = {"PACKED": False, "HAS_MASK": True, "BLOCK": 1024, "num_warps": 8}
 KL |= {"enable_fp_fusion": False}
@@ -89,22 +95,29 @@ VARIANTS = {
                 "fp64",
             ),
             ({**FLAGS, **SMALL_ROW, "CAP": 2, "HAS_G": True, "HAS_H": True, "ACC": "fp32"}, "fp32"),
-            ({**FLAGS, **ROW, "CAP": 1, "HAS_G": True, "HAS_H": True, "ACC": "fp32"}, "bf16"),
+            ({**FLAGS, **SMALL_ROW, "CAP": 1, "HAS_G": True, "HAS_H": True, "ACC": "fp32"}, "bf16"),
             ({**PLAIN, **ROW, "HAS_G": False, "HAS_H": True, "ACC": "fp32"}, "fp32"),
             ({**PLAIN, **ROW, "HAS_G": True, "HAS_H": False, "ACC": "fp32"}, "fp16"),
+            ({**PLAIN, **ROW, "HAS_G": True, "HAS_H": False, "ACC": "fp32"}, TO_BF16),
+            (
+                {**FLAGS, **SMALL_ROW, "CAP": 1, "HAS_G": True, "HAS_H": True, "ACC": "fp32"},
+                TO_BF16,
+            ),
         ],
     },
     "token_loss": {
         "token_loss_fwd_kernel": [
             (
-                {**FLAGS, **SMALL_SHARED, **TERMS, "L": 512, "CAP": 2, "BLOCK": 1024}
-                | {"ACC": "fp64"},
+                {**FLAGS, **SMALL, **EVERY, "L": 128, "CAP": 2, "BLOCK": 256, "ACC": "fp64"},
                 "fp64",
             ),
-            ({**FLAGS, **SMALL_SHARED, **TERMS, "CAP": 2, "ACC": "fp32"}, "fp32"),
-            ({**FLAGS, **SHARED, **TERMS, "CAP": 1, "ACC": "fp32"}, "bf16"),
-            ({**PLAIN, **SHARED, **TERMS, "ACC": "fp32"}, "fp32"),
-            ({**PLAIN, **SHARED, **dict.fromkeys(TERMS, False), "ACC": "fp32"}, "fp16"),
+            ({**FLAGS, **SMALL, **EVERY, "CAP": 2, "BLOCK": 512, "ACC": "fp32"}, TO_BF16),
+            ({**FLAGS, **TILE, **ENTROPY, "CAP": 1, "BLOCK": 512, "ACC": "fp32"}, TO_BF16),
+            ({**PLAIN, **TILE, **ENTROPY, "ACC": "fp32"}, TO_BF16),
+            ({**PLAIN, **TILE, **PASS, "ACC": "fp32"}, TO_BF16),
+            ({**FLAGS, **TILE, **LOSS, "CAP": 1, "BLOCK": 512, "ACC": "fp32"}, "bf16"),
+            ({**PLAIN, **TILE, **LOSS, "ACC": "fp32"}, "fp32"),
+            ({**PLAIN, **TILE, **LEAST_LOSS, "ACC": "fp32"}, "fp16"),
         ],
         "token_loss_bwd_kernel": cases(ROW, ROW)[1:],
     },

@@ -373,6 +373,22 @@ def test_gradients_are_a_walk_of_their_own():
         walks.count_row(code("FADD R1, R1, R1\nEXIT"), 4096, 2, phases)
 
 
+def test_a_gradient_may_be_stored_in_fewer_bytes():
+    """fp32 logits, 16 bits of gradient: four of a pass's 16 bytes are stored as 8; and one by one where rows differ."""
+    four = "\n".join(["MUFU.EX2 R9, R9"] * 4)
+    wide = f"TOP: LDG.E.128 R4, [R2.64]\n{four}\nSTG.E.64 [R8.64], R4\n@P1 BRA TOP\nEXIT\n"
+    ones = "\n".join(["STG.E.U16 [R8.64], R4"] * 4)
+    single = f"ODD: LDG.E.128 R4, [R2.64]\n{four}\n{ones}\n@P1 BRA ODD\nEXIT"
+    phases = {"gradient": walks.Phase(1, TILE)}
+    for text, each in ((wide, 7), (single.replace("ODD", "TOP"), 10)):
+        figure = walks.count_row(code(text), 4096, 4, phases, stored=2)
+        assert figure.instructions == pytest.approx(each / 4)
+        assert [w.take for _, _, w in figure.parts] == [4]
+    # Counted as fp32 such a pass would take 2 logits only.
+    figure = walks.count_row(code(wide), 4096, 4, phases)
+    assert [w.take for _, _, w in figure.parts] == [2]
+
+
 TOY = """
 #include <cuda_bf16.h>
 // Walks a row of n vectors of 8 bf16 logits; EXTRA instructions more a vector that the compiler cannot drop.

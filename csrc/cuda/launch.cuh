@@ -58,4 +58,17 @@ void dispatch_float(ScalarType dtype, const F& body) {
   body(double{});
 }
 
+// body(T{}, O{}) with the device types of logits and of their gradient, which may be of 16 bits
+// where the logits are fp32.
+template <typename F>
+void dispatch_gradient(ScalarType logits, ScalarType gradient, const F& body) {
+  dispatch_float(logits, [&](auto tag) {
+    if constexpr (std::is_same_v<decltype(tag), float>) {
+      if (gradient == ScalarType::BFloat16) return body(tag, __nv_bfloat16{});
+      if (gradient == ScalarType::Half) return body(tag, __half{});
+    }
+    body(tag, tag);
+  });
+}
+
 }  // namespace rl

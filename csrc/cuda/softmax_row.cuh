@@ -7,7 +7,9 @@
 // warp reduces a tile: lane l takes the vectors l, l + 32, ..., adds up each as a tree and then the
 // vectors in ascending order, and the lanes merge by shuffles. The tiles merge in one fixed order,
 // at most kSlots at a time. Bits depend on V and the dtype alone: not on the alignment of the row,
-// on the number of warps or blocks that share it, or on whether the entropy is wanted.
+// on the number of warps or blocks that share it, or on whether the entropy is wanted. Products
+// that enter a sum are rounded by name or fused by name: left to the compiler, two kernels could
+// differ.
 #pragma once
 
 #include "../token_logprob.h"
@@ -148,10 +150,10 @@ struct Cells<__half> : PairCells<__half, __half2> {
   __device__ __forceinline__ static Cell nothing() { return 0xfc00fc00u; }
 };
 
-// 16 bytes of logits.
-template <typename T>
-struct alignas(16) Pack {
-  static constexpr int kCells = 16 / sizeof(typename Cells<T>::Cell);
+// What one instruction moves: 16 bytes, or the elements of another type that they turn into.
+template <typename T, int kCount = kPerVector<T>>
+struct alignas(kCount * sizeof(T)) Pack {
+  static constexpr int kCells = kCount / Cells<T>::kEach;
   typename Cells<T>::Cell at[kCells];
 };
 
@@ -188,15 +190,21 @@ __device__ __forceinline__ Pack<T> read_pack_once(const T* from) {
 }
 
 // The write passes the caches by.
-template <typename T>
-__device__ __forceinline__ void write_pack(T* to, const Pack<T>& x) {
-  __stcs(reinterpret_cast<int4*>(to), *reinterpret_cast<const int4*>(&x));
+template <typename T, int kCount>
+__device__ __forceinline__ void write_pack(T* to, const Pack<T, kCount>& x) {
+  using Whole = std::conditional_t<sizeof(x) == 16, int4, int2>;
+  static_assert(sizeof(x) == sizeof(Whole));
+  __stcs(reinterpret_cast<Whole*>(to), *reinterpret_cast<const Whole*>(&x));
 }
 
-// Elements of `row` past the last 16-byte boundary.
+// Elements of `row` past the last boundary of kCount of them, by default of 16 bytes.
+template <int kCount, typename T>
+__device__ __forceinline__ int skew_of(const T* row) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(row) % (kCount * sizeof(T)) / sizeof(T));
+}
 template <typename T>
 __device__ __forceinline__ int skew_of(const T* row) {
-  return static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
+  return skew_of<kPerVector<T>>(row);
 }
 
 // The 16 bytes that start `skew` elements behind two aligned packs.
@@ -338,7 +346,7 @@ struct Exponent {
   __device__ __forceinline__ static bool weighs(A b) { return b > -2 * kFarBase; }
   // b of a part with that largest logit; 0 where it weighs nothing, so that its terms are 0.
   __device__ __forceinline__ A base(A max) const {
-    const A b = u(max) * c;
+    const A b = rounded_product(u(max), c);
     return weighs(b) ? b : A(0);
   }
   __device__ __forceinline__ A z(A logit) const {  // rounded
@@ -424,7 +432,7 @@ __device__ __forceinline__ Partial<A> merge_slots(const Slots<A>& slots, int cou
   const A b = f.base(all.max);
 #pragma unroll 1
   for (int i = lane; i < count; i += 32) {
-    const A theirs = f.u(slots.max[i]) * f.c;
+    const A theirs = rounded_product(f.u(slots.max[i]), f.c);
     A shift = 0, factor = 1;
     if constexpr (!kFar) {
       shift = f.weighs(theirs) ? theirs - b : A(0);
@@ -528,9 +536,9 @@ struct RowSums {
     u_max = f.u(all.max);
     b = f.base(all.max);
     const bool exact = !far && std::fabs(u_max) < A(INFINITY);
-    away = exact ? std::fma(u_max, f.c, -b) * kLn2<A> : A(0);
+    away = exact ? rounded_product(std::fma(u_max, f.c, -b), kLn2<A>) : A(0);
     log_sum = log(all.sum) - away;
-    mean = all.weighted / all.sum * kLn2<A> - away;
+    mean = std::fma(all.weighted / all.sum, kLn2<A>, -away);
     const A z_max = f.z(all.max);
     const A lost = exact ? std::fma(u_max, dz_du<kCap != kNoCap>(f.f), -z_max) : A(0);
     stats = {z_max, log_sum + lost, mean + lost};
@@ -545,56 +553,53 @@ struct RowSums {
     if (!(distance > -A(INFINITY))) return distance - log_sum;  // -inf, or NaN
     const A back = distance - u;
     const A lost = (u - (distance - back)) - (u_max + back);
-    const A missed = std::fma(distance, g.scale_low, lost * g.scale) * factor;
+    const A missed = rounded_product(std::fma(distance, g.scale_low, lost * g.scale), factor);
     return std::fma(distance * factor, g.scale, missed - log_sum);
   }
 };
 
 // ---- gradient -----------------------------------------------------------------------------------
 
-// dL/dlogits_j of all j but the target, from g = dL/dlogprob and h = dL/dentropy:
+// dL/dlogits_j of all j but the target, from the statistics, g = dL/dlogprob and h = dL/dentropy:
 //   -p_j (h (z_j - max - mean) + g) dz_j/dlogits_j, p_j = 2^(c u_j - b) times what the row shares.
+// Every kernel takes it from the statistics as they are stored, so that all write the same bits.
 // h weighs z_j - max - mean and not log p_j + entropy: that leaves out the rounding of log_sum,
 // which the whole row would share, and a sum over the row keep.
 template <typename A, Cap kCap, bool kEntropy>
 struct RowGradient {
   static constexpr int kUnroll = is_rare<A, kCap> ? 1 : 4;  // packs in flight
   Exponent<A, kCap> f;
-  bool far;
-  A b;                 // near
-  A dz, max, log_sum;  // far: p_j = e^(z_j - max - log_sum)
-  A g, h;              // the gradient is p (or e_j) times g + h times the exponent
+  RowStats<A> stats;
+  A dz, g_row, h_row;
+  bool far;  // p_j = e^(z_j - max - log_sum)
+  A b;       // near
+  A g, h;    // the gradient is p (or e_j) times g + h times the exponent
 
   // dz/dlogit of at()'s `chain` = 1.
   __device__ __forceinline__ static A chain_unit(const Exponent<A, kCap>& f) {
     return kCap == kSmallCap ? 4 * f.f.scale : f.f.scale;
   }
-  __device__ __forceinline__ static RowGradient from_stats(const Exponent<A, kCap>& f,
-                                                           const RowStats<A>& stats, A g, A h) {
-    const A dz = dz_du<kCap != kNoCap>(f.f), u = stats.max / dz, b = u * f.c;
-    const bool far = !(std::fabs(b) <= A(kFarBase));
+  __device__ __forceinline__ RowGradient(const Exponent<A, kCap>& exponent,
+                                         const RowStats<A>& row_stats, A grad_logprob,
+                                         A grad_entropy)
+      : f(exponent),
+        stats(row_stats),
+        dz(dz_du<kCap != kNoCap>(f.f)),
+        g_row(grad_logprob),
+        h_row(grad_entropy) {
+    const A u = stats.max / dz;
+    b = rounded_product(u, f.c);
+    far = !(std::fabs(b) <= A(kFarBase));
     // z_j - max = ln(2) exponent + away
-    A away = std::fma(u, dz, -stats.max) - std::fma(u, f.c, -b) * kLn2<A>, share = 1;
+    A away = std::fma(-std::fma(u, f.c, -b), kLn2<A>, std::fma(u, dz, -stats.max)), share = 1;
     if (far) {
       away = stats.log_sum;
     } else {
       share = exp_far(away - stats.log_sum);
     }
     share *= -chain_unit(f);
-    return {f,
-            far,
-            b,
-            dz,
-            stats.max,
-            stats.log_sum,
-            (h * (away - stats.mean) + g) * share,
-            h * kLn2<A> * share};
-  }
-  // Without an entropy.
-  __device__ __forceinline__ static RowGradient from_sums(const RowSums<A, kCap>& sums, A g) {
-    const A share = (sums.far ? A(1) : 1 / sums.all.sum) * -chain_unit(sums.f);
-    return {sums.f,         sums.far,           sums.b,    dz_du<kCap != kNoCap>(sums.f.f),
-            sums.stats.max, sums.stats.log_sum, g * share, 0};
+    g = std::fma(h_row, away - stats.mean, g_row) * share;
+    h = h_row * kLn2<A> * share;
   }
 
   // Rows that at<true>() takes.
@@ -612,8 +617,9 @@ struct RowGradient {
       u = f.u(logit);
       if constexpr (kCap == kAnyCap) chain = sech2(logit / f.f.softcap);
     }
-    const A exponent = kRare && far ? ((rounded_product(u, dz) - max) - log_sum) * kLog2E<A>
-                                    : std::fma(u, f.c, -b);
+    const A exponent = kRare && far
+                           ? ((rounded_product(u, dz) - stats.max) - stats.log_sum) * kLog2E<A>
+                           : std::fma(u, f.c, -b);
     A p = exp2_fast(exponent);
     if constexpr (kEntropy) {
       p *= std::fma(bounded2(exponent), h, g);
@@ -621,6 +627,13 @@ struct RowGradient {
       p *= g;
     }
     return kCap != kNoCap ? p * chain : p;
+  }
+  // The target's own, with 1 - p free of cancellation.
+  __device__ __forceinline__ A at_target(A logit) const {
+    const A u = f.target_u(logit);
+    const A away = far ? rounded_product(u, dz) - stats.max : std::fma(u, dz, -stats.max);
+    return target_gradient<kCap != kNoCap>(
+        logit, away - stats.log_sum, at_least(exp_floor<A>(), away), g_row, h_row, stats.mean, f.f);
   }
 };
 
@@ -664,8 +677,10 @@ struct Share {
   }
 };
 
+// Zeros for the share that block `rank` of `blocks` has of a row.
 template <typename T>
-__device__ __forceinline__ void zero_row(T* out, const Share<T>& share) {
+__device__ __forceinline__ void zero_row(T* out, int64_t width, int rank, int blocks) {
+  const auto share = Share<T>::even(out, width, rank, blocks);
   for (int v = threadIdx.x; v < share.count; v += blockDim.x) {
     write_pack(out + share.column(v), Pack<T>{});
   }
@@ -673,28 +688,39 @@ __device__ __forceinline__ void zero_row(T* out, const Share<T>& share) {
 }
 
 // Writes the gradient of a share of a row by a block of kThreads; `from` is where pack 0 of the
-// share lies, and `out` may be the row itself. From the last pack to the first: what was read last
-// may still be in a cache.
-template <int kThreads, bool kRare, typename T, typename Gradient>
+// share lies, and `out` may be the row itself, or of a narrower type O. From the last pack to the
+// first: what was read last may still be in a cache.
+template <int kThreads, bool kRare, typename T, typename O, typename Gradient>
 __device__ __forceinline__ void write_gradient(const Gradient& grad, const Share<T>& share,
-                                               const T* from, T* out) {
-  using C = Cells<T>;
-  constexpr int kUnroll = Gradient::kUnroll, kStep = kThreads * kPerVector<T>;
-  const auto of = [&](Pack<T> x) {
+                                               const T* from, O* out) {
+  using From = Cells<T>;
+  using To = Cells<O>;
+  constexpr int kUnroll = Gradient::kUnroll, kSize = kPerVector<T>, kStep = kThreads * kSize;
+  const auto of = [&](const Pack<T>& x) {
+    acc_t<T> each[kSize];
 #pragma unroll
     for (int i = 0; i < Pack<T>::kCells; ++i) {
-      acc_t<T> both[C::kEach];
-      C::split(x.at[i], both);
+      acc_t<T> both[From::kEach];
+      From::split(x.at[i], both);
 #pragma unroll
-      for (int j = 0; j < C::kEach; ++j) both[j] = grad.template at<kRare>(both[j]);
-      x.at[i] = C::join(both);
+      for (int j = 0; j < From::kEach; ++j) {
+        each[i * From::kEach + j] = grad.template at<kRare>(both[j]);
+      }
     }
-    return x;
+    Pack<O, kSize> y;
+#pragma unroll
+    for (int i = 0; i < Pack<O, kSize>::kCells; ++i) {
+      acc_t<O> both[To::kEach];
+#pragma unroll
+      for (int j = 0; j < To::kEach; ++j) both[j] = each[i * To::kEach + j];
+      y.at[i] = To::join(both);
+    }
+    return y;
   };
   int v = share.count - 1 - static_cast<int>(threadIdx.x);
-  const T* x_ptr = from + int64_t{v} * kPerVector<T>;
-  T* y_ptr = out + share.column(v);
-  if (skew_of(out) == share.skew) {
+  const T* x_ptr = from + int64_t{v} * kSize;
+  O* y_ptr = out + share.column(v);
+  if (skew_of<kSize>(out) == share.skew) {
 #pragma unroll 1
     for (; v >= (kUnroll - 1) * kThreads; v -= kUnroll * kThreads) {
       Pack<T> x[kUnroll];
@@ -712,12 +738,26 @@ __device__ __forceinline__ void write_gradient(const Gradient& grad, const Share
   } else {
 #pragma unroll 1
     for (; v >= 0; v -= kThreads, x_ptr -= kStep, y_ptr -= kStep) {
-      const Pack<T> x = of(read_pack_once(x_ptr));
-      T each[kPerVector<T>];
-      memcpy(each, &x, sizeof(x));
+      const Pack<O, kSize> y = of(read_pack_once(x_ptr));
+      O each[kSize];
+      memcpy(each, &y, sizeof(y));
 #pragma unroll
-      for (int j = 0; j < kPerVector<T>; ++j) y_ptr[j] = each[j];
+      for (int j = 0; j < kSize; ++j) y_ptr[j] = each[j];
     }
+  }
+}
+
+// The same with the ends of the row; `single` is the logit of share.single.
+template <int kThreads, typename T, typename O, typename Gradient>
+__device__ __forceinline__ void write_share(const Gradient& grad, const Share<T>& share,
+                                            const T* from, acc_t<T> single, O* out) {
+  const bool ends = share.single < share.width;
+  if (grad.rare()) {
+    write_gradient<kThreads, true>(grad, share, from, out);
+    if (ends) store(out[share.single], grad.template at<true>(single));
+  } else {
+    write_gradient<kThreads, false>(grad, share, from, out);
+    if (ends) store(out[share.single], grad.template at<false>(single));
   }
 }
 

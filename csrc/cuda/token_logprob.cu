@@ -56,48 +56,32 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<T, kCap>)
 }
 
 // out may be logits (no __restrict__): every element is read and written by the same thread.
-template <typename T, Cap kCap, bool kEntropy>
+template <typename T, typename O, Cap kCap, bool kEntropy>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<T, kCap>)
     token_logprob_bwd_kernel(const T* logits_ptr, RowsView view, Upstream<acc_t<T>> upstream,
-                             const acc_t<T>* __restrict__ stats_ptr, T* out_ptr, Rows out_rows) {
+                             const acc_t<T>* __restrict__ stats_ptr, O* out_ptr, Rows out_rows) {
   using A = acc_t<T>;
   const int64_t r = blockIdx.x, count = view.rows.count, width = view.rows.width;
   const T* row = logits_ptr + view.rows.offset(r);
-  T* out = out_ptr + out_rows.offset(r);
-  const A g_logprob = upstream.logprob ? upstream.logprob[r] : A(0);
+  O* out = out_ptr + out_rows.offset(r);
+  const A g = upstream.logprob ? upstream.logprob[r] : A(0);
   const A h = kEntropy && upstream.entropy ? upstream.entropy[r] : A(0);
-  if (!view.counts(r) || (g_logprob == A(0) && h == A(0))) {  // such rows are not read
-    zero_row(out, Share<T>::even(out, width, blockIdx.y, gridDim.y));
+  if (!view.counts(r) || (g == A(0) && h == A(0))) {  // such rows are not read
+    zero_row(out, width, blockIdx.y, gridDim.y);
     return;
   }
   const int64_t target = view.target(r);
   const bool inside = target >= 0 && target < width;
-  const A g = inside ? g_logprob : A(NAN);
   const RowStats<A> stats{stats_ptr[r], stats_ptr[count + r], stats_ptr[2 * count + r]};
-  const Exponent<A, kCap> exponent(view.maths<A>(r));
-  const auto grad = RowGradient<A, kCap, kEntropy>::from_stats(exponent, stats, g, h);
+  const RowGradient<A, kCap, kEntropy> grad(Exponent<A, kCap>(view.maths<A>(r)), stats,
+                                            inside ? g : A(NAN), h);
   const auto share = Share<T>::even(row, width, blockIdx.y, gridDim.y);
   // The elements that this thread alone reads and writes, and is to write otherwise.
-  const bool has_single = share.single < width;
-  const A single = has_single ? load(row[share.single]) : A(0);
+  const A single = share.single < width ? load(row[share.single]) : A(0);
   const bool has_target = inside && share.owns(target);
   const A target_logit = has_target ? load(row[target]) : A(0);
-  const T* from = row + share.column(0);
-  if (grad.rare()) {
-    write_gradient<kBackwardThreads, true>(grad, share, from, out);
-    if (has_single) store(out[share.single], grad.template at<true>(single));
-  } else {
-    write_gradient<kBackwardThreads, false>(grad, share, from, out);
-    if (has_single) store(out[share.single], grad.template at<false>(single));
-  }
-  if (has_target) {
-    const A u = exponent.target_u(target_logit);
-    const A away =
-        grad.far ? rounded_product(u, grad.dz) - stats.max : std::fma(u, grad.dz, -stats.max);
-    store(out[target], target_gradient<kCap != kNoCap>(target_logit, away - stats.log_sum,
-                                                       at_least(exp_floor<A>(), away), g, h,
-                                                       stats.mean, exponent.f));
-  }
+  write_share<kBackwardThreads>(grad, share, row + share.column(0), single, out);
+  if (has_target) store(out[target], grad.at_target(target_logit));
 }
 
 // ---- launch
@@ -149,8 +133,9 @@ void run_backward(const Batch& b, const std::optional<Tensor>& grad_logprob,
              "upstream gradients must have the outputs' dtype and shape");
   }
   check_stats(b, stats);
-  dispatch_float(b.logits.scalar_type(), [&](auto tag) {
+  dispatch_gradient(b.logits.scalar_type(), out.scalar_type(), [&](auto tag, auto of_out) {
     using T = decltype(tag);
+    using O = decltype(of_out);
     using A = acc_t<T>;
     const Upstream<A> upstream{g ? static_cast<const A*>(g->const_data_ptr()) : nullptr,
                                h ? static_cast<const A*>(h->const_data_ptr()) : nullptr};
@@ -160,10 +145,10 @@ void run_backward(const Batch& b, const std::optional<Tensor>& grad_logprob,
         std::min((packs + kBackwardThreads - 1) / kBackwardThreads, kFill / rows.count + 1);
     const dim3 grid(static_cast<unsigned>(rows.count), static_cast<unsigned>(split));
     dispatch_cap<T>(b.view.softcap, upstream.entropy != nullptr, [&](auto cap, auto entropy_too) {
-      launch("token_logprob_bwd", token_logprob_bwd_kernel<T, cap(), entropy_too()>, grid,
+      launch("token_logprob_bwd", token_logprob_bwd_kernel<T, O, cap(), entropy_too()>, grid,
              kBackwardThreads, 0, current_stream(b.logits),
              static_cast<const T*>(b.logits.const_data_ptr()), b.view, upstream,
-             static_cast<const A*>(stats.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
+             static_cast<const A*>(stats.const_data_ptr()), static_cast<O*>(out.mutable_data_ptr()),
              out_rows);
     });
   });
@@ -185,13 +170,10 @@ Tensor token_logprob_bwd(std::optional<Tensor> grad_logprob, std::optional<Tenso
 void token_logprob_bwd_(std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_entropy,
                         Tensor logits, Tensor targets, Tensor stats,
                         std::optional<Tensor> row_temperature, double temperature, double softcap,
-                        std::optional<Tensor> mask) {
+                        std::optional<Tensor> mask, Tensor out) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  Rows rows;
-  RL_CHECK(rows_of(logits, rows),
-           "an in-place backward needs logits with unit last stride and at most two row strides");
   const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
-  run_backward(b, grad_logprob, grad_entropy, stats, logits, rows);
+  run_backward(b, grad_logprob, grad_entropy, stats, out, gradient_rows(logits, out, true));
 }
 
 }  // namespace

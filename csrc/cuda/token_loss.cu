@@ -1,14 +1,14 @@
-// token_loss on CUDA: loss, log-probability and dL/dlogits with one read and one write of the
-// logits.
+// token_loss and token_loss_rows on CUDA: loss, log-probability, entropy and dL/dlogits with one
+// read of the logits and one write of the gradient.
 //
 // Shapes: logits [..., V] with any row strides, N rows; targets, advantages, old_logprob, mask,
-// outputs: N. A cluster of 1 to 8 blocks takes one row. Each block copies its tiles
-// (softmax_row.cuh) into shared memory as they are and reduces them while others arrive; every warp
-// leaves its tile's sums in the shared memory of all blocks of the cluster. After one barrier each
-// warp merges all tiles in the same order, so that every thread has the row's loss and slope, and
-// writes gradients from shared memory. Several clusters share a multiprocessor: one reads while
-// another writes. Where the row does not fit, for fp64 and for soft-caps above kFastCap, one block
-// takes the row and reads it twice.
+// outputs: N. The gradient is of the logits' type T, or of a narrower O. A cluster of 1 to 8 blocks
+// takes one row. Each block copies its tiles (softmax_row.cuh) into shared memory as they are and
+// reduces them while others arrive; every warp leaves its tile's sums in the shared memory of all
+// blocks of the cluster. After one barrier the first warp of each block merges all tiles in the
+// same order and makes the row's loss and slope, and the block writes gradients from shared memory.
+// Several clusters share a multiprocessor: one reads while another writes. Where the row does not
+// fit, for fp64 and for soft-caps above kFastCap, one block takes the row and reads it twice.
 //
 // Bits depend on V and dtype alone: no atomics, no neighbours. A target outside [0, V) is not read:
 // its row is NaN (a check without a host sync).
@@ -69,88 +69,105 @@ struct ChipTiles {
   __device__ __forceinline__ Tile<T> read_guarded(int64_t tile) const { return read(tile); }
 };
 
-// Starts to copy this lane's packs of a tile; what lies beyond the row is -inf.
+// Starts to copy this lane's packs of a tile of the chip; what lies beyond the row is -inf.
+// `column`: of the row, where the chip's first element lies; below 0 in a misaligned row.
 template <typename T>
-__device__ __forceinline__ void copy_tile(T* chip, const T* row, int64_t first, int tile, int skew,
-                                          int64_t width, int packs) {
+__device__ __forceinline__ void copy_tile(T* chip, const T* row, int column, int tile, int width,
+                                          int packs) {
   constexpr int kSize = kPerVector<T>;
-  const int lane = threadIdx.x % 32;
-  T* const to = chip + (tile * kTilePacks + lane) * kSize;
-  const int64_t column = ((first + tile) * kTilePacks + lane) * kSize - skew;
-  if (packs == kTilePacks && (first + tile + 1) * kTileColumns<T> - skew <= width) {
+  const int lane = threadIdx.x % 32, at = (tile * kTilePacks + lane) * kSize;
+  const T* const from = row + (column + at);
+  if (packs == kTilePacks && column + (tile + 1) * kTileColumns<T> <= width) {
 #pragma unroll
     for (int k = 0; k < kTileVectors; ++k) {
-      copy_async(to + k * 32 * kSize, row + column + k * 32 * kSize);
+      copy_async(chip + at + k * 32 * kSize, from + k * 32 * kSize);
     }
     return;
   }
 #pragma unroll 1
   for (int k = 0; k * 32 + lane < packs; ++k) {
-    const int64_t at = column + k * 32 * kSize;
-    if (at + kSize <= width) {
-      copy_async(to + k * 32 * kSize, row + at);
+    T* const to = chip + at + k * 32 * kSize;
+    const int there = column + at + k * 32 * kSize;
+    if (there + kSize <= width) {
+      copy_async(to, row + there);
     } else {
-      *reinterpret_cast<Pack<T>*>(to + k * 32 * kSize) = guarded_pack(row, at, width);
+      *reinterpret_cast<Pack<T>*>(to) = guarded_pack(row, there, width);
     }
   }
 }
 
+// In every thread: what make() returns in the first warp, where all lanes call it. A block's warps
+// would otherwise issue the same instructions once each.
+template <typename Make>
+__device__ __forceinline__ auto from_first_warp(const Make& make) {
+  using X = decltype(make());
+  __shared__ alignas(16) unsigned char bytes[sizeof(X)];
+  if (threadIdx.x < 32) {
+    const X x = make();
+    if (threadIdx.x == 0) *reinterpret_cast<X*>(bytes) = x;
+  }
+  __syncthreads();
+  return *reinterpret_cast<const X*>(bytes);
+}
+
 // grad_ptr: nullptr where only the values are wanted; may be the logits (no __restrict__: the
 // thread that reads an element writes it, and all have read the target's before any writes).
-template <typename T, Cap kCap, bool kOnChip>
+template <typename T, typename O, Cap kCap, bool kOnChip, bool kEntropy>
 __global__ void __launch_bounds__(kThreads, kResident<T, kCap, kOnChip>)
     token_loss_fwd_kernel(const T* logits_ptr, RowsView view, LossView<acc_t<T>> loss,
-                          LossOutputs<acc_t<T>> to, T* grad_ptr, Rows grad_rows) {
+                          LossOutputs<acc_t<T>> to, O* grad_ptr, Rows grad_rows) {
   using A = acc_t<T>;
   constexpr int64_t kColumns = kTileColumns<T>;
   extern __shared__ int4 chip_bytes[];
   __shared__ Slots<A> slots;
   T* const chip = reinterpret_cast<T*>(chip_bytes);
   const int blocks = kOnChip ? cluster_size() : 1, rank = kOnChip ? cluster_rank() : 0;
-  const int64_t r = blockIdx.x / blocks, rows = view.rows.count, width = view.rows.width;
+  const int64_t r = blockIdx.x / blocks, width = view.rows.width;
   const int tiles = static_cast<int>((width + kColumns - 1) / kColumns);
   const int each = (tiles + blocks - 1) / blocks, first = rank * each;
   const int count = max(0, min(each, tiles - first));
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const T* const row = logits_ptr + view.rows.offset(r);
-  T* const out = grad_ptr ? grad_ptr + grad_rows.offset(r) : nullptr;
-  // This block's share of a row at `at`. Made where it is needed: kept, it would cost registers
-  // that the tiles want.
-  const auto share_of = [&](const T* at) {
+  O* const out = grad_ptr ? grad_ptr + grad_rows.offset(r) : nullptr;
+  // This block's share of the row. Made where it is needed: kept, it would cost registers that the
+  // tiles want.
+  const auto share_of_row = [&] {
     const int64_t begin = int64_t{first} * kTilePacks;
-    return Share<T>(at, width, begin, begin + int64_t{each} * kTilePacks, rank == 0);
+    return Share<T>(row, width, begin, begin + int64_t{each} * kTilePacks, rank == 0);
   };
   const bool speaker = rank == 0 && thread == 0;  // writes the row's values
   if (!view.counts(r)) {
-    if (speaker) to.loss[r] = to.logprob[r] = to.slope[r] = to.stats[r] = to.stats[rows + r] = A(0);
-    if (out) zero_row(out, share_of(out));
+    if (speaker) to.put(r, view.rows.count, {0, 0}, 0, 0, {0, 0, 0});
+    if (out) zero_row(out, width, rank, blocks);
     return;
   }
 
   const int skew = skew_of(row);
+  // Whole tiles of every warp, and as many groups of copies as the block's share fills.
   const int stage = (count + kStages * kWarps - 1) / (kStages * kWarps) * kWarps;
+  const int stages = count > 0 ? (count + stage - 1) / stage : 0;
   if constexpr (kOnChip) {
     cluster_arrive();  // "this block has started"
-                       // Each thread copies the packs that it will reduce.
+    const int column = first * static_cast<int>(kColumns) - skew, end = static_cast<int>(width);
+    // Each thread copies the packs that it will reduce.
 #pragma unroll 1
-    for (int s = 0; s < kStages; ++s) {
-      const int end = min(count, (s + 1) * stage);
-      for (int i = s * stage + warp; i < end; i += kWarps) {
-        copy_tile(chip, row, first, i, skew, width, kTilePacks);
+    for (int s = 0; s < stages; ++s) {
+      for (int i = s * stage + warp; i < min(count, (s + 1) * stage); i += kWarps) {
+        copy_tile(chip, row, column, i, end, kTilePacks);
       }
       // The elements of a misaligned tile end in the pack behind it.
-      if (s == kStages - 1 && skew > 0 && warp == 0) {
-        copy_tile(chip, row, first, count, skew, width, 1);
-      }
+      if (s == stages - 1 && skew > 0 && warp == 0) copy_tile(chip, row, column, count, end, 1);
       close_copies();
     }
+#pragma unroll 1
+    for (int s = stages; s < kStages; ++s) close_copies();  // the wait below counts kStages
   }
   // While the copies are under way.
   const Exponent<A, kCap> exponent(view.maths<A>(r));
   const int64_t target = view.target(r);
   const bool inside = target >= 0 && target < width;
   const A target_logit = inside ? load(row[target]) : A(0);
-  const int64_t single_at = share_of(row).single;
+  const int64_t single_at = share_of_row().single;
   const A single = single_at < width ? load(row[single_at]) : A(0);
 
   Partial<A> all;
@@ -160,71 +177,63 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kCap, kOnChip>)
       if (lane < blocks) {
         store_remote(&slots.max[first + i], lane, part.max);
         store_remote(&slots.sum[first + i], lane, part.sum);
+        if constexpr (kEntropy) store_remote(&slots.weighted[first + i], lane, part.weighted);
       }
     };
     if (skew == 0) {
 #pragma unroll 1
-      for (int s = 0; s < kStages; ++s) {
+      for (int s = 0; s < stages; ++s) {
         wait_copies(kStages - 1 - s);
         const int begin = min(count, s * stage);
-        reduce_tiles<false, false>(ChipTiles<T, true, kCap != kNoCap>{chip, first, width, 0}, begin,
-                                   min(count, begin + stage) - begin, exponent, A(0),
-                                   [&](int i, const Partial<A>& part) { tell(begin + i, part); });
+        reduce_tiles<false, kEntropy>(
+            ChipTiles<T, true, kCap != kNoCap>{chip, first, width, 0}, begin,
+            min(count, begin + stage) - begin, exponent, A(0),
+            [&](int i, const Partial<A>& part) { tell(begin + i, part); });
       }
     } else {
       wait_copies(0);
       __syncthreads();  // packs that other threads copied
-      reduce_tiles<false, false>(ChipTiles<T, false, kCap != kNoCap>{chip, first, width, skew}, 0,
-                                 count, exponent, A(0), tell);
+      reduce_tiles<false, kEntropy>(ChipTiles<T, false, kCap != kNoCap>{chip, first, width, skew},
+                                    0, count, exponent, A(0), tell);
     }
     __syncwarp();
     cluster_arrive();
     cluster_wait();  // parts of all tiles are here, and packs that other threads copied
-    all = merge_slots<false, false>(slots, tiles, exponent);
+    all = from_first_warp([&] { return merge_slots<false, kEntropy>(slots, tiles, exponent); });
   } else {
-    all = reduce_row<false>(row, width, exponent, slots);
+    all = reduce_row<kEntropy>(row, width, exponent, slots);
   }
   const bool far = exponent.far(all.max);
   if (far) {
-    all = reduce_row_far<false>(row, width, exponent, slots, all.max);
+    all = reduce_row_far<kEntropy>(row, width, exponent, slots, all.max);
     if constexpr (kOnChip) {  // nobody writes before all have read
       cluster_arrive();
       cluster_wait();
     }
   }
 
-  const RowSums<A, kCap> sums(exponent, all, far);
-  const A logprob = inside ? sums.logprob(target_logit) : A(NAN);
-  TokenTerm<A> term = loss.term(r, logprob);
-  if (!inside) term.slope = A(NAN);
-  if (speaker) {
-    to.loss[r] = term.loss;
-    to.logprob[r] = logprob;
-    to.slope[r] = term.slope;
-    to.stats[r] = sums.stats.max;
-    to.stats[rows + r] = sums.stats.log_sum;
-  }
+  const auto grad = from_first_warp([&] {
+    const RowSums<A, kCap> sums(exponent, all, far);
+    const A logprob = inside ? sums.logprob(target_logit) : A(NAN);
+    TokenTerm<A> term = loss.term(r, logprob);
+    if (!inside) term.slope = A(NAN);
+    if (speaker) {
+      to.put(r, view.rows.count, term, logprob, sums.log_sum - sums.mean, sums.stats);
+    }
+    const A h = kEntropy ? loss.grad_entropy() : A(0);
+    return RowGradient<A, kCap, kEntropy>(exponent, sums.stats, term.slope, h);
+  });
   if (out == nullptr) return;
-  if (term.slope == A(0)) return zero_row(out, share_of(out));
+  if (grad.g_row == A(0) && grad.h_row == A(0)) return zero_row(out, width, rank, blocks);
 
-  const auto grad = RowGradient<A, kCap, false>::from_sums(sums, term.slope);
-  const Share<T> share = share_of(row);
+  const Share<T> share = share_of_row();
   const T* from = row + share.column(0);
   if constexpr (kOnChip) {
     from = chip + (share.first - int64_t{first} * kTilePacks) * kPerVector<T>;
   }
-  if (grad.rare()) {
-    write_gradient<kThreads, true>(grad, share, from, out);
-    if (share.single < width) store(out[share.single], grad.template at<true>(single));
-  } else {
-    write_gradient<kThreads, false>(grad, share, from, out);
-    if (share.single < width) store(out[share.single], grad.template at<false>(single));
-  }
-  // The target's element once more, by the thread that wrote it: 1 - p without cancellation.
-  if (inside && share.owns(target)) {
-    store(out[target], target_gradient<kCap != kNoCap>(target_logit, logprob, A(0), term.slope,
-                                                       A(0), A(0), exponent.f));
-  }
+  write_share<kThreads>(grad, share, from, single, out);
+  // The target's element once more, by the thread that wrote it.
+  if (inside && share.owns(target)) store(out[target], grad.at_target(target_logit));
 }
 
 // grad[r] *= upstream[r] where that is not 1: a row with 1 is not touched, one with 0 not read.
@@ -240,7 +249,7 @@ __global__ void __launch_bounds__(kThreads)
     T* const row = grad_ptr + rows.offset(r);
     const auto share = Share<T>::even(row, rows.width, blockIdx.y, gridDim.y);
     if (factor == A(0)) {
-      zero_row(row, share);
+      zero_row(row, rows.width, blockIdx.y, gridDim.y);
       continue;
     }
     for (int v = threadIdx.x; v < share.count; v += kThreads) {
@@ -301,15 +310,15 @@ Plan plan_row(Kernel* kernel, int device, int most_resident, int64_t tiles, int6
   return {};
 }
 
-template <typename T, Cap kCap>
+template <typename T, typename O, Cap kCap, bool kEntropy>
 void launch_fwd(const Batch& b, const LossView<acc_t<T>>& loss, const LossOutputs<acc_t<T>>& to,
-                T* grad, const Rows& grad_rows) {
+                O* grad, const Rows& grad_rows) {
   const Rows& rows = b.view.rows;
   const T* logits = static_cast<const T*>(b.logits.const_data_ptr());
   const cudaStream_t stream = current_stream(b.logits);
   // Without gradients one read is enough anyway.
   if constexpr (!is_rare<acc_t<T>, kCap>) {
-    auto* kernel = token_loss_fwd_kernel<T, kCap, true>;
+    auto* kernel = token_loss_fwd_kernel<T, O, kCap, true, kEntropy>;
     Plan plan;
     if (grad) {
       plan = plan_row(kernel, b.logits.get_device_index(), kResident<T, kCap, true>,
@@ -329,27 +338,30 @@ void launch_fwd(const Batch& b, const LossView<acc_t<T>>& loss, const LossOutput
                              grad, grad_rows);
     }
   }
-  launch("token_loss_fwd", token_loss_fwd_kernel<T, kCap, false>,
+  launch("token_loss_fwd", token_loss_fwd_kernel<T, O, kCap, false, kEntropy>,
          dim3(static_cast<unsigned>(rows.count)), dim3(kThreads), 0, stream, logits, b.view, loss,
          to, grad, grad_rows);
 }
 
-LossTensors run(const Batch& b, const LossInputs& loss, const Tensor& targets, const Tensor* out,
-                const Rows& out_rows) {
-  const LossTensors to = new_outputs(b, targets);
+// `to` has the pointers of the outputs; `out`: nullptr where only the values are wanted.
+template <typename Outputs>
+void run(const Batch& b, const LossInputs& loss, const Outputs& to, bool entropy, const Tensor* out,
+         const Rows& out_rows) {
   const Rows& rows = b.view.rows;
-  if (rows.count == 0) return to;
+  if (rows.count == 0) return;
   RL_CHECK(rows.width < int64_t{1} << 30 && rows.count < int64_t{1} << 27,
            "token_loss takes less than 2^30 classes and 2^27 rows");
-  dispatch_float(b.logits.scalar_type(), [&](auto tag) {
+  const ScalarType dtype = b.logits.scalar_type();
+  dispatch_gradient(dtype, out ? out->scalar_type() : dtype, [&](auto tag, auto of_out) {
     using T = decltype(tag);
+    using O = decltype(of_out);
     using A = acc_t<T>;
-    dispatch_cap<T>(b.view.softcap, false, [&](auto cap, auto) {
-      launch_fwd<T, cap()>(b, loss.view<A>(), to.outputs<A>(),
-                           out ? static_cast<T*>(out->mutable_data_ptr()) : nullptr, out_rows);
+    dispatch_cap<T>(b.view.softcap, entropy, [&](auto cap, auto entropy_too) {
+      launch_fwd<T, O, cap(), entropy_too()>(
+          b, loss.view<A>(), to.template outputs<A>(),
+          out ? static_cast<O*>(out->mutable_data_ptr()) : nullptr, out_rows);
     });
   });
-  return to;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd(
@@ -361,7 +373,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd(
   const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
   const LossInputs loss =
       make_loss(b, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
-  const LossTensors to = run(b, loss, targets, nullptr, Rows{});
+  const LossTensors to = new_outputs(b, targets);
+  run(b, loss, to, false, nullptr, Rows{});
   return {to.loss, to.logprob, to.slope, to.stats};
 }
 
@@ -374,8 +387,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd_(
   const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
   const LossInputs loss =
       make_loss(b, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
-  const LossTensors to = run(b, loss, targets, &out, gradient_rows(logits, out));
+  const LossTensors to = new_outputs(b, targets);
+  run(b, loss, to, false, &out, gradient_rows(logits, out));
   return {to.loss, to.logprob, to.slope, to.stats};
+}
+
+void token_loss_rows_(Tensor logits, Tensor targets, std::optional<Tensor> advantages,
+                      std::optional<Tensor> old_logprob, double clip, double dual_clip,
+                      double entropy_coef, std::optional<Tensor> row_temperature,
+                      double temperature, double softcap, std::optional<Tensor> mask, Tensor scale,
+                      Tensor dlogits, Tensor logprob, std::optional<Tensor> entropy,
+                      std::optional<Tensor> slope) {
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
+  const LossInputs loss =
+      make_loss(b, advantages, old_logprob, clip, dual_clip, scale, 1, entropy_coef);
+  const RowPassTensors to(b, logprob, entropy, slope, entropy_coef);
+  run(b, loss, to, entropy.has_value(), &dlogits, gradient_rows(logits, dlogits, true));
 }
 
 void token_loss_bwd_(Tensor grad, Tensor upstream) {
@@ -404,5 +432,6 @@ void token_loss_bwd_(Tensor grad, Tensor upstream) {
 STABLE_TORCH_LIBRARY_IMPL(fastrlhf, CUDA, m) {
   m.impl("token_loss_fwd", TORCH_BOX(&rl::token_loss_fwd));
   m.impl("token_loss_fwd_", TORCH_BOX(&rl::token_loss_fwd_));
+  m.impl("token_loss_rows_", TORCH_BOX(&rl::token_loss_rows_));
   m.impl("token_loss_bwd_", TORCH_BOX(&rl::token_loss_bwd_));
 }

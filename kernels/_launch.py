@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ._moments import PROGRAMS
-from ._online_softmax import EXACT_CAP
+from ._online_softmax import EXACT_CAP, NO_CAP
 
 
 def one_order(kernel):
@@ -67,25 +67,40 @@ def logit_rows(logits, targets, row_temperature, mask):
     return logits, rows, targets, row_temperature, mask, flags
 
 
-def row_tile(double, cap, warps=1):
-    """Constants of a row's walk for its statistics: tiles [R, L], STAGES of them in flight.
+def gradient_rows(logits, out):
+    """(inner, stride_inner, stride_outer) of `out`, which takes dL/dlogits: `logits`, or like them in shape.
 
-    64 logits a thread of one warp and 32 of several, as far as registers allow. The order of a row's sums is that of
-    its tiles. Products are fused where the kernel says so, alone.
+    Its dtype is that of the logits, or of 16 bits where they are fp32.
     """
-    rows = 2 if double or cap == EXACT_CAP.value else 8 if warps == 1 else 4
+    halves = (torch.bfloat16, torch.float16) if logits.dtype == torch.float32 else ()
+    if out.shape != logits.shape or out.dtype not in (logits.dtype, *halves):
+        raise ValueError(
+            f"dL/dlogits of {logits.dtype} {tuple(logits.shape)} cannot go into {out.dtype} {tuple(out.shape)}"
+        )
+    rows = rows_of(out)
+    if rows is None:
+        raise ValueError("dL/dlogits needs a unit last stride and at most two row strides")
+    return rows[1:]
+
+
+def row_tile(double, cap):
+    """Constants of a row's walk for its statistics: tiles [R, L], STAGES of them in flight, of one warp a row.
+
+    64 logits a thread, as far as registers allow. The order of a row's sums is that of its tiles, so every kernel that
+    makes statistics takes these: their bits are then the same. Products are fused where the kernel says so, alone.
+    """
     return {
-        "R": rows,
-        "L": (128 if double else 256) * warps,
+        "R": 2 if double or cap == EXACT_CAP.value else 8,
+        "L": 128 if double else 256,
         "STAGES": 4,
-        "num_warps": warps,
+        "num_warps": 1,
         "enable_fp_fusion": False,
     }
 
 
 def elements_a_thread(double, cap):
     """Of a row's block whose gradient is made, as far as registers allow."""
-    return 8 if double else 16 if cap == EXACT_CAP.value else 32
+    return 8 if double else 32 if cap == NO_CAP.value else 16
 
 
 def row_block(width, a_thread=32):

@@ -268,6 +268,45 @@ def log_softmax(u, top, log_sum, scale, scale_low):
 
 
 @triton.jit
+def row_logprob(
+    row_ptr,
+    V,
+    target,
+    c,
+    scale,
+    scale_low,
+    softcap,
+    WITH_MEAN: tl.constexpr,
+    CAP: tl.constexpr,
+    ACC: tl.constexpr,
+    R: tl.constexpr,
+    L: tl.constexpr,
+    STAGES: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """(log-prob of the target, entropy, max z rounded, log sum e^(z - max z), mean of z - max z): each kernel's row.
+
+    The sum and the mean are with respect to what was rounded. Entropy and mean are 0 without WITH_MEAN. A target
+    outside [0, V) is not read, and its log-prob is NaN. Every thread has the target's logit when this returns: the
+    reductions hold it until then, so the caller may write over the row.
+    """
+    inside = (target >= 0) & (target < V)
+    x_target = tl.load(row_ptr + target, mask=inside, other=float("nan")).to(ACC)
+    u_target, _ = capped(x_target, softcap, CAP)
+    top, z, log_sum, left, mean = row_statistics(
+        row_ptr, V, c, scale, scale_low, softcap, WITH_MEAN, CAP, ACC, R, L, STAGES, POLICY
+    )
+    logprob = log_softmax(u_target, top, log_sum, scale, scale_low)
+    entropy = tl.zeros((), ACC)
+    if WITH_MEAN:
+        entropy = log_sum - mean
+        mean += left
+    else:
+        mean = tl.zeros((), ACC)
+    return logprob, entropy, z, log_sum + left, mean
+
+
+@triton.jit
 def exp_scalar(x):
     """e^x, where the rounding of x log2(e) is put back."""
     log2_e, log2_e_low = _log2_e(x.dtype)

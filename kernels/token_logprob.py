@@ -13,18 +13,16 @@ import triton.language as tl
 from ._launch import (
     device_guard,
     elements_a_thread,
+    gradient_rows,
     logit_rows,
     row_block,
     row_tile,
-    rows_of,
     walkers,
 )
 from ._online_softmax import (
     cap_kind,
-    capped,
-    log_softmax,
+    row_logprob,
     row_slope,
-    row_statistics,
     write_gradient,
     write_zeros,
 )
@@ -71,23 +69,27 @@ def token_logprob_fwd_kernel(
     row_ptr = (
         logits_ptr + (row // inner) * stride_logits_outer + (row % inner) * stride_logits_inner
     )
-    top, z, log_sum, left, mean = row_statistics(
-        row_ptr, V, c, scale, scale_low, cap, HAS_ENTROPY, CAP, ACC, R, L, STAGES, "evict_first"
+    logprob, entropy, z, log_sum, mean = row_logprob(
+        row_ptr,
+        V,
+        tl.load(targets_ptr + row).to(tl.int64),
+        c,
+        scale,
+        scale_low,
+        cap,
+        HAS_ENTROPY,
+        CAP,
+        ACC,
+        R,
+        L,
+        STAGES,
+        "evict_first",
     )
-    # A target outside [0, V) is not read; its row becomes NaN.
-    target = tl.load(targets_ptr + row).to(tl.int64)
-    inside = (target >= 0) & (target < V)
-    x_target = tl.load(row_ptr + target, mask=inside, other=float("nan")).to(ACC)
-    u_target, _ = capped(x_target, cap, CAP)
-    tl.store(logprob_ptr + row, log_softmax(u_target, top, log_sum, scale, scale_low))
+    tl.store(logprob_ptr + row, logprob)
+    tl.store(entropy_ptr + row, entropy)
     tl.store(stats_ptr + row, z)
-    tl.store(stats_ptr + N + row, log_sum + left)
-    if HAS_ENTROPY:
-        tl.store(entropy_ptr + row, log_sum - mean)
-        tl.store(stats_ptr + 2 * N + row, mean + left)
-    else:
-        tl.store(entropy_ptr + row, 0.0)
-        tl.store(stats_ptr + 2 * N + row, 0.0)
+    tl.store(stats_ptr + N + row, log_sum)
+    tl.store(stats_ptr + 2 * N + row, mean)
 
 
 @triton.jit
@@ -221,15 +223,13 @@ def backward(
     mask,
     out,
 ):
-    """Writes dL/dlogits into `out` (which may be `logits`); see the forward."""
+    """Writes dL/dlogits into `out`: `logits` themselves, or another tensor as `gradient_rows` takes it."""
+    out_rows = gradient_rows(logits, out)
     logits, rows, targets, row_t, mask, flags = logit_rows(logits, targets, row_temperature, mask)
     count, inner, stride_inner, stride_outer = rows
     width = logits.shape[-1]
     if count == 0 or width == 0:
         return
-    out_rows = rows_of(out)
-    if out_rows is None:
-        raise ValueError("an in-place backward needs logits with at most two row strides")
     double = logits.dtype == torch.float64
     cap = cap_kind(softcap, double)
     block, warps = row_block(width, elements_a_thread(double, cap))
@@ -251,7 +251,7 @@ def backward(
             inner,
             stride_inner,
             stride_outer,
-            *out_rows[1:],
+            *out_rows,
             HAS_G=grads[0] is not None,
             HAS_H=grads[1] is not None,
             CAP=cap,

@@ -1,8 +1,8 @@
 """token_loss in Triton: the loss of each row and dL/dlogits, two reads and one write in one launch.
 
-Shapes: logits [..., V], N rows; targets, row_temperature, mask, advantages, old_logprob, loss, logprob,
+Shapes: logits [..., V], N rows; targets, row_temperature, mask, advantages, old_logprob, loss, logprob, entropy,
 slope = d loss / d logprob: N; scale: 0-d; stats [2, N]: the first two of token_logprob's.
-One program takes a row: a walk for its statistics, then one for its gradient, from the last block to
+One warp takes a row: a walk for its statistics, then one for its gradient, from the last block to
 the first, what was read last first: it may still be in a cache. Offsets are int64.
 """
 
@@ -13,6 +13,7 @@ import triton.language as tl
 from ._launch import (
     device_guard,
     elements_a_thread,
+    gradient_rows,
     logit_rows,
     row_block,
     row_tile,
@@ -22,16 +23,12 @@ from ._launch import (
 from ._moments import PROGRAMS
 from ._online_softmax import (
     cap_kind,
-    capped,
-    log_softmax,
+    row_logprob,
     row_slope,
-    row_statistics,
     write_gradient,
     write_zeros,
 )
 from ._rl_math import policy_term
-
-WARPS = 4  # that share a row: fewer rows at a time, so that the second walk finds more of its row in the cache
 
 
 @triton.jit
@@ -40,20 +37,15 @@ def _term(
     logprob,
     advantages_ptr,
     old_logprob_ptr,
-    scale_ptr,
-    scale,
+    factor,
     low,
     high,
     dual_clip,
     HAS_ADVANTAGES: tl.constexpr,
     HAS_OLD: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """(loss, slope) of a row: LossView::term of csrc/token_loss.h."""
-    factor = tl.full((), scale, ACC)
-    if HAS_SCALE:
-        factor = tl.load(scale_ptr).to(ACC)
     advantage = tl.full((), 1.0, ACC)
     if HAS_ADVANTAGES:
         advantage = tl.load(advantages_ptr + row).to(ACC)
@@ -83,6 +75,7 @@ def token_loss_fwd_kernel(
     scale_ptr,
     loss_ptr,
     logprob_ptr,
+    entropy_ptr,
     slope_ptr,
     stats_ptr,
     out_ptr,
@@ -92,6 +85,7 @@ def token_loss_fwd_kernel(
     low: tl.float64,
     high: tl.float64,
     dual_clip: tl.float64,
+    entropy_coef: tl.float64,
     N,
     V,
     inner,
@@ -106,6 +100,10 @@ def token_loss_fwd_kernel(
     HAS_ADVANTAGES: tl.constexpr,
     HAS_OLD: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_H: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    WITH_LOSS: tl.constexpr,
+    WITH_SLOPE: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     ACC: tl.constexpr,
     R: tl.constexpr,
@@ -113,15 +111,20 @@ def token_loss_fwd_kernel(
     STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # WITH_LOSS: loss and statistics are wanted. HAS_H: L holds -entropy_coef * scale times the entropy.
     row = tl.program_id(0).to(tl.int64)
     out = out_ptr + (row // inner_out) * stride_out_outer + (row % inner_out) * stride_out_inner
     if HAS_MASK:
         if tl.load(mask_ptr + row) == 0:
-            tl.store(loss_ptr + row, 0.0)
             tl.store(logprob_ptr + row, 0.0)
-            tl.store(slope_ptr + row, 0.0)
-            tl.store(stats_ptr + row, 0.0)
-            tl.store(stats_ptr + N + row, 0.0)
+            if WITH_ENTROPY:
+                tl.store(entropy_ptr + row, 0.0)
+            if WITH_SLOPE:
+                tl.store(slope_ptr + row, 0.0)
+            if WITH_LOSS:
+                tl.store(loss_ptr + row, 0.0)
+                tl.store(stats_ptr + row, 0.0)
+                tl.store(stats_ptr + N + row, 0.0)
             if WITH_GRAD:
                 write_zeros(out, V, 0, 1, BLOCK)
             return
@@ -132,20 +135,16 @@ def token_loss_fwd_kernel(
     row_ptr = (
         logits_ptr + (row // inner) * stride_logits_outer + (row % inner) * stride_logits_inner
     )
-    # The target's logit before anyone writes: the reductions below hold every thread until all have
-    # it. A target outside [0, V) is not read; its row becomes NaN.
     target = tl.load(targets_ptr + row).to(tl.int64)
-    inside = (target >= 0) & (target < V)
-    x_target = tl.load(row_ptr + target, mask=inside, other=float("nan")).to(ACC)
-    u_target, _ = capped(x_target, cap, CAP)
-    top, z, log_sum, left, mean = row_statistics(
+    logprob, entropy, z, log_sum, mean = row_logprob(
         row_ptr,
         V,
+        target,
         c,
         dz,
         dz_low,
         cap,
-        False,
+        WITH_ENTROPY,
         CAP,
         ACC,
         R,
@@ -153,31 +152,37 @@ def token_loss_fwd_kernel(
         STAGES,
         "evict_last" if WITH_GRAD else "evict_first",
     )
-    logprob = log_softmax(u_target, top, log_sum, dz, dz_low)
-    log_sum += left
+    factor = tl.full((), scale, ACC)
+    if HAS_SCALE:
+        factor = tl.load(scale_ptr).to(ACC)
     loss, slope = _term(
         row,
         logprob,
         advantages_ptr,
         old_logprob_ptr,
-        scale_ptr,
-        scale,
+        factor,
         low,
         high,
         dual_clip,
         HAS_ADVANTAGES,
         HAS_OLD,
-        HAS_SCALE,
         ACC,
     )
-    slope = tl.where(inside, slope, float("nan"))
-    tl.store(loss_ptr + row, loss)
+    slope = tl.where((target >= 0) & (target < V), slope, float("nan"))
+    h = tl.zeros((), ACC)
+    if HAS_H:
+        h = -tl.full((), entropy_coef, ACC) * factor
     tl.store(logprob_ptr + row, logprob)
-    tl.store(slope_ptr + row, slope)
-    tl.store(stats_ptr + row, z)
-    tl.store(stats_ptr + N + row, log_sum)
+    if WITH_ENTROPY:
+        tl.store(entropy_ptr + row, entropy)
+    if WITH_SLOPE:
+        tl.store(slope_ptr + row, slope)
+    if WITH_LOSS:
+        tl.store(loss_ptr + row, loss)
+        tl.store(stats_ptr + row, z)
+        tl.store(stats_ptr + N + row, log_sum)
     if WITH_GRAD:
-        if slope == 0.0:
+        if (slope == 0.0) & (h == 0.0):
             write_zeros(out, V, 0, 1, BLOCK)
             return
         write_gradient(
@@ -188,7 +193,7 @@ def token_loss_fwd_kernel(
             1,
             target,
             slope,
-            0.0,
+            h,
             z,
             log_sum,
             mean,
@@ -198,7 +203,7 @@ def token_loss_fwd_kernel(
             inverse,
             cap,
             True,
-            False,
+            HAS_H,
             CAP,
             ACC,
             BLOCK,
@@ -235,6 +240,72 @@ def token_loss_bwd_kernel(
                 tl.store(out + cols, grad.to(out_ptr.dtype.element_ty), mask=cols < V)
 
 
+def _launch(
+    logits,
+    targets,
+    policy,
+    entropy_coef,
+    row_temperature,
+    temperature,
+    softcap,
+    mask,
+    scale_tensor,
+    scale,
+    out,
+    logprob,
+    entropy=None,
+    slope=None,
+    loss=None,
+    stats=None,
+):
+    """One program a row. The outputs are contiguous; None: not wanted. loss and stats come together."""
+    out_rows = None if out is None else gradient_rows(logits, out)
+    logits, rows, targets, row_t, mask, flags = logit_rows(logits, targets, row_temperature, mask)
+    count, inner, stride_inner, stride_outer = rows
+    if count == 0:
+        return
+    advantages, old_logprob, clip, dual_clip = policy
+    double = logits.dtype == torch.float64
+    cap = cap_kind(softcap, double)
+    constants = (advantages, old_logprob, scale_tensor)
+    outputs = (loss, logprob, entropy, slope, stats)
+    with device_guard(logits):
+        token_loss_fwd_kernel[(count,)](
+            logits,
+            targets,
+            row_t,
+            mask,
+            *(targets if x is None else x.contiguous() for x in constants),
+            *(logprob if x is None else x for x in outputs),
+            logits if out is None else out,
+            temperature,
+            softcap,
+            scale,
+            1.0 - clip,
+            1.0 + clip,
+            dual_clip,
+            entropy_coef,
+            count,
+            logits.shape[-1],
+            inner,
+            stride_inner,
+            stride_outer,
+            *(rows[1:] if out is None else out_rows),
+            CAP=cap,
+            HAS_ADVANTAGES=advantages is not None,
+            HAS_OLD=old_logprob is not None,
+            HAS_SCALE=scale_tensor is not None,
+            HAS_H=entropy_coef != 0.0,
+            WITH_ENTROPY=entropy is not None,
+            WITH_LOSS=loss is not None,
+            WITH_SLOPE=slope is not None,
+            WITH_GRAD=out is not None,
+            BLOCK=32 * elements_a_thread(double, cap),
+            **row_tile(double, cap),
+            **flags,
+        )
+
+
 def forward(
     logits,
     targets,
@@ -254,55 +325,54 @@ def forward(
 
     dL/dlogits for an upstream gradient of 1 goes into `out`, which may be `logits`; None: it is not made.
     """
-    out_rows = rows_of(logits if out is None else out)
-    if out is not None and out_rows is None:
-        raise ValueError("out needs a unit last stride and at most two row strides")
-    logits, rows, targets, row_t, mask, flags = logit_rows(logits, targets, row_temperature, mask)
-    count, inner, stride_inner, stride_outer = rows
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss, logprob, slope = (
         torch.empty(targets.shape, dtype=dtype, device=logits.device) for _ in range(3)
     )
-    stats = torch.empty((2, count), dtype=dtype, device=logits.device)
-    if count == 0:
-        return loss, logprob, slope, stats
-    double = dtype == torch.float64
-    cap = cap_kind(softcap, double)
-    constants = (advantages, old_logprob, scale_tensor)
-    with device_guard(logits):
-        token_loss_fwd_kernel[(count,)](
-            logits,
-            targets,
-            row_t,
-            mask,
-            *(targets if x is None else x.contiguous() for x in constants),
-            loss,
-            logprob,
-            slope,
-            stats,
-            logits if out is None else out,
-            temperature,
-            softcap,
-            scale,
-            1.0 - clip,
-            1.0 + clip,
-            dual_clip,
-            count,
-            logits.shape[-1],
-            inner,
-            stride_inner,
-            stride_outer,
-            *(rows if out is None else out_rows)[1:],
-            CAP=cap,
-            HAS_ADVANTAGES=advantages is not None,
-            HAS_OLD=old_logprob is not None,
-            HAS_SCALE=scale_tensor is not None,
-            WITH_GRAD=out is not None,
-            BLOCK=32 * WARPS * elements_a_thread(double, cap),
-            **row_tile(double, cap, WARPS),
-            **flags,
-        )
+    stats = torch.empty((2, targets.numel()), dtype=dtype, device=logits.device)
+    policy = (advantages, old_logprob, clip, dual_clip)
+    settings = (row_temperature, temperature, softcap, mask, scale_tensor, scale)
+    _launch(
+        logits, targets, policy, 0.0, *settings, out, logprob, slope=slope, loss=loss, stats=stats
+    )
     return loss, logprob, slope, stats
+
+
+def rows_(
+    logits,
+    targets,
+    advantages,
+    old_logprob,
+    clip,
+    dual_clip,
+    entropy_coef,
+    row_temperature,
+    temperature,
+    softcap,
+    mask,
+    scale,
+    dlogits,
+    logprob,
+    entropy,
+    slope,
+):
+    """The row pass of the linear losses: L = sum over the rows of scale * (token_loss - entropy_coef * entropy).
+
+    Writes dL/dlogits into `dlogits` (see `gradient_rows`; it may be `logits`), and into contiguous tensors of the rows
+    log-probs and, where given, entropies and slopes = d loss / d logprob, times scale, without the entropy's part.
+    Rows that do not count are 0 in all of them and are not read.
+    """
+    if entropy_coef != 0.0 and entropy is None:
+        raise ValueError("entropy must be given where entropy_coef is not 0")
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    for name, x in (("logprob", logprob), ("entropy", entropy), ("slope", slope)):
+        if x is not None and not (
+            x.dtype == dtype and x.numel() == targets.numel() and x.is_contiguous()
+        ):
+            raise ValueError(f"{name} must be contiguous, of {dtype} and of the rows")
+    policy = (advantages, old_logprob, clip, dual_clip)
+    settings = (row_temperature, temperature, softcap, mask, scale, 1.0)
+    _launch(logits, targets, policy, entropy_coef, *settings, dlogits, logprob, entropy, slope)
 
 
 def backward(grad, upstream):

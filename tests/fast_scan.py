@@ -1,13 +1,15 @@
 """What the tests mend of Triton's interpreter.
 
 tl.associative_scan in log2(n) vector steps; its own takes n steps of Python. The sums are grouped as on a GPU, by
-doubling; what an associative function gives does not change. And tl.fma rounds once, which older interpreters
-(3.6) do twice: the kernels rely on it, and compiled code has it.
+doubling; what an associative function gives does not change. tl.fma rounds once, which older interpreters
+(3.6) do twice: the kernels rely on it, and compiled code has it. And fp32 is rounded to bf16 as on a GPU, to the
+nearest, which the interpreter cuts off.
 """
 
 from pathlib import Path
 
 import numpy as np
+import torch
 
 one_by_one = None  # the interpreter's own
 
@@ -17,6 +19,7 @@ def install():
 
     if "fma_fp32" not in Path(interpreter.__file__).read_text():
         interpreter.InterpreterBuilder.create_fma = _fused
+    interpreter.InterpreterBuilder.create_fp_trunc = _rounded
     _install_scan(interpreter.ScanOps)
 
 
@@ -30,8 +33,17 @@ def _fused(self, x, y, z):
     return TensorHandle(exact.astype(dtype), z.dtype.scalar)
 
 
-def _install_scan(ScanOps):
+def _rounded(self, x, dtype):
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
 
+    if x.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+        return self.cast_impl(x, dtype)
+    nearest = torch.from_numpy(np.array(x.data)).bfloat16().view(torch.int16).numpy()
+    return TensorHandle(nearest.view(np.uint16), tl.bfloat16)
+
+
+def _install_scan(ScanOps):
     global one_by_one
     one_by_one = ScanOps.generic_scan
 

@@ -1,4 +1,4 @@
-"""What stands in for the interpreter's scan gives what the interpreter's own gives."""
+"""What stands in for the interpreter's scan gives what the interpreter's own gives, and bf16 is rounded as by torch."""
 
 import pytest
 import torch
@@ -23,6 +23,25 @@ def scan_kernel(scale_ptr, shift_ptr, REVERSE: tl.constexpr, BLOCK: tl.constexpr
     scale, shift = tl.associative_scan((scale, shift), 0, _affine, reverse=REVERSE)
     tl.store(scale_ptr + lane, scale)
     tl.store(shift_ptr + lane, shift)
+
+
+@triton.jit
+def cast_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    tl.store(out_ptr + lane, tl.load(x_ptr + lane).to(out_ptr.dtype.element_ty))
+
+
+def test_bf16_is_rounded_to_the_nearest():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    x[:8] = torch.tensor(
+        [1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-8, 3e38, 3.4e38, 1e-40, 0.0, -0.0]
+    )
+    x[8:11] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    x = x.to(device)
+    out = torch.empty(64, dtype=torch.bfloat16, device=device)
+    cast_kernel[(1,)](x, out, BLOCK=64)
+    torch.testing.assert_close(out, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is compiled here")

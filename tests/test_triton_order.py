@@ -18,8 +18,8 @@ TOKENS = {"ACC": "fp32", "BLOCK": 1024, "enable_fp_fusion": False}
 SEQUENCE = TOKENS | {"num_warps": 8, "WHITEN": True}
 ROW = {"HAS_ROW_T": False, "HAS_MASK": False, "CAP": 0, "ACC": "fp32", "enable_fp_fusion": False}
 WALK = ROW | {"R": 8, "L": 256, "STAGES": 4, "num_warps": 1}
-SHARED = ROW | {"R": 4, "L": 1024, "STAGES": 4, "num_warps": 4, "BLOCK": 4096}
-SHARED |= dict.fromkeys(("HAS_ADVANTAGES", "HAS_OLD", "HAS_SCALE", "WITH_GRAD"), True)
+LOSS = WALK | {"BLOCK": 1024}
+LOSS |= dict.fromkeys(("HAS_ADVANTAGES", "HAS_OLD", "HAS_SCALE", "WITH_SLOPE", "WITH_GRAD"), True)
 PPO = TOKENS | {"HAS_VALUES": True, "HAS_ENTROPY": True, "WITH_GRAD": True, "HAS_MASK": True}
 LAYOUTS = ({"PACKED": True, "HAS_MASK": False}, {"PACKED": False, "HAS_MASK": False})
 MASKED = {
@@ -40,7 +40,13 @@ SAME = {
     ("token_logprob", "token_logprob_fwd_kernel"): [
         WALK | {"HAS_ENTROPY": entropy} for entropy in (False, True)
     ],
-    ("token_loss", "token_loss_fwd_kernel"): [SHARED],
+    ("token_loss", "token_loss_fwd_kernel"): [
+        LOSS | {"WITH_LOSS": True, "WITH_ENTROPY": False, "HAS_H": False},
+        LOSS | {"WITH_LOSS": False, "WITH_ENTROPY": True, "HAS_H": True},
+    ],
+    ("token_logprob", "token_logprob_bwd_kernel"): [
+        ROW | {"HAS_G": True, "HAS_H": True, "BLOCK": 4096, "num_warps": 4}
+    ],
 }
 
 COMPILE = """
@@ -121,10 +127,12 @@ def test_sums_over_tokens(module, kernel, tmp_path):
                 assert order == plain[0] and counts == plain[1]
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32->bf16"])
 @pytest.mark.parametrize(("module", "kernel"), [k for k in SAME if "token" in k[0]])
-def test_sums_over_rows_of_logits(module, kernel, tmp_path):
+def test_sums_over_rows_of_logits(module, kernel, dtype, tmp_path):
     """Nothing is left to a layout but the maximum; products are fused where the kernel says so, in every variant."""
-    for _, found in all_compiled(module, kernel, "bf16", tmp_path):
+    for _, found in all_compiled(module, kernel, dtype, tmp_path):
         for order, counts in found:
-            assert order and {x[1] for x in order} <= {"arith.maxnumf", "arith.maximumf"}
+            assert {x[1] for x in order} <= {"arith.maxnumf", "arith.maximumf"}
+            assert bool(order) == kernel.endswith("fwd_kernel")  # a gradient reduces nothing
             assert counts["fma.f32"] == found[0][1]["fma.f32"] > 0

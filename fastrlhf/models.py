@@ -107,7 +107,10 @@ class Policy(nn.Module):
             "backend": self.backend,
         }
         if mode == "nll":
-            return linear_cross_entropy(hidden, weight, targets, reduction="sum", **options)
+            every = targets.numel()  # nothing to wait for on a GPU
+            return linear_cross_entropy(
+                hidden, weight, targets, reduction="sum", num_rows=every, **options
+            )
         if mode == "loss":
             return loss(hidden, weight, targets, temperature=temperature, **options)
         return linear_logprob(

@@ -170,6 +170,7 @@ class LinearPPOLoss(_Loss):
         mask: Tensor | None = None,
         scale: Tensor | None = None,
         accumulate_into: Tensor | None = None,
+        num_rows: int | None = None,
         process_group: "torch.distributed.ProcessGroup | None" = None,
     ) -> PPOLossOutput:
         """PPOLossOutput(loss, metrics); hidden [..., H], weight [V, H], the others [...], one a token.
@@ -191,6 +192,7 @@ class LinearPPOLoss(_Loss):
             returns=returns,
             mask=mask,
             accumulate_into=accumulate_into,
+            num_rows=num_rows,
             process_group=process_group,
             **settings,
         )
@@ -251,6 +253,7 @@ class LinearCrossEntropy(_Loss):
         temperature: Tensor | None = None,
         scale: Tensor | None = None,
         accumulate_into: Tensor | None = None,
+        num_rows: int | None = None,
         process_group: "torch.distributed.ProcessGroup | None" = None,
     ) -> Tensor:
         """The loss, 0-d or [...] of ``reduction="none"``; hidden [..., H], weight [V, H], targets [...].
@@ -266,6 +269,7 @@ class LinearCrossEntropy(_Loss):
             targets,
             bias=bias,
             accumulate_into=accumulate_into,
+            num_rows=num_rows,
             process_group=process_group,
             **settings,
         )

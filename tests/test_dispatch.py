@@ -25,8 +25,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 # The kernels of these are token_logprob's, on chunks of logits.
 SERVED_BY = {
     "linear_logprob": "token_logprob",
-    "linear_cross_entropy": "token_logprob",
-    "linear_ppo_loss": "token_logprob",
+    "linear_cross_entropy": "token_loss",
+    "linear_ppo_loss": "token_loss",
     "linear_token_loss": "token_logprob",
 }
 
@@ -75,7 +75,7 @@ def poisoned_reference(monkeypatch):
         if function.__module__.startswith(reference.__name__):  # its other half, too
             poison(reference, name)
     for name in ("_scaled", "_index"):  # both halves of the linear ops' reference use them
-        poison(_rows.RowMaths, name)
+        poison(_rows.RowKernels, name)
 
 
 @pytest.fixture
@@ -188,13 +188,14 @@ def test_auto_takes_the_first_that_can_run(device, monkeypatch):
 
 
 def test_auto_without_a_fused_backend_warns_once_and_says_why(monkeypatch):
+    gae = fastrlhf.gae  # its module registers the C++ op when it is first imported
     monkeypatch.setattr(_backend, "_CPU_OPS", frozenset())
     monkeypatch.setattr(_backend, "_extension_error", "it is not built")
     monkeypatch.setattr(_backend, "_warned", set())
     monkeypatch.setattr(_backend, "_chosen", {})
     with pytest.warns(UserWarning, match="gae: backend='auto' takes the reference.*not built") as w:
         for _ in range(2):
-            fastrlhf.gae(torch.zeros(2, 3), torch.zeros(2, 3))
+            gae(torch.zeros(2, 3), torch.zeros(2, 3))
     assert len(w) == 1
     assert w[0].filename == __file__
 

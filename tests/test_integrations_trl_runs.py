@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+import torch
 
 trl = pytest.importorskip("trl")
 
@@ -64,6 +65,13 @@ def grpo(out):
     return sampled(trl.GRPOTrainer, trl.GRPOConfig, out, num_iterations=2)
 
 
+def grpo_with_fp32_head(out):
+    """TRL casts the head's own weight, and gives it fp32 hidden states outside of autocast."""
+    return sampled(
+        trl.GRPOTrainer, trl.GRPOConfig, out, num_iterations=2, cast_lm_head_to_fp32=True
+    )
+
+
 def rloo(out):
     return sampled(trl.RLOOTrainer, trl.RLOOConfig, out, num_iterations=2)
 
@@ -117,7 +125,14 @@ TOLERANCE = 2e-4
 
 @pytest.mark.parametrize(
     ("make", "function", "op_calls"),
-    [(grpo, HEAD, 20), (rloo, HEAD, 20), (dpo, HEAD, 20), (sft, HEAD, 20), (reward, REWARD, 20)],
+    [
+        (grpo, HEAD, 20),
+        (grpo_with_fp32_head, HEAD, 20),
+        (rloo, HEAD, 20),
+        (dpo, HEAD, 20),
+        (sft, HEAD, 20),
+        (reward, REWARD, 20),
+    ],
 )
 def test_training_run_keeps_its_curve(make, function, op_calls, tmp_path):
     with warnings.catch_warnings():
@@ -152,3 +167,58 @@ def test_beside_the_patch_of_transformers(tmp_path):
     assert patched.calls[HEAD] == 20
     assert below.fallbacks == {}
     assert hosts.losses(ours) == pytest.approx(hosts.losses(theirs), abs=TOLERANCE)
+
+
+def bf16_trainer(out, cast):
+    """GRPO on a bf16 model with logits of some size, TRL's flag set or not."""
+    model = hosts.causal_lm().bfloat16()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)
+    config = trl.GRPOConfig(
+        **QUIET,
+        output_dir=str(out),
+        per_device_train_batch_size=2,
+        num_generations=2,
+        temperature=0.9,
+        cast_lm_head_to_fp32=cast,
+    )
+    return trl.GRPOTrainer(
+        model=model,
+        reward_funcs=length_reward,
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": hosts.sentences(4)}),
+        processing_class=hosts.tokenizer(),
+    ).model
+
+
+def scored(model):
+    """(log-probs, entropies, gradient of the head's weight) of fixed tokens."""
+    ids = torch.randint(3, 20, (16, 32), generator=torch.Generator().manual_seed(7))
+    model.zero_grad()
+    out = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    out.log_probs.sum().backward()
+    return out.log_probs.detach(), out.entropy.detach(), model.lm_head.weight.grad
+
+
+def test_the_fp32_heads_log_probs_without_its_cast(tmp_path):
+    """Patched, a bf16 head has the log-probs of TRL's cast_lm_head_to_fp32; with the flag set they stay TRL's.
+
+    A product of two bf16 numbers is exact in fp32: logits differ by the order of their sums alone.
+    """
+    plain, cast = bf16_trainer(tmp_path, False), bf16_trainer(tmp_path, True)
+    assert (plain.lm_head.weight.dtype, cast.lm_head.weight.dtype) == (
+        torch.bfloat16,
+        torch.float32,
+    )
+    rounded, theirs = scored(plain), scored(cast)
+    with integration.patch() as patched:
+        ours, ours_cast = scored(plain), scored(cast)
+    assert patched.calls[HEAD] == 2 and patched.fallbacks == {}
+    for mine in (ours, ours_cast):
+        for values, expected in zip(mine[:2], theirs[:2], strict=True):
+            assert values.dtype == torch.float32
+            torch.testing.assert_close(values, expected, rtol=1e-6, atol=4e-6)
+    assert (rounded[0].float() - theirs[0]).abs().max() > 1e-3  # what the flag is for
+    assert plain.lm_head.weight.dtype == ours[2].dtype == torch.bfloat16
+    torch.testing.assert_close(ours[2].float(), theirs[2], rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(ours_cast[2], theirs[2], rtol=1e-5, atol=1e-5)

@@ -81,11 +81,11 @@ def test_opcheck(backend):
     x, w, b, targets = inputs(device=DEVICE[backend])
     x, w = x.requires_grad_(), w.requires_grad_()
     one = torch.ones((), device=x.device)
-    arguments = (x, w, targets, b, None, 1.0, 0.0, targets != -100, one, True, "fast", backend)
+    arguments = (x, w, b, None, targets, targets != -100, None, one, [], [1.0, 0.0, 1.0])
+    arguments += (None, False, "cross_entropy", "fast", backend, [True, True, False, False])
     utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
     utils += [] if backend == "triton" else ["test_aot_dispatch_dynamic"]
-    op = torch.ops.fastrlhf.linear_cross_entropy_fwd
-    torch.library.opcheck(op, (*arguments, True, True, False), test_utils=utils)
+    torch.library.opcheck(torch.ops.fastrlhf.linear_loss_fwd, arguments, test_utils=utils)
 
 
 @each_backend

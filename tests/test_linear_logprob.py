@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import logit_cases as cases
 from fastrlhf import linear_logprob, linear_token_loss
-from fastrlhf.ops import _backend, _chunks
+from fastrlhf.ops import _backend, _chunks, _gemms, _linear
 from logit_cases import DEVICE, assert_near, randint, randn
 
 module = importlib.import_module("fastrlhf.ops.linear_logprob")  # the name is the function's too
@@ -108,7 +108,7 @@ def test_opcheck(backend, chunks):
     x, w, b = (t.requires_grad_() for t in parameters(device=device))
     targets = randint(V, (1, N), 3, device=device)
     mask = torch.arange(N, device=device).reshape(1, N) % 3 > 0
-    forward = (x, w, targets, b, None, 0.8, 5.0, mask, "fast", backend, True)
+    forward = (x, w, targets, b, None, 0.8, 5.0, mask, None, "fast", backend, True)
     ops = torch.ops.fastrlhf
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     if backend != "triton":
@@ -118,7 +118,7 @@ def test_opcheck(backend, chunks):
         _, _, stats, kept = ops.linear_logprob_fwd(*forward)
     g = randn(1, N, seed=4, device=device)
     x, w, b = (t.detach() for t in (x, w, b))
-    saved = (stats, kept, None, 0.8, 5.0, mask, "fast", backend)
+    saved = (stats, kept, None, 0.8, 5.0, mask, None, "fast", backend)
     arguments = (g, None, x, w, targets, b, *saved, True, True, False)
     torch.library.opcheck(ops.linear_logprob_bwd, arguments, test_utils=utils[:1] + utils[2:])
 
@@ -259,7 +259,7 @@ def test_peak_memory_is_one_chunk_of_logits():
         linear_logprob(x, w, targets, workspace="compact").sum().backward()
 
     _, _, largest = cases.profiled(step)
-    budget = _chunks._BUDGET["cpu", "compact"]
+    budget = _gemms.Gemms.logits_bytes["compact"]
     assert 0.8 * budget < largest <= budget
 
 
@@ -328,7 +328,7 @@ def test_the_forward_has_the_bits_of_the_update(dtype, options, backend, monkeyp
     loss = lambda logprob, entropy: -logprob  # noqa: E731
     update = linear_token_loss(x, w, targets, loss, with_entropy=True, **kwargs)
     assert torch.equal(forward[0], update.logprob) and torch.equal(forward[1], update.entropy)
-    monkeypatch.setattr(module, "BY_BLOCK_ROWS", rows + 1)
+    monkeypatch.setattr(_linear, "BY_BLOCK_ROWS", rows + 1)
     whole = linear_logprob(x, w, targets, return_entropy=True, **kwargs)
     assert torch.equal(forward[0], whole[0]) and torch.equal(forward[1], whole[1])
     truth = linear_logprob(

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 import logit_cases as cases
 import ppo_cases
-from fastrlhf import linear_logprob, linear_ppo_loss, ppo_loss, reference
-from fastrlhf.ops import _backend, _chunks
+from fastrlhf import linear_cross_entropy, linear_logprob, linear_ppo_loss, ppo_loss, reference
+from fastrlhf.ops import _backend, _chunks, _gemms
 from logit_cases import DEVICE, assert_near, randint, randn
 
 N, H, V = 11, 19, 301
@@ -122,6 +122,36 @@ def test_bits_are_those_of_the_two_ops(backend, masked, four_rows_a_chunk, monke
         assert torch.equal(metrics[name], value), name
 
 
+@pytest.mark.skipif(
+    bool(_backend.unavailable_reason("linear_ppo_loss", "cpu")), reason="no C++ extension"
+)
+@pytest.mark.parametrize("flat", [False, True], ids=["3-d", "flat"])
+@pytest.mark.parametrize("options", [o for o in cases.OPTIONS if "mask" not in o])
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_a_batch_of_one_chunk_has_the_bits_of_the_loop(dtype, options, flat, monkeypatch):
+    """It goes a shorter way: every number must be the same, and those of cross entropy."""
+    (x, w, b), targets, rows = inputs(dtype)
+    kwargs = {**cases.OPTIONS[options]((1, N), "cpu"), **FULL}
+    kwargs.pop("mask", None)
+    if flat:
+        x, targets = x[0], targets[0]
+        rows = {name: value[0] for name, value in rows.items()}
+        kwargs = {
+            k: v[0] if isinstance(v, torch.Tensor) and v.dim() else v for k, v in kwargs.items()
+        }
+    head = {k: v for k, v in kwargs.items() if k in ("temperature", "softcap")}
+    results = []
+    for short in (True, False):
+        if not short:
+            monkeypatch.setattr(_gemms.Gemms, "fits_at_once", lambda *_: False)
+        found, metrics = run(linear_ppo_loss, (x, w, b), targets, rows, backend="cpu", **kwargs)
+        leaves = [t.detach().clone().requires_grad_() for t in (x, w, b)]
+        nll = linear_cross_entropy(*leaves[:2], targets, bias=leaves[2], scale=0.3, **head)
+        results.append([*found, *metrics.values(), nll, *torch.autograd.grad(nll, leaves)])
+    for shorter, loop in zip(*results, strict=True):
+        assert torch.equal(shorter, loop)
+
+
 @each_backend
 def test_gradcheck(backend, four_rows_a_chunk):
     device = DEVICE[backend]
@@ -143,15 +173,15 @@ def test_opcheck(backend, four_rows_a_chunk):
         pytest.skip("the reference is linear_logprob's op and plain PyTorch")
     (x, w, b), targets, rows = inputs(device=DEVICE[backend])
     x, w, v = (t.requires_grad_() for t in (x, w, rows["values"].reshape(-1)))
-    flat = [rows[k].reshape(-1) for k in ("old_logprob", "advantages")]
-    flat += [v, *(rows[k].reshape(-1) for k in ("old_values", "returns")), None]
-    head = (x, w, targets, b, None, 0.9, 0.0)
+    names = ("old_logprob", "advantages", "old_values", "returns")
+    per_token = [rows[k].reshape(-1) for k in names]
     one = torch.ones((), device=x.device)
-    rest = (0.2, 3.0, 0.2, 0.5, 0.01, one, False, "fast", backend)
+    settings = [0.9, 0.0, 0.2, 3.0, 0.2, 0.5, 0.01]
+    head = (x, w, b, v, targets, None, None, one, per_token, settings)
+    rest = (None, False, "ppo", "fast", backend, [True, True, False, True])
     utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
     utils += [] if backend == "triton" else ["test_aot_dispatch_dynamic"]
-    op = torch.ops.fastrlhf.linear_ppo_loss_fwd
-    torch.library.opcheck(op, (*head, *flat, *rest, True, True, False, True), test_utils=utils)
+    torch.library.opcheck(torch.ops.fastrlhf.linear_loss_fwd, (*head, *rest), test_utils=utils)
 
 
 @each_backend
@@ -297,7 +327,7 @@ def test_peak_memory_is_one_chunk_of_logits():
         linear_ppo_loss(x, w, targets, old, adv, workspace="compact").loss.backward()
 
     _, _, largest = cases.profiled(step)
-    budget = _chunks._BUDGET["cpu", "compact"]
+    budget = _gemms.Gemms.logits_bytes["compact"]
     assert 0.8 * budget < largest <= budget
 
 

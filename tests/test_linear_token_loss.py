@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 import logit_cases as cases
 from fastrlhf import linear_cross_entropy, linear_logprob, linear_token_loss, ppo_loss, reference
-from fastrlhf.ops import _backend, _chunks
+from fastrlhf.ops import _backend, _chunks, _gemms
 from logit_cases import DEVICE, assert_near, randint, randn
 
 N, H, V = 11, 19, 301
@@ -259,7 +259,7 @@ def test_peak_memory_is_one_chunk_of_logits():
     targets = randint(8192, (4096,), 2)
     step = lambda: linear_token_loss(x, w, targets, torch.neg, workspace="compact").loss.backward()  # noqa: E731
     _, _, largest = cases.profiled(step)
-    budget = _chunks._BUDGET["cpu", "compact"]
+    budget = _gemms.Gemms.logits_bytes["compact"]
     assert 0.8 * budget < largest <= budget
 
 
@@ -305,6 +305,10 @@ def test_a_tensor_of_the_closure_gets_its_gradient_or_an_error():
         with pytest.raises(ValueError, match="no tensor that requires grad but its arguments"):
             linear_token_loss(x, w, targets, lambda p, a=captured: -a * p)
         linear_token_loss(x, w, targets, lambda p, a=captured: -a.detach() * p)
+    # One that is nobody's: what a loss of detached numbers becomes, so that it has a gradient at all.
+    with pytest.raises(ValueError, match="no tensor that requires grad but its arguments"):
+        linear_token_loss(x, w, targets, lambda p: (-p.detach()).requires_grad_())
+    assert linear_token_loss(x, w, targets, lambda p: p).loss.requires_grad
     loss = linear_token_loss(x, w, targets, lambda p: -alpha * p, reduction="none").loss
     (got,) = torch.autograd.grad(loss.mean(), alpha)
     torch.testing.assert_close(got, -linear_logprob(x, w, targets).mean().detach())
@@ -422,3 +426,27 @@ def test_a_function_without_a_gradient_is_zeros(monkeypatch):
     x, w = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     linear_token_loss(x, w, torch.arange(4), NoGradient.apply).loss.backward()
     assert torch.equal(x.grad, torch.zeros(4, 3)) and torch.equal(w.grad, torch.zeros(5, 3))
+
+
+@each_backend
+@pytest.mark.parametrize("other", ["name", "dtype"])
+def test_other_metrics_in_a_later_chunk(backend, other, four_rows_a_chunk):
+    """Rows without a number would be memory that nobody has written."""
+    (x, w, _), targets, _ = inputs(device=DEVICE[backend])
+    into = torch.ones_like(w)
+    sizes = []
+
+    def token_loss(logprob):
+        sizes.append(len(logprob))
+        first = len(sizes) == 1
+        name = "a" if first or other == "dtype" else "b"
+        value = logprob.detach() if first or other == "name" else logprob.detach().double()
+        return -logprob, {name: value}
+
+    with pytest.raises(
+        ValueError, match="token_loss must return the same metrics.*for every chunk"
+    ):
+        linear_token_loss(
+            x, w.requires_grad_(), targets, token_loss, accumulate_into=into, backend=backend
+        )
+    assert len(sizes) == 2 and (into == 1).all()

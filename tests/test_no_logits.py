@@ -37,7 +37,7 @@ def test_sft_and_ppo_ptx_hold_a_chunk_at_a_time(monkeypatch):
     # The sampler has one row of logits for each response that it generates.
     cfg = tiny.ppo_config("lean-ppo", iterations=1, ptx_coef=1.0, batch=4, minibatch=4)
     found = widths(ppo.main, cfg, monkeypatch)
-    assert "fastrlhf::linear_ppo_loss_fwd" not in found.get(ROWS, ())  # it sees no logits at all
+    assert "fastrlhf::linear_loss_fwd" not in found.get(ROWS, ())  # it sees no logits at all
     assert ROWS in found and max(found) == ROWS, found
 
 

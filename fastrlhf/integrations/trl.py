@@ -15,7 +15,9 @@ from torch.autograd.function import once_differentiable
 from fastrlhf.integrations import _rows
 from fastrlhf.integrations._patch import Host, Patch, Target, Unserved, check_parameters
 from fastrlhf.ops import _backend, _chunks
-from fastrlhf.ops._rows import RowMaths
+from fastrlhf.ops._gemms import gemms_for
+from fastrlhf.ops._linear import Head
+from fastrlhf.ops._rows import RowKernels
 from fastrlhf.ops.linear_logprob import check_linear, linear_logprob
 from fastrlhf.ops.ranking_loss import ranking_loss
 from fastrlhf.ops.token_logprob import check, check_target_values, token_logprob
@@ -44,6 +46,14 @@ def patch(backend: str = "auto", inplace_backward: bool = False) -> Patch:
         ImportError: TRL is not installed.
         HostMoved: one of its functions is not where, or not what, it was; nothing is patched then.
         RuntimeError: patched already with other options.
+
+    `GRPOConfig(cast_lm_head_to_fp32=True)`: TRL casts the head's own weight when the trainer is made, and
+    gives the head fp32 hidden states; such a call is served as it is, with fp32 operands. A model in bf16
+    does without the flag: the patched head multiplies its bf16 operands as they are, which is exact in
+    fp32, and sums and keeps logits in fp32. Its log-probs are those of the cast head to fp32 rounding,
+    while the weight, its gradient and its optimizer state stay in bf16. (Under autocast, fp32 weights are
+    rounded to bf16 first, as TRL does. The flag also changes what transformers' own generation samples
+    from, which no patch here does.)
 
     Calls that no op serves run TRL's own function and are counted in `fallbacks`: K indices a
     position, a temperature that is no number above 0, float64 hidden states, DTensors, and a head that
@@ -246,6 +256,7 @@ class _HeadWithExtras(torch.autograd.Function):
             temperature,
             softcap,
             None,
+            None,
             "fast",
             backend,
             *needs,
@@ -257,21 +268,19 @@ class _HeadWithExtras(torch.autograd.Function):
 @_chunks.without_autocast
 def _head_forward(hidden, weight, bias, targets, temperature, softcap, backend, extras):
     """(logprob, entropy, stats [3, N], [each extra])."""
-    operands = _chunks.Operands(hidden, weight, bias, None)
-    maths = RowMaths(backend, temperature, softcap)
-    vocab, acc = weight.shape[0], operands.acc
-    step = _chunks.chunk_rows("fast", vocab, acc, hidden.device)
-    buffer = _chunks.logits_rows(min(step, operands.rows), vocab, acc, hidden.device)
+    head = Head(gemms_for(hidden, weight), hidden, weight, bias, targets, None, None, "fast")
+    kernels = RowKernels(backend, temperature, softcap)
+    logprob, entropy, stats = head.new_rows(), head.new_rows(), head.new_rows(3)
     parts = []
-    # A batch in which nothing counts is one empty chunk.
-    for rows in _chunks.cuts(operands.rows, step) or [slice(0, 0)]:
-        y = targets[rows]
-        logits = operands.logits(operands.hidden_chunk(rows.start, rows.stop), buffer[: len(y)])
-        logprob, entropy, stats = maths.forward(logits, y, None, None)
-        found = _extras(logits, y, temperature, softcap, extras)
-        parts.append((logprob, entropy, stats.t(), *found))
-    logprob, entropy, stats, *found = (torch.cat(column) for column in zip(*parts, strict=True))
-    return logprob, entropy, stats.t().contiguous(), found
+    for chunk in head.chunks():
+        found = kernels.forward(chunk.logits, chunk.targets, None, None)
+        logprob[chunk.rows], entropy[chunk.rows], stats[:, chunk.rows] = found
+        parts.append(_extras(chunk.logits, chunk.targets, temperature, softcap, extras))
+    if not parts:  # a batch in which nothing counts
+        parts.append(
+            _extras(logprob.new_empty(0, head.vocab), targets, temperature, softcap, extras)
+        )
+    return logprob, entropy, stats, [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
 def _extras(logits, targets, temperature, softcap, names):

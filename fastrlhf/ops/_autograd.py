@@ -5,6 +5,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 _functorch = torch._C._functorch
+_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def refuse_transforms(op: str, tensors: tuple, *, constant: bool, way_out: str) -> None:
@@ -32,15 +33,18 @@ def refuse_transforms(op: str, tensors: tuple, *, constant: bool, way_out: str) 
 
 def transforming() -> bool:
     """Whether a tensor may carry a tangent or belong to a transform of torch.func."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level >= 0 or _transforms_active()
 
 
 def needs(*tensors: Tensor | None) -> list[bool]:
     """For each, whether its gradient may be asked for, which it does not tell inside torch.func.vmap."""
     if not torch.is_grad_enabled():
         return [False] * len(tensors)
-    mapped = torch._C._are_functorch_transforms_active()
-    return [x is not None and (mapped or x.requires_grad) for x in tensors]
+    mapped = _transforms_active()
+    found = []
+    for x in tensors:
+        found.append(x is not None and (mapped or x.requires_grad))
+    return found
 
 
 def trained(*tensors: Tensor | None) -> bool:
@@ -50,7 +54,7 @@ def trained(*tensors: Tensor | None) -> bool:
     for x in tensors:
         if x is not None and x.requires_grad:
             return True
-    return torch._C._are_functorch_transforms_active()
+    return _transforms_active()
 
 
 def refuse(op: str, got: str = "") -> None:

@@ -42,8 +42,8 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 _CPP_OPS = {
     "token_logprob": "token_logprob_fwd",
     "linear_logprob": "token_logprob_fwd",
-    "linear_cross_entropy": "token_logprob_fwd",
-    "linear_ppo_loss": "token_logprob_fwd",
+    "linear_cross_entropy": "token_loss_rows_",
+    "linear_ppo_loss": "token_loss_rows_",
     "linear_token_loss": "token_logprob_fwd",
     "kl_reward": "kl_reward_fwd",
     "gae": "gae",
@@ -64,8 +64,8 @@ _OWN_AUTOGRAD = frozenset(
 _TRITON_KERNELS = {
     "token_logprob": "token_logprob",
     "linear_logprob": "token_logprob",
-    "linear_cross_entropy": "token_logprob",
-    "linear_ppo_loss": "token_logprob",
+    "linear_cross_entropy": "token_loss",
+    "linear_ppo_loss": "token_loss",
     "linear_token_loss": "token_logprob",
     "kl_reward": "kl_reward",
     "gae": "gae",
@@ -207,13 +207,17 @@ def check_name(op: str, backend: str) -> None:
         raise ValueError(f"{op}: backend must be one of {('auto', *BACKENDS)}; got {backend!r}")
 
 
-def choose(op: str, backend: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> str:
+def choose(
+    op: str, backend: str, tensor: torch.Tensor, *others: torch.Tensor | None, compiling=None
+) -> str:
     """The backend that will run `op` on `tensor`; ValueError for a name that cannot run here.
 
-    `others`: the op's other tensors that are no constants to autograd: no tangent may be lost.
+    `others`: the op's other tensors that are no constants to autograd: no tangent may be lost. `compiling`: what
+    torch.compiler says, where the caller has asked.
     """
     device = "cpu" if tensor.is_cpu else tensor.device.type
-    compiling = torch.compiler.is_compiling()
+    if compiling is None:
+        compiling = torch.compiler.is_compiling()
     chosen = None
     if not compiling and type(backend) is str:
         chosen = _chosen.get((op, backend, device))

@@ -41,6 +41,15 @@ def whole_tensor(op: str, name: str, value: object) -> None:
         )
 
 
+def whole_float_tensor(op: str, name: str, value: object) -> None:
+    """Both of the above."""
+    if type(value) in _PLAIN and value.dtype in FLOAT_DTYPES and value.layout is torch.strided:
+        if not value.is_nested:
+            return
+    whole_tensor(op, name, value)
+    float_tensor(op, name, value)
+
+
 def index_tensor(op: str, name: str, value: object) -> None:
     if type(value) in _PLAIN and value.dtype in INDEX_DTYPES and value.layout is torch.strided:
         if not value.is_nested:

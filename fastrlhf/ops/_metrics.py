@@ -38,9 +38,10 @@ def _filling(name):
     return call
 
 
-# Whatever reads or writes a dict; `update` and `|` of others read by `keys` and `__getitem__`.
+# Whatever reads or writes a dict; `update` and `|` of others read by `keys` and `__getitem__`. Not its length, which
+# is right before: torch.compile asks for it between two looks at the values, and fails if they change.
 _LOOKS = (
-    *("__contains__", "__delitem__", "__eq__", "__getitem__", "__ior__", "__iter__", "__len__"),
+    *("__contains__", "__delitem__", "__eq__", "__getitem__", "__ior__", "__iter__"),
     *("__ne__", "__or__", "__repr__", "__reversed__", "__ror__", "__setitem__", "clear", "copy"),
     *("get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"),
 )

@@ -18,6 +18,8 @@ from fastrlhf.ops import _autograd
 _LIBRARY = torch.library.Library("fastrlhf", "FRAGMENT")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_profiler_enabled = torch.autograd._profiler_enabled
 
 
 def register(
@@ -25,6 +27,7 @@ def register(
     fake: Callable,
     *,
     body: Callable | None = None,
+    prototype: Callable | None = None,
     mutates: tuple[str, ...] = (),
     wrt: tuple[int, ...] = (),
     **autograd,
@@ -36,22 +39,24 @@ def register(
         fake: makes outputs of the right shapes and dtypes.
         body: an op in Python, with annotated arguments; None for a C++ op. In place of a tensor that is
             not wanted it and its fake return None, which the op makes an empty one.
+        prototype: a function with the annotations instead, where `body` has other arguments behind them.
         mutates: the arguments that `body` writes to.
         wrt, autograd: as in `differentiable`. Without `wrt` the outputs are constants.
     """
     if body is not None:
-        schema = torch.library.infer_schema(body, mutates_args=mutates)
+        schema = torch.library.infer_schema(prototype or body, mutates_args=mutates)
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, _tensors_only(body), "CompositeExplicitAutograd")
         fake = _tensors_only(fake)
     torch.library.register_fake(f"fastrlhf::{name}", fake)
     raw = getattr(torch.ops.fastrlhf, name).default
     run = raw._op
+    lists = "[]" in str(raw._schema)
 
     def below(*arguments):
         with _below_autograd():
             # Nobody looks on: the way of a Python op through the dispatcher would only cost time.
-            if body is not None and _nobody_looks(arguments):
+            if body is not None and _nobody_looks(arguments, lists):
                 return body(*arguments)
             return run(*arguments)
 
@@ -93,16 +98,18 @@ def _tensors_only(body):
 
 
 # Neither a fake nor another tensor with a dispatch of its own.
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list))
 
 
-def _nobody_looks(arguments) -> bool:
+def _nobody_looks(arguments, lists: bool) -> bool:
     """Whether no mode, subclass or profiler wants to see an op on its way."""
-    return (
-        not torch._C._len_torch_dispatch_stack()
-        and not torch.autograd._profiler_enabled()
-        and _PLAIN.issuperset(map(type, arguments))
-    )
+    if _dispatch_modes() or _profiler_enabled():
+        return False
+    if lists:
+        for x in arguments:
+            if type(x) is list and not _PLAIN.issuperset(map(type, x)):
+                return False
+    return _PLAIN.issuperset(map(type, arguments))
 
 
 def differentiable(

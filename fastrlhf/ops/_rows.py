@@ -1,59 +1,135 @@
-"""The row maths of token_logprob on a chunk of logits, for the ops that make the logits themselves.
+"""The row kernels on a chunk of logits, for the ops that make the logits themselves.
 
-Shapes: n rows of a chunk, V vocabulary; fp32, or fp64 for fp64 inputs. `forward` and `backward_` are
-one fused pass each on the kernel backends.
+Shapes: R rows that count, n rows of a chunk, V vocabulary; fp32, or fp64 for fp64 inputs.
+z = softcap * tanh(logits / softcap) / temperature; stats [3, n] as in token_logprob.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrlhf.ops import _chunks
-from fastrlhf.ops.token_logprob import check_target_values, ops
+from fastrlhf.ops import _backend, token_logprob, token_loss
+from fastrlhf.ops._register import register
+from fastrlhf.reference import LOG_RATIO_LIMIT
 
-# On CPU the statistics of a row are those of blocks of about so many columns, combined: whoever makes the
-# logits block by block (linear_logprob) has the bits of whoever makes them row by row (the update).
-BLOCK = 4096
+BLOCK = 4096  # columns: a multiple of kBlock in csrc/cpu/logit_rows.h
+_MKL = torch.backends.mkl.is_available()
 
 
-class RowMaths:
-    """log-probability, entropy and dlogits of [n, V] logits on one backend."""
+class TokenLoss(NamedTuple):
+    """sum over the rows of scale * (token_loss - entropy_coef * entropy), of per-row tensors [R]."""
+
+    advantages: Tensor | None
+    old_logprob: Tensor | None
+    clip: float
+    dual_clip: float  # inf: none
+    entropy_coef: float
+    scale: Tensor  # 0-d
+
+
+class RowKernels:
+    """log-probs, entropies and dlogits of [n, V] logits by one fused backend, or in plain PyTorch."""
 
     def __init__(self, backend: str, temperature: float, softcap: float):
         self.backend, self.temperature, self.softcap = backend, temperature, softcap
-        self._ops = None if backend == "reference" else ops(backend)
+        self.fused = backend != "reference"
 
-    def forward(self, logits, targets, row_temperature, mask):
+    def forward(self, logits, targets, row_temperature, mask, with_entropy=True):
         """(logprob [n], entropy [n], stats [3, n]) of the chunk."""
-        if logits.shape[-1] <= BLOCK or not logits.is_cpu:
-            return self._forward(logits, targets, row_temperature, mask)
-        blocks = self.blocks(logits.device, logits.shape[-1])
-        parts = (self.part(logits[:, c], c, targets, row_temperature, mask) for c in blocks)
-        return self.combined(list(parts), blocks, targets, mask)
+        if self.fused:
+            fwd = token_logprob.ops(self.backend).fwd.inside
+            settings = (row_temperature, self.temperature, self.softcap, mask, with_entropy, False)
+            return fwd(logits, targets, *settings)
+        return self._forward(logits, targets, row_temperature, mask)
 
-    @staticmethod
-    def blocks(device: torch.device, vocab: int) -> list[slice]:
-        """The columns of each block that a row's statistics are made of."""
-        return _chunks.cuts(vocab, BLOCK if device.type == "cpu" else vocab)
+    def backward(self, grad_logprob, grad_entropy, logits, targets, stats, row_t, mask, out):
+        """Writes dL/dlogits to `out`, which may be the logits."""
+        if not self.fused:
+            out.copy_(
+                self._backward(grad_logprob, grad_entropy, logits, targets, stats, row_t, mask)
+            )
+            return
+        settings = (row_t, self.temperature, self.softcap, mask)
+        bwd = token_logprob.ops(self.backend).bwd_.inside
+        bwd(grad_logprob, grad_entropy, logits, targets, stats, *settings, out)
 
-    def part(self, logits, columns, targets, row_temperature, mask) -> Tensor:
-        """[4, n]: what `combine` wants of a block of columns."""
-        local, _ = local_targets(targets, columns)
-        logprob, _, stats = self._forward(logits, local, row_temperature, mask)
-        return torch.cat((stats, logprob.unsqueeze(0)))
+    def loss(self, chunk, loss: TokenLoss, logprob, entropy, slope):
+        """Writes dlogits, and the chunk's rows of logprob, entropy and d loss / d logprob [R] (None: not wanted)."""
+        if self.fused:
+            advantages, old_logprob = loss.advantages, loss.old_logprob
+            if not chunk.whole:
+                advantages, old_logprob = chunk.of(advantages, old_logprob)
+                logprob, entropy, slope = chunk.of(logprob, entropy, slope)
+            token_loss.ops(self.backend).rows_.inside(
+                chunk.logits,
+                chunk.targets,
+                advantages,
+                old_logprob,
+                loss.clip,
+                loss.dual_clip,
+                loss.entropy_coef,
+                chunk.row_temperature,
+                self.temperature,
+                self.softcap,
+                chunk.mask,
+                loss.scale,
+                chunk.dlogits,
+                logprob,
+                entropy,
+                slope,
+            )
+        else:
+            self.loss_in_parts(chunk, loss, logprob, entropy, slope)
 
-    @staticmethod
-    def combined(parts, blocks, targets, mask):
-        """`forward` from the parts of all blocks."""
-        check_target_values("linear_logprob", targets, blocks[-1].stop, mask)
-        return whole_rows(torch.stack(parts), targets, blocks[0].stop, mask)
+    def loss_in_parts(self, chunk, loss: TokenLoss, logprob, entropy, slope):
+        """`loss` by a forward and a backward, with the slopes in plain PyTorch between them."""
+        rows = chunk.rows
+        advantages, old_logprob = (
+            x if x is None else x[rows] for x in (loss.advantages, loss.old_logprob)
+        )
+        given = (chunk.logits, chunk.targets)
+        rest = (chunk.row_temperature, chunk.mask)
+        found, found_entropy, stats = self.forward(*given, *rest)
+        g = policy_slope(found, advantages, old_logprob, loss)
+        if chunk.mask is not None:
+            g = g.masked_fill(~chunk.mask, 0.0)
+        h = None
+        if loss.entropy_coef != 0:
+            h = (-loss.entropy_coef * loss.scale).expand_as(g).contiguous()
+        self.backward(g, h, *given, stats, *rest, chunk.dlogits)
+        for whole, part in ((logprob, found), (entropy, found_entropy), (slope, g)):
+            if whole is not None:
+                whole[chunk.rows] = part
+
+    def blocks(self, head) -> list[slice] | None:
+        """Columns of each block of the vocabulary, for `forward_by_blocks`; None where whole rows are taken.
+
+        MKL gives an fp32 logit the same bits whatever its block holds, and the row kernels give a row the same
+        bits however it is cut at multiples of BLOCK. So the forward has the bits of the update, which must
+        hold whole rows. (Not in fp64, nor with another BLAS; not tried on GPUs.)
+        """
+        count = head.vocab // BLOCK
+        if self.backend != "cpu" or head.acc != torch.float32 or count < 2 or not _MKL:
+            return None
+        ends = [*range(BLOCK, count * BLOCK, BLOCK), head.vocab]
+        return [slice(i * BLOCK, end) for i, end in enumerate(ends)]
+
+    def forward_by_blocks(self, head, chunk, blocks: list[slice]):
+        """`forward` of a chunk whose logits are made here, block by block in the chunk's memory."""
+        given = (chunk.row_temperature, self.temperature, self.softcap, chunk.mask)
+        state = chunk.logits.new_empty((6, len(chunk.x)))
+        memory, bias = chunk.logits.view(-1), head.bias
+        for columns in blocks:
+            width = columns.stop - columns.start
+            logits = memory[: len(chunk.x) * width].view(-1, width)
+            part = head.weight[columns], None if bias is None else bias[columns]
+            head.gemms.logits(chunk.x, *part, logits)
+            _PART(logits, chunk.targets, columns.start, *given, state)
+        return _WHOLE(state, head.vocab, chunk.targets, *given)
 
     def _forward(self, logits, targets, row_temperature, mask):
-        if self.backend != "reference":
-            return self._ops.fwd.inside(
-                logits, targets, row_temperature, self.temperature, self.softcap, mask, True, False
-            )
         z = self._scaled(logits, row_temperature)
         top = z.amax(-1, keepdim=True)
         d = z - top.masked_fill(top == -torch.inf, 0.0)
@@ -71,21 +147,7 @@ class RowMaths:
             logprob, entropy = logprob.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
         return logprob, entropy, torch.stack((top, log_sum, mean))
 
-    def backward_(self, grad_logprob, grad_entropy, logits, targets, stats, row_t, mask):
-        """Overwrites the chunk's logits with dL/dlogits."""
-        if self.backend != "reference":
-            self._ops.bwd_.inside(
-                grad_logprob,
-                grad_entropy,
-                logits,
-                targets,
-                stats,
-                row_t,
-                self.temperature,
-                self.softcap,
-                mask,
-            )
-            return
+    def _backward(self, grad_logprob, grad_entropy, logits, targets, stats, row_t, mask):
         chain = 1.0 / self.temperature
         if row_t is not None:
             chain = (1.0 / row_t).unsqueeze(-1)
@@ -104,7 +166,7 @@ class RowMaths:
             away = away.masked_fill(away == -torch.inf, 0.0)
             grad.sub_(grad_entropy.unsqueeze(-1) * p * (away - mean))
         grad.mul_(chain)
-        logits.copy_(grad if mask is None else grad.masked_fill_(~mask.unsqueeze(-1), 0.0))
+        return grad if mask is None else grad.masked_fill_(~mask.unsqueeze(-1), 0.0)
 
     @staticmethod
     def _index(targets, vocab, mask):
@@ -120,6 +182,25 @@ class RowMaths:
         if row_temperature is not None:
             return z / row_temperature.unsqueeze(-1)
         return z / self.temperature if self.temperature != 1.0 else z
+
+
+def policy_slope(logprob, advantages, old_logprob, loss: TokenLoss) -> Tensor:
+    """d loss / d logprob [n] in plain PyTorch: the gradient of `policy_term` in csrc/rl_math.h."""
+    if old_logprob is None:
+        slope = -loss.scale
+        return slope.expand_as(logprob).contiguous() if advantages is None else slope * advantages
+    a = torch.ones_like(logprob) if advantages is None else advantages
+    distance = logprob - old_logprob
+    log_ratio = distance.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio = log_ratio.exp()
+    unclipped, clipped = -a * ratio, -a * ratio.clamp(1 - loss.clip, 1 + loss.clip)
+    larger = torch.where(clipped > unclipped, clipped, unclipped)
+    idle = (clipped > unclipped) | (log_ratio != distance)
+    if math.isfinite(loss.dual_clip):
+        idle |= (a < 0) & (-a * loss.dual_clip < larger)
+    slope = unclipped.masked_fill(idle, 0.0)
+    # A NaN must not hide behind a clip.
+    return torch.where(larger == larger, slope, larger) * loss.scale
 
 
 def local_targets(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
@@ -160,3 +241,13 @@ def combine(every: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = (w * (means + (tops - top))).masked_fill(w == 0, 0.0).sum(0)
     logprob = (logprobs + log_w).gather(0, owner.unsqueeze(0)).squeeze(0)
     return logprob, log_sum - mean, torch.stack((top, log_sum, mean))
+
+
+def _whole_fake(state, vocab, targets, *settings):
+    out = state.new_empty(targets.shape)
+    return out, torch.empty_like(out), state.new_empty((3, targets.numel()))
+
+
+if token_logprob.OP in _backend._CPU_OPS:
+    _PART = register("token_logprob_part_", lambda *arguments: None).inside
+    _WHOLE = register("token_logprob_whole", _whole_fake).inside

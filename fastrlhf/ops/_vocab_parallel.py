@@ -18,8 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrlhf.ops import _chunks
+from fastrlhf.ops._gemms import gemms_for
+from fastrlhf.ops._linear import Gradients, Head, add_gradients, as_parameters
 from fastrlhf.ops._register import differentiable
-from fastrlhf.ops._rows import RowMaths, local_targets, whole_rows
+from fastrlhf.ops._rows import RowKernels, local_targets, whole_rows
 from fastrlhf.ops.linear_logprob import FWD
 from fastrlhf.ops.token_logprob import check_target_values, run
 
@@ -70,14 +72,16 @@ _same_shapes_once = functools.lru_cache(maxsize=256)(_same_shapes)
 
 def _forward(hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest):
     """(logprob, entropy), as `linear_logprob`, of a weight and bias shard; and the rows' statistics."""
-    workspace, backend, group = rest
-    maths = ShardMaths(backend, temperature, softcap, group, weight.shape[0])
+    num_rows, workspace, backend, group = rest
+    kernels = ShardKernels(backend, temperature, softcap, group, weight.shape[0])
     flat = targets.reshape(-1)
-    local, _ = local_targets(targets, maths.columns)
+    local, _ = local_targets(targets, kernels.columns)
     arguments = (hidden, weight, local, bias, row_t, temperature, softcap, mask)
-    logprob, _, stats, _ = run("linear_logprob", FWD, (*arguments, workspace, backend, False))
+    logprob, _, stats, _ = run(
+        "linear_logprob", FWD, (*arguments, num_rows, workspace, backend, False)
+    )
     flat_mask = None if mask is None else mask.reshape(-1)
-    logprob, entropy, stats = maths.over_ranks(logprob.view(-1), stats, flat, flat_mask)
+    logprob, entropy, stats = kernels.over_ranks(logprob.view(-1), stats, flat, flat_mask)
     return logprob.view(targets.shape), entropy.view(targets.shape), stats
 
 
@@ -96,31 +100,28 @@ def _gather(mine: Tensor, group) -> Tensor:
 
 @_chunks.without_autocast
 def _gradients(
-    grad_logprob, grad_entropy, saved, needs, temperature, softcap, workspace, backend, group
+    grad_logprob,
+    grad_entropy,
+    saved,
+    needs,
+    temperature,
+    softcap,
+    num_rows,
+    workspace,
+    backend,
+    group,
 ):
     hidden, weight, bias, targets, stats, row_t, mask = saved
-    index = _chunks.counted_rows(mask)
-    operands = _chunks.Operands(hidden, weight, bias, index)
-    shard = weight.shape[0]
-    maths = ShardMaths(backend, temperature, softcap, group, shard)
-    grads = _chunks.Gradients(operands, needs)
-    sums = HiddenSums(grads, group, scattered=index is not None)
-    take = operands.take
-    y, t, g, h = take(targets), take(row_t), take(grad_logprob), take(grad_entropy)
-    m = None if index is not None else take(mask)
-    s = stats if index is None else stats.index_select(1, index)
-    step = _chunks.chunk_rows(workspace, shard, operands.acc, hidden.device)
-    buffer = _chunks.logits_rows(min(step, operands.rows), shard, operands.acc, hidden.device)
-    for rows in _chunks.cuts(operands.rows, step):
-        x = operands.hidden_chunk(rows.start, rows.stop)
-        logits = operands.logits(x, buffer[: len(x)])
-        upstream = [None if v is None else v[rows] for v in (g, h)]
-        rest = [s[:, rows].contiguous(), *(None if v is None else v[rows] for v in (t, m))]
-        maths.backward_(*upstream, logits, y[rows], *rest)
-        grads.add(operands.where(rows), x, logits)
-        sums.start(rows)
-    sums.finish()
-    return grads.finish(hidden, weight, bias, lambda like: like.dtype)
+    gemms = gemms_for(hidden, weight)
+    head = Head(gemms, hidden, weight, bias, targets, row_t, mask, workspace, num_rows)
+    kernels = ShardKernels(backend, temperature, softcap, group, weight.shape[0])
+    grads = Gradients(head, needs, sums=HiddenSums(group))
+    upstream = [head.take(grad) for grad in (grad_logprob, grad_entropy)]
+    if head.wrong is not None:
+        upstream = [g if g is None else g.masked_fill(head.wrong, math.nan) for g in upstream]
+    stats = stats if head.index is None else stats.index_select(1, head.index)
+    add_gradients(head, kernels, grads, upstream, stats)
+    return as_parameters(grads.finish(), (hidden, weight, bias), lambda like: like.dtype)
 
 
 def _backward(ctx, *upstream):
@@ -139,18 +140,21 @@ _vocab_parallel = differentiable(
 )
 
 
-class ShardMaths(RowMaths):
-    """`RowMaths` of whole rows, from this rank's columns of their logits; targets count in [0, V)."""
+class ShardKernels(RowKernels):
+    """`RowKernels` of whole rows, from this rank's columns of their logits; targets count in [0, V)."""
 
     def __init__(self, backend: str, temperature: float, softcap: float, group, shard: int):
         super().__init__(backend, temperature, softcap)
         self.group, self.shard, self.vocab = group, shard, shard * group.size()
         self.columns = slice(group.rank() * shard, (group.rank() + 1) * shard)
 
-    def forward(self, logits, targets, row_temperature, mask):
+    def forward(self, logits, targets, row_temperature, mask, with_entropy=True):
         local, _ = local_targets(targets, self.columns)
         logprob, _, stats = super().forward(logits, local, row_temperature, mask)
         return self.over_ranks(logprob, stats, targets, mask)
+
+    def blocks(self, head):
+        return None
 
     def over_ranks(self, logprob, stats, targets, mask):
         """(logprob [n], entropy [n], stats [3, n]) of the whole rows, the same bits on every rank."""
@@ -159,18 +163,22 @@ class ShardMaths(RowMaths):
         wrong = self._wrong(targets) if mask is None else self._wrong(targets) & mask
         return logprob.masked_fill(wrong, math.nan), entropy, stats
 
-    def backward_(self, grad_logprob, grad_entropy, logits, targets, stats, row_t, mask):
+    def loss(self, chunk, loss, logprob, entropy, slope):
+        # The ranks wait for each other between a row's statistics and its loss.
+        self.loss_in_parts(chunk, loss, logprob, entropy, slope)
+
+    def backward(self, grad_logprob, grad_entropy, logits, targets, stats, row_t, mask, out):
         local, mine = local_targets(targets, self.columns)
         if grad_logprob is not None:
             grad_logprob = grad_logprob.masked_fill(self._wrong(targets), math.nan)
         upstream, rest = (grad_logprob, grad_entropy), (stats, row_t, mask)
-        # The row maths counts column `local` as the target. Where the target is another rank's, that is
+        # The row kernel takes column `local` for the target. Where the target is another rank's, that is
         # column 0, whose gradient is made apart, beside a copy that is the target: subtracting would lose
         # digits. By the same backend, which alone knows what its statistics are.
         first = logits[:, :1].repeat(1, 2)
-        super().backward_(*upstream, first, torch.ones_like(local), *rest)
-        super().backward_(*upstream, logits, local, *rest)
-        logits[:, :1] = torch.where(mine.unsqueeze(1), logits[:, :1], first[:, :1])
+        super().backward(*upstream, first, torch.ones_like(local), *rest, first)
+        super().backward(*upstream, logits, local, *rest, out)
+        out[:, :1] = torch.where(mine.unsqueeze(1), out[:, :1], first[:, :1].to(out.dtype))
 
     def _wrong(self, targets):
         """On CPU such targets were refused; a GPU cannot tell without a host sync."""
@@ -180,19 +188,16 @@ class ShardMaths(RowMaths):
 class HiddenSums:
     """dX summed over the ranks, a chunk's sum under way while the next chunk's GEMMs run."""
 
-    def __init__(self, grads: _chunks.Gradients, group, *, scattered: bool):
-        self.grads, self.group, self.scattered, self._under_way = grads, group, scattered, []
+    def __init__(self, group):
+        self.group, self._under_way = group, []
 
-    def start(self, rows: slice) -> None:
-        """The rows of a chunk are there; of scattered ones nobody knows until the end."""
-        hidden = self.grads.hidden
-        if hidden is not None and not self.scattered:
-            work = dist.all_reduce(hidden[rows], group=self.group, async_op=True)
-            self._under_way.append(work)
+    def start(self, rows: Tensor) -> None:
+        """Rows of dX are there."""
+        self._under_way.append(dist.all_reduce(rows, group=self.group, async_op=True))
 
-    def finish(self) -> None:
-        hidden = self.grads.hidden
-        if hidden is not None and self.scattered:
+    def finish(self, hidden: Tensor, scattered: bool) -> None:
+        """Of scattered rows nobody knows until the end that they are there."""
+        if scattered:
             dist.all_reduce(hidden, group=self.group)
         for work in self._under_way:
             work.wait()

@@ -6,9 +6,9 @@ Shapes: hidden [..., H] -> N rows, weight [V, H], bias [V], targets [...].
 import torch
 from torch import Tensor
 
-from fastrlhf.ops import _autograd, _backend, _checks, _chunks, _loss_head
-from fastrlhf.ops._register import register
-from fastrlhf.ops.linear_logprob import check_linear, linear_logprob
+from fastrlhf.ops import _autograd, _backend, _checks, _linear_loss
+from fastrlhf.ops._gemms import acc_of
+from fastrlhf.ops.linear_logprob import check_linear, check_num_rows, linear_logprob
 from fastrlhf.ops.token_logprob import check, check_target_values, run
 
 OP = "linear_cross_entropy"
@@ -26,6 +26,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     scale: float | Tensor = 1.0,
     accumulate_into: Tensor | None = None,
+    num_rows: int | None = None,
     workspace: str = "fast",
     process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
@@ -34,7 +35,7 @@ def linear_cross_entropy(
 
     "mean" and "sum" know the gradient of each logit as soon as its chunk is there: the forward
     makes dX and dW too, 6 N H V FLOP in all, and the backward only scales them. "none" is
-    `linear_logprob`. On CPU ignored rows enter no GEMM.
+    `linear_logprob`. Ignored rows enter no GEMM.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16, or float64 (CPU).
@@ -49,9 +50,12 @@ def linear_cross_entropy(
             dW, where gradients are enabled; the backward then gives the weight none, so that steps
             which add up gradients hold one dW. float32 (float64 for float64), or the weight's dtype.
             The upstream gradient of the loss must be 1: what multiplies the loss goes into `scale`.
-            (Another one raises on CPU; on a GPU, where that would be a sync, dX and db are NaN.) So
-            does a second backward; under non-reentrant torch.utils.checkpoint, which would add dW
-            twice, it is refused. None (a ``weight.grad`` before the first backward) asks for nothing.
+            Another one raises on CPU; on a GPU, where looking would be a sync, dX and db are NaN. A second
+            backward raises. Under non-reentrant torch.utils.checkpoint, which would add dW twice,
+            accumulate_into is refused. dW is added even where the loss is dropped. None (a ``weight.grad``
+            before the first backward) asks for nothing.
+        num_rows: how many targets are not ignore_index; as in `linear_logprob`, for whoever would
+            otherwise wait for a GPU to count them.
         workspace, backend: as in `linear_logprob`.
         process_group: as in `linear_ppo_loss`.
 
@@ -72,22 +76,25 @@ def linear_cross_entropy(
     check_settings(OP, ignore_index, reduction)
     _checks.index_tensor(OP, "targets", targets)
     chosen = _backend.choose(OP, backend, hidden, weight, bias)
-    vocab = _loss_head.whole_vocab(OP, process_group, hidden, weight)
+    vocab = _linear_loss.whole_vocab(OP, process_group, hidden, weight)
     if 0 <= ignore_index < vocab:
         raise ValueError(f"{OP}: ignore_index must be outside [0, {vocab}); got {ignore_index}")
     counted = targets != ignore_index
     row_temperature, temperature_number, cap, _ = check(
         OP, hidden, targets, temperature, softcap, None, vocab=weight.shape[0]
     )
-    acc = _chunks.acc_of(hidden, weight)
-    factor = _loss_head.scale_argument(OP, scale, hidden.device, acc)
+    acc = acc_of(hidden, weight)
+    if num_rows is not None:
+        check_num_rows(OP, num_rows, counted, targets)
+    factor = _linear_loss.scale_argument(OP, scale, hidden.device, acc)
     if accumulate_into is not None:
         inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
-        _loss_head.check_accumulate(OP, accumulate_into, weight, acc, inputs)
+        inputs |= {"temperature": row_temperature, "scale": factor}
+        _linear_loss.check_accumulate(OP, accumulate_into, weight, acc, inputs)
     if reduction == "none":
         if accumulate_into is not None:
             raise ValueError(f"{OP}: accumulate_into must be None with reduction='none'")
-        return -factor * linear_logprob(
+        logprob = linear_logprob(
             hidden,
             weight,
             targets,
@@ -96,38 +103,37 @@ def linear_cross_entropy(
             softcap=softcap,
             mask=counted,
             workspace=workspace,
+            num_rows=num_rows,
             process_group=process_group,
             backend=chosen,
         )
+        return -logprob if factor is None else -factor * logprob
     if chosen == "reference" and hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         check_target_values(OP, targets, vocab, counted)
-    needs = _autograd.needs(hidden, weight, bias)
+    needs = [*_autograd.needs(hidden, weight, bias), False]
     arguments = (
         hidden,
         weight,
-        targets,
         bias,
-        row_temperature,
-        temperature_number,
-        cap,
+        None,
+        targets,
         counted,
+        row_temperature,
         factor,
-        reduction == "mean",
+        [],
+        [temperature_number, cap, float(reduction == "mean")],
+        num_rows,
+        False,
+        _linear_loss.CROSS_ENTROPY,
         workspace,
         chosen,
-        *needs,
+        needs,
     )
     into = accumulate_into if torch.is_grad_enabled() else None
     if into is not None or process_group is not None:
-        _loss_head.check_values(OP, targets, vocab, counted, row_temperature)
-
-        def body():
-            loss, *grads = _forward(*arguments, into=into, group=process_group)
-            return loss, grads
-
-        return _loss_head.gradients_in_forward(OP, body, into is not None, hidden, weight, bias)
-    loss, *_ = run(OP, _FWD, arguments)
-    return loss
+        _linear_loss.check_values(OP, targets, vocab, counted, row_temperature)
+        return _linear_loss.in_forward(OP, arguments, into=into, group=process_group)[0]
+    return run(OP, _linear_loss.FWD, arguments)[0]
 
 
 def check_settings(op, ignore_index, reduction):
@@ -135,78 +141,3 @@ def check_settings(op, ignore_index, reduction):
         raise TypeError(f"{op}: ignore_index must be an int; got {type(ignore_index).__name__}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none'; got {reduction!r}")
-
-
-def _forward(
-    hidden,
-    weight,
-    targets,
-    bias,
-    row_temperature,
-    temperature,
-    softcap,
-    mask,
-    factor,
-    mean,
-    workspace,
-    backend,
-    *needs,
-    into=None,
-    group=None,
-):
-    head = _loss_head.LossHead(
-        hidden,
-        weight,
-        targets,
-        bias,
-        row_temperature,
-        temperature,
-        softcap,
-        mask,
-        workspace,
-        backend,
-        needs,
-        into=into,
-        group=group,
-    )
-    # The loss is the sum of slope * logprob; a tensor, so that a GPU need not tell the count.
-    slope = -factor / mask.sum().clamp(min=1) if mean else -factor
-    slopes = slope.expand(min(head.step, head.operands.rows)).contiguous()
-    head.run(lambda where, logprob, entropy: (slopes[: len(logprob)], None))
-    return head.logprob.sum() * slope, *head.gradients(_loss_head.kept_dtype)
-
-
-@_chunks.without_autocast
-def _fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    mask: Tensor,
-    factor: Tensor,
-    mean: bool,
-    workspace: str,
-    backend: str,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, dloss/dX, dloss/dW, dloss/db); the last three None where not needed."""
-    needs = (needs_hidden, needs_weight, needs_bias)
-    rows = (row_temperature, temperature, softcap, mask, factor, mean, workspace, backend)
-    return _forward(hidden, weight, targets, bias, *rows, *needs)
-
-
-def _fake(hidden, weight, targets, bias, *rest):
-    acc = _chunks.acc_of(hidden, weight)
-    grads = _loss_head.fake_gradients((hidden, weight, bias), rest[-3:])
-    return (hidden.new_empty((), dtype=acc), *grads)
-
-
-_WRT = (0, 1, 3)  # hidden, weight and bias
-_FWD = register(
-    "linear_cross_entropy_fwd", _fake, body=_fwd, op=OP, wrt=_WRT, **_loss_head.scaling(_WRT)
-)

@@ -3,21 +3,21 @@
 Shapes: hidden [..., H] -> N rows, weight [V, H], bias [V], targets, mask, outputs [...].
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastrlhf.ops import _autograd, _backend, _checks, _chunks
-from fastrlhf.ops._register import register
-from fastrlhf.ops._rows import RowMaths
+from fastrlhf.ops._gemms import acc_of, check_count, gemms_for
+from fastrlhf.ops._linear import Gradients, Head, add_gradients, as_parameters, statistics
+from fastrlhf.ops._register import plain, register
+from fastrlhf.ops._rows import RowKernels
 from fastrlhf.ops.token_logprob import check, check_target_values, run
 
 OP = "linear_logprob"
 # Logits of at most this many bytes stay for the backward (3 GEMMs); larger ones are made again (4).
 KEEP_BYTES = 24 << 20
-# From so many rows on, the forward on CPU walks the vocabulary in blocks, with all rows before each: every
-# GEMM call packs its part of the weight once. MKL gives a logit the same bits whatever its block holds, and so
-# the bits of the update, which must hold whole rows. (Not in fp64, which goes by rows.)
-BY_BLOCK_ROWS = 64 if torch.backends.mkl.is_available() else 1 << 62
 
 
 def linear_logprob(
@@ -30,6 +30,7 @@ def linear_logprob(
     softcap: float | None = None,
     mask: Tensor | None = None,
     return_entropy: bool = False,
+    num_rows: int | None = None,
     workspace: str = "fast",
     process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
@@ -37,10 +38,10 @@ def linear_logprob(
     """`token_logprob` of the logits hidden @ weight.T + bias, made a chunk of rows at a time.
 
     Forward 2 N H V FLOP, backward 6 N H V (logits again, dX, dW): a chunk's logits are made in
-    fp32 in one workspace, turned into dlogits in place and multiplied into dX and dW, which are
-    summed in fp32 and rounded once. Small problems (24 MiB of logits or less) keep their logits for
-    the backward instead of making them again. A weight or hidden that needs no gradient skips its
-    GEMM. On CPU, rows that are masked, and rows whose upstream gradient is 0, enter no GEMM.
+    fp32 in one workspace, turned into dlogits of the operands' dtype (on CPU in place) and multiplied
+    into dX and dW, which are summed in fp32 and rounded once. Small problems (24 MiB of logits or less)
+    keep their logits for the backward instead of making them again. A weight or hidden that needs no
+    gradient skips its GEMM. Masked rows enter no GEMM; on CPU neither do rows whose upstream gradient is 0.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16, or float64 (CPU).
@@ -48,8 +49,12 @@ def linear_logprob(
         targets: [...], int32 or int64, in [0, V).
         bias: [V], or None.
         temperature, softcap, mask, return_entropy: as in `token_logprob`.
-        workspace: "fast" or "compact": bytes of logits held at a time (GPU 1 GiB or 256 MiB, CPU
-            64 MiB or 24 MiB). Results do not depend on it, beyond the rounding of dW's sum.
+        num_rows: how many rows of `mask` count, where the caller knows it. Without it the host waits for a
+            GPU to count them, once in the forward and once in the backward. (While a CUDA graph is
+            captured nothing can wait: then masked rows enter the GEMMs.) A wrong one raises on CPU; on a GPU,
+            where looking would be a wait, log-probs, entropies and gradients become NaN.
+        workspace: "fast" or "compact": bytes of logits and dlogits held at a time (GPU 1.5 GiB or 256
+            MiB, CPU 64 MiB or 24 MiB). Results do not depend on it, beyond the rounding of dW's sum.
         process_group: its W ranks share out the vocabulary: weight [V / W, H] and bias [V / W] are
             rank r's rows [r V / W, (r + 1) V / W); targets count in [0, V). Every rank passes the same
             hidden, targets, mask and upstream gradients and gets the same log-probs, entropies and
@@ -71,11 +76,22 @@ def linear_logprob(
     row_temperature, temperature, softcap, mask = check(
         OP, hidden, targets, temperature, softcap, mask, vocab=weight.shape[0]
     )
+    if num_rows is not None:
+        check_num_rows(OP, num_rows, mask, targets)
     chosen = _backend.choose(OP, backend, hidden, weight, bias)
     if process_group is not None:
         from fastrlhf.ops import _vocab_parallel  # torch.distributed: only where it is asked for
 
-        settings = (row_temperature, temperature, softcap, mask, workspace, chosen, process_group)
+        settings = (
+            row_temperature,
+            temperature,
+            softcap,
+            mask,
+            num_rows,
+            workspace,
+            chosen,
+            process_group,
+        )
         logprob, entropy = _vocab_parallel.logprob(OP, hidden, weight, targets, bias, *settings)
         return (logprob, entropy) if return_entropy else logprob
     if chosen == "reference" and not torch.compiler.is_compiling() and hidden.device.type == "cpu":
@@ -92,6 +108,7 @@ def linear_logprob(
             temperature,
             softcap,
             mask,
+            num_rows,
             workspace,
             chosen,
             _autograd.trained(hidden, weight, bias),
@@ -101,29 +118,44 @@ def linear_logprob(
 
 
 def check_linear(op, hidden, weight, bias, workspace):
-    _checks.whole_tensor(op, "hidden", hidden)
-    _checks.whole_tensor(op, "weight", weight)
-    _checks.float_tensor(op, "hidden", hidden)
-    _checks.float_tensor(op, "weight", weight)
-    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        width = hidden.shape[-1] if hidden.dim() else "H"
+    _checks.whole_float_tensor(op, "hidden", hidden)
+    _checks.whole_float_tensor(op, "weight", weight)
+    shape, vocab_shape = hidden.shape, weight.shape
+    if not shape or len(vocab_shape) != 2 or vocab_shape[1] != shape[-1]:
+        width = shape[-1] if shape else "H"
         raise ValueError(
-            f"{op}: weight must have shape (V, {width}) for hidden {tuple(hidden.shape)}; "
-            f"got {tuple(weight.shape)}"
+            f"{op}: weight must have shape (V, {width}) for hidden {tuple(shape)}; "
+            f"got {tuple(vocab_shape)}"
         )
-    if hidden.shape[-1] == 0:
+    if shape[-1] == 0:
         raise ValueError(f"{op}: hidden must have at least 1 feature; got {tuple(hidden.shape)}")
     _checks.same_device(op, "weight", weight, hidden.device)
     if bias is not None:
-        _checks.whole_tensor(op, "bias", bias)
-        _checks.float_tensor(op, "bias", bias)
+        _checks.whole_float_tensor(op, "bias", bias)
         _checks.shape(op, "bias", bias, weight.shape[:1])
         _checks.same_device(op, "bias", bias, hidden.device)
-    _chunks.check_workspace(op, workspace)
+    if workspace not in _chunks.WORKSPACES:
+        _chunks.check_workspace(op, workspace)
 
 
-def _keeps_logits(rows: int, vocab: int, acc: torch.dtype, trained: bool) -> bool:
-    return trained and 0 < rows * vocab * acc.itemsize <= KEEP_BYTES
+def check_num_rows(op: str, num_rows: object, mask: Tensor | None, targets: Tensor) -> None:
+    if isinstance(num_rows, bool) or not isinstance(num_rows, int):
+        raise TypeError(f"{op}: num_rows must be an int; got {type(num_rows).__name__}")
+    if mask is None:
+        raise ValueError(f"{op}: num_rows must come with mask; got mask=None")
+    if not 0 <= num_rows <= targets.numel():
+        raise ValueError(f"{op}: num_rows must be in [0, {targets.numel()}]; got {num_rows}")
+    if mask.is_cpu and type(mask) is Tensor and plain():  # else the op tells
+        check_count(int(mask.sum()), num_rows, f"{op}: ")
+
+
+def _keeps_logits(hidden, weight, targets, mask, num_rows, trained: bool) -> bool:
+    # Under capture of a CUDA graph every row takes part, else those that count: rows kept by a forward inside a
+    # graph would not be those of a backward outside of it.
+    if not trained or (hidden.is_cuda and mask is not None and num_rows is None):
+        return False
+    size = targets.numel() * weight.shape[0] * acc_of(hidden, weight).itemsize
+    return 0 < size <= KEEP_BYTES
 
 
 @_chunks.without_autocast
@@ -136,53 +168,22 @@ def _fwd(
     temperature: float,
     softcap: float,
     mask: Tensor | None,
+    num_rows: int | None,
     workspace: str,
     backend: str,
     trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, stats [3, N], logits [N, V] where they are small and will be needed)."""
-    index = _chunks.counted_rows(mask)
-    operands = _chunks.Operands(hidden, weight, bias, index)
-    maths = RowMaths(backend, temperature, softcap)
-    count, vocab, acc = targets.numel(), weight.shape[0], operands.acc
-    options = {"dtype": acc, "device": hidden.device}
-    make = torch.empty if index is None else torch.zeros
-    logprob, entropy = make(targets.shape, **options), make(targets.shape, **options)
-    stats = make((3, count), **options)
-    keep = _keeps_logits(count, vocab, acc, trained)
-    # Kept logits of masked rows are never read: only the rows that take part are filled in.
-    kept = torch.empty((count, vocab) if keep else (0,), **options)
-    y, t = operands.take(targets), operands.take(row_temperature)
-    m = None if index is not None else operands.take(mask)
-    blocks = maths.blocks(hidden.device, vocab)
-    several = len(blocks) > 1 and operands.rows >= BY_BLOCK_ROWS
-    by_block = several and acc == torch.float32 and not keep
-    width = blocks[0].stop if by_block else vocab
-    step = operands.rows if keep else _chunks.chunk_rows(workspace, width, acc, hidden.device)
-    buffer = kept if keep else _chunks.logits_rows(min(step, operands.rows), width, **options)
-    for rows in _chunks.cuts(operands.rows, step):
-        x = operands.hidden_chunk(rows.start, rows.stop)
-        per_row = y[rows], *(None if v is None else v[rows] for v in (t, m))
-        if by_block:
-            parts = []
-            for columns in blocks:
-                logits = operands.logits(x, _block(buffer, len(x), columns), columns)
-                parts.append(maths.part(logits, columns, *per_row))
-            out = maths.combined(parts, blocks, per_row[0], per_row[2])
-        else:
-            logits = operands.logits(x, buffer[: len(x)])
-            out = maths.forward(logits, *per_row)
-        where = rows if index is None else index[rows]
-        logprob.view(-1)[where] = out[0]
-        entropy.view(-1)[where] = out[1]
-        stats[:, where] = out[2]
-    return logprob, entropy, stats, kept
-
-
-def _block(buffer: Tensor, rows: int, columns: slice) -> Tensor:
-    """[rows, columns] without gaps at the front of the buffer, which has none either (CPU)."""
-    width = columns.stop - columns.start
-    return buffer.view(-1)[: rows * width].view(rows, width)
+    gemms = gemms_for(hidden, weight)
+    head = Head(gemms, hidden, weight, bias, targets, row_temperature, mask, workspace, num_rows)
+    kernels = RowKernels(backend, temperature, softcap)
+    memory = torch.empty(0, dtype=head.acc, device=head.device)
+    if _keeps_logits(hidden, weight, targets, mask, num_rows, trained):
+        # Of the rows that count, one after the other; the memory of others is never read.
+        memory = memory.new_empty((head.count, head.vocab))
+    logprob, entropy, stats = statistics(head, kernels, memory if memory.numel() else None)
+    logprob, entropy, stats = (head.spread(x) for x in (logprob, entropy, stats))
+    return logprob.view(targets.shape), entropy.view(targets.shape), stats, memory
 
 
 def _fwd_fake(
@@ -194,14 +195,15 @@ def _fwd_fake(
     temperature,
     softcap,
     mask,
+    num_rows,
     workspace,
     backend,
     trained,
 ):
-    acc = _chunks.acc_of(hidden, weight)
+    acc = acc_of(hidden, weight)
     out = hidden.new_empty(targets.shape, dtype=acc)
     count, vocab = targets.numel(), weight.shape[0]
-    keep = _keeps_logits(count, vocab, acc, trained)
+    keep = _keeps_logits(hidden, weight, targets, mask, num_rows, trained)
     return (
         out,
         torch.empty_like(out),
@@ -224,6 +226,7 @@ def _bwd(
     temperature: float,
     softcap: float,
     mask: Tensor | None,
+    num_rows: int | None,
     workspace: str,
     backend: str,
     needs_hidden: bool,
@@ -231,60 +234,44 @@ def _bwd(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dW, db); None for those not needed."""
-    forward_index = _chunks.counted_rows(mask)
-    index = _active_rows(grad_logprob, grad_entropy, mask)
-    operands = _chunks.Operands(hidden, weight, bias, index)
-    maths = RowMaths(backend, temperature, softcap)
-    grads = _chunks.Gradients(operands, (needs_hidden, needs_weight, needs_bias))
-    take = operands.take
-    y, t, g, h = take(targets), take(row_temperature), take(grad_logprob), take(grad_entropy)
-    m = None if index is not None else take(mask)
-    s = stats if index is None else stats.index_select(1, index)
-    vocab = weight.shape[0]
-    step = _chunks.chunk_rows(workspace, vocab, operands.acc, hidden.device)
-    buffer = _chunks.logits_rows(min(step, operands.rows), vocab, operands.acc, hidden.device)
-    source = _kept_positions(index, forward_index) if kept.numel() else None
-    for rows in _chunks.cuts(operands.rows, step):
-        start, stop = rows.start, rows.stop
-        x, logits = operands.hidden_chunk(start, stop), buffer[: stop - start]
-        if not kept.numel():
-            operands.logits(x, logits)
-        elif source is None:
-            logits.copy_(kept[rows])
-        else:
-            torch.index_select(kept, 0, source[rows], out=logits)
-        maths.backward_(
-            None if g is None else g[rows],
-            None if h is None else h[rows],
-            logits,
-            y[rows],
-            s[:, rows].contiguous(),
-            None if t is None else t[rows],
-            None if m is None else m[rows],
-        )
-        grads.add(operands.where(rows), x, logits)
-    return tuple(grads.finish(hidden, weight, bias, lambda like: like.dtype))
-
-
-def _active_rows(grad_logprob, grad_entropy, mask):
-    """Rows that count and carry a gradient, where knowing them is free (CPU); None for all."""
+    gemms = gemms_for(hidden, weight)
     active = mask
-    if (grad_logprob if grad_logprob is not None else grad_entropy).device.type == "cpu":
-        carries = None
-        for grad in (grad_logprob, grad_entropy):
-            if grad is not None:
-                carries = grad != 0 if carries is None else carries | (grad != 0)
-        active = carries if mask is None else carries & mask
-    return _chunks.counted_rows(active)
+    if gemms.skips_idle_rows:
+        active, num_rows = _active_rows(grad_logprob, grad_entropy, mask), None
+    head = Head(gemms, hidden, weight, bias, targets, row_temperature, active, workspace, num_rows)
+    grads = Gradients(head, (needs_hidden, needs_weight, needs_bias))
+    logits = None
+    if kept.numel():
+        # Where idle rows are not skipped, the rows are those of the forward, and asking would be a wait.
+        place = _kept_rows(head, mask) if gemms.skips_idle_rows else None
+        logits = kept[: head.rows] if place is None else kept.index_select(0, place)
+    upstream = [head.take(grad) for grad in (grad_logprob, grad_entropy)]
+    if head.wrong is not None:
+        upstream = [g if g is None else g.masked_fill(head.wrong, math.nan) for g in upstream]
+    stats = stats if head.index is None else stats.index_select(1, head.index)
+    kernels = RowKernels(backend, temperature, softcap)
+    add_gradients(head, kernels, grads, upstream, stats, logits)
+    return tuple(as_parameters(grads.finish(), (hidden, weight, bias), lambda like: like.dtype))
 
 
-def _kept_positions(index, forward_index):
-    """Where the active rows lie in the kept logits (those of the rows that counted); None: in order."""
-    if forward_index is None or index is None:
-        return index
-    if index.numel() == forward_index.numel():
+def _active_rows(grad_logprob, grad_entropy, mask) -> Tensor:
+    """Which rows count and carry a gradient."""
+    carries = mask
+    for grad in (grad_logprob, grad_entropy):
+        if grad is not None:
+            own = grad != 0
+            carries = own if carries is mask else carries | own
+    return carries if mask is None else carries & mask
+
+
+def _kept_rows(head: Head, mask: Tensor | None) -> Tensor | None:
+    """Where the head's rows lie among the kept logits, those of the rows that counted; None: in order."""
+    if head.index is None or mask is None:
+        return head.index
+    counted = mask.reshape(-1).nonzero().squeeze(1)
+    if head.index.numel() == counted.numel():
         return None
-    return torch.searchsorted(forward_index, index)
+    return torch.searchsorted(counted, head.index)
 
 
 def _bwd_fake(grad_logprob, grad_entropy, hidden, weight, targets, bias, *rest):
@@ -296,7 +283,7 @@ def _bwd_fake(grad_logprob, grad_entropy, hidden, weight, targets, bias, *rest):
 
 def _setup(ctx, arguments, outputs):
     hidden, weight, targets, bias, row_t, ctx.temperature, ctx.softcap, mask = arguments[:8]
-    ctx.workspace, ctx.backend, _ = arguments[8:]
+    ctx.num_rows, ctx.workspace, ctx.backend, _ = arguments[8:]
     _, _, stats, kept = outputs
     ctx.save_for_backward(hidden, weight, targets, bias, stats, kept, row_t, mask)
 
@@ -304,7 +291,8 @@ def _setup(ctx, arguments, outputs):
 def _backward(ctx, *upstream):
     hidden, weight, targets, bias, stats, kept, row_t, mask = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    settings = (row_t, ctx.temperature, ctx.softcap, mask, ctx.workspace, ctx.backend)
+    settings = (row_t, ctx.temperature, ctx.softcap, mask)
+    settings += (ctx.num_rows, ctx.workspace, ctx.backend)
     grads = _BWD(*upstream, hidden, weight, targets, bias, stats, kept, *settings, *needs)
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fastrlhf.ops import _autograd, _backend, _checks, _chunks, _loss_head
-from fastrlhf.ops.linear_logprob import check_linear, linear_logprob
+from fastrlhf.ops import _autograd, _backend, _checks, _linear_loss
+from fastrlhf.ops._gemms import acc_of, gemms_for
+from fastrlhf.ops._linear import Head, as_parameters
+from fastrlhf.ops.linear_logprob import check_linear, check_num_rows, linear_logprob
 from fastrlhf.ops.token_logprob import check
 from fastrlhf.reference import LinearTokenLossOutput
 
@@ -32,6 +34,7 @@ def linear_token_loss(
     scale: float | Tensor = 1.0,
     accumulate_into: Tensor | None = None,
     compact_rows: bool = False,
+    num_rows: int | None = None,
     workspace: str = "fast",
     process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
@@ -57,15 +60,16 @@ def linear_token_loss(
         hidden, weight, targets, bias, temperature, softcap, workspace: as in `linear_logprob`.
         token_loss: (logprob [n], **rows) -> loss [n], or (loss [n], {name: [n]}) with metrics;
             (logprob, entropy, **rows) with `with_entropy`. Loss and log-prob are float32 (float64).
-        rows: tensors [...] by name, constants, cut into chunks for `token_loss`. Any dtype.
-        mask: [...], True (or non-zero) where a row counts. On CPU other rows enter no GEMM and are not
-            handed to `token_loss` (of none: n = 0); on a GPU they are, with log-prob 0, and what it
-            returns is dropped.
+        rows: tensors [...] by name, constants, cut into chunks for `token_loss`. Any dtype. A tensor [...] that
+            `token_loss` closes over instead is not cut, and meets the log-probs of n rows.
+        mask: [...], True (or non-zero) where a row counts. Other rows enter no GEMM and are not handed
+            to `token_loss` (of none: n = 0). While a CUDA graph is captured they are, with log-prob 0,
+            and what it returns is dropped.
         reduction: "mean" over the rows that count (0 if none do), "sum" or "none".
         scale: as in `linear_cross_entropy`.
         accumulate_into: as there. An error of `token_loss` must leave it as it was, so that dW is
             summed apart and added at the end of the forward: two dW until then, and one after.
-        compact_rows, process_group: as in `linear_ppo_loss`; every rank calls `token_loss`.
+        compact_rows, num_rows, process_group: as in `linear_ppo_loss`; every rank calls `token_loss`.
         backend: who does the row maths; the GEMMs are the library's.
 
     Returns:
@@ -75,9 +79,10 @@ def linear_token_loss(
 
     Raises:
         TypeError, ValueError: as `linear_logprob`; also for `rows`, and for what `token_loss` returns: a
-            wrong type or shape, no gradient to the log-prob, one to a tensor of its closure (but for
-            "none", where it flows), an argument that it changed in place, on CPU a value that is not
-            finite (on a GPU, where that would be a sync, it goes on into the loss).
+            wrong type or shape, other metrics than for the chunk before, no gradient to the log-prob,
+            one to a tensor of its closure (but for "none", where it flows), an argument that it changed
+            in place, on CPU a value that is not finite (on a GPU, where that would be a sync, it goes on
+            into the loss).
 
     Source: the gradients in the forward follow Liger Kernel (arXiv:2410.10989).
 
@@ -96,20 +101,19 @@ def linear_token_loss(
     for name, value in (("with_entropy", with_entropy), ("compact_rows", compact_rows)):
         if not isinstance(value, bool):
             raise TypeError(f"{OP}: {name} must be a bool; got {type(value).__name__}")
-    acc = _chunks.acc_of(hidden, weight)
-    factor = _loss_head.scale_argument(OP, scale, hidden.device, acc)
+    if num_rows is not None:
+        check_num_rows(OP, num_rows, mask, targets)
+    acc = acc_of(hidden, weight)
+    factor = _linear_loss.scale_argument(OP, scale, hidden.device, acc)
     if accumulate_into is not None:
         inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, **rows}
-        _loss_head.check_accumulate(OP, accumulate_into, weight, acc, inputs)
+        inputs |= {"temperature": row_temperature, "scale": factor}
+        _linear_loss.check_accumulate(OP, accumulate_into, weight, acc, inputs)
     if accumulate_into is not None and reduction == "none":
         raise ValueError(f"{OP}: accumulate_into must be None with reduction='none'")
     chosen = _backend.choose(OP, backend, hidden, weight, bias)
-    vocab = _loss_head.whole_vocab(OP, process_group, hidden, weight)
-    if not torch.compiler.is_compiling():
-        _loss_head.check_values(OP, targets, vocab, mask, row_temperature)
-    if reduction == "mean":
-        count = targets.numel() if mask is None else mask.sum()
-        factor = factor / torch.as_tensor(count, device=hidden.device).clamp(min=1)
+    vocab = _linear_loss.whole_vocab(OP, process_group, hidden, weight)
+    _linear_loss.check_values(OP, targets, vocab, mask, row_temperature)
     if reduction == "none" or torch.compiler.is_compiling():
         head = linear_logprob(
             hidden,
@@ -120,50 +124,55 @@ def linear_token_loss(
             softcap=softcap,
             mask=mask,
             return_entropy=True,
+            num_rows=num_rows,
             workspace=workspace,
             process_group=process_group,
             backend=chosen,
         )
+        if factor is None:
+            factor = torch.ones((), dtype=acc, device=hidden.device)
+        if reduction == "mean":
+            count = targets.numel() if mask is None else mask.sum()
+            factor = factor / torch.as_tensor(count, device=hidden.device).clamp(min=1)
         return _after(head, token_loss, rows, with_entropy, mask, factor, reduction)
     parameters = (hidden, weight, bias)
     needs = _autograd.needs(*parameters)
     if not any(needs):
         accumulate_into = None
-    head = _loss_head.LossHead(
-        hidden,
-        weight,
-        targets,
-        bias,
-        row_temperature,
-        temperature_number,
-        cap,
-        mask,
-        workspace,
-        chosen,
-        needs,
-        into=accumulate_into,
-        apart=True,
-        compact=compact_rows,
-        group=process_group,
-    )
-    tokens = _Tokens(head, token_loss, rows, with_entropy, mask, factor)
+    found = {}
 
     def body():
-        if (
-            not head.operands.rows
-        ):  # no chunk: its result is looked at, and its metrics get their names
-            empty = torch.empty(0, **head.options)
-            tokens.slopes(slice(0, 0), empty, empty)
-        head.run(tokens.slopes)
-        return tokens.loss.sum() * factor, head.gradients(_loss_head.kept_dtype)
+        gemms = gemms_for(hidden, weight)
+        per_row = (targets, row_temperature, mask)
+        head = Head(gemms, *parameters, *per_row, workspace, num_rows)
+        work = _linear_loss.work_of(
+            head,
+            temperature_number,
+            cap,
+            chosen,
+            needs,
+            into=accumulate_into,
+            apart=True,
+            compact=compact_rows,
+            group=process_group,
+        )
+        scale = _linear_loss.scale_of(head, factor, mean=reduction == "mean")
+        found["tokens"] = tokens = _Tokens(work, token_loss, rows, with_entropy, scale)
+        tokens.run(compact_rows)
+        total = tokens.loss.sum() * scale
+        if work.grads is None:
+            return total, [None] * 3
+        return total, as_parameters(work.grads.finish(), parameters, _linear_loss.kept_dtype)
 
-    loss = _loss_head.gradients_in_forward(OP, body, accumulate_into is not None, *parameters)
+    accumulated = accumulate_into is not None
+    loss = _linear_loss.gradients_in_forward(OP, body, chosen, accumulated, *parameters)
+    tokens = found["tokens"]
     shape = targets.shape
     return LinearTokenLossOutput(
         loss,
-        head.logprob.reshape(shape),
-        head.entropy.reshape(shape) if with_entropy else None,
-        {name: x.reshape(shape) for name, x in tokens.metrics.items()},
+        tokens.spread(tokens.logprob).reshape(shape),
+        tokens.spread(tokens.entropy).reshape(shape) if with_entropy else None,
+        {name: tokens.spread(x).reshape(shape) for name, x in tokens.metrics.items()},
     )
 
 
@@ -184,7 +193,14 @@ def _call(token_loss, logprob, entropy, rows) -> tuple[Tensor, dict[str, Tensor]
     """What the user's function makes of [n] tensors, checked: (loss, metrics)."""
     given = {"logprob": logprob} | ({} if entropy is None else {"entropy": entropy}) | rows
     before = _writes(given)
-    out = token_loss(logprob, *(() if entropy is None else (entropy,)), **rows)
+    try:
+        out = token_loss(logprob, *(() if entropy is None else (entropy,)), **rows)
+    except (RuntimeError, TypeError) as error:
+        error.add_note(
+            f"{OP}: token_loss was called with {logprob.numel()} rows and {', '.join(given)}; tensors of one "
+            "number a row reach it through rows=, cut to the same rows"
+        )
+        raise
     if changed := [name for name, count in _writes(given).items() if count != before[name]]:
         raise ValueError(
             f"{OP}: token_loss must not write into {changed[0]}; it changed it in place"
@@ -222,63 +238,104 @@ def _writes(tensors: dict[str, Tensor]) -> dict[str, int]:
 def _only_rows(loss: Tensor, leaves: list[Tensor]) -> None:
     """Refuses a loss of other tensors that require grad, whose gradient would be lost without a word."""
     nodes, seen = [loss.grad_fn], set()
+    variables = [loss] if loss.is_leaf else []
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if node.name() == "torch::autograd::AccumulateGrad":
-            variable = node.variable
-            if all(variable is not leaf for leaf in leaves):
-                raise ValueError(
-                    f"{OP}: token_loss must depend on no tensor that requires grad but its arguments, for "
-                    f"no gradient would reach it (detach it, or use reduction='none'); got one of shape "
-                    f"{tuple(variable.shape)}"
-                )
+            variables.append(node.variable)
         nodes.extend(following for following, _ in node.next_functions)
+    for variable in variables:
+        if all(variable is not leaf for leaf in leaves):
+            raise ValueError(
+                f"{OP}: token_loss must depend on no tensor that requires grad but its arguments, for "
+                f"no gradient would reach it (detach it, or use reduction='none'); got one of shape "
+                f"{tuple(variable.shape)}"
+            )
+
+
+def _same_metrics(metrics: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+    """Refuses those of a chunk that leave rows without a number, or have one rounded."""
+    got, expected = ({name: x.dtype for name, x in each.items()} for each in (metrics, before))
+    if got != expected:
+        raise ValueError(
+            f"{OP}: token_loss must return the same metrics, in the same dtypes, for every chunk of rows; "
+            f"got {got} after {expected}"
+        )
 
 
 class _Tokens:
-    """The user's loss, chunk by chunk: loss and metrics [N], and the slopes that `LossHead` asks for."""
+    """The user's loss, chunk by chunk: logprob, entropy, loss and metrics [R] of the rows that count."""
 
-    def __init__(self, head, token_loss, rows, with_entropy, mask, factor):
-        self.head, self.token_loss, self.with_entropy = head, token_loss, with_entropy
-        self.rows = {name: x.reshape(-1) for name, x in rows.items()}
-        # On CPU the rows of a chunk all count.
-        on_cpu = head.options["device"].type == "cpu"
-        self.mask = None if mask is None or on_cpu else mask.reshape(-1)
-        self.factor, self.on_cpu = factor, on_cpu
-        self.loss, self.metrics = torch.zeros(head.count, **head.options), {}
+    def __init__(self, work, token_loss, rows, with_entropy, scale):
+        self.work, self.token_loss, self.with_entropy, self.scale = (
+            work,
+            token_loss,
+            with_entropy,
+            scale,
+        )
+        self.head = head = work.head
+        self.spread = head.spread
+        self.rows = {name: head.take(x) for name, x in rows.items()}
+        self.logprob, self.entropy = head.new_rows(), head.new_rows()
+        self.loss, self.metrics = head.new_rows(), {}
 
-    def slopes(self, where, logprob, entropy):
+    def run(self, compact: bool) -> None:
+        head, kernels, grads = self.work
+        if not head.rows:  # its result is looked at, and its metrics get their names
+            empty = head.new_rows()
+            self._of_rows(slice(0, 0), empty, empty, None)
+        for chunk in head.chunks(grads):
+            given = (chunk.targets, chunk.row_temperature, chunk.mask)
+            logprob, entropy, stats = kernels.forward(chunk.logits, *given, True)
+            self.logprob[chunk.rows], self.entropy[chunk.rows] = logprob, entropy
+            g, h = self._of_rows(chunk.rows, logprob, entropy, chunk.mask)
+            if grads is None:
+                continue
+            if compact:
+                carries = [x != 0 for x in (g, h) if x is not None]
+                chunk.carries = carries[0] if len(carries) == 1 else carries[0] | carries[1]
+            kernels.backward(g, h, chunk.logits, *given[:1], stats, *given[1:], chunk.dlogits)
+
+    def _of_rows(self, part, logprob, entropy, mask):
+        """(dL/dlogprob, dL/dentropy) [n] of a part of the rows, None for 0."""
+        trains = self.work.grads is not None
         leaves = [logprob.detach()] + ([entropy.detach()] if self.with_entropy else [])
-        rows = {name: x[where] for name, x in self.rows.items()}
-        with torch.set_grad_enabled(self.head.trains):
-            leaves = [x.requires_grad_(self.head.trains) for x in leaves]
+        rows = {name: x[part] for name, x in self.rows.items()}
+        with torch.set_grad_enabled(trains):
+            leaves = [x.requires_grad_(trains) for x in leaves]
             ours = (leaves[0], leaves[1] if self.with_entropy else None)
             loss, metrics = _call(self.token_loss, *ours, rows)
-            if self.on_cpu and not bool(loss.isfinite().all()):
-                self._refuse(loss, logprob, where)
-            if self.mask is not None:
-                loss = loss.masked_fill(~self.mask[where], 0.0)
+            if loss.is_cpu and not bool(loss.isfinite().all()):
+                self._refuse(loss, logprob, part)
+            if mask is not None:
+                loss = loss.masked_fill(~mask, 0.0)
             slopes = [None, None]
-            if self.head.trains:
+            if trains:
                 _only_rows(loss, leaves)
-                up = self.factor.expand_as(loss)
+                up = self.scale.expand_as(loss)
                 slopes = list(torch.autograd.grad(loss, leaves, up, allow_unused=True))
                 if all(g is None for g in slopes):  # a Function whose backward returns None
                     slopes[0] = torch.zeros_like(logprob)
-        self.loss[where] = loss.detach()
+                wrong = self.head.wrong
+                if wrong is not None:  # a clip makes 0 of the scale's NaN
+                    slopes = [g if g is None else g.masked_fill(wrong, torch.nan) for g in slopes]
+        self.loss[part] = loss.detach()
+        if part.start:
+            _same_metrics(metrics, self.metrics)
         for name, value in metrics.items():
-            if self.mask is not None:
-                value = value.masked_fill(~self.mask[where], 0)
-            whole = self.metrics.setdefault(name, value.new_zeros(self.loss.shape))
-            whole[where] = value
+            if mask is not None:
+                value = value.masked_fill(~mask, 0)
+            whole = self.metrics.setdefault(name, value.new_empty(self.loss.shape))
+            whole[part] = value
         slopes = [None if g is None else g.contiguous() for g in slopes]
         return slopes[0], slopes[1] if self.with_entropy else None
 
-    def _refuse(self, loss, logprob, where):
+    def _refuse(self, loss, logprob, part):
         first = int((~loss.isfinite()).nonzero()[0])
+        where = self.head.where(part)
         row = where.start + first if isinstance(where, slice) else int(where[first])
         raise ValueError(
             f"{OP}: token_loss must return finite numbers; got {loss[first].item():g} at row {row}, "

@@ -128,12 +128,15 @@ def _row_temperature(op, temperature, logits, targets):
     return rows.to(dtype).contiguous()
 
 
-_VALUE_ERRORS = ("targets must be in", "temperature must be above 0")
+_VALUE_ERRORS = ("targets must be in", "temperature must be above 0", "num_rows must be")
 
 
-def run(name, op, arguments):
-    """Calls what `register` returned; its complaints about values become ValueErrors of `name` in eager mode."""
-    if torch.compiler.is_compiling():
+def run(name, op, arguments, known_plain=False):
+    """Calls what `register` returned; its complaints about values become ValueErrors of `name` in eager mode.
+
+    `known_plain`: `plain` of _register.py has been asked.
+    """
+    if not known_plain and torch.compiler.is_compiling():
         return op(*arguments)
     try:
         return op(*arguments)
@@ -216,7 +219,7 @@ def _setup(ctx, arguments, outputs):
 
 
 class Ops(NamedTuple):
-    """The ops of a backend; `bwd_` writes over the logits."""
+    """The ops of a backend; `bwd_` writes to its last argument, which may be the logits."""
 
     fwd: Callable
     bwd: Callable
@@ -225,14 +228,16 @@ class Ops(NamedTuple):
 
 def _register(prefix, fwd=None, bwd=None, bwd_=None):
     bwd = register(f"{prefix}_bwd", _bwd_fake, body=bwd, op=OP, wrt=(0, 1, 2))
-    bwd_ = register(f"{prefix}_bwd_", _bwd_inplace_fake, body=bwd_, mutates=("logits",))
+    bwd_ = register(f"{prefix}_bwd_", _bwd_inplace_fake, body=bwd_, mutates=("out",))
 
     def backward(ctx, grad_logprob, grad_entropy):
         logits, targets, stats, row_temperature, mask = ctx.saved_tensors
-        run = bwd_.below if ctx.inplace else bwd
         settings = (row_temperature, ctx.temperature, ctx.softcap, mask)
-        grad = run(grad_logprob, grad_entropy, logits, targets, stats, *settings)
-        if ctx.inplace:
+        arguments = (grad_logprob, grad_entropy, logits, targets, stats, *settings)
+        if not ctx.inplace:
+            grad = bwd(*arguments)
+        else:
+            bwd_.below(*arguments, logits)
             # The saved logits are gone: let autograd notice any second use.
             torch.autograd.graph.increment_version(logits)
             grad = logits.detach()
@@ -303,11 +308,12 @@ def _triton_bwd_(
     temperature: float,
     softcap: float,
     mask: Tensor | None,
+    out: Tensor,
 ) -> None:
     from fastrlhf.kernels import token_logprob as kernels
 
     rest = (stats, row_temperature, temperature, softcap, mask)
-    kernels.backward(grad_logprob, grad_entropy, logits, targets, *rest, logits)
+    kernels.backward(grad_logprob, grad_entropy, logits, targets, *rest, out)
 
 
 _TRITON = _register("token_logprob_triton", _triton_fwd, _triton_bwd, _triton_bwd_)

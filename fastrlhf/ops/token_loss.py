@@ -133,13 +133,13 @@ def token_loss(
         scale_tensor,
         scale,
     )
-    ops = _TRITON if chosen == "triton" else _CPP
+    kernels = ops(chosen)
     # A compiled graph plans memory itself, and must not meet a hidden mutation.
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
-        loss, logprob, _, _ = _logprob.run(OP, ops.fwd, (logits, *arguments))
+        loss, logprob, _, _ = _logprob.run(OP, kernels.fwd, (logits, *arguments))
         return loss, logprob.detach()
     inplace = inplace_backward and _checks.overwritable(logits)
-    outputs = _logprob.run(OP, _gradient_in_forward, (logits, ops, inplace, *arguments))
+    outputs = _logprob.run(OP, _gradient_in_forward, (logits, kernels, inplace, *arguments))
     return outputs[:2]
 
 
@@ -260,7 +260,7 @@ def _fwd_fake(logits, targets, *rest):
     return rows, torch.empty_like(rows), torch.empty_like(rows), rows.new_empty(2, rows.numel())
 
 
-def _bwd_fake(grad, upstream):
+def _in_place_fake(*arguments):
     return None
 
 
@@ -270,29 +270,35 @@ def _setup(ctx, arguments, outputs):
     ctx.save_for_backward(logits, slope, stats, targets, row_temperature, mask)
 
 
-class _Ops(NamedTuple):
-    """The ops of a backend: values, values and gradient, upstream gradient, gradient from the statistics."""
+class Ops(NamedTuple):
+    """The ops of a backend: values, values and gradient, upstream gradient, gradient from the statistics.
+
+    `rows_`: the row pass of the linear losses, which csrc/bindings.cpp describes.
+    """
 
     fwd: Callable
     fwd_: Callable
     bwd_: Callable
     logprob_bwd: Callable
+    rows_: Callable
 
 
-def _register(prefix, logprob_ops, fwd=None, fwd_=None, bwd_=None):
+def _register(prefix, logprob_ops, fwd=None, fwd_=None, bwd_=None, rows_=None):
     def backward(ctx, grad_loss):
         logits, slope, stats, targets, row_temperature, mask = ctx.saved_tensors
         rest = (row_temperature, ctx.temperature, ctx.softcap, mask, None, None)
-        return (_from_stats(ops, grad_loss, logits, slope, stats, targets, *(None,) * 4, *rest),)
+        return (_from_stats(made, grad_loss, logits, slope, stats, targets, *(None,) * 4, *rest),)
 
     autograd = {"op": OP, "wrt": (0,), "setup": _setup, "backward": backward}
-    ops = _Ops(
+    results = ("dlogits", "logprob", "entropy", "slope")
+    made = Ops(
         register(f"{prefix}_fwd", _fwd_fake, body=fwd, **autograd, create_graph=True),
         register(f"{prefix}_fwd_", _fwd_fake, body=fwd_, mutates=("out",)),
-        register(f"{prefix}_bwd_", _bwd_fake, body=bwd_, mutates=("grad",)),
+        register(f"{prefix}_bwd_", _in_place_fake, body=bwd_, mutates=("grad",)),
         logprob_ops.bwd,
+        register(f"{prefix}_rows_", _in_place_fake, body=rows_, mutates=results),
     )
-    return ops
+    return made
 
 
 _CPP = None
@@ -352,4 +358,36 @@ def _triton_bwd_(grad: Tensor, upstream: Tensor) -> None:
     kernels.backward(grad, upstream)
 
 
-_TRITON = _register("token_loss_triton", _logprob._TRITON, _triton_fwd, _triton_fwd_, _triton_bwd_)
+def _triton_rows_(
+    logits: Tensor,
+    targets: Tensor,
+    advantages: Tensor | None,
+    old_logprob: Tensor | None,
+    clip: float,
+    dual_clip: float,
+    entropy_coef: float,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float,
+    mask: Tensor | None,
+    scale: Tensor,
+    dlogits: Tensor,
+    logprob: Tensor,
+    entropy: Tensor | None,
+    slope: Tensor | None,
+) -> None:
+    from fastrlhf.kernels import token_loss as kernels
+
+    policy = (advantages, old_logprob, clip, dual_clip)
+    settings = (entropy_coef, row_temperature, temperature, softcap, mask, scale)
+    kernels.rows_(logits, targets, *policy, *settings, dlogits, logprob, entropy, slope)
+
+
+_TRITON = _register(
+    "token_loss_triton", _logprob._TRITON, _triton_fwd, _triton_fwd_, _triton_bwd_, _triton_rows_
+)
+
+
+def ops(backend: str) -> Ops:
+    """The raw ops of a fused backend."""
+    return _TRITON if backend == "triton" else _CPP

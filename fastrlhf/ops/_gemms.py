@@ -1,0 +1,206 @@
+"""The matrix products of the linear ops, and what a device asks of the loop around them.
+
+Shapes: n rows of a chunk, H hidden, V vocabulary. Logits, dX, dW and db are fp32 (fp64 for fp64 operands).
+`Gemms` is the CPU's: operands are widened, for a 16-bit GEMM would round its result. `CudaGemms` gives
+16-bit operands to the tensor cores as they are. The loop (_linear.py) sees no other difference between the
+devices. benchmarks/fake_gpu.py runs it with `CudaGemms` on CPU and meta tensors.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastrlhf.ops import _chunks
+
+
+class Gemms:
+    """Products of operands in the accumulator's dtype."""
+
+    # Bytes of fp32 (fp64) logits of a chunk. Each chunk reads and writes dW and the weight once more,
+    # which few and large chunks save; "compact" stays within the size that malloc recycles.
+    logits_bytes = {"fast": 64 << 20, "compact": 24 << 20}
+    chunks_a_product = {"fast": 1, "compact": 1}  # before dX and dW are multiplied
+    skips_idle_rows = True  # rows with an upstream gradient of 0: free to know
+
+    def __init__(self, acc: torch.dtype, operand_dtype: torch.dtype):
+        self.acc = acc
+        # dL/dlogits: None where it overwrites the logits, else the dtype of its own memory.
+        self.dlogits_dtype = None
+
+    def operand(self, x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.dtype is self.acc else x.to(self.acc)
+
+    def fits_at_once(self, hidden: Tensor, weight: Tensor, workspace: str) -> bool:
+        """Whether all rows are one chunk."""
+        step = _chunks.chunk_rows(self.logits_bytes[workspace], weight.shape[0], self.acc)
+        return 0 < hidden.shape[:-1].numel() <= step
+
+    def logits(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        """x @ weight.T + bias [n, V] into `out`; None: into fresh memory."""
+        if out is None:
+            return torch.nn.functional.linear(x, weight, bias)
+        if bias is None:
+            return torch.mm(x, weight.t(), out=out)
+        return torch.addmm(bias, x, weight.t(), out=out)
+
+    def grad_hidden(self, dlogits: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+        """dlogits @ weight [n, H] into `out`; None: into fresh memory."""
+        return torch.mm(dlogits, weight, out=out)
+
+    def grad_weight(self, dlogits: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
+        """total + dlogits.T @ x [V, H], in place of `total`; without one, into fresh memory."""
+        if total is None:
+            return torch.mm(dlogits.t(), x)
+        return total.addmm_(dlogits.t(), x)
+
+    def side_stream(self, device: torch.device) -> "SideStream | None":
+        """Where the row kernels of one chunk run while the next one's logits are multiplied."""
+        return None
+
+    def is_capturing(self) -> bool:
+        """Whether a CUDA graph is being captured, which the host cannot wait for."""
+        return False
+
+    def counted_rows(self, flat: Tensor, num_rows: int | None):
+        """(indices of the rows where the mask `flat` [N] is True, None for all; whether num_rows is wrong).
+
+        The second is None where that is not known to be possible; a device's answer stays on the device.
+        """
+        index = flat.nonzero().squeeze(1)
+        if num_rows is not None:
+            check_count(index.numel(), num_rows)
+        return (None if index.numel() == flat.numel() else index), None
+
+
+def check_count(count: int, num_rows: int, op: str = "") -> None:
+    if count != num_rows:
+        raise ValueError(f"{op}num_rows must be {count}, the rows that count; got {num_rows}")
+
+
+class SideStream:
+    """A second stream of a GPU, beside the one that was current."""
+
+    _streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def __init__(self, device: torch.device):
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device, priority=-1)
+        self.side, self.main = self._streams[device], torch.cuda.current_stream(device)
+
+    def __enter__(self) -> None:
+        """What is launched inside runs here, after all that was launched before."""
+        self.side.wait_stream(self.main)
+        self._inside = torch.cuda.stream(self.side)
+        self._inside.__enter__()
+
+    def __exit__(self, *error) -> None:
+        self._inside.__exit__(*error)
+
+    def mark(self):
+        """What `main_waits` takes: all that was launched here so far."""
+        return self.side.record_event()
+
+    def main_waits(self, mark) -> None:
+        self.main.wait_event(mark)
+
+
+class CudaGemms(Gemms):
+    """Products on the tensor cores: 16-bit operands, sums and results in fp32."""
+
+    # A chunk has rows enough to keep the tensor cores busy while the weight is read once. The 16-bit dlogits of several
+    # chunks, 1 GiB or 128 MiB, have memory of their own.
+    logits_bytes = {"fast": 512 << 20, "compact": 128 << 20}
+    chunks_a_product = {"fast": 4, "compact": 2}
+    skips_idle_rows = False
+
+    def __init__(self, acc: torch.dtype, operand_dtype: torch.dtype):
+        super().__init__(acc, operand_dtype)
+        if operand_dtype != acc:
+            self.dlogits_dtype = operand_dtype
+        else:  # dlogits overwrite the logits
+            self.logits_bytes = {name: 2 * size for name, size in self.logits_bytes.items()}
+            self.chunks_a_product = Gemms.chunks_a_product
+
+    def operand(self, x: Tensor) -> Tensor:
+        dtype = self.dlogits_dtype or self.acc
+        return x if x.dtype == dtype else x.to(dtype)
+
+    def logits(self, x, weight, bias, out):
+        if self.dlogits_dtype is None:
+            return super().logits(x, weight, bias, out)
+        out = torch.mm(x, weight.t(), out_dtype=self.acc, out=out)
+        return out if bias is None else out.add_(bias)
+
+    def grad_hidden(self, dlogits, weight, out):
+        if self.dlogits_dtype is None:
+            return super().grad_hidden(dlogits, weight, out)
+        return torch.mm(dlogits, weight, out_dtype=self.acc, out=out)
+
+    def grad_weight(self, dlogits, x, total):
+        if self.dlogits_dtype is None:
+            return super().grad_weight(dlogits, x, total)
+        a = dlogits.t()
+        if total is None:
+            return torch.mm(a, x, out_dtype=self.acc)
+        if adds_in_place(x.device, x.dtype):
+            # A chunk costs no second [V, H] tensor, and no pass of its own over the sum.
+            return torch.addmm(total, a, x, out_dtype=self.acc, out=total)
+        return total.add_(torch.mm(a, x, out_dtype=self.acc))
+
+    def counted_rows(self, flat, num_rows):
+        if num_rows is None:
+            # One wait for the number. A graph that is being captured cannot wait: there every row is multiplied.
+            if self.is_capturing():
+                return None, None
+            index = flat.nonzero().squeeze(1)
+            return (None if index.numel() == flat.numel() else index), None
+        index = torch.nonzero_static(flat, size=num_rows, fill_value=0).squeeze(1)
+        return (None if num_rows == flat.numel() else index), flat.sum() != num_rows
+
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def side_stream(self, device):
+        return None if self.dlogits_dtype is None else SideStream(device)
+
+
+_adds_in_place: dict[tuple[torch.device, torch.dtype], bool] = {}
+
+
+def adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of 16-bit operands to an fp32 tensor inside the GEMM: older ones refuse.
+
+    Tried once; not while a CUDA graph is captured, which could not wait for the answer.
+    """
+    if (device, dtype) not in _adds_in_place:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        a = torch.ones(8, 8, dtype=dtype, device=device)
+        total = torch.ones(8, 8, device=device)
+        try:
+            torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+        except RuntimeError:
+            total.zero_()
+        _adds_in_place[device, dtype] = bool((total == 9).all())
+    return _adds_in_place[device, dtype]
+
+
+def gemms_for(hidden: Tensor, weight: Tensor) -> Gemms:
+    return _gemms_of(hidden.dtype, weight.dtype, hidden.is_cuda)
+
+
+@functools.cache
+def _gemms_of(dtype: torch.dtype, weight_dtype: torch.dtype, on_cuda: bool) -> Gemms:
+    acc = acc_dtype(torch.promote_types(dtype, weight_dtype))
+    return (CudaGemms if on_cuda else Gemms)(acc, dtype if dtype == weight_dtype else acc)
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def acc_of(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the sums over products of the two."""
+    wide = torch.float64 in (hidden.dtype, weight.dtype)
+    return torch.float64 if wide else torch.float32

@@ -1,0 +1,367 @@
+"""hidden @ weight.T + bias by chunks of rows: the one loop of every linear op.
+
+Shapes: N rows, of which R count; n rows of a chunk, H hidden, V vocabulary. The caller of the loop works on a
+chunk's logits while they are there. With gradients, it leaves dL/dlogits in the chunk, and the loop multiplies
+them into dX, dW and db. On a GPU it does so for several chunks at a time, because each product into dW reads
+and writes all V x H numbers of it.
+"""
+
+import torch
+from torch import Tensor
+
+from fastrlhf.ops import _chunks
+from fastrlhf.ops._gemms import Gemms
+
+# From so many rows on, the forward on CPU walks the vocabulary in blocks, with all rows before each: every
+# GEMM call packs its part of the weight once.
+BY_BLOCK_ROWS = 64
+
+
+class Chunk:
+    """Some rows of a head."""
+
+    __slots__ = (
+        "carries",
+        "dlogits",
+        "logits",
+        "mask",
+        "row_temperature",
+        "rows",
+        "targets",
+        "whole",
+        "x",
+    )
+
+    def __init__(
+        self, head: "Head", rows: slice, x: Tensor, logits: Tensor | None, dlogits: Tensor | None
+    ):
+        self.rows = rows  # of the R rows
+        self.x = x  # [n, H], an operand
+        self.logits = logits  # [n, V]
+        self.dlogits = dlogits  # [n, V], for dL/dlogits; may be the logits
+        self.whole = rows.stop - rows.start == head.rows
+        mine = head.of_rows
+        self.targets, self.row_temperature, self.mask = mine if self.whole else self.of(*mine)
+        self.carries = None  # bool [n], where the caller knows that other rows have a gradient of 0
+
+    def of(self, *per_row: Tensor | None):
+        """The chunk's rows of tensors [R]; None stays None."""
+        if self.whole:
+            return per_row
+        return [x if x is None else x[self.rows] for x in per_row]
+
+
+class Head:
+    """The operands, and what belongs to each row; `index`: which of the N rows count, None for all."""
+
+    # On a GPU a wrong num_rows is not known here: `wrong` is a 0-d bool tensor, or None. `counted` [N]: which rows
+    # it was to count.
+    index = wrong = mask = counted = None
+
+    def __init__(
+        self,
+        gemms: Gemms,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        row_temperature: Tensor | None,
+        mask: Tensor | None,
+        workspace: str,
+        num_rows: int | None = None,
+    ):
+        self.gemms, self.workspace = gemms, workspace
+        self.acc = acc = gemms.acc
+        self.hidden = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
+        self.weight = gemms.operand(weight)
+        self.bias = bias if bias is None or bias.dtype == acc else bias.to(acc)
+        self.device, self.vocab = hidden.device, weight.shape[0]
+        self.count = self.rows = self.hidden.shape[0]
+        if mask is not None:
+            mask = mask if mask.dim() == 1 else mask.reshape(-1)
+            self.index, self.wrong = gemms.counted_rows(mask, num_rows)
+            if self.index is not None:
+                self.rows = self.index.numel()
+            elif hidden.device.type != "cpu":
+                self.mask = mask
+            if self.wrong is not None:
+                self.counted = mask
+        rows_temperature = None if row_temperature is None else self.take(row_temperature)
+        self.of_rows = self.take(targets), rows_temperature, self.mask
+
+    def take(self, per_row: Tensor | None) -> Tensor | None:
+        """[R]: the entries [...] of the rows that count."""
+        if per_row is None:
+            return None
+        rows = per_row if per_row.dim() == 1 else per_row.reshape(-1)
+        return rows if self.index is None else rows.index_select(0, self.index)
+
+    def numbers(self, per_row: Tensor) -> Tensor:
+        """The same in the accumulator's dtype."""
+        rows = per_row if per_row.dtype is self.acc else per_row.to(self.acc)
+        return rows if self.index is None and rows.dim() == 1 else self.take(rows)
+
+    def spread(self, per_row: Tensor) -> Tensor:
+        """[..., N] of [..., R]: 0 where a row does not count; NaN where it does and num_rows is wrong."""
+        whole = per_row
+        if self.index is not None:
+            whole = per_row.new_zeros((*per_row.shape[:-1], self.count))
+            whole.index_copy_(-1, self.index, per_row)
+        if self.wrong is not None and whole.is_floating_point():
+            whole = whole.masked_fill(self.wrong & self.counted, torch.nan)
+        return whole
+
+    def per_row(self, x: Tensor | None, rows: slice) -> Tensor | None:
+        return x if x is None or rows.stop - rows.start == self.rows else x[rows]
+
+    def new_rows(self, *shape: int) -> Tensor:
+        """Memory for results of the R rows."""
+        return torch.empty((*shape, self.rows), dtype=self.acc, device=self.device)
+
+    def where(self, rows: slice) -> slice | Tensor:
+        """Which of the N rows some of the R are."""
+        return rows if self.index is None else self.index[rows]
+
+    def operand(self, where: slice | Tensor) -> Tensor:
+        """[n, H]: rows of hidden."""
+        if isinstance(where, slice):
+            x = self.hidden if where.stop - where.start == self.count else self.hidden[where]
+        else:
+            x = self.hidden.index_select(0, where)
+        return self.gemms.operand(x)
+
+    def chunks(
+        self,
+        grads: "Gradients | None" = None,
+        *,
+        width: int | None = None,
+        memory: Tensor | None = None,
+        kept: Tensor | None = None,
+        overlap: bool = False,
+    ):
+        """Each chunk, with its logits; afterwards its dlogits go into `grads`.
+
+        `width`: of the chunk's memory, which the caller fills block by block of the vocabulary. `memory`:
+        [R, V] or more, for all logits at once. `kept`: the logits [R, V], where they are there already.
+        `overlap`: without `grads`, the caller's work may run beside the next chunk's GEMM.
+        """
+        gemms = self.gemms
+        step = self.rows if memory is not None else self._step(width)
+        cuts = _chunks.cuts(self.rows, step)
+        most = cuts[0].stop if cuts else 0
+        apart = grads is not None and (gemms.dlogits_dtype is not None or kept is not None)
+        if memory is None and kept is None and (len(cuts) > 1 or width or gemms.dlogits_dtype):
+            memory = self._logits(most, width)
+            if overlap and len(cuts) > 1 and (side := gemms.side_stream(self.device)):
+                yield from self._overlapped(side, cuts, (memory, self._logits(most)))
+                return
+        each, dlogits = 1, None
+        if apart:
+            each = gemms.chunks_a_product[self.workspace]
+            dlogits = self._logits(min(most * each, self.rows), dtype=gemms.dlogits_dtype)
+        for first in range(0, len(cuts), each):
+            parts, filled = [], 0
+            for rows in cuts[first : first + each]:
+                size = rows.stop - rows.start
+                where = self.where(rows)
+                x = self.operand(where)
+                if kept is not None:
+                    z = self.per_row(kept, rows)
+                else:
+                    z = None if memory is None else memory[:size]
+                    if not width:
+                        z = gemms.logits(x, self.weight, self.bias, z)
+                d = z if dlogits is None else dlogits[filled : filled + size]
+                chunk = Chunk(self, rows, x, z, d)
+                yield chunk
+                if grads is None:
+                    continue
+                if chunk.carries is not None and not gemms.is_capturing():
+                    order = pack(d, chunk.carries)
+                    size = order.shape[0]
+                    where = order + where.start if isinstance(where, slice) else where[order]
+                    d = d[:size]
+                parts.append((where, x, d))
+                filled += size
+            if len(parts) == 1 and filled:
+                grads.add(where, x, d)
+            elif filled:
+                grads.add_parts(parts, dlogits[:filled])
+
+    def _overlapped(self, side, cuts: list[slice], memories: tuple[Tensor, Tensor]):
+        """The chunks, by turns in two memories: the caller works on a side stream."""
+        free = [None, None]
+        try:
+            for i, rows in enumerate(cuts):
+                turn = i % 2
+                if free[turn] is not None:
+                    side.main_waits(free[turn])
+                x = self.operand(self.where(rows))
+                out = memories[turn][: rows.stop - rows.start]
+                z = self.gemms.logits(x, self.weight, self.bias, out)
+                with side:
+                    yield Chunk(self, rows, x, z, None)
+                free[turn] = side.mark()
+        finally:  # an error gives memory back, too
+            side.main_waits(side.mark())
+
+    def _step(self, width: int | None) -> int:
+        logits_bytes = self.gemms.logits_bytes[self.workspace]
+        return _chunks.chunk_rows(logits_bytes, width or self.vocab, self.acc)
+
+    def _logits(
+        self, rows: int, width: int | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        return _chunks.logits_rows(rows, width or self.vocab, dtype or self.acc, self.device)
+
+
+class Gradients:
+    """Sums of dX, dW and db over the chunks; those nobody needs cost no GEMM and stay None.
+
+    `into`: what dW is added to instead, at once, or with `apart` only in `finish`, so that an error on the way leaves
+    it as it was. `sums`: who adds up dX over the ranks of a group. `scattered`: not every row will be added.
+    """
+
+    # Made where the first chunk is added: the gradient of all rows is a GEMM's result as it is.
+    hidden = weight = bias = None
+
+    def __init__(
+        self,
+        head: Head,
+        needs,
+        *,
+        into: Tensor | None = None,
+        apart: bool = False,
+        scattered: bool = False,
+        sums=None,
+    ):
+        self.head, self.into, self.sums = head, into, sums
+        self.needs_hidden, self.needs_weight, needs_bias = needs
+        self.scattered = scattered or head.index is not None
+        self._direct = into is not None and into.dtype == head.acc and not apart
+        if self.needs_weight and self._direct:
+            self.weight = into
+        if needs_bias:
+            self.bias = head.weight.new_zeros(head.vocab, dtype=head.acc)
+
+    def add_parts(self, parts: list, dlogits: Tensor) -> None:
+        """Chunks (where of the N rows, x, dlogits); `dlogits`: of all of them."""
+        wheres = [where for where, _, _ in parts]
+        if all(isinstance(where, slice) for where in wheres):
+            where = slice(wheres[0].start, wheres[-1].stop)
+        else:
+            device = self.head.device
+            as_index = lambda w: torch.arange(w.start, w.stop, device=device)  # noqa: E731
+            where = torch.cat([as_index(w) if isinstance(w, slice) else w for w in wheres])
+        self.add(where, None, dlogits)
+
+    def add(self, where: slice | Tensor, x: Tensor | None, dlogits: Tensor) -> None:
+        """Rows `where` of the N, which are `x` as operands (None: not made yet)."""
+        head, gemms = self.head, self.head.gemms
+        if self.needs_hidden:
+            if isinstance(where, slice):
+                whole = where.stop - where.start == head.count
+                if whole:
+                    self.hidden = gemms.grad_hidden(dlogits, head.weight, None)
+                else:
+                    gemms.grad_hidden(dlogits, head.weight, self._all_hidden()[where])
+                if self.sums is not None and not self.scattered:
+                    self.sums.start(self.hidden[where])
+            else:
+                grad = gemms.grad_hidden(dlogits, head.weight, None)
+                self._all_hidden().index_copy_(0, where, grad)
+        if self.needs_weight:
+            if x is None or x.shape[0] != dlogits.shape[0]:
+                x = head.operand(where)
+            self.weight = gemms.grad_weight(dlogits, x, self.weight)
+        if self.bias is not None:
+            self.bias.add_(dlogits.sum(0, dtype=head.acc))
+
+    def _all_hidden(self) -> Tensor:
+        if self.hidden is None:
+            x = self.head.hidden
+            make = x.new_zeros if self.scattered else x.new_empty
+            self.hidden = make(x.shape, dtype=self.head.acc)
+        return self.hidden
+
+    def finish(self) -> list[Tensor | None]:
+        """[dX, dW, db], which are the caller's alone now; None where not needed, or dW went elsewhere."""
+        head = self.head
+        if self.needs_hidden:
+            self._all_hidden()
+            if self.sums is not None:
+                self.sums.finish(self.hidden, self.scattered)
+        if self.needs_weight and self.weight is None:
+            self.weight = head.weight.new_zeros(head.weight.shape, dtype=head.acc)
+        if head.wrong is not None and not head.rows:
+            for grad in (self.hidden, self.weight, self.bias):
+                if grad is not None:
+                    grad.masked_fill_(head.wrong, torch.nan)
+        if self.into is not None:
+            if self.weight is not None and not self._direct:
+                self.into.add_(self.weight)
+            self.weight = None
+        found = [self.hidden, self.weight, self.bias]
+        self.hidden = self.weight = self.bias = None
+        return found
+
+
+def as_parameters(grads: list, parameters, dtype_of) -> list[Tensor | None]:
+    """The same list with each gradient shaped as its parameter, of `dtype_of(parameter)`."""
+    for i, like in enumerate(parameters):
+        grad = grads[i]
+        if grad is not None:
+            if grad.dtype is not like.dtype:
+                grad = grad.to(dtype_of(like))
+            if grad.shape != like.shape:
+                grad = grad.reshape(like.shape)
+            grads[i] = grad  # the one before is given up before the next is cast
+    return grads
+
+
+def pack(rows: Tensor, carries: Tensor) -> Tensor:
+    """Which rows [n, V] carry a gradient, in the order in which they lie at the front afterwards.
+
+    A row without one makes room for one from behind. On a GPU this waits twice: for the number of rows, and
+    of those that move.
+    """
+    count = int(carries.sum())
+    order = torch.arange(len(carries), device=carries.device)
+    holes = (~carries[:count]).nonzero().squeeze(1)
+    movers = torch.nonzero_static(carries[count:], size=len(holes)).squeeze(1) + count
+    for start in range(0, len(holes), 64):  # the copies on the way stay small
+        to, of = holes[start : start + 64], movers[start : start + 64]
+        rows.index_copy_(0, to, rows.index_select(0, of))
+    order[holes] = movers
+    return order[:count]
+
+
+def statistics(head: Head, kernels, memory: Tensor | None = None):
+    """(logprob [R], entropy [R], stats [3, R]); `memory`: where all logits shall stay."""
+    logprob, entropy, stats = head.new_rows(), head.new_rows(), head.new_rows(3)
+    blocks = kernels.blocks(head) if memory is None and head.rows >= BY_BLOCK_ROWS else None
+    width = blocks and max(columns.stop - columns.start for columns in blocks)
+    for chunk in head.chunks(width=width, memory=memory, overlap=True):
+        if blocks is None:
+            given = (chunk.targets, chunk.row_temperature, chunk.mask)
+            found = kernels.forward(chunk.logits, *given)
+        else:
+            found = kernels.forward_by_blocks(head, chunk, blocks)
+        logprob[chunk.rows], entropy[chunk.rows], stats[:, chunk.rows] = found
+    return logprob, entropy, stats
+
+
+def add_gradients(head, kernels, grads, upstream, stats, logits=None) -> None:
+    """Adds the gradients from those of logprob and entropy [R] (None: 0) and stats [3, R]; `logits` [R, V] if there."""
+    for chunk in head.chunks(grads, kept=logits):
+        g, h = (head.per_row(x, chunk.rows) for x in upstream)
+        kernels.backward(
+            g,
+            h,
+            chunk.logits,
+            chunk.targets,
+            stats[:, chunk.rows].contiguous(),
+            chunk.row_temperature,
+            chunk.mask,
+            chunk.dlogits,
+        )

@@ -32,7 +32,7 @@ PREFLIGHT := build/preflight
 ORACLES := build/oracles
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-isa bench bench-readme budgets gpu gpu-quick preflight check fmt clean
+.PHONY: help install demo test test-isa bench bench-readme bench-update budgets traffic gpu gpu-quick preflight check fmt clean
 
 help:
 	@echo "make demo       align the shipped tiny model end to end and write its report (minutes, 2 CPU cores)"
@@ -41,8 +41,10 @@ help:
 	@echo "make bench      time the ops against eager PyTorch; writes benchmarks/results/"
 	@echo "make bench-readme  README's performance section and plots from the committed results"
 	@echo "make budgets    instructions a logit and resident blocks of the row kernels on sm_90; needs nvcc, no GPU"
+	@echo "make traffic    bytes, launches, host syncs and memory of the linear ops' CUDA plan; needs no GPU"
 	@echo "make gpu        on a CUDA machine, < 10 minutes: build, tests, sanitizer, quickstart, bench; OUT=$(OUT)"
 	@echo "make gpu-quick  its first 150 seconds alone: build, timings, counters, a part of the op tests"
+	@echo "make bench-update  on a CUDA machine: a PPO update of a 1B Llama with four heads, and what fits"
 	@echo "make preflight  build the CUDA extension against $(PREFLIGHT_TORCH) in a venv of its own, no GPU needed"
 	@echo "make check      formatting and lint; edits nothing (make fmt does)"
 	@echo "make clean      remove build outputs; keeps .venv and runs/"
@@ -103,15 +105,21 @@ bench-readme: $(VENV)/.stamp-deps
 budgets: $(VENV)/.stamp-deps
 	$(PY) benchmarks/budgets.py $(ARGS)
 
-# Needs no network. Takes the first Python whose torch finds a GPU: .venv's, or the machine's own.
-gpu-quick: QUICK := --quick
-gpu gpu-quick:
+# The ops as they run on a GPU, on meta tensors; the kernels' C++ extension says what exists.
+traffic: install
+	$(PY) benchmarks/traffic.py $(ARGS)
+
+# Need no network. Take the first Python whose torch finds a GPU: .venv's, or the machine's own.
+gpu: ON_GPU = benchmarks/gpu.py --out $(OUT)
+gpu-quick: ON_GPU = benchmarks/gpu.py --quick --out $(OUT)
+bench-update: ON_GPU = benchmarks/update.py --out $(OUT)/update.json
+gpu gpu-quick bench-update:
 	@set -e; py=; \
 	for p in $(PY) $(PYTHON); do \
 	  if $$p -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then py=$$p; break; fi; \
 	done; \
 	[ -n "$$py" ] || { echo "make $@: no CUDA device that the torch of $(PY) or $(PYTHON) can use" >&2; exit 1; }; \
-	$$py benchmarks/gpu.py $(QUICK) --out $(OUT) $(ARGS)
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $$py $(ON_GPU) $(ARGS)
 
 # A copy of the tracked tree, so that the CUDA build does not replace the checkout's own extension.
 # numpy: the interpreter of that torch's Triton calls int() on arrays of one element, which numpy 2.4 refuses.

@@ -1,14 +1,15 @@
 """The linear ops: log-probs, cross entropy and policy losses from hidden states, logits by chunks.
 
-The yardsticks are bare matrix products: the logits of the rows that count, and for a loss with its
-gradients three products of that size.
+The yardsticks are bare matrix products: the logits of the rows that count, of 16-bit operands on a GPU also
+with fp32 logits, and for a loss with its gradients three products of that size.
 """
 
 import torch
 
+import blocks
 import peers
 from cases import Case
-from harness import Problem, Yardstick
+from harness import Problem, Provider, Yardstick, with_options
 
 
 def _linear(case: Case, device: str) -> Problem:
@@ -36,22 +37,11 @@ def _linear(case: Case, device: str) -> Problem:
     if case.op == "linear_token_loss":
         args |= {"token_loss": _policy_gradient, "rows": {"advantages": rows["advantages"]}}
     knows_loss = case.op != "linear_logprob"
-    chosen = hidden[:count]
-    logits = torch.empty(count, v, dtype=dtype, device=device)
     product = 2 * count * h * v
-
-    @torch.no_grad()
-    def one():
-        torch.mm(chosen, weight.t(), out=logits)
-
-    @torch.no_grad()
-    def three():
-        one()
-        torch.mm(logits, weight)
-        torch.mm(logits.t(), chosen)
-
-    variants = {"compact": ({"workspace": "compact"}, False)}
-
+    one, wide, three = _products(hidden[:count], weight)
+    yardsticks = {"gemm": Yardstick(one, flops=product)}
+    if wide is not None:
+        yardsticks["gemm_fp32_out"] = Yardstick(wide, flops=product)
     return Problem(
         case.op,
         args,
@@ -64,12 +54,83 @@ def _linear(case: Case, device: str) -> Problem:
         "the op knows its loss; N: rows that count",
         seconds=3.0,
         ones=knows_loss,  # as loss.backward() asks, where the gradients of the forward stay as they are
-        peers=getattr(peers, case.op)(hidden),
-        # On a CPU "compact" is half of "fast", and its time stands in LOG.md.
-        variants=variants if device == "cuda" else {},
-        yardsticks={"gemm": Yardstick(one, flops=product)},
+        # Plain heads beside every row once, which is where all rows count.
+        peers=getattr(peers, case.op)(hidden, side_by_side=count == n),
+        variants=_variants(case.op, args, count) if case.sizes["variants"] else {},
+        yardsticks=yardsticks,
         full_yardsticks={"three_gemms": Yardstick(three, flops=3 * product)} if knows_loss else {},
     )
+
+
+def _products(x, weight):
+    """The bare GEMMs: one with logits of the operands' type, one with fp32 logits of 16-bit operands (None
+    where torch has none), and the three of an update."""
+    (n, _), v = x.shape, len(weight)
+    logits = torch.empty(n, v, dtype=x.dtype, device=x.device)
+
+    @torch.no_grad()
+    def one():
+        torch.mm(x, weight.t(), out=logits)
+
+    @torch.no_grad()
+    def wide():
+        torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+    @torch.no_grad()
+    def three():
+        one()
+        torch.mm(logits, weight)
+        torch.mm(logits.t(), x)
+
+    return one, wide if x.is_cuda and x.dtype.itemsize == 2 else None, three
+
+
+def _variants(op, args, count):
+    """Other ways to call ours; with Triton's row kernels the GEMMs would be the same."""
+    found = {"compact": with_options(workspace="compact")}
+    if "mask" in args:
+        found["rows taken by the caller"] = _rows_taken
+        found["num_rows"] = with_options(num_rows=count)
+    elif op == "linear_ppo_loss":
+        found["dW added to fp32"] = _accumulating(args["weight"])
+    elif op == "linear_logprob":
+        limits = blocks.device_limits(args["hidden"].device)
+        for shape in blocks.shapes(*limits, (*args["hidden"].shape, len(args["weight"]))):
+            found[f"blocks of {shape[0]}x{shape[1]}"] = blocks.variant(shape)
+    return {name: _not_on_triton(make) for name, make in found.items()}
+
+
+def _not_on_triton(make):
+    return lambda op: None if op.keywords["backend"] == "triton" else make(op)
+
+
+def _rows_taken(op):
+    """The caller's way with a mask: the rows that count, taken before the call, which on a GPU waits once."""
+
+    def call(mask, **args):
+        index = mask.nonzero().squeeze(1)
+        rows = ("hidden", "targets", "old_logprob", "advantages")
+        return op(**{k: x.index_select(0, index) if k in rows else x for k, x in args.items()})
+
+    return Provider(call, ours=True)
+
+
+def _accumulating(weight):
+    """A micro-batch whose dW the forward adds to an fp32 gradient; what it holds before is not cleared."""
+    into = []
+
+    def make(op):
+        def lay_out(args):
+            if not into:
+                into.append(torch.empty_like(weight, dtype=torch.float32))
+            return {**args, "accumulate_into": into[0].zero_()}
+
+        def read(results):
+            return [*results, into[0].clone()]
+
+        return Provider(op, ours=True, lay_out=lay_out, wrt=("hidden",), read=read)
+
+    return make
 
 
 def _policy_gradient(logprob, advantages):

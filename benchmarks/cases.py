@@ -37,10 +37,15 @@ def _cross_entropy(*rows: tuple[str, int, int, str]) -> list[Case]:
 
 
 def _linear(
-    op: str, rows: list[tuple[str, int, int, int, str]], masked: int = 0, frozen: int = 0
+    op: str,
+    rows: list[tuple[str, int, int, int, str]],
+    masked: int = 0,
+    frozen: int = 0,
+    variants: int = 0,
 ) -> list[Case]:
+    """`masked`: percent of the rows; `variants`: whether other ways to call ours are timed as well."""
     note = f", {masked} % masked" * bool(masked) + ", no gradient" * frozen
-    more = {"masked": masked, "frozen": frozen}
+    more = {"masked": masked, "frozen": frozen, "variants": variants}
     return [
         Case(op, f"{name} {n}x{h}x{v}{note}", dtype, {"N": n, "H": h, "V": v, **more})
         for name, n, h, v, dtype in rows
@@ -78,6 +83,8 @@ CPU = [
     *_linear("linear_token_loss", [("small head", 512, 512, 32000, "float32")]),
     *_linear("linear_ppo_loss", [("small head", 2048, 512, 32000, "float32")]),
     *_linear("linear_ppo_loss", [("small head", 2048, 512, 32000, "float32")], masked=60),
+    *_linear("linear_logprob", [("small head", 1024, 512, 32000, "bfloat16")], frozen=1),
+    *_linear("linear_ppo_loss", [("small head", 1024, 512, 32000, "bfloat16")]),
     *[case for op in _SEQUENCE_OPS for case in _sequences(op, "padded", (512, 1024))],
     *[case for op in ("gae", "kl_gae") for case in _sequences(op, "packed", (512, 1024))],
     *_sequences("gae", "padded", (512, 1024), whiten=0),
@@ -95,8 +102,10 @@ GPU_QUICK = [
     Case("ppo_loss", "64k tokens", "float32", {"B": 64, "T": 1024}),
     Case("ranking_loss", "512 prompts x 9", "float32", {"P": 512, "K": 9}),
     *_heads("token_logprob", [("Llama-3", 8192, 128256, "bfloat16")], entropy=True),
-    *_linear("linear_logprob", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")], frozen=1),
-    *_linear("linear_ppo_loss", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),
+    *_linear(
+        "linear_logprob", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")], frozen=1, variants=1
+    ),
+    *_linear("linear_ppo_loss", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")], variants=1),
     *_cross_entropy(("Llama-3", 8192, 128256, "bfloat16")),
     *_heads(
         "token_logprob",
@@ -110,8 +119,10 @@ GPU_QUICK = [
         "token_loss",
         [("GPT-2", 4096, 50257, "bfloat16"), ("Llama-3", 2048, 128256, "float32")],
     ),
-    *_linear("linear_cross_entropy", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),
-    *_linear("linear_ppo_loss", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")], masked=60),
+    *_linear("linear_cross_entropy", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")], variants=1),
+    *_linear(
+        "linear_ppo_loss", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")], masked=60, variants=1
+    ),
 ]
 
 GPU_REST = [
@@ -127,8 +138,8 @@ GPU_REST = [
             ("Qwen3.5", 4096, 248320, "bfloat16"),
         ],
     ),
-    *_linear("linear_logprob", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),
-    *_linear("linear_token_loss", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")]),
+    *_linear("linear_logprob", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")], variants=1),
+    *_linear("linear_token_loss", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")], variants=1),
     *[case for op in ("gae", "kl_gae") for case in _sequences(op, "packed", (512, 4096))],
 ]
 

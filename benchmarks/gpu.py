@@ -4,11 +4,13 @@
     python benchmarks/gpu.py --keep build/gpu/results.json     # the timings into benchmarks/results/
 
 Quick, within 150 seconds: build (beside it Triton compiles), timings alone on the machine, hardware counters
-where ncu starts, a marked part of the op tests on both GPU backends. The whole, within 590 seconds, begins with
-that; then the whole test suite, compute-sanitizer over every CUDA op, the quickstart pipeline in bf16 on the
-varlen flash path, and the other benchmarks. A part that fails or runs out of time does not stop the next one;
-the exit status is 1 if any did. OUT/results.json holds every part's outcome and what it found; it is written
-anew, in one piece, after each part. The parts' own files are in build/gpu-work.
+where ncu starts, a marked part of the op tests on both GPU backends, and whether a GEMM has the same bits in
+chunks of another length. The whole, within 590 seconds, begins with that; then the whole test suite,
+compute-sanitizer over every CUDA op, the quickstart pipeline in bf16 on the varlen flash path, the other
+benchmarks, and updates of a 1B Llama (`make bench-update` gives these as long as they take). A part that fails
+or runs out of time does not stop the next one; the exit status is 1 if any did. OUT/results.json holds every
+part's outcome and what it found; it is written anew, in one piece, after each part. The parts' own files are in
+build/gpu-work.
 
 `--device cpu --tiny` goes the same way on a machine without a GPU, on the CPU kernels and tiny shapes.
 """
@@ -170,6 +172,11 @@ def quick_parts(work: Path, device: str = "cuda", tiny: bool = False) -> list[Pa
             collect=document(counters),
         )
     )
+    bits = work / "gemm_bits.json"
+    ask = [python, "benchmarks/gemm_bits.py", "--device", device, "--out", str(bits)]
+    ask += ["--tiny"] * tiny
+    # No clock runs beside it: the tests may.
+    found.append(Part("gemm-bits", ask, 40 * slack, group=3, collect=document(bits)))
     report = work / "tests-quick.xml"
     select = [python, "-m", "pytest", "-q", "-m", "gpu_quick", *map(str, op_tests())]
     select.append("--continue-on-collection-errors")  # a file that needs an absent package
@@ -218,6 +225,12 @@ def parts(out: Path, work: Path) -> list[Part]:
     bench = [python, "benchmarks/run.py", "--device", "cuda", "--list", "gpu-rest"]
     bench += ["--out", str(times)]
     found.append(Part("bench-rest", bench, 150, group=5, collect=document(times)))
+    updates = work / "update.json"
+    whole = [python, "benchmarks/update.py", "--device", "cuda", "--out", str(updates)]
+    absent = "" if importlib.util.find_spec("transformers") else "transformers is not installed"
+    found.append(
+        Part("bench-update", whole, 60, 6, reserve=50, skip=absent, collect=document(updates))
+    )
     return found
 
 
@@ -342,7 +355,13 @@ def reserved(todo: list[Part], group: int) -> float:
 
 def keep(path: Path, folder: Path = RESULTS) -> Path:
     """Writes the timings of a results.json as a results file of benchmarks/, with the commit they measured."""
-    found = {part["name"]: part.get("found") for part in json.loads(path.read_text())["parts"]}
+    try:
+        parts = json.loads(path.read_text())["parts"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} must be a results.json of make gpu or make gpu-quick; got {type(error).__name__}: {error}"
+        ) from None
+    found = {part["name"]: part.get("found") for part in parts}
     documents = [found[name] for name in ("bench-quick", "bench-rest") if found.get(name)]
     if not documents:
         raise ValueError(f"{path} holds no timings")
@@ -351,7 +370,14 @@ def keep(path: Path, folder: Path = RESULTS) -> Path:
         kept["rows"] = kept["rows"] + more["rows"]
         kept["not_run"] = kept["not_run"] + more["not_run"]
     kept["whole"] = len(documents) == 2 and not kept["not_run"]
-    target = folder / f"{slug(kept['machine']['name'])}-{kept['date']}.json"
+    for name, key in (("gemm-bits", "gemm_bits"), ("bench-update", "updates")):
+        if found.get(name):
+            kept[key] = found[name]
+    name = f"{slug(kept['machine']['name'])}-{kept['date']}"
+    target, number = folder / f"{name}.json", 1
+    while target.exists() and json.loads(target.read_text()).get("commit") != kept["commit"]:
+        number += 1  # another commit's results stay
+        target = folder / f"{name}-{number}.json"
     target.write_text(json.dumps(kept, indent=1) + "\n")
     return target
 
@@ -385,7 +411,11 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     if arguments.keep:
-        print(f"wrote {keep(arguments.keep)}; now: make bench-readme")
+        try:
+            print(f"wrote {keep(arguments.keep)}; now: make bench-readme")
+        except ValueError as error:
+            print(f"gpu.py --keep: {error}", file=sys.stderr)
+            return 1
         return 0
     out = arguments.out.resolve()
     if arguments.quick:

@@ -122,7 +122,7 @@ def measure(
     direction: str,
     seconds: float,
 ) -> dict[str, dict]:
-    """Per provider: median_ms of the device and how it was taken, graph_ms, host_ms, peak_bytes.
+    """Per provider: median_ms of the device and how it was taken, graph_ms, host_ms, peak_bytes, beyond_bytes.
 
     What cannot be captured has no graph_ms, and `no_graph` says why; its median_ms is then between events.
     """
@@ -134,10 +134,10 @@ def measure(
         took = statistics.median(events[name])
         row = rows[name] = {"timed_by": "events", "events_ms": 1e3 * took}
         row["host_ms"] = 1e3 * host_seconds(steps[name], took)
+        row |= harness.memory(steps[name], "cuda")
         if took > SLOW:
             row["no_graph"] = f"a call takes longer than {SLOW} s"
             continue
-        row["peak_bytes"] = harness.peak_bytes(steps[name], "cuda")
         if reason := waits(steps[name]):
             row["no_graph"] = reason
             continue

@@ -14,6 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,8 +42,10 @@ class Provider:
     forward_only: bool = False  # it has no backward
     lay_out: Callable[[dict], dict] | None = None
     gives: tuple[int, ...] | None = None  # which of the op's outputs; None: all
-    # (its outputs and gradients) -> those that `gives` and the gradients, in the op's layout
+    wrt: tuple[str, ...] | None = None  # whose gradients autograd gives; None: the problem's
+    # (its outputs and gradients) -> those that `gives` and the problem's gradients, in the op's layout
     read: Callable[[list[Tensor]], list[Tensor]] | None = None
+    within: Callable[[], AbstractContextManager] = nullcontext  # around forward and backward
 
     def arguments(self, args: dict, wrt: tuple[str, ...]) -> dict:
         """`args`, or the provider's own made from them, with gradients for those named in `wrt`."""
@@ -82,8 +85,8 @@ class Problem:
     compiled: bool = False  # torch.compile can take the eager definition whole, in seconds
     backward_alone: bool = False  # the backward is work of its own, and timed on its own
     peers: dict[str, Provider] = field(default_factory=dict)  # other people's
-    # Name -> (what to add to the arguments of ours, whether it writes over the first of `wrt`).
-    variants: dict[str, tuple[dict, bool]] = field(default_factory=dict)
+    # Name -> another way to call ours, made from the op on one backend; None: not on that one.
+    variants: dict[str, Callable[[Callable], Provider | None]] = field(default_factory=dict)
     yardsticks: dict[str, Yardstick] = field(default_factory=dict)
     full_yardsticks: dict[str, Yardstick] = field(default_factory=dict)  # beside forward+backward
     # Direction -> bytes that our backends may hold at the peak of a call, its outputs with them.
@@ -93,6 +96,9 @@ class Problem:
     rows: Callable[[Tensor], dict] | None = None
     upstream: list[Tensor] = field(default_factory=list)
     raised: dict[str, str] = field(default_factory=dict)  # provider -> what stopped it at the gate
+    # Provider -> the largest errors against fp64 that the gate saw: "error" of the first output,
+    # "gradient_errors" by argument.
+    seen: dict[str, dict] = field(default_factory=dict)
 
 
 def prepare(problem: Problem) -> Problem:
@@ -116,16 +122,21 @@ def tensors(out) -> list[Tensor]:
 
 
 def gradients(
-    problem: Problem, outputs: list[Tensor], args: dict, retain_graph: bool = False, at=None
+    problem: Problem,
+    outputs: list[Tensor],
+    args: dict,
+    retain_graph: bool = False,
+    at=None,
+    wrt: tuple[str, ...] | None = None,
 ) -> list[Tensor]:
-    """Of the outputs that have any, in `problem.wrt`; `at`: the rows that `args` is about."""
+    """Of the outputs that have any, in `wrt` (the problem's); `at`: the rows that `args` is about."""
     outputs = [o for o in outputs if o.requires_grad]
     if problem.ones:
         upstream = [torch.ones_like(o) for o in outputs]
     else:
         own = problem.upstream if at is None else [g[at] for g in problem.upstream]
         upstream = [g.to(o.dtype) for g, o in zip(own, outputs, strict=True)]
-    wanted = [args[name] for name in problem.wrt]
+    wanted = [args[name] for name in (problem.wrt if wrt is None else wrt)]
     return list(torch.autograd.grad(outputs, wanted, upstream, retain_graph=retain_graph))
 
 
@@ -146,20 +157,23 @@ def step(problem: Problem, provider: Provider, direction: str, args: dict | None
     if direction == "forward":
 
         def run():
-            with torch.no_grad():
+            with torch.no_grad(), provider.within():
                 return provider.call(**args)
 
     elif direction == "backward":
-        outputs = tensors(provider.call(**args))
+        with provider.within():
+            outputs = tensors(provider.call(**args))
 
         def run():
-            return gradients(problem, outputs, args, retain_graph=True)
+            with provider.within():
+                return gradients(problem, outputs, args, True, wrt=provider.wrt)
 
     else:
 
         def run():
-            outputs = tensors(provider.call(**args))
-            return outputs, gradients(problem, outputs, args)
+            with provider.within():
+                outputs = tensors(provider.call(**args))
+                return outputs, gradients(problem, outputs, args, wrt=provider.wrt)
 
     return run
 
@@ -178,14 +192,27 @@ def providers(problem: Problem, compiled: bool) -> dict[str, Provider]:
             continue
         if state != "available":
             continue
-        found[backend] = Provider(functools.partial(op, backend=backend), ours=True)
-        for name, (more, writes) in problem.variants.items():
-            call = functools.partial(op, backend=backend, **more)
-            if writes:
-                call = _on_a_view(call, problem.wrt[0])
-            private = copy_of(problem.wrt[0]) if writes else None
-            found[f"{backend}, {name}"] = Provider(call, ours=True, lay_out=private)
+        bound = functools.partial(op, backend=backend)
+        found[backend] = Provider(bound, ours=True)
+        for name, make in problem.variants.items():
+            if (provider := make(bound)) is not None:
+                found[f"{backend}, {name}"] = provider
     return found
+
+
+def with_options(**more) -> Callable[[Callable], Provider]:
+    """A variant: ours with more arguments."""
+    return lambda op: Provider(functools.partial(op, **more), ours=True)
+
+
+def written_over(name: str, **more) -> Callable[[Callable], Provider]:
+    """A variant: ours with more arguments, which writes over the argument `name`."""
+
+    def make(op):
+        call = _on_a_view(functools.partial(op, **more), name)
+        return Provider(call, ours=True, lay_out=copy_of(name))
+
+    return make
 
 
 def copy_of(name: str) -> Callable[[dict], dict]:
@@ -238,6 +265,7 @@ def errors(problem: Problem, found: dict[str, Provider]) -> dict[str, float]:
         try:
             results = _results(problem, provider)
             measured = _distances(results, [truth[i] for i in given], at, rows)
+            problem.seen[name] = _named(problem, dict(zip(given, measured, strict=True)), outputs)
         except Exception as error:
             if name == "eager":
                 raise
@@ -250,12 +278,20 @@ def errors(problem: Problem, found: dict[str, Provider]) -> dict[str, float]:
     return shares
 
 
+def _named(problem: Problem, measured: dict[int, float], outputs: int) -> dict:
+    """What a row says of the errors: place among outputs and gradients -> error, as `Problem.seen` has them."""
+    seen = {"error": measured[0]} if 0 in measured else {}
+    grads = {problem.wrt[i - outputs]: e for i, e in measured.items() if i >= outputs}
+    return seen | ({"gradient_errors": grads} if grads else {})
+
+
 def _results(problem: Problem, provider: Provider) -> list[Tensor]:
     """Outputs and gradients of one call, in the op's layout."""
     args = provider.arguments(problem.args, problem.wrt)
-    results = tensors(provider.call(**args))
-    if problem.wrt and not provider.forward_only:
-        results += gradients(problem, results, args)
+    with provider.within():
+        results = tensors(provider.call(**args))
+        if problem.wrt and not provider.forward_only:
+            results += gradients(problem, results, args, wrt=provider.wrt)
     results = [r.detach() for r in results]
     return results if provider.read is None else provider.read(results)
 
@@ -376,6 +412,24 @@ def peak_bytes(function: Callable, device: str) -> int:
             held += event.nbytes()  # negative where memory is given back
             peak = max(peak, held)
     return peak
+
+
+def returned_bytes(result) -> int:
+    """Bytes of the tensors that a step returned, each memory once."""
+    storages = {}
+    for x in result if isinstance(result, tuple) else (result,):
+        for tensor in x if isinstance(x, (list, tuple)) else (x,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def memory(function: Callable, device: str) -> dict[str, int]:
+    """`peak_bytes` of a step, and `beyond_bytes`: what of it is not in the tensors that it returns."""
+    kept = []
+    peak = peak_bytes(lambda: kept.append(function()), device)
+    return {"peak_bytes": peak, "beyond_bytes": max(0, peak - returned_bytes(kept.pop()))}
 
 
 def quantiles(samples: list[float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ because there it computes in the type that it is given.
 B sequences, T steps, N tokens, V vocabulary, H hidden.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -233,11 +234,49 @@ def _heads(hidden):
     return found
 
 
-def linear_logprob(hidden):
-    return {name: Provider(call) for name, call in _heads(hidden).items()}
+@contextlib.contextmanager
+def tf32():
+    """fp32 products on the tensor cores, operands rounded to TF32: on a GPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
-def linear_cross_entropy(hidden):
+def plain_heads(hidden):
+    """Name -> (head, what it runs within): the head in plain PyTorch on whole logits.
+
+    Of 16-bit operands: the product in their type, and its logits cast; or, as an `fp32_lm_head` flag has it,
+    both operands cast.
+    """
+
+    def whole(hidden, weight, targets):
+        return -F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+
+    def cast(hidden, weight, targets):
+        return whole(hidden.float(), weight.float(), targets)
+
+    if hidden.dtype.itemsize > 2:
+        return {"whole logits": (whole, contextlib.nullcontext)}
+    own = "bf16 head" if hidden.dtype == torch.bfloat16 else "fp16 head"
+    found = {own: (whole, contextlib.nullcontext), "fp32 head": (cast, contextlib.nullcontext)}
+    if hidden.device.type == "cuda":
+        found["fp32 head, TF32"] = (cast, tf32)
+    return found
+
+
+def linear_logprob(hidden, side_by_side=True):
+    """Other heads; `side_by_side`: of 16-bit operands the plain ones, too."""
+    found = {name: Provider(call) for name, call in _heads(hidden).items()}
+    if side_by_side and hidden.dtype.itemsize == 2:
+        for name, (head, within) in plain_heads(hidden).items():
+            found[name] = Provider(head, within=within)
+    return found
+
+
+def linear_cross_entropy(hidden, side_by_side=True):
     """torch's own fused head, which torch has from 2.13 on, Liger's and quack's."""
     found = {}
     if hasattr(F, "linear_cross_entropy"):
@@ -257,17 +296,12 @@ def linear_cross_entropy(hidden):
     return {name: Provider(call) for name, call in found.items()}
 
 
-def linear_ppo_loss(hidden):
-    """The head and the loss in plain PyTorch on whole logits, and the loss on the heads of others."""
-
-    def whole(hidden, weight, targets):
-        logits = F.linear(hidden, weight).float()
-        return -F.cross_entropy(logits, targets, reduction="none")
-
-    return {
-        name: Provider(_with_ppo_loss(head))
-        for name, head in {"whole logits": whole, **_heads(hidden)}.items()
-    }
+def linear_ppo_loss(hidden, side_by_side=True):
+    """The loss in plain PyTorch on the heads of others and, `side_by_side`, on the plain ones."""
+    found = {}
+    for name, (head, within) in (plain_heads(hidden) if side_by_side else {}).items():
+        found[name] = Provider(_with_ppo_loss(head), within=within)
+    return found | {name: Provider(_with_ppo_loss(head)) for name, head in _heads(hidden).items()}
 
 
 def _with_ppo_loss(head):
@@ -279,5 +313,5 @@ def _with_ppo_loss(head):
     return call
 
 
-def linear_token_loss(hidden):
+def linear_token_loss(hidden, side_by_side=True):
     return {}

@@ -16,6 +16,14 @@ README = HERE.parent / "README.md"
 RESULTS, PLOTS = HERE / "results", HERE / "plots"
 BEGIN, END = "<!-- bench-table -->", "<!-- /bench-table -->"
 EAGER = ("eager", "torch.compile")
+PLAIN_HEADS = ("bf16 head", "fp16 head", "fp32 head", "fp32 head, TF32")  # in a table of their own
+SIDE_BY_SIDE = "16-bit heads, side by side"
+SIDE_BY_SIDE_NOTE = (
+    "*÷ GEMMs*: the time over that of the one or three bare products in the operands' type; *MB*: at the peak of a "
+    "call, beyond its operands and what it returns; *error*: the largest against fp64, of a log-prob or "
+    "(`linear_ppo_loss`) of the loss. The bf16 head multiplies in bf16 and casts its logits to fp32, "
+    "the fp32 head casts both operands. Heads of others stand here with their time, whatever the gate says of them."
+)
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 FAMILIES = {
     "From logits": ("token_logprob", "token_loss"),
@@ -89,6 +97,8 @@ def _device(device: str, file: str, document: dict) -> str:
     head = " ".join([head, *document.get("notes", [])])
     family = _gpu_family if device == "cuda" else _family
     tables = [family(title, ops, document["rows"]) for title, ops in FAMILIES.items()]
+    tables.insert(2, _side_by_side(document["rows"]))
+    tables += [_updates(document.get("updates")), _bits(document.get("gemm_bits"))]
     return "\n\n".join([head, *(t for t in tables if t), _plots(device, document["rows"])])
 
 
@@ -98,6 +108,7 @@ def _family(title: str, ops: tuple[str, ...], rows: list[dict]) -> str:
     if not ours:
         return ""
     others = list(dict.fromkeys(row["provider"] for row in rows if not row["ours"]))
+    others = [other for other in others if other not in PLAIN_HEADS]
     yardsticks = [key for key in YARDSTICKS if any(key in row for row in ours)]
     head = [title, "direction", "backend", "ms", *(f"× {other}" for other in others)]
     lines = [head + [YARDSTICKS[key] for key in yardsticks] + ["of floor"]]
@@ -119,6 +130,79 @@ def _family(title: str, ops: tuple[str, ...], rows: list[dict]) -> str:
         cells.append(f"{share:.0%}" if share else "")
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _side_by_side(rows: list[dict]) -> str:
+    """Time, memory and error of every head of 16-bit operands, ours and others', of a forward and of an update."""
+    bare = {("linear_logprob", "forward"): "gemm_ms"}
+    bare["linear_ppo_loss", "forward+backward"] = "three_gemms_ms"
+    lines = [[SIDE_BY_SIDE, "direction", "head", "ms", "÷ GEMMs", "MB", "error", "error of dW"]]
+    lines.append(["---"] * 3 + ["---:"] * 5)
+    for row in rows:
+        took = row.get("median_ms", None if row["ours"] else row.get("ungated_ms"))
+        small = row["dtype"] in ("bfloat16", "float16") and "masked" not in row["case"]
+        key = bare.get((row["op"], row["direction"]))
+        if key is None or not small or took is None:
+            continue
+        products = next((r[key] for r in _beside(row, rows).values() if key in r), None)
+        # The name in files from before the fp32 head was timed as well.
+        name = "bf16 head" if row["provider"] == "whole logits" else row["provider"]
+        cells = [f"`{row['op']}` {row['case']} {row['dtype']}", row["direction"]]
+        cells += [f"**{name}**" if row["ours"] else name, _number(took)]
+        cells.append(_number(took / products) if products else "")
+        # A forward returns next to nothing, so that the peak will do.
+        memory = row.get(
+            "beyond_bytes", row.get("peak_bytes") if row["op"] == "linear_logprob" else None
+        )
+        cells.append("" if memory is None else _number(memory / 1e6))
+        errors = row.get("error"), row.get("gradient_errors", {}).get("weight")
+        cells += ["" if error is None else f"{error:.1e}" for error in errors]
+        lines.append(cells)
+    if len(lines) == 2:
+        return ""
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{table}\n\n{SIDE_BY_SIDE_NOTE}"
+
+
+def _updates(found: dict | None) -> str:
+    """A row a head: seconds and peak memory of an update by tokens, and the largest batch (`update.py`)."""
+    if found is None:
+        return ""
+    sizes = list(dict.fromkeys(row["tokens"] for row in found["rows"]))
+    billions = found["model"]["parameters"] / 1e9
+    lines = [[f"Update of {billions:.2g}B, {found['dtype']}", *(f"{n} tokens" for n in sizes)]]
+    lines[0].append("largest batch")
+    lines.append(["---"] + ["---:"] * (len(sizes) + 1))
+    for head in dict.fromkeys(row["head"] for row in found["rows"]):
+        rows = {row["tokens"]: row for row in found["rows"] if row["head"] == head}
+        lines.append([head, *(_update(rows.get(n)) for n in sizes)])
+        largest = found["largest"].get(head)
+        more = (
+            largest and largest["does_not_fit"] is None
+        )  # nothing larger was tried, or did not end
+        lines[-1].append(f"{largest['tokens']}{' or more' * more}" if largest else "")
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _update(row: dict | None) -> str:
+    if row is None or "fits" not in row:
+        return "broke off" if row and "raised" in row else ""
+    if not row["fits"]:
+        return "does not fit"
+    memory = row["peak_bytes"] / 1e9
+    return f"{_number(row['seconds'])} s, {_number(memory)} GB"
+
+
+def _bits(found: dict | None) -> str:
+    """Whether the library's GEMM gives a logit the same bits in every chunk (`gemm_bits.py`)."""
+    if found is None:
+        return ""
+    rows = [row for row in found["rows"] if row["what"] == "chunk"]
+    other = sorted({row["rows"] for row in rows if not row["equal"]})
+    if not other:
+        return "A logit has the same bits in chunks of every length that the presets make."
+    lengths = ", ".join(map(str, other))
+    return f"A logit has other bits in chunks of {lengths} rows than in those of the fast preset at all rows."
 
 
 def _beside(row: dict, rows: list[dict]) -> dict[str, dict]:

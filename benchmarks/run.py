@@ -4,9 +4,10 @@
 
 Each row: median, p20 and p80 of a call, how many times as fast as each other provider, bytes and FLOPs by
 the stated formula, the fraction of the floor (memory bandwidth or matrix product, as measured in this run,
-whichever takes longer), peak memory, the error as a share of the bar, and the backend that ran. On a GPU
-median_ms is the device's time, beside host_ms and graph_ms (`gpu_clock.py`); on a CPU `cold_ms` is that of a
-short call whose data are out of the caches, and the fraction of the floor is its.
+whichever takes longer), peak memory and what of it is beyond the returned tensors, the largest error of the
+first output and of each gradient against fp64, the largest as a share of its bar, and the backend that ran.
+On a GPU median_ms is the device's time, beside host_ms and graph_ms (`gpu_clock.py`); on a CPU `cold_ms` is
+that of a short call whose data are out of the caches, and the fraction of the floor is its.
 
 Where the environment holds FASTRLHF_UNTIL (seconds since 1970) no case starts after it, and the file is written
 after each case: a run that is killed leaves what it has measured.
@@ -45,7 +46,7 @@ from harness import (
     directions,
     errors,
     machine,
-    peak_bytes,
+    memory,
     plain,
     prepare,
     providers,
@@ -64,6 +65,7 @@ MODULES = (
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
+MEMORY = ("peak_bytes", "beyond_bytes")
 NOISE = 1.1  # a share of the floor above this is a wrong floor
 
 
@@ -115,6 +117,7 @@ def bench_op(case, make, device, floor, compiled, pace=1.0, at_size=None):
                 "flops": flops,
                 "floor_ms": floor_ms,
                 "floor": problem.floor_note,
+                **gate.seen.get(name, {}),
             }
             if name in gate.raised or name in stopped:
                 row["raised"] = gate.raised.get(name) or stopped[name]
@@ -122,6 +125,7 @@ def bench_op(case, make, device, floor, compiled, pace=1.0, at_size=None):
                 row["ungated"] = reasons[name]
                 if name in measured:
                     row["ungated_ms"] = measured[name]["median_ms"]
+                    row |= {k: measured[name][k] for k in MEMORY if k in measured[name]}
             elif name in measured:
                 row |= measured[name]
                 if not row.get("in_cache"):
@@ -174,7 +178,7 @@ def measure_direction(problem, timed, steps, direction, yardsticks, device, seco
     cold = cold_times(steps, taken, seconds / 4)
     measured = {}
     for name, call in steps.items():
-        measured[name] = {**quantiles(taken[name]), "peak_bytes": peak_bytes(call, device)}
+        measured[name] = quantiles(taken[name]) | memory(call, device)
         if name in cold:
             measured[name]["cold_ms"] = 1e3 * statistics.median(cold[name])
     return measured, {name: statistics.median(taken[name]) for name in work}
@@ -397,7 +401,7 @@ def measure(arguments, cases, facts, date, unfinished, out=None):
     for missing in document["not_run"]:
         console.print(f"NOT RUN, no time was left: {missing}", soft_wrap=True)
     if document["whole"]:
-        document["host_ratios"] = bench_dispatch.show(console.print)
+        document["host_ratios"] = bench_dispatch.alone(console.print)
     if unfinished is not None:
         write(unfinished)
     lines = failures(rows, arguments.quick)

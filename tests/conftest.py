@@ -58,8 +58,10 @@ def harness(monkeypatch):
     for name in (
         *modules,
         "bench_linear_logprob",
+        "blocks",
         "cases",
         "floor",
+        "gemm_bits",
         "gpu_clock",
         "harness",
         "peers",

@@ -133,6 +133,71 @@ def test_committed_gpu_file_marks_what_was_not_compared(readme):
     assert liger["error"] is None and "8184" in liger["ungated"]
 
 
+def head_row(**more):
+    base = row(
+        op="linear_logprob", case="3x4x5, no gradient", dtype="bfloat16", peak_bytes=3_000_000
+    )
+    return base | {"beyond_bytes": 2_000_000, "error": 1.5e-6} | more
+
+
+def test_heads_of_16_bit_operands_stand_side_by_side(readme):
+    """With time, memory and error, the bf16 head too, which no gate of fp32 lets pass; ours only where right."""
+    ours = head_row(provider="cpu", ours=True, median_ms=2.0, gemm_ms=1.6)
+    rounded = head_row(provider="bf16 head", ungated_ms=1.0, ungated="its error", error=5.7e-3)
+    update = {"op": "linear_ppo_loss", "direction": "forward+backward"}
+    wrong = head_row(provider="cpu", ours=True, **update, ungated="its error is 9 of the bar")
+    for r in (rounded, wrong):
+        del r["median_ms"], r["fraction_of_floor"]
+    cast = head_row(provider="fp32 head", **update, gradient_errors={"weight": 1e-3}, error=2e-8)
+    rows = [ours, rounded, head_row(provider="fp32 head", median_ms=4.0), cast, wrong]
+    rows += [head_row(provider="masked", case="3x4x5, 60 % masked", **update)]
+    rows += [head_row(provider="fp32 operands", dtype="float32")]
+    text = readme.section({"cpu": ("r.json", {**document(), "rows": rows})})
+    table = text[text.index(readme.SIDE_BY_SIDE) :].split("\n\n")
+    case = "`linear_logprob` 3x4x5, no gradient bfloat16 | forward"
+    assert table[0].splitlines()[2:] == [
+        f"| {case} | **cpu** | 2 | 1.25 | 2 | 1.5e-06 |  |",
+        f"| {case} | bf16 head | 1 | 0.625 | 2 | 5.7e-03 |  |",
+        f"| {case} | fp32 head | 4 | 2.5 | 2 | 1.5e-06 |  |",
+        "| `linear_ppo_loss` 3x4x5, no gradient bfloat16 | forward+backward | fp32 head | 8 |  | 2 "
+        "| 2.0e-08 | 1.0e-03 |",
+    ]
+    assert table[1] == readme.SIDE_BY_SIDE_NOTE
+    head = next(x for x in text.splitlines() if x.startswith("| From hidden states"))
+    assert "bf16 head" not in head and "fp32 head" not in head  # they have this table
+    assert readme.SIDE_BY_SIDE not in readme.section({"cpu": ("r.json", document())})
+
+
+def test_updates_and_bits_of_a_gpu_run(readme):
+    rows = [
+        {
+            "head": "linear_ppo_loss",
+            "tokens": 16384,
+            "fits": True,
+            "seconds": 0.5,
+            "peak_bytes": 2e10,
+        },
+        {"head": "fp32 head", "tokens": 16384, "fits": False},
+        {"head": "linear_ppo_loss", "tokens": 65536, "not_run": "no time was left"},
+    ]
+    largest = {
+        "linear_ppo_loss": {"tokens": 32768, "does_not_fit": None, "untried": 65536},
+        "fp32 head": {"tokens": 8192, "does_not_fit": 9216},
+    }
+    updates = {"rows": rows, "largest": largest, "dtype": "bfloat16"}
+    updates["model"] = {"parameters": 1_236_000_000}
+    chunk = {"what": "chunk", "rows": 512, "equal": False}
+    bits = {"rows": [chunk, {**chunk, "rows": 2048, "equal": True}, {**chunk, "what": "block"}]}
+    document = gpu_document(updates=updates, gemm_bits=bits)
+    text = readme.section({"cuda": ("g.json", document)})
+    assert "| Update of 1.2B, bfloat16 | 16384 tokens | 65536 tokens | largest batch |" in text
+    assert "| linear_ppo_loss | 0.5 s, 20 GB |  | 32768 or more |" in text
+    assert "| fp32 head | does not fit |  | 8192 |" in text
+    assert "other bits in chunks of 512 rows than" in text
+    chunk["equal"] = True
+    assert "the same bits in chunks of every length" in readme.section({"cuda": ("g", document)})
+
+
 def test_a_wrong_result_of_ours_has_no_number(readme):
     results = document()
     del results["rows"][-1]["median_ms"], results["rows"][-1]["gae_ms"]

@@ -1,5 +1,7 @@
 """The benchmarks: they run, every op has a case, times and floors mean what they say."""
 
+import contextlib
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -133,6 +135,177 @@ def test_rows_of_a_case(harness):
         assert set(row["times_as_fast_as"]) == names - {row["provider"]}
         assert row["peak_bytes"] > 0
     assert harness[3].failures(rows) == []
+
+
+def linear_problem(harness, op="linear_logprob", dtype="bfloat16", **sizes):
+    every = {"N": 96, "H": 64, "V": 9000, "masked": 0, "frozen": 0, "variants": 0, **sizes}
+    case = harness[1].Case(op, "t", dtype, every)
+    return case, importlib.import_module("bench_linear_logprob").PROBLEMS[op]
+
+
+@pytest.mark.parametrize("op", ["linear_logprob", "linear_ppo_loss"])
+def test_the_bf16_and_the_fp32_head_beside_ours(harness, op):
+    """Every row has its error and its memory; the bf16 head's error is what keeps it out of the comparison."""
+    case, make = linear_problem(harness, op)
+    quick = lambda *args: problem_with_little_time(make(*args))  # noqa: E731
+    floor = {"copy_bytes_per_s": 1e10, "gemm_float32_flop_per_s": 1e13}
+    rows = harness[3].bench_op(case, quick, "cpu", floor, compiled=False)
+    assert harness[3].failures(rows, quick=True) == []
+    (rounded, cast, ours) = (
+        next(r for r in rows if r["provider"] == name and r["direction"] == "forward+backward")
+        for name in ("bf16 head", "fp32 head", "cpu")
+    )
+    assert rounded["ungated_ms"] > 0 and "of the bar" in rounded["ungated"]
+    assert ours["median_ms"] > 0 and cast["median_ms"] > 0
+    assert rounded["error"] > 10 * max(ours["error"], cast["error"])
+    for row in (rounded, cast, ours):
+        assert row["gradient_errors"].keys() == {"hidden", "weight"}
+        assert 0 <= row["beyond_bytes"] < row["peak_bytes"]
+    # Whole fp32 logits and their gradient against one chunk; linear_logprob keeps a small one for its backward.
+    assert op == "linear_logprob" or ours["beyond_bytes"] < 0.8 * cast["beyond_bytes"]
+
+
+def test_heads_of_fp32_operands_need_no_cast(harness):
+    import peers
+
+    hidden = torch.zeros(2, 3)
+    assert set(peers.plain_heads(hidden)) == {"whole logits"}
+    assert set(peers.plain_heads(hidden.half())) == {"fp16 head", "fp32 head"}
+    before = torch.get_float32_matmul_precision()
+    with peers.tf32():
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_what_a_provider_runs_within_is_around_its_backward_too(harness):
+    """As TF32 must be: the products of the backward are the larger part."""
+    module, seen = harness[0], []
+
+    @contextlib.contextmanager
+    def within():
+        seen.append("in")
+        yield
+        seen.append("out")
+
+    class Seen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append("backward")
+            return grad
+
+    case, make = token_problem(harness)
+    problem = module.prepare(make(case, "cpu"))
+    right = module.providers(problem, compiled=False)["eager"].call
+    call = lambda **args: Seen.apply(right(**args))  # noqa: E731
+    provider = module.Provider(call, within=within)
+    module.step(problem, provider, "forward+backward")()
+    module._results(problem, provider)
+    assert seen == ["in", "backward", "out"] * 2
+    del seen[:]
+    module.step(problem, provider, "backward")()
+    assert seen == ["in", "out", "in", "backward", "out"]
+
+
+def variants_of(harness, op, **sizes):
+    case, make = linear_problem(harness, op, variants=1, **sizes)
+    problem = harness[0].prepare(make(case, "cpu"))
+    found = harness[0].providers(problem, compiled=False)
+    return problem, {n.removeprefix("cpu, "): p for n, p in found.items() if n.startswith("cpu, ")}
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes", "names"),
+    [
+        ("linear_logprob", {}, {"compact", "blocks of 128x1024"}),
+        ("linear_ppo_loss", {}, {"compact", "dW added to fp32"}),
+        ("linear_ppo_loss", {"masked": 60}, {"compact", "rows taken by the caller", "num_rows"}),
+    ],
+)
+def test_other_ways_to_call_the_heads_are_gated(harness, op, sizes, names):
+    problem, found = variants_of(harness, op, **sizes)
+    assert set(found) == names
+    eager = harness[0].providers(problem, compiled=False)["eager"]
+    shares = harness[0].errors(problem, {"eager": eager, **found})
+    assert max(shares.values()) <= 1, problem.raised
+
+
+def test_a_dw_that_is_added_wrong_is_seen(harness, monkeypatch):
+    """What the forward adds to the fp32 gradient is compared, not what autograd gives."""
+    module = harness[0]
+    problem, found = variants_of(harness, "linear_ppo_loss")
+    right = found["dW added to fp32"]
+
+    def twice(**args):
+        out = right.call(**args)
+        args["accumulate_into"].mul_(2)
+        return out
+
+    eager = module.providers(problem, compiled=False)["eager"]
+    wrong = dataclasses.replace(right, call=twice)
+    shares = module.errors(problem, {"eager": eager, "right": right, "wrong": wrong})
+    assert shares["right"] <= 1 < shares["wrong"]
+
+
+@pytest.mark.parametrize("sms, l2", [(132, 50 << 20), (108, 40 << 20), (148, 126 << 20)])
+def test_blocks_are_whole_waves_that_the_cache_holds(harness, sms, l2):
+    blocks = importlib.import_module("blocks")
+    found = blocks.shapes(sms, l2, (8192, 4096, 128256))
+    assert found and blocks.shapes(sms, 2**20, (8192, 4096, 128256)) == []
+    for rows, columns in found:
+        tiles = (rows // blocks.TILE[0]) * (columns // blocks.TILE[1])
+        assert rows % blocks.TILE[0] == columns % blocks.TILE[1] == 0
+        assert tiles % sms == 0 and 4 * rows * (columns + 2048) <= l2
+
+
+@pytest.mark.parametrize("shape", [(40, 1000), (96, 9000), (7, 4500), (1000, 10000)])
+def test_the_forward_by_blocks_is_the_ops(harness, shape):
+    blocks = importlib.import_module("blocks")
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(96, 16), torch.randn(9000, 16)
+    targets = torch.randint(9000, (96,))
+    expected = fastrlhf.linear_logprob(hidden, weight, targets)
+    found = blocks.logprob(hidden, weight, targets, shape, "cpu")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["length", "repeat", None])
+def test_a_product_with_other_bits_in_another_shape_is_seen(harness, monkeypatch, tmp_path, what):
+    module, calls = importlib.import_module("gemm_bits"), []
+
+    def product(x, weight):
+        # Of small whole numbers: exact, so that the machine's own GEMM has no say.
+        out = x.float().round() @ (8 * weight.float()).round().t()
+        calls.append(len(x))
+        if (what == "length" and len(x) == 25) or (what == "repeat" and len(calls) == 2):
+            out[3, 5] += 2**-10
+        return out
+
+    monkeypatch.setattr(module, "product", product)
+    out = tmp_path / "bits.json"
+    monkeypatch.setattr("sys.argv", ["x", "--tiny", "--device", "cpu", "--out", str(out)])
+    assert module.main() == (what == "repeat")
+    document = json.loads(out.read_text())
+    wrong = [row for row in document["rows"] if not row["equal"]]
+    assert all(row["differing"] == 1 and row["largest"] == 2**-10 for row in wrong)
+    assert document["chunks_equal"] == (what != "length")
+    if what == "length":
+        assert {row["rows"] for row in wrong} == {25}
+        assert {row["preset"] for row in wrong} == {"fast", "compact"}
+    else:
+        assert [row["what"] for row in wrong] == ["the same product again"] * (what == "repeat")
+
+
+def test_bytes_that_a_step_returns_are_counted_once(harness):
+    x, y = torch.zeros(1000), torch.zeros(50)
+    assert harness[0].returned_bytes(([x, x[:5]], [y, None])) == 4200
+    assert harness[0].returned_bytes(x) == 4000 and harness[0].returned_bytes({"a": 1}) == 0
+    if not torch.cuda.is_available():
+        made = harness[0].memory(lambda: (torch.empty(2000).sum(), torch.empty(1000)), "cpu")
+        assert made["peak_bytes"] >= 8004 and made["beyond_bytes"] == made["peak_bytes"] - 4004
 
 
 @pytest.mark.parametrize("op", ["gae", "kl_gae"])

@@ -191,6 +191,7 @@ def test_the_plan_holds_what_it_must(gpu, tmp_path):
     todo = gpu.parts(tmp_path, tmp_path)
     by_name = {part.name: part for part in todo}
     assert {"build", "doctor", "quickstart", "bench-quick", "bench-rest"} <= set(by_name)
+    assert {"gemm-bits", "bench-update"} <= set(by_name)
     quick = [part.name for part in gpu.quick_parts(tmp_path)]
     assert [part.name for part in todo][: len(quick)] == quick  # they come first
     assert {
@@ -206,12 +207,12 @@ def test_the_plan_holds_what_it_must(gpu, tmp_path):
     ]
     assert sorted(files) == sorted(map(str, (ROOT / "tests").glob("test_*.py")))
     # Whatever measures has the GPU to itself, after the build.
-    for name in ("bench-quick", "counters", "bench-rest"):
+    for name in ("bench-quick", "counters", "bench-rest", "bench-update"):
         assert [p.name for p in todo if p.group == by_name[name].group] == [name]
     beside_build = [p.name for p in todo if p.group <= by_name["build"].group]
     assert all(name == "build" or name.startswith("compile-") for name in beside_build)
     for part in todo:
-        assert not part.skip or "is not on PATH" in part.skip
+        assert not part.skip or "is not on PATH" in part.skip or "not installed" in part.skip
         for arg in part.command:
             if arg.endswith(".py"):
                 assert (ROOT / arg).is_file()
@@ -232,7 +233,9 @@ def test_the_budgets_leave_every_part_its_turn(gpu, tmp_path):
     reserves = {part.group: gpu.reserved(quick, part.group) for part in quick}
     assert sum(reserves.values()) <= gpu.QUICK_BUDGET - 20
     assert all(reserves[part.group] >= 10 for part in quick if part.group > 0)
-    rest = [part for part in gpu.parts(tmp_path, tmp_path) if part.name not in limits]
+    every = gpu.parts(tmp_path, tmp_path)
+    assert gpu.reserved(every, 6) >= 50  # updates of 16k and 64k tokens
+    rest = [part for part in every if part.name not in limits]
     assert gpu.QUICK_BUDGET + longest(rest) <= gpu.BUDGET + 30
 
 
@@ -360,10 +363,12 @@ def test_timings_are_kept_as_a_results_file_with_their_commit(gpu, tmp_path, mon
     path.write_text(json.dumps({"parts": [{"name": "build"}, quick]}))
     kept = json.loads(gpu.keep(path, tmp_path).read_text())
     assert (kept["commit"], kept["whole"], len(kept["rows"])) == ("abc123+", False, 1)
-    path.write_text(json.dumps({"parts": [quick, rest]}))
+    updates = {"name": "bench-update", "found": {"largest": {}}}
+    path.write_text(json.dumps({"parts": [quick, rest, updates]}))
     target = gpu.keep(path, tmp_path)
     kept = json.loads(target.read_text())
     assert target.name == "nvidia-h200-2026-01-02.json"
+    assert kept["updates"] == {"largest": {}} and "gemm_bits" not in kept
     assert kept["whole"] and [r["op"] for r in kept["rows"]] == ["gae", "kl_gae"]
     path.write_text(json.dumps({"parts": [{"name": "build"}]}))
     with pytest.raises(ValueError, match="no timings"):
@@ -391,11 +396,41 @@ def test_counters_are_read_from_what_ncu_prints(gpu):
     assert set(counters.METRICS) <= set(",".join(counters.command()).split(","))
 
 
+def the_ways_to_call_the_heads(rows):
+    """What the targets of the linear ops are read from: every row is there, gated, with its memory and error."""
+    named = {
+        (row["op"], row["provider"], "masked" in row["case"])
+        for row in rows
+        if row["ours"] and "median_ms" in row and row["beyond_bytes"] <= row["peak_bytes"]
+    }
+    update = "linear_ppo_loss"
+    assert {
+        (update, "cpu, compact", False),
+        (update, "cpu, dW added to fp32", False),
+        (update, "cpu", True),
+        (update, "cpu, rows taken by the caller", True),
+        (update, "cpu, num_rows", True),
+        ("linear_logprob", "cpu, compact", False),
+    } <= named
+    blocks = [n for op, n, _ in named if op == "linear_logprob" and n.startswith("cpu, blocks of ")]
+    assert blocks
+    for head in ("bf16 head", "fp32 head"):
+        beside = [row for row in rows if row["provider"] == head]
+        assert {row["op"] for row in beside} == {"linear_logprob", update}
+        assert all("error" in row and "peak_bytes" in row for row in beside)
+    for row in rows:
+        if row["op"] == update and row["direction"] != "forward" and "median_ms" in row:
+            assert row["three_gemms_ms"] > 0 and row["gradient_errors"].keys() == {
+                "hidden",
+                "weight",
+            }
+
+
 def test_the_dry_run_goes_the_whole_quick_way_on_the_cpu(gpu, tmp_path):
     """Every case of the GPU's list through gate, clock and files, on tiny shapes: no typo costs GPU time."""
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--quick", "--tiny"]
-    command += ["--device", "cpu", "--out", str(out), "--only", "bench", "build"]
+    command += ["--device", "cpu", "--out", str(out), "--only", "bench", "build", "gemm"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     document, parts = results(out)
     assert done.returncode == 0, (done.stdout, parts)
@@ -408,6 +443,11 @@ def test_the_dry_run_goes_the_whole_quick_way_on_the_cpu(gpu, tmp_path):
     ran = {(row["op"], row["case"].removeprefix("capped ")) for row in found["rows"]}
     assert ran == {(case.op, case.name) for case in cases.GPU_QUICK}
     assert not [row for row in found["rows"] if row["direction"] == "all"], "a case broke off"
+    the_ways_to_call_the_heads(found["rows"])
+    bits = parts["gemm-bits"]["found"]
+    assert bits["rows"][0] == {**bits["rows"][0], "what": "the same product again", "equal": True}
+    assert {row["what"] for row in bits["rows"][1:]} == {"chunk", "one product", "block"}
+    assert {row.get("preset") for row in bits["rows"]} == {None, "fast", "compact"}
     calls = [sys.executable, str(ROOT / "benchmarks" / "counters.py"), "--calls", "--quick"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(calls, capture_output=True, text=True, cwd=ROOT, env=env)

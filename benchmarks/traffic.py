@@ -231,6 +231,7 @@ def main(arguments=None) -> int:
         cells = (f"{_cell(a)} / {_cell(b)}" for a, b in zip(found, case.budget, strict=True))
         print(f"| {case.name} | " + " | ".join(cells) + " |", flush=True)
         bad += [f"{case.name}: {line}" for line in over(found, case.budget)]
+    print("\nColumns: " + __doc__.partition("Columns: ")[2].replace("\n", " ").strip())
     print("\n" + ("\n".join(bad) or "All within their budgets."))
     return bool(bad)
 

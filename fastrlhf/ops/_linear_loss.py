@@ -512,7 +512,7 @@ FWD = register(
     _fake,
     body=_chunks.without_autocast(_forward),
     prototype=_prototype,
-    op="linear loss",
+    op="linear_loss",
     wrt=(0, 1, 2, 3),
     setup=_setup_op,
     backward=_backward_op,

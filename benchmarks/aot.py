@@ -1,10 +1,14 @@
 """Compiles the GPU kernels on machines without a GPU: CUDA through nvcc, Triton through triton.compile."""
 
+import fcntl
+import hashlib
 import importlib
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / "build" / "aot"
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
@@ -16,6 +20,42 @@ def nvcc(source: Path, out: Path, *flags: str) -> subprocess.CompletedProcess:
     command = ["nvcc", "-std=c++20", "-O3", "-DUSE_CUDA", TORCH_TARGET, *flags]
     command += [f"-I{ROOT / 'csrc'}", f"-I{include}", str(source), "-o", str(out)]
     return subprocess.run(command, capture_output=True, text=True)
+
+
+class Compiled(NamedTuple):
+    ptx: Path
+    cubin: Path
+    report: str  # what nvcc and ptxas -v said
+
+
+def compiled(source: Path, arch: str) -> Compiled:
+    """A file of csrc/cuda for an architecture ("90"), compiled once for the same text, also by several processes.
+
+    token_loss.cu takes 40 s an architecture, and three tests look at it. Kept under build/aot by the hash of what
+    went into it. RuntimeError: what the compilers said.
+    """
+    headers = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh"))
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout
+    parts = [path.read_bytes() for path in (*headers, source, Path(__file__))]
+    digest = hashlib.sha256(b"\0".join([*parts, version])).hexdigest()[:20]
+    folder = CACHE / f"{source.stem}-{arch}-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    ptx, cubin, report = (folder / name for name in ("out.ptx", "out.cubin", "report"))
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not report.exists():
+            steps = (
+                (source, ptx, "-ptx", f"-arch=compute_{arch}"),
+                (ptx, cubin, "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v"),
+            )
+            said = ""
+            for step in steps:
+                done = nvcc(*step)
+                if done.returncode != 0:
+                    raise RuntimeError(f"{source.name}: nvcc says\n{done.stderr[-3000:]}")
+                said += done.stderr
+            report.write_text(said)
+    return Compiled(ptx, cubin, report.read_text())
 
 
 # Types of the arguments of Triton kernels. What is not named here: a pointer to the accumulator's type, an i64 stride,

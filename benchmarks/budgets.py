@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import walks
-from aot import ROOT, kernels_of, nvcc, triton_kernel
+from aot import ROOT, compiled, kernels_of, triton_kernel
 from cubin import Function, functions, resident_blocks
 from sass import SassError
 from walks import Division, Phase
@@ -263,11 +263,8 @@ TODAY = {
 # ---- compiled
 
 
-def compile_cuda(source: str, folder: Path) -> dict[str, Function]:
-    cubin = folder / f"{source}.cubin"
-    done = nvcc(ROOT / "csrc" / "cuda" / source, cubin, "-cubin", "-arch=sm_90")
-    if done.returncode != 0:
-        raise RuntimeError(f"{source}: nvcc says\n{done.stderr[-3000:]}")
+def compile_cuda(source: str) -> dict[str, Function]:
+    cubin = compiled(ROOT / "csrc" / "cuda" / source, "90").cubin
     return functions(cubin, "__half|bfloat16|float")
 
 
@@ -297,7 +294,7 @@ def measure(only: str = "") -> list[dict]:
             for width, aligned in ROWS:
                 if kernel.constants is None:
                     if kernel.source not in cubins:
-                        cubins[kernel.source] = compile_cuda(kernel.source, folder)
+                        cubins[kernel.source] = compile_cuda(kernel.source)
                     function = cubins[kernel.source][kernel.name]
                 else:
                     key = (kernel.name, kernel.dtype, json.dumps(kernel.constants), aligned)

@@ -352,7 +352,14 @@ def statistics(head: Head, kernels, memory: Tensor | None = None):
 
 
 def add_gradients(head, kernels, grads, upstream, stats, logits=None) -> None:
-    """Adds the gradients from those of logprob and entropy [R] (None: 0) and stats [3, R]; `logits` [R, V] if there."""
+    """Adds the gradients from those of logprob and entropy [...] (None: 0) and stats [3, N] of all rows.
+
+    `logits`: [R, V], where they are there. Where num_rows is wrong, all rows that take part are NaN.
+    """
+    upstream = [head.take(grad) for grad in upstream]
+    if head.wrong is not None:
+        upstream = [g if g is None else g.masked_fill(head.wrong, torch.nan) for g in upstream]
+    stats = stats if head.index is None else stats.index_select(1, head.index)
     for chunk in head.chunks(grads, kept=logits):
         g, h = (head.per_row(x, chunk.rows) for x in upstream)
         kernels.backward(

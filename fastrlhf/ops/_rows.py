@@ -85,10 +85,7 @@ class RowKernels:
 
     def loss_in_parts(self, chunk, loss: TokenLoss, logprob, entropy, slope):
         """`loss` by a forward and a backward, with the slopes in plain PyTorch between them."""
-        rows = chunk.rows
-        advantages, old_logprob = (
-            x if x is None else x[rows] for x in (loss.advantages, loss.old_logprob)
-        )
+        advantages, old_logprob = chunk.of(loss.advantages, loss.old_logprob)
         given = (chunk.logits, chunk.targets)
         rest = (chunk.row_temperature, chunk.mask)
         found, found_entropy, stats = self.forward(*given, *rest)

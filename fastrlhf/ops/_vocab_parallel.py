@@ -116,11 +116,7 @@ def _gradients(
     head = Head(gemms, hidden, weight, bias, targets, row_t, mask, workspace, num_rows)
     kernels = ShardKernels(backend, temperature, softcap, group, weight.shape[0])
     grads = Gradients(head, needs, sums=HiddenSums(group))
-    upstream = [head.take(grad) for grad in (grad_logprob, grad_entropy)]
-    if head.wrong is not None:
-        upstream = [g if g is None else g.masked_fill(head.wrong, math.nan) for g in upstream]
-    stats = stats if head.index is None else stats.index_select(1, head.index)
-    add_gradients(head, kernels, grads, upstream, stats)
+    add_gradients(head, kernels, grads, (grad_logprob, grad_entropy), stats)
     return as_parameters(grads.finish(), (hidden, weight, bias), lambda like: like.dtype)
 
 

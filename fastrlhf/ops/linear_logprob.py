@@ -3,8 +3,6 @@
 Shapes: hidden [..., H] -> N rows, weight [V, H], bias [V], targets, mask, outputs [...].
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -245,12 +243,8 @@ def _bwd(
         # Where idle rows are not skipped, the rows are those of the forward, and asking would be a wait.
         place = _kept_rows(head, mask) if gemms.skips_idle_rows else None
         logits = kept[: head.rows] if place is None else kept.index_select(0, place)
-    upstream = [head.take(grad) for grad in (grad_logprob, grad_entropy)]
-    if head.wrong is not None:
-        upstream = [g if g is None else g.masked_fill(head.wrong, math.nan) for g in upstream]
-    stats = stats if head.index is None else stats.index_select(1, head.index)
     kernels = RowKernels(backend, temperature, softcap)
-    add_gradients(head, kernels, grads, upstream, stats, logits)
+    add_gradients(head, kernels, grads, (grad_logprob, grad_entropy), stats, logits)
     return tuple(as_parameters(grads.finish(), (hidden, weight, bias), lambda like: like.dtype))
 
 

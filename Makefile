@@ -26,8 +26,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --no-compile
 # The extras' lists in pyproject.toml are the one place where versions stand.
 extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',"')
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
-SHIM := $(wildcard tests/host_shim/*.h tests/host_shim/*.cpp tests/host_shim/*.cu tests/host_shim/include/*.h)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/common/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
+SHIM := $(wildcard tests/_support/host_shim/*.h tests/_support/host_shim/*.cpp tests/_support/host_shim/*.cu tests/_support/host_shim/include/*.h)
 PREFLIGHT := build/preflight
 ORACLES := build/oracles
 

@@ -140,7 +140,7 @@ def extension(kind, ext):
         *defines,
         *prefix_maps,
     ]
-    sources = ["csrc/bindings.cpp", "csrc/packer.cpp"]
+    sources = ["csrc/registration.cpp", "csrc/packer.cpp"]
     sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
     if kind == "cpu":
         return ext.CppExtension(

@@ -20,7 +20,7 @@ from torch.nn import functional
 import fastrlhf
 
 ROWS, VOCAB, WIDTH = 8, 50, 16
-# The most that each is to cost; tests/test_host_path.py holds them to it.
+# The most that each is to cost; tests/ops/test_host_path.py holds them to it.
 TARGETS = {
     "gae": 0.85,
     "kl_gae": 0.85,

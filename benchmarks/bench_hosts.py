@@ -4,7 +4,8 @@
 
 A row compares a host's own function with its replacement on the same tensors, in turns, in one run. The Trainer row is
 two processes that train the same model for some steps, for the peak of what torch's allocator held and of the resident
-set. verl and OpenRLHF are loaded as tests/unpacked.py does. Shapes: B sequences, T tokens, V vocabulary, H hidden.
+set. verl and OpenRLHF are loaded as tests/_support/unpacked.py does.
+Shapes: B sequences, T tokens, V vocabulary, H hidden.
 """
 
 import argparse

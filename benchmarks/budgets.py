@@ -5,8 +5,8 @@
 A row of the table is a kernel, a dtype (a->b: b is the gradient's) and a kind of row: V = 128256 at a 16-byte boundary,
 V = 50257 off it. It says what a warp issues per logit over all loops that walk the row (benchmarks/walks.py has the
 rule), exponentials, other MUFU and rare blocks among it, and what the row costs outside those loops; 16-byte loads in
-flight, registers, shared memory and how many blocks reside on a multiprocessor. tests/test_budgets.py holds the kernels
-to the budgets that are written here.
+flight, registers, shared memory and how many blocks reside on a multiprocessor. tests/kernels/test_budgets.py
+holds the kernels to the budgets that are written here.
 """
 
 import argparse

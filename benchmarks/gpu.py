@@ -121,7 +121,7 @@ def quickstart(run: Path, out: Path) -> Callable[[], dict]:
 
 def op_tests() -> list[Path]:
     """The files whose tests take a backend."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [file for file in files if "each_backend(" in file.read_text()]
 
 
@@ -198,7 +198,7 @@ def parts(out: Path, work: Path) -> list[Part]:
     doctor = [python, "-m", "fastrlhf", "doctor", "--json"]
     found = quick_parts(work)
     found.append(Part("doctor", doctor, 30, group=3, collect=document(work / "doctor.log")))
-    for i, heap in enumerate(shards(sorted((ROOT / "tests").glob("test_*.py")))):
+    for i, heap in enumerate(shards(sorted((ROOT / "tests").rglob("test_*.py")))):
         report = work / f"tests-{i}.xml"
         command = [python, "-m", "pytest", "-q", f"--junitxml={report}", *map(str, heap)]
         found.append(Part(f"tests-{i}", command, 230, group=4, collect=junit(report)))

@@ -193,7 +193,7 @@ def stopped(case, error):
 
 def bench_pack(case):
     """The sequence packer, C++ against its Python reference at a hundredth of the size."""
-    from fastrlhf import packing
+    from fastrlhf.train import packing
 
     lengths = np.random.default_rng(0).integers(1, 2049, case.sizes["n"])
     few, budget = lengths[: max(len(lengths) // 100, 1)], case.sizes["max_tokens"]
@@ -354,7 +354,7 @@ def measure(arguments, cases, facts, date, unfinished, out=None):
     command = " ".join(["python", "benchmarks/run.py", *sys.argv[1:]])
     document = {"date": date, "device": arguments.device, "command": command}
     document |= {"quick": arguments.quick, "list": arguments.list or arguments.device}
-    # Only a whole list of cases can say which backend is the fastest: tests/test_dispatch.py.
+    # Only a whole list of cases can say which backend is the fastest: tests/ops/test_dispatch.py.
     document["cold"] = True  # short calls have cold_ms, and their share of the floor is its
     document["whole"] = not (arguments.ops or arguments.list or arguments.quick)
     document |= {"seconds": 0.0, "machine": facts, "peers": {}, "floor": floor}

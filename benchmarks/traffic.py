@@ -1,7 +1,8 @@
 """What CUDA's plan of the linear ops moves, holds and waits for, beside a budget, without a GPU.
 
 Runs each op forward and backward on meta tensors at full size inside `FakeGpu` (fake_gpu.py says what is counted) and
-prints measured / budget; exits with 1 where something is over. `make traffic`; tests/test_traffic.py holds the table.
+prints measured / budget; exits with 1 where something is over. `make traffic`; tests/kernels/test_traffic.py
+holds the table.
 
 Columns: bytes a logit of the R rows that count: what the first GEMM writes and everything beside the GEMMs, but for
 operands, dX and dW. dW: bytes an element, in GEMMs (in fp32 4 for the first, 8 for each that adds) and beside them (6

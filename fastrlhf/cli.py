@@ -23,10 +23,16 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command("fastrlhf.demo.run", "DemoConfig", "align the shipped tiny model, end to end"),
-    "pretrain": Command("fastrlhf.stages.pretrain", "PretrainConfig", "train a language model"),
-    "sft": Command("fastrlhf.stages.sft", "SFTConfig", "fine-tune on demonstrations"),
-    "reward": Command("fastrlhf.stages.reward", "RewardConfig", "train a reward model on rankings"),
-    "ppo": Command("fastrlhf.stages.ppo", "PPOConfig", "PPO, or PPO-ptx with a pretraining mix"),
+    "pretrain": Command(
+        "fastrlhf.train.stages.pretrain", "PretrainConfig", "train a language model"
+    ),
+    "sft": Command("fastrlhf.train.stages.sft", "SFTConfig", "fine-tune on demonstrations"),
+    "reward": Command(
+        "fastrlhf.train.stages.reward", "RewardConfig", "train a reward model on rankings"
+    ),
+    "ppo": Command(
+        "fastrlhf.train.stages.ppo", "PPOConfig", "PPO, or PPO-ptx with a pretraining mix"
+    ),
     "eval": Command("fastrlhf.evals", "EvalConfig", "evaluate trained models"),
     "report": Command("fastrlhf.report", "ReportConfig", "write the report of a run"),
     "bench": Command("fastrlhf.bench", "BenchConfig", "time the ops on this machine"),
@@ -75,7 +81,7 @@ def parse_options(arguments: list[str], config_class: type) -> dict[str, str]:
 
 def run(name: str, arguments: list[str]) -> int:
     """Run one command; UserError for everything the user can mend."""
-    from fastrlhf import config
+    from fastrlhf.train import config
 
     command = COMMANDS[name]
     module = importlib.import_module(command.module)

@@ -64,7 +64,7 @@ def _attention(device: str) -> dict:
     found = [n for m, n in FLASH_ATTENTION.items() if importlib.util.find_spec(m) is not None]
     report = {"flash_attention": found}
     try:
-        from fastrlhf import attention
+        from fastrlhf.integrations import attention
     except ImportError as error:
         return {**report, "path": f"unknown: {error}", "broken": True}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

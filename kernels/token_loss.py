@@ -45,7 +45,7 @@ def _term(
     HAS_OLD: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """(loss, slope) of a row: LossView::term of csrc/token_loss.h."""
+    """(loss, slope) of a row: LossView::term of csrc/common/token_loss.h."""
     advantage = tl.full((), 1.0, ACC)
     if HAS_ADVANTAGES:
         advantage = tl.load(advantages_ptr + row).to(ACC)

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-import fast_scan
-from bench_problems import BENCHMARKS
+from _support import fast_scan
+from _support.bench_problems import BENCHMARKS
 
 # Read by Triton when a kernel is decorated, so it must be set before fastrlhf.kernels is imported.
 if not torch.cuda.is_available():

@@ -13,8 +13,8 @@ import sys
 import torch
 
 import fastrlhf
+from _support.small_calls import small_call
 from fastrlhf.ops import _backend
-from small_calls import small_call
 
 # Vocabularies around vector and block widths; steps around a warp, a block and a scan's chunk.
 VOCABULARIES = (1, 7, 257, 4133)

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../checks.h"
+#include "../common/checks.h"
 
 namespace rl {
 

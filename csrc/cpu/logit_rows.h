@@ -8,7 +8,7 @@
 #include <cmath>
 #include <cstddef>
 
-#include "../token_logprob.h"
+#include "../common/token_logprob.h"
 
 namespace rl {
 

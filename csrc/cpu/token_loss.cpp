@@ -5,7 +5,7 @@
 // (cache): one read and one write of the logits. The backward then only multiplies the rows whose
 // upstream gradient is not 1.
 
-#include "../token_loss.h"
+#include "../common/token_loss.h"
 
 #include "huge_pages.h"
 #include "logit_rows.h"

@@ -10,8 +10,8 @@
 #include <bit>
 #include <memory>
 
-#include "../checks.h"
-#include "../sequence_math.h"
+#include "../common/checks.h"
+#include "../common/sequence_math.h"
 
 namespace rl {
 

@@ -2,7 +2,7 @@
 // and kl_gae.
 #pragma once
 
-#include "../moments.h"
+#include "../common/moments.h"
 #include "tokens.h"
 
 namespace rl {

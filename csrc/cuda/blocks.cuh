@@ -9,7 +9,7 @@
 
 #include <atomic>
 
-#include "../moments.h"
+#include "../common/moments.h"
 #include "device.cuh"
 
 namespace rl {

@@ -15,7 +15,7 @@ namespace rl {
 
 constexpr int kMaxCluster = 8;  // the largest that every device with clusters takes
 
-#ifdef SHIM_CUDACC  // kernels run on a CPU: tests/host_shim/fibers.h
+#ifdef SHIM_CUDACC  // kernels run on a CPU: tests/_support/host_shim/fibers.h
 using shim::close_copies;
 using shim::cluster_arrive;
 using shim::cluster_rank;

@@ -9,7 +9,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "../checks.h"
+#include "../common/checks.h"
 
 namespace rl {
 

@@ -5,7 +5,7 @@
 // block to finish merges them in the order of the blocks, so that no sum depends on which it was.
 // The gradients need 1 / n, hence every block has to know the whole mask: it counts a slice, tells
 // the others, and counts further only what it has not been told. No block ever waits for another.
-#include "../ppo_loss.h"
+#include "../common/ppo_loss.h"
 #include "blocks.cuh"
 #include "token_reader.cuh"
 

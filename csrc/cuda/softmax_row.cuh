@@ -12,7 +12,7 @@
 // differ.
 #pragma once
 
-#include "../token_logprob.h"
+#include "../common/token_logprob.h"
 #include "device.cuh"
 
 namespace rl {

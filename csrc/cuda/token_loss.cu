@@ -13,7 +13,7 @@
 // Bits depend on V and dtype alone: no atomics, no neighbours. A target outside [0, V) is not read:
 // its row is NaN (a check without a host sync).
 
-#include "../token_loss.h"
+#include "../common/token_loss.h"
 #include "cluster.cuh"
 #include "launch.cuh"
 #include "softmax_row.cuh"

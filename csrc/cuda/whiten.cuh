@@ -6,7 +6,7 @@
 // at each step would divide there, too.
 #pragma once
 
-#include "../sequence_math.h"
+#include "../common/sequence_math.h"
 #include "blocks.cuh"
 #include "token_reader.cuh"
 

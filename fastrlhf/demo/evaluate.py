@@ -9,14 +9,15 @@ import torch
 import transformers
 
 import fastrlhf
-from fastrlhf import attention, data
 from fastrlhf.demo import labeler, restaurants
 from fastrlhf.evals import kl, lm_loss, overlap, reward_accuracy, slots, winrate
 from fastrlhf.evals._intervals import mean_interval
-from fastrlhf.models import context_length, load_policy, load_scorer, load_tokenizer
-from fastrlhf.runtime import Runtime
-from fastrlhf.sampler import HFSampler
-from fastrlhf.steps import score_sequences, token_logprobs
+from fastrlhf.integrations import attention
+from fastrlhf.train import data
+from fastrlhf.train.models import context_length, load_policy, load_scorer, load_tokenizer
+from fastrlhf.train.runtime import Runtime
+from fastrlhf.train.sampler import HFSampler
+from fastrlhf.train.steps import score_sequences, token_logprobs
 
 DATA = Path(__file__).resolve().parent / "data"
 BASELINE = "sft"  # what win rates and changes compare with

@@ -14,15 +14,16 @@ from typing import Literal
 
 import numpy as np
 
-from fastrlhf import checkpoint, config, data, report
+from fastrlhf import report
 from fastrlhf.demo import evaluate, labeler, restaurants
 from fastrlhf.errors import UserError
-from fastrlhf.folder import OutputFolder
-from fastrlhf.models import load_policy, load_tokenizer
-from fastrlhf.runtime import Runtime, RuntimeConfig
-from fastrlhf.sampler import HFSampler
-from fastrlhf.stages import ppo, pretrain, reward, sft
-from fastrlhf.tracking import LOG, Run
+from fastrlhf.train import checkpoint, config, data
+from fastrlhf.train.folder import OutputFolder
+from fastrlhf.train.models import load_policy, load_tokenizer
+from fastrlhf.train.runtime import Runtime, RuntimeConfig
+from fastrlhf.train.sampler import HFSampler
+from fastrlhf.train.stages import ppo, pretrain, reward, sft
+from fastrlhf.train.tracking import LOG, Run
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"

@@ -69,7 +69,7 @@ class _Model:
     """A loaded policy and what is asked of it."""
 
     def __init__(self, folder: str, cfg: EvalConfig, runtime):
-        from fastrlhf import models
+        from fastrlhf.train import models
 
         self.cfg = cfg
         self.tokenizer = models.load_tokenizer(folder, cfg.trust_remote_code)
@@ -79,8 +79,8 @@ class _Model:
 
     def sample(self, rows: Sequence[dict]) -> tuple[list[str], list, list[bool]]:
         """Texts, examples (prompt + response tokens) and whether each ended."""
-        from fastrlhf.data import Example, encode_prompts
-        from fastrlhf.sampler import HFSampler
+        from fastrlhf.train.data import Example, encode_prompts
+        from fastrlhf.train.sampler import HFSampler
 
         cfg = self.cfg
         room = cfg.max_new_tokens
@@ -98,8 +98,8 @@ class _Model:
         return texts, examples, list(found.finished)
 
     def token_nll(self, windows: list[list[int]]) -> list[np.ndarray]:
-        from fastrlhf.data import Example
-        from fastrlhf.steps import token_logprobs
+        from fastrlhf.train.data import Example
+        from fastrlhf.train.steps import token_logprobs
 
         examples = [Example(np.array(w, dtype=np.int64), 1) for w in windows]
         return [-x for x in token_logprobs(self.policy, examples, self.cfg.max_tokens)]
@@ -107,7 +107,7 @@ class _Model:
 
 def _prompts(cfg: EvalConfig) -> tuple[list[dict], dict[str, list[str]]]:
     # -> one row a prompt and sample; human references by prompt
-    from fastrlhf.data import read_rows
+    from fastrlhf.train.data import read_rows
 
     references: dict[str, list[str]] = {}
     for row in read_rows(cfg.prompts, {"prompt": str}, "prompts"):
@@ -119,7 +119,7 @@ def _prompts(cfg: EvalConfig) -> tuple[list[dict], dict[str, list[str]]]:
 
 
 def _samples(cfg, model, baseline, scorer, result: dict) -> list[dict]:
-    from fastrlhf.steps import score_sequences, token_logprobs
+    from fastrlhf.train.steps import score_sequences, token_logprobs
 
     rows, references = _prompts(cfg)
     labels = [r["prompt"] for r in rows]
@@ -151,8 +151,8 @@ def _samples(cfg, model, baseline, scorer, result: dict) -> list[dict]:
 
 
 def _rankings(cfg, scorer, tokenizer, context: int) -> dict:
-    from fastrlhf.data import encode_examples, read_rankings
-    from fastrlhf.steps import score_sequences
+    from fastrlhf.train.data import encode_examples, read_rankings
+    from fastrlhf.train.steps import score_sequences
 
     rows = read_rankings(cfg.rankings)
     flat = [{"prompt": r["prompt"], "completion": c} for r in rows for c in r["completions"]]
@@ -163,7 +163,7 @@ def _rankings(cfg, scorer, tokenizer, context: int) -> dict:
 
 
 def _text(cfg, model, baseline, result: dict) -> None:
-    from fastrlhf.data import read_text, text_windows
+    from fastrlhf.train.data import read_text, text_windows
 
     length = cfg.window or model.context
     what = f"text {cfg.text!r}"
@@ -196,8 +196,8 @@ def _check(cfg: EvalConfig) -> None:
 def main(cfg: EvalConfig) -> dict:
     """Evaluate what the given files allow, print a table, return (and write) the figures."""
     _check(cfg)
-    from fastrlhf import checkpoint, models
-    from fastrlhf.runtime import Runtime
+    from fastrlhf.train import checkpoint, models
+    from fastrlhf.train.runtime import Runtime
 
     runtime = Runtime(cfg)
     model = _Model(cfg.model, cfg, runtime)

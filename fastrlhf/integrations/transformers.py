@@ -203,7 +203,7 @@ def _register_attention() -> None:
 
 
 def _mask(original, backend):
-    from fastrlhf import attention
+    from fastrlhf.integrations import attention
 
     return attention.PendingMask
 

@@ -85,7 +85,7 @@ class Auto(NamedTuple):
 
 
 # Device -> the file under benchmarks/results/ that holds the rows of AUTO; empty: not measured yet.
-# tests/test_dispatch.py compares the order with the file.
+# tests/ops/test_dispatch.py compares the order with the file.
 RESULTS = {"cpu": "amd-epyc-2026-11-27.json", "cuda": ""}
 _CPU, _CUDA = ("cpu", "reference"), ("cuda", "triton", "reference")
 AUTO = {

@@ -1,6 +1,6 @@
 """How an op reaches PyTorch: its schema, its fake and its autograd.
 
-A C++ op has its schema from csrc/bindings.cpp; a Python op (Triton, the linear heads) has it from its
+A C++ op has its schema from csrc/registration.cpp; a Python op (Triton, the linear heads) has it from its
 annotations. Autograd is a kernel of our own on the dispatch key "Autograd": an autograd.Function that
 calls the raw op below autograd. torch.library.register_autograd does the same, but fills in the defaults
 of the schema at each call, in time quadratic in the number of arguments: 150 us at 26 of them.

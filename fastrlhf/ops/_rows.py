@@ -182,7 +182,7 @@ class RowKernels:
 
 
 def policy_slope(logprob, advantages, old_logprob, loss: TokenLoss) -> Tensor:
-    """d loss / d logprob [n] in plain PyTorch: the gradient of `policy_term` in csrc/rl_math.h."""
+    """d loss / d logprob [n] in plain PyTorch: the gradient of `policy_term` in csrc/common/rl_math.h."""
     if old_logprob is None:
         slope = -loss.scale
         return slope.expand_as(logprob).contiguous() if advantages is None else slope * advantages

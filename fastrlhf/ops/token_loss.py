@@ -273,7 +273,7 @@ def _setup(ctx, arguments, outputs):
 class Ops(NamedTuple):
     """The ops of a backend: values, values and gradient, upstream gradient, gradient from the statistics.
 
-    `rows_`: the row pass of the linear losses, which csrc/bindings.cpp describes.
+    `rows_`: the row pass of the linear losses, which csrc/registration.cpp describes.
     """
 
     fwd: Callable

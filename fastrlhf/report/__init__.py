@@ -1,0 +1,15 @@
+"""The report of a run: `fastrlhf report` writes it."""
+
+from fastrlhf.report.content import CONTENT, check, load
+from fastrlhf.report.run import ReportConfig, main, print_tables, write, write_page
+
+__all__ = [
+    "CONTENT",
+    "ReportConfig",
+    "check",
+    "load",
+    "main",
+    "print_tables",
+    "write",
+    "write_page",
+]

@@ -1,0 +1,323 @@
+"""Configurations: a flat dataclass per command, filled from a YAML file and command-line overrides.
+
+A file holds the keys of one command, or sections named after commands (`sft:`, `reward:`) and named
+variants of them (`rl_init:`, chosen with `--section rl_init`). Types are checked by jsonargparse.
+Everything a user can get wrong raises UserError with one line that says where, what was expected
+and what came.
+"""
+
+import dataclasses
+import inspect
+import io
+import math
+import os
+import re
+import textwrap
+import tokenize
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from fastrlhf.errors import UserError, did_you_mean
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number and 2026-01-31 as text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if not tag.endswith(("float", "timestamp"))
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|[-+]?\.inf$|\.nan$"),
+    list("-+.0123456789"),
+)
+
+
+def recipe_path(name: str) -> Path:
+    """Path of a shipped recipe by its bare name, e.g. "quickstart"."""
+    here = Path(__file__).resolve().parents[1]
+    # Installed, recipes lie inside the package; in a checkout they lie beside it.
+    folder = next((f for f in (here / "recipes", here.parent / "recipes") if f.is_dir()), None)
+    names = sorted(f.stem for f in folder.glob("*.yaml")) if folder else []
+    if name not in names:
+        raise UserError(
+            f"config '{name}': no shipped recipe of this name (there are: {', '.join(names)})"
+            f"{did_you_mean(name, names)}; a file is given by its path, ending in .yaml"
+        )
+    return folder / f"{name}.yaml"
+
+
+def read_section(file: str, command: str, section: str | None = None) -> tuple[dict, dict, Path]:
+    """Read the keys meant for `command` from a YAML file or shipped recipe.
+
+    Returns:
+        (values by key, line number by key, path of the file).
+
+    Raises:
+        UserError: missing or unreadable file, malformed YAML, a key twice, no such section.
+    """
+    bare = not file.endswith((".yaml", ".yml")) and os.sep not in file
+    path = recipe_path(file) if bare else Path(file)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"config {path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"config {path}: cannot be read ({error})") from None
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+        document = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = (error.problem_mark or error.context_mark).line + 1
+        raise UserError(f"{path}, line {line}: malformed YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: malformed YAML: {reason}") from None
+    if document is None:
+        document, root = {}, None
+    if not isinstance(document, dict):
+        got = type(document).__name__
+        raise UserError(f"{path}: expected 'key: value' lines or sections, got a {got}")
+    lines = _key_lines(root, path)
+    sections = [key for key, value in document.items() if isinstance(value, dict)]
+    wanted = section or command
+    if section is None and command not in document:
+        if not sections or len(sections) < len(document):
+            return document, lines, path
+    if wanted not in document:
+        raise UserError(
+            f"{path}: no section '{wanted}' (there are: {', '.join(sections) or 'none'})"
+            f"{did_you_mean(wanted, sections)}"
+        )
+    for key, value in document.items():
+        if value is not None and not isinstance(value, dict):
+            raise UserError(
+                f"{path}, line {lines.get(key, '?')}: key '{key}' stands outside any section"
+            )
+    node = next((value for key, value in root.value if key.value == wanted), None)
+    return document[wanted] or {}, _key_lines(node, path), path
+
+
+def _key_lines(node: yaml.Node | None, path: Path) -> dict[str, int]:
+    """Line number of each key of a YAML mapping; a key that stands twice is an error."""
+    lines: dict[str, int] = {}
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise UserError(
+                f"{path}, line {line}: key '{key.value}' stands twice (first in line "
+                f"{lines[key.value]})"
+            )
+        lines[key.value] = line
+    return lines
+
+
+def load(
+    config_class: type,
+    section: str,
+    file: str | None = None,
+    overrides: Mapping[str, object] | None = None,
+    *,
+    variant: str | None = None,
+):
+    """Build `config_class` from its defaults, then the file, then the overrides.
+
+    Args:
+        config_class: a flat dataclass; its annotations are the types that are checked.
+        section: the command; the file's section of this name is read if the file has sections.
+        file: a YAML file, the bare name of a shipped recipe, or None.
+        overrides: values by key; text is parsed as on the command line ("1e-4", "[a, b]", "null").
+        variant: read this section instead (the command line's --section).
+
+    Raises:
+        UserError: bad file, unknown key (with the nearest one), wrong type, missing required key.
+    """
+    fields = {f.name: f for f in dataclasses.fields(config_class) if f.init}
+    hints = typing.get_type_hints(config_class)
+    values = {}
+    if file is not None:
+        found, lines, path = read_section(file, section, variant)
+        for key, value in found.items():
+            where = f"{path}, line {lines.get(str(key), '?')}: "
+            if key not in fields:
+                raise UserError(f"{where}unknown key '{key}'{did_you_mean(str(key), fields)}")
+            values[key] = _convert(where + key, hints[key], value)
+    elif variant is not None:
+        raise UserError(f"--section {variant}: needs --config, the file that holds the section")
+    for key, value in (overrides or {}).items():
+        if key not in fields:
+            raise UserError(f"unknown option '--{key}'{did_you_mean(key, fields)}")
+        values[key] = _convert(f"--{key}", hints[key], value)
+    for name, field in fields.items():
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise UserError(f"'{name}' is missing: give --{name} or a --config file that holds it")
+    return config_class(**values)
+
+
+def _convert(where: str, hint, value):
+    """Check one value against its annotation with jsonargparse; text is parsed where it must be."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    expected = UserError(f"{where}: expected {describe(hint)}, got {value!r}")
+    # One item for a list option needs no brackets: --text_files a.txt
+    if isinstance(value, str) and typing.get_origin(hint) is list and not value.startswith("["):
+        value = [value]
+    try:
+        if isinstance(value, str):
+            converted = parser.parse_args([f"--value={value}"]).value
+        else:
+            converted = parser.parse_object({"value": value}).value
+    except (jsonargparse.ArgumentError, OverflowError):
+        raise expected from None
+    # jsonargparse lets None through for any type.
+    if converted is None and type(None) not in typing.get_args(hint):
+        raise expected
+    if isinstance(converted, float) and math.isnan(converted):
+        raise expected
+    return converted
+
+
+# Bounds of numbers by the name that they have in every command: (lowest, highest, lowest allowed?).
+_INF = math.inf
+RANGES = {
+    "seed": (0, 2**31, True),
+    "lr": (0, _INF, False),
+    "value_lr": (0, _INF, False),
+    "muon_lr": (0, _INF, False),
+    "beta1": (0, 0.9999999, True),
+    "beta2": (0, 0.9999999, True),
+    "adam_eps": (0, _INF, False),
+    "weight_decay": (0, _INF, True),
+    "max_grad_norm": (0, _INF, False),
+    "lr_floor": (0, 1, True),
+    "warmup": (0, _INF, True),
+    "warmup_iterations": (0, _INF, True),
+    "dropout": (0, 0.9999999, True),
+    "save_every": (0, _INF, True),
+    "log_every": (0, _INF, True),
+    "max_tokens": (1, _INF, True),
+    "batch": (1, _INF, True),
+    "minibatch": (1, _INF, True),
+    "iterations": (1, _INF, True),
+    "steps": (1, _INF, True),
+    "epochs": (0, _INF, False),
+    "context": (2, _INF, True),
+    "vocab_size": (1, _INF, True),
+    "hidden_size": (1, _INF, True),
+    "intermediate_size": (1, _INF, True),
+    "layers": (1, _INF, True),
+    "heads": (1, _INF, True),
+    "gamma": (0, 1, True),
+    "lam": (0, 1, True),
+    "clip": (0, _INF, False),
+    "value_clip": (0, _INF, False),
+    "dual_clip": (1, _INF, False),
+    "ema_decay": (0, 0.9999999, True),
+    "ptx_ratio": (0, _INF, False),
+    "ptx_length": (0, _INF, True),
+    "pretrain_length": (0, _INF, True),
+    "inner_epochs": (1, _INF, True),
+    "max_new_tokens": (1, _INF, True),
+    "samples": (1, _INF, True),
+    "limit": (0, _INF, True),
+    "window": (0, _INF, True),
+}
+
+
+def check_ranges(config) -> None:
+    """UserError for a number outside its bounds; None passes."""
+    for name, (low, high, closed) in RANGES.items():
+        value = getattr(config, name, None)
+        if value is None:
+            continue
+        if (value >= low if closed else value > low) and value <= high and math.isfinite(value):
+            continue
+        above = f"{'at least' if closed else 'above'} {low}"
+        below = "" if high == _INF else f" and at most {high}"
+        raise UserError(f"{name}: expected a number {above}{below}, got {value}")
+
+
+def describe(hint) -> str:
+    """Name a type as a user would: "float or null", "one of auto, cpu", "list of str"."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is type(None):
+        return "null"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(a) for a in args)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(str(a) for a in args)
+    if origin is not None and args:
+        inner = ", ".join(describe(a) for a in args if a is not Ellipsis)
+        return f"{origin.__name__} of {inner}"
+    return getattr(hint, "__name__", str(hint))
+
+
+def field_help(config_class: type) -> dict[str, str]:
+    """The comment at the end of each field's line, bases included: the help of its option."""
+    found = {}
+    for base in reversed(config_class.__mro__):
+        names = base.__dict__.get("__annotations__", {})
+        try:
+            source = textwrap.dedent(inspect.getsource(base)) if names else ""
+            tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+        except (OSError, SyntaxError, tokenize.TokenError):
+            continue
+        name = None
+        for token, after in zip(tokens, tokens[1:], strict=False):
+            if token.string in names and after.string == ":":
+                name = token.string
+                found.pop(name, None)
+            elif token.type == tokenize.COMMENT and name:
+                found[name] = token.string.lstrip("# ")
+            elif token.type == tokenize.NEWLINE:
+                name = None
+    return found
+
+
+def option_parser(config_class: type, prog: str):
+    """A jsonargparse parser that knows the options of `config_class`; it prints the help."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(prog=prog, description=inspect.getdoc(config_class))
+    parser.add_argument("--config", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument("--section", help="section of the file to read instead of the command's")
+    hints, comments = typing.get_type_hints(config_class), field_help(config_class)
+    for f in dataclasses.fields(config_class):
+        factory = f.default_factory
+        default = f.default if factory is dataclasses.MISSING else factory()
+        text = comments.get(f.name, f.name.replace("_", " ")).replace("%", "%%")
+        kwargs = {"required": True} if default is dataclasses.MISSING else {"default": default}
+        parser.add_argument(f"--{f.name}", type=hints[f.name], help=text, **kwargs)
+    return parser
+
+
+def save_resolved(config, path: str | os.PathLike) -> None:
+    """Write every value of `config` as YAML that --config reads back; `path` is replaced whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        yaml.safe_dump(plain(dataclasses.asdict(config)), file, sort_keys=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def plain(value):
+    """`value` with only what YAML knows: tuples become lists, paths become text."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, os.PathLike) else value

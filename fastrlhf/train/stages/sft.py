@@ -1,0 +1,140 @@
+"""Supervised fine-tuning on demonstrations (paper C.1), and the RL initialisation (C.3): the same loop, with
+`pretrain_mix` > 0 putting pretraining text into every batch.
+
+Loss: mean NLL per token over the batch, on the response and its EOS (`loss_on="full"`: on the prompt too).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from fastrlhf.errors import UserError
+from fastrlhf.train import data, sharded
+from fastrlhf.train.models import (
+    check_vocabulary,
+    context_length,
+    load_policy,
+    load_tokenizer,
+    set_dropout,
+)
+from fastrlhf.train.optim import OptimConfig, Optimizers, cosine
+from fastrlhf.train.runtime import Runtime, RuntimeConfig
+from fastrlhf.train.steps import mean_nll, nll_backward, require_fit
+from fastrlhf.train.tracking import OutputConfig, Run
+
+
+@dataclass
+class SFTConfig(OptimConfig, RuntimeConfig, OutputConfig):
+    """Settings of the sft stage; the defaults are the paper's 1.3B SFT model."""
+
+    model: str = ""  # folder of the base model
+    demonstrations: str = ""  # JSONL: prompt, completion
+    valid_demonstrations: str = ""  # held-out demonstrations: loss at the end
+    text: str = ""  # pretraining text for `pretrain_mix`
+    pretrain_mix: float = (
+        0.0  # share of a batch's sequences that is pretraining text (0.1 for the RL initialisation)
+    )
+    pretrain_length: int = 0  # tokens of a pretraining sequence; 0: the model's context
+    lr: float = 9.65e-6
+    epochs: float = 16.0  # passes over the demonstrations
+    batch: int = 32  # demonstrations a step
+    max_tokens: int = 8192  # of a micro-batch
+    warmup: int = 0  # steps
+    lr_floor: float = 0.1  # of lr, where the cosine ends
+    dropout: float = 0.2  # residual
+    loss_on: Literal["response", "full"] = "response"  # full: on the prompt too; not in the paper
+
+
+def main(cfg: SFTConfig) -> dict:
+    """Fine-tune on demonstrations; returns {"train/loss", "valid/loss", ...}."""
+    runtime = Runtime(cfg)
+    _check(cfg)
+    with Run(cfg, "sft", runtime) as run:
+        tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
+        policy = load_policy(cfg.model, runtime, trainable=True, backend=cfg.backend)
+        check_vocabulary(tokenizer, policy.lm, cfg.model)
+        set_dropout(policy, cfg.dropout)
+        context = context_length(policy.config)
+        examples = _examples(cfg, cfg.demonstrations, tokenizer, context)
+        valid = (
+            _examples(cfg, cfg.valid_demonstrations, tokenizer, context)
+            if cfg.valid_demonstrations
+            else None
+        )
+        windows = []
+        if cfg.pretrain_mix > 0:
+            length = data.window_length(cfg.pretrain_length, context, "pretrain_length")
+            windows = data.text_windows(
+                data.read_text(cfg.text), tokenizer, length, f"text {cfg.text!r}"
+            )
+        for part, what in (
+            (examples, "demonstrations"),
+            (valid, "valid_demonstrations"),
+            (windows, "text"),
+        ):
+            require_fit([len(e.tokens) for e in part or []], cfg.max_tokens, what)
+        mixed = round(cfg.batch * cfg.pretrain_mix / (1 - cfg.pretrain_mix))
+        steps = max(1, math.ceil(cfg.epochs * len(examples) / cfg.batch))
+        optimizer = Optimizers(policy, cfg)
+        order = data.Shuffle(len(examples), cfg.seed)
+        text_order = data.Shuffle(max(1, len(windows)), cfg.seed + 1)
+        module = runtime.prepare(policy, optimizer)
+        if run.state:
+            sharded.load(policy, run.state["model"])
+            optimizer.load_state_dict(run.state["optimizer"])
+            order.cursor, text_order.cursor = run.state["cursors"]
+
+        module.train()
+        for step in range(run.begin(steps) + 1, steps + 1):
+            batch = [examples[i] for i in order.take(cfg.batch)]
+            if windows:
+                batch += [windows[i] for i in text_order.take(mixed)]
+            loss = nll_backward(
+                module, batch[runtime.rank :: runtime.world], runtime, cfg.max_tokens
+            )
+            metrics = {
+                "train/loss": float(loss),
+                "grad_norm": runtime.clip(module, cfg.max_grad_norm),
+            }
+            run.check(step, metrics)
+            metrics["lr"] = optimizer.step(
+                cosine(step - 1, steps, warmup=cfg.warmup, floor=cfg.lr_floor)
+            )
+            run.log(step, metrics)
+            run.checkpoint(
+                step,
+                lambda: {
+                    "model": policy.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "cursors": [order.cursor, text_order.cursor],
+                },
+            )
+
+        summary = {
+            "train/loss": run.last["train/loss"],
+            "steps": steps,
+            "demonstrations": len(examples),
+        }
+        if valid:
+            summary["valid/loss"] = mean_nll(module, valid, runtime, cfg.max_tokens)
+        return run.finish(runtime.unwrap(module).lm, tokenizer, summary)
+
+
+def _check(cfg: SFTConfig) -> None:
+    for name in ("model", "demonstrations"):
+        if not getattr(cfg, name):
+            raise UserError(f"{name}: expected a path, got nothing")
+    if cfg.loss_on not in ("response", "full"):
+        raise UserError(f"loss_on: expected response or full, got {cfg.loss_on!r}")
+    if not 0 <= cfg.pretrain_mix < 1:
+        raise UserError(f"pretrain_mix: expected a share in [0, 1), got {cfg.pretrain_mix}")
+    if cfg.pretrain_mix > 0 and not cfg.text:
+        raise UserError(
+            "pretrain_mix > 0 needs text: expected a file of pretraining text, got nothing"
+        )
+
+
+def _examples(cfg: SFTConfig, path: str, tokenizer, context: int) -> list[data.Example]:
+    rows = data.read_rows(path, {"prompt": str, "completion": str}, "demonstrations")
+    what = f"demonstrations {path!r}"
+    return data.encode_examples(rows, tokenizer, context, what, full_loss=cfg.loss_on == "full")

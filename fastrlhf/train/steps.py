@@ -1,0 +1,91 @@
+"""What more than one stage does with a batch: split it into micro-batches, and take its language-model gradient."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fastrlhf.errors import UserError
+from fastrlhf.train.data import Example, next_token_rows
+from fastrlhf.train.packing import collate, pack
+from fastrlhf.train.runtime import Runtime
+
+
+def micro_batches(
+    lengths: Sequence[int], max_tokens: int, runtime: Runtime
+) -> list[tuple[np.ndarray, float]]:
+    """(indices, weight) of each micro-batch; every rank gets the same number, made up with repeats of weight 0."""
+    bins = pack(np.asarray(lengths, dtype=np.int64), max_tokens)
+    missing = runtime.max(len(bins)) - len(bins)
+    return [(b, 1.0) for b in bins] + [(bins[-1], 0.0)] * missing
+
+
+def require_fit(lengths: Sequence[int], max_tokens: int, what: str) -> None:
+    """UserError if a sequence is longer than a micro-batch may be."""
+    longest = max(lengths, default=0)
+    if longest > max_tokens:
+        raise UserError(
+            f"max_tokens: expected at least {longest}, the longest of {what}, got {max_tokens}"
+        )
+
+
+def nll_backward(
+    module, examples: Sequence[Example], runtime: Runtime, max_tokens: int, scale: float = 1.0
+) -> torch.Tensor:
+    """Add the gradient of scale * (mean NLL per token over all ranks) to `module`; returns this mean, 0-d, detached."""
+    micros = micro_batches([len(e.tokens) for e in examples], max_tokens, runtime)
+    (total,) = runtime.sum(float(sum(e.targets for e in examples)))
+    summed = torch.zeros((), device=runtime.device)
+    for number, (indices, weight) in enumerate(micros, 1):
+        batch, rows, targets = next_token_rows([examples[i] for i in indices], runtime.device)
+        nll = module(batch, rows, targets, mode="nll")
+        # DDP averages over ranks; the loss is a mean over all ranks' tokens.
+        runtime.backward(
+            [module], nll * (scale * weight * runtime.world / total), last=number == len(micros)
+        )
+        summed += weight * nll.detach().float()
+    return (
+        runtime.accelerator.reduce(summed, reduction="sum") / total
+        if runtime.world > 1
+        else summed / total
+    )
+
+
+@torch.no_grad()
+def mean_nll(module, examples: Sequence[Example], runtime: Runtime, max_tokens: int) -> float:
+    """Mean NLL per token of a data set, in evaluation mode."""
+    training = module.training
+    module.eval()
+    local = examples[runtime.rank :: runtime.world] or examples[:1]
+    summed = 0.0
+    for indices, weight in micro_batches([len(e.tokens) for e in local], max_tokens, runtime):
+        summed += weight * float(
+            module(*next_token_rows([local[i] for i in indices], runtime.device), mode="nll")
+        )
+    module.train(training)
+    summed, tokens = runtime.sum(summed, float(sum(e.targets for e in local)))
+    return summed / tokens
+
+
+@torch.no_grad()
+def score_sequences(module, sequences: Sequence[np.ndarray], max_tokens: int) -> np.ndarray:
+    """Reward [n] of whole token sequences, each read at its last token."""
+    device = next(module.parameters()).device
+    scores = np.empty(len(sequences), dtype=np.float64)
+    for indices in pack([len(s) for s in sequences], max_tokens):
+        batch = collate([sequences[i] for i in indices]).to(device)
+        scores[indices] = module(batch, batch.cu_seqlens[1:].long() - 1).double().cpu().numpy()
+    return scores
+
+
+@torch.no_grad()
+def token_logprobs(module, examples: Sequence[Example], max_tokens: int) -> list[np.ndarray]:
+    """Log-prob (nats, fp32) of every target token of each example."""
+    device = next(module.parameters()).device
+    out = [np.empty(0, dtype=np.float32)] * len(examples)
+    for indices in pack([len(e.tokens) for e in examples], max_tokens):
+        chosen = [examples[i] for i in indices]
+        flat = module(*next_token_rows(chosen, device), mode="logprob").float().cpu()
+        for i, part in zip(indices, flat.split([e.targets for e in chosen]), strict=True):
+            out[i] = part.numpy()
+    return out

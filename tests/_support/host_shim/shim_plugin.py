@@ -1,0 +1,59 @@
+"""pytest plugin (-p shim_plugin): backend="cuda" means csrc/cuda on CPU tensors, in this process.
+
+Loads the libraries that build.py made in place of fastrlhf._C and keeps only the tests of backend "cuda".
+"""
+
+import ctypes
+import os
+import sys
+import types
+
+import torch
+
+LIBRARIES = os.environ["FASTRLHF_HOST_SHIM"].split(os.pathsep)
+for path in LIBRARIES:
+    torch.ops.load_library(path)
+sys.modules["fastrlhf._C"] = types.ModuleType("fastrlhf._C")
+
+from _support import logit_cases  # noqa: E402
+from fastrlhf.ops import _backend  # noqa: E402
+
+# The shim registers for CPU tensors; the package must know these ops as CUDA's.
+_backend._CUDA_OPS, _backend._CPU_OPS = _backend._CPU_OPS, frozenset()
+_unavailable_reason = _backend.unavailable_reason
+
+
+def unavailable_reason(op, backend, device="cpu"):
+    return _unavailable_reason(op, backend, "cuda" if backend == "cuda" else device)
+
+
+_backend.unavailable_reason = unavailable_reason
+logit_cases.DEVICE["cuda"] = "cpu"
+
+
+def last_launch(stem):
+    """(kernel, blocks of a cluster, bytes of dynamic shared memory) of the last launch by `stem`.cu."""
+    (path,) = (p for p in LIBRARIES if os.path.basename(p).startswith(f"{stem}-"))
+    library = ctypes.CDLL(path)
+    library.shim_last_launch.restype = ctypes.c_char_p
+    kernel, blocks, shared = library.shim_last_launch().decode().split()
+    return kernel, int(blocks), int(shared)
+
+
+def pytest_collection_modifyitems(config, items):
+    def chosen(item):
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        return (
+            backend == "cuda" and "compiles" not in item.name
+        )  # the compiler is no kernel's matter
+
+    config.hook.pytest_deselected(items=[item for item in items if not chosen(item)])
+    items[:] = [item for item in items if chosen(item)]
+
+
+def pytest_terminal_summary(terminalreporter):
+    for path in LIBRARIES[1:]:  # the first holds the schemas
+        library = ctypes.CDLL(path)
+        library.shim_kernels_run.restype = ctypes.c_char_p
+        for name in library.shim_kernels_run().decode().split():
+            terminalreporter.write_line(f"kernel ran: {name}")

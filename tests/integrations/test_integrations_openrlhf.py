@@ -1,0 +1,297 @@
+"""OpenRLHF patched computes what OpenRLHF computes, on its own modules: each function against fp64.
+
+tests/_support/unpacked.py says how they are loaded and what could not be. `compute_entropy` is compiled by OpenRLHF;
+here its own code runs uncompiled, which spares the minutes of a code generator.
+B sequences, A actions, N tokens, V vocabulary.
+"""
+
+import warnings
+
+import pytest
+import torch
+
+from _support import hosts, unpacked
+from _support.patched import compare, each, numbers, ragged, randint, randn
+from fastrlhf.integrations import openrlhf as integration
+from fastrlhf.integrations._patch import HostMoved
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STEP_DTYPES = (torch.float32, torch.float64)
+UTILS, LOSS = "openrlhf.models.utils", "openrlhf.models.loss"
+MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
+GAE = f"{MAKER}.RemoteExperienceMaker.get_advantages_and_returns"
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+each_step_dtype = pytest.mark.parametrize("dtype", STEP_DTYPES, ids=lambda d: str(d)[6:])
+
+
+@pytest.fixture(autouse=True)
+def openrlhf():
+    with unpacked.installed(unpacked.openrlhf()) as modules:
+        with torch.compiler.set_stance("force_eager"):
+            yield modules
+        integration.unpatch()
+
+
+def against(name, call, *inputs, **options):
+    compare(integration.patch, name, call, *inputs, **options)
+
+
+# ---- logits ----
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(1, 1), (300,), (5, 60)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_from_logits(openrlhf, dtype, shape, temperature):
+    """Divides the logits in place, as OpenRLHF does: both see the scaled ones afterwards."""
+    logits = randn(*shape, 307, seed=1, dtype=dtype, scale=4.0, train=True)
+    labels = randint(307, shape, seed=2)
+    scaled = []
+
+    def call(x):
+        x = x * 1.0  # not a leaf
+        logprob = openrlhf[UTILS].log_probs_from_logits(x, labels, temperature=temperature)
+        scaled.append(x.detach())
+        return logprob
+
+    against(f"{UTILS}.log_probs_from_logits", call, logits)
+    assert torch.equal(scaled[0], scaled[2])  # unpatched, fp64, patched
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(1, 1), (300,), (5, 60)])
+def test_compute_entropy(openrlhf, dtype, shape):
+    logits = randn(*shape, 307, seed=1, dtype=dtype, scale=4.0, train=True)
+    against(f"{UTILS}.compute_entropy", lambda x: openrlhf[UTILS].compute_entropy(x), logits)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_actor(openrlhf, temperature):
+    """OpenRLHF's own Actor around a tiny model: log-probs of actions, entropy, every gradient."""
+    model = hosts.causal_lm()
+    actor = openrlhf["openrlhf.models.actor"].Actor(model, temperature=temperature)
+    actor.packing_samples = False  # set where it loads a model by its name
+    ids = randint(model.config.vocab_size, (3, 12), seed=1)
+    attention, actions = ragged(2, 3, 12).long(), ragged(3, 3, 6)
+
+    def run():
+        model.zero_grad()
+        logprob, out = actor(
+            ids, actions, attention_mask=attention, return_output=True, return_entropy=True
+        )
+        (logprob.sum() + 0.1 * out.entropy.sum()).backward()
+        return [
+            logprob.detach(),
+            out.entropy.detach(),
+            *(p.grad.clone() for p in model.parameters()),
+        ]
+
+    theirs = run()
+    with integration.patch() as patched:
+        ours = run()
+    assert patched.calls == {
+        f"{UTILS}.log_probs_from_logits": 1,
+        f"{UTILS}.compute_entropy": 1,
+    }
+    for mine, host in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, host, rtol=1e-5, atol=1e-6)
+
+
+# ---- advantages ----
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32, None])
+@each_step_dtype
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.97, 0.8), (0.9, 0.0)])
+def test_get_advantages_and_returns(openrlhf, seed, holes, mask_dtype, dtype, gamma, lam):
+    """Masked actions count as steps of reward and value 0, and have advantages: OpenRLHF's way."""
+    mask = None if mask_dtype is None else ragged(seed, 7, 53, holes=holes).to(mask_dtype)
+    values, rewards = (randn(7, 53, seed=10 * seed + i, dtype=dtype) for i in range(2))
+    function = openrlhf[MAKER].RemoteExperienceMaker.get_advantages_and_returns
+    if mask_dtype == torch.float32:
+        mask = mask.to(dtype)
+
+    def call(v, r):
+        floats = mask is not None and mask.is_floating_point()
+        return function(None, v, r, mask.to(v.dtype) if floats else mask, gamma, lam)
+
+    def patched_call(v, r):
+        maker = openrlhf[MAKER].RemoteExperienceMaker
+        floats = mask is not None and mask.is_floating_point()
+        masked = mask.to(v.dtype) if floats else mask
+        return maker.get_advantages_and_returns(None, v, r, masked, gamma, lam)
+
+    against(GAE, patched_call, values, rewards, host=call, truth=call)
+
+
+def test_masked_actions_are_not_skipped(openrlhf):
+    """What tells OpenRLHF's GAE from verl's: the value after a masked action is 0."""
+    values, rewards = torch.tensor([[1.0, 2.0, 4.0]]), torch.zeros(1, 3)
+    mask = torch.tensor([[True, False, True]])
+    with integration.patch():
+        maker = openrlhf[MAKER].RemoteExperienceMaker
+        advantages, _ = maker.get_advantages_and_returns(None, values, rewards, mask, 1.0, 0.0)
+    assert advantages.tolist() == [[-1.0, 4.0, -4.0]]
+
+
+# ---- losses ----
+
+
+def stacked(dtype, stack=6, spread=0.4):
+    shape = (stack, 8, 40)
+    old = randn(*shape, seed=1, dtype=dtype)
+    new = (old + randn(*shape, seed=2, dtype=dtype, scale=spread)).requires_grad_()
+    return new, old, randn(*shape, seed=3, dtype=dtype), [ragged(i, 8, 40) for i in range(stack)]
+
+
+BATCHES = [{}, {"dp_size": 2, "batch_num_tokens": 500}]
+
+
+@each_step_dtype
+@pytest.mark.parametrize("clip", [0.1, 0.3])
+@pytest.mark.parametrize("dual_clip", [None, 1.2])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, None])
+def test_policy_loss(openrlhf, dtype, clip, dual_clip, batch, mask_dtype):
+    """All that it returns: the loss, its gradient, clip ratio, ppo_kl, and None twice."""
+    if mask_dtype is None and batch:
+        pytest.skip("OpenRLHF fails on batch_num_tokens without a mask")
+    *tensors, masks = stacked(dtype)
+    loss = openrlhf[LOSS].PolicyLoss(clip, clip, dual_clip)
+
+    def one(new, old, advantages, mask):
+        mask = None if mask_dtype is None else mask.to(mask_dtype)
+        out = loss(new, old, advantages, action_mask=mask, **batch)
+        assert out[3:] == (None, None)
+        return out[:3]
+
+    against(f"{LOSS}.PolicyLoss.forward", lambda *x: each(one, *x, masks), *tensors)
+
+
+@each_step_dtype
+@pytest.mark.parametrize("clip", [None, 0.2])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, None])
+def test_value_loss(openrlhf, dtype, clip, batch, mask_dtype):
+    if mask_dtype is None and batch:
+        pytest.skip("OpenRLHF fails on batch_num_tokens without a mask")
+    *tensors, masks = stacked(dtype)
+    loss = openrlhf[LOSS].ValueLoss(clip)
+
+    def one(values, old, returns, mask):
+        mask = None if mask_dtype is None else mask.to(mask_dtype)
+        return (loss(values, old, returns, action_mask=mask, **batch),)
+
+    against(f"{LOSS}.ValueLoss.forward", lambda *x: each(one, *x, masks), *tensors)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("with_margin", [False, True])
+@pytest.mark.parametrize("shape", [(9,), (9, 1)])
+def test_pairwise_loss(openrlhf, dtype, with_margin, shape):
+    chosen, rejected = (
+        randn(8, *shape, seed=i, dtype=dtype, scale=3.0, train=True) for i in (1, 2)
+    )
+    margin = randn(8, *shape, seed=3, dtype=dtype).abs()
+    loss = openrlhf[LOSS].PairWiseLoss()
+
+    def one(c, r, m):
+        return (loss(c, r, m) if with_margin else loss(c, r),)
+
+    against(f"{LOSS}.PairWiseLoss.forward", lambda *x: each(one, *x), chosen, rejected, margin)
+
+
+def test_losses_of_no_token(openrlhf):
+    """Not a number, as OpenRLHF has it."""
+    new, old, advantages, _ = (x[0] for x in stacked(torch.float32))
+    none = torch.zeros(8, 40, dtype=torch.bool)
+    with integration.patch():
+        loss, clipped, kl, *_ = openrlhf[LOSS].PolicyLoss()(new, old, advantages, none)
+        value = openrlhf[LOSS].ValueLoss(0.2)(new, old, advantages, none)
+    assert all(bool(x.isnan()) for x in (loss, clipped, kl, value))
+
+
+UNSERVED = {
+    "policy_loss_type='gspo'": lambda m, x: m.PolicyLoss(policy_loss_type="gspo")(*x),
+    "a mean over sequences": lambda m, x: m.PolicyLoss(token_level_loss=False)(*x),
+    "clip ranges that differ": lambda m, x: m.PolicyLoss(0.2, 0.28)(*x),
+    "the rollout correction is on": lambda m, x: m.PolicyLoss(is_correction_level="token")(
+        *x, rollout_log_probs=x[1] * 0.9
+    ),
+    "bfloat16": lambda m, x: m.PolicyLoss()(*(t.bfloat16() for t in x[:3]), x[3]),
+    "mean over sequences": lambda m, x: m.ValueLoss(0.2, token_level_loss=False)(*x),
+    "clip_eps is not above 0": lambda m, x: m.ValueLoss(0.0)(*x),
+    "require grad": lambda m, x: m.ValueLoss(0.2)(x[1], x[1], x[0], x[3]),
+    "other numbers than 0 and 1": lambda m, x: m.ValueLoss(0.2)(*x[:3], 0.5 * x[3]),
+    "another shape or device": lambda m, x: m.PairWiseLoss()(x[0], x[1][:1]),
+}
+
+
+@pytest.mark.parametrize("reason", UNSERVED)
+def test_what_no_op_serves_runs_openrlhfs_own(openrlhf, reason):
+    *tensors, masks = stacked(torch.float32)
+    new = tensors[0][0].detach().requires_grad_()
+    inputs = (new, tensors[1][0], tensors[2][0], masks[0])
+
+    def run():
+        out = UNSERVED[reason](openrlhf[LOSS], inputs)
+        out = out if isinstance(out, tuple) else (out,)
+        return [x for x in out if x is not None]
+
+    theirs = run()
+    with integration.patch() as patched:
+        ours = run()
+    assert all(map(torch.equal, ours, theirs))
+    assert len(ours) == len(theirs)
+    assert patched.calls == {}
+    ((_, said),) = patched.fallbacks
+    assert reason in said
+
+
+# ---- the patch itself ----
+
+
+def test_every_copy_is_patched_and_put_back(openrlhf):
+    actor, utils = openrlhf["openrlhf.models.actor"], openrlhf[UTILS]
+    losses = openrlhf[LOSS]
+    classes = (losses.PolicyLoss, losses.ValueLoss, losses.PairWiseLoss)
+
+    def state():
+        return [
+            actor.compute_entropy,
+            actor.log_probs_from_logits,
+            utils.compute_entropy,
+            utils.log_probs_from_logits,
+            *(vars(c)["forward"] for c in classes),
+            vars(openrlhf[MAKER].RemoteExperienceMaker)["get_advantages_and_returns"],
+        ]
+
+    before = state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # OpenRLHF 0.11 is in the tested range
+        with integration.patch() as patched:
+            assert not any(a is b for a, b in zip(state(), before, strict=True))
+            assert actor.compute_entropy is utils.compute_entropy
+            assert sum(" runs " in line for line in patched.report) == 6
+            assert sum(" is left alone: " in line for line in patched.report) == 3
+    assert all(a is b for a, b in zip(state(), before, strict=True))
+
+
+def test_a_loss_made_before_gains(openrlhf):
+    loss = openrlhf[LOSS].PairWiseLoss()
+    scores = randn(5, seed=1), randn(5, seed=2)
+    theirs = numbers(loss, *scores)
+    with integration.patch() as patched:
+        ours = numbers(loss, *scores)
+    assert patched.calls == {f"{LOSS}.PairWiseLoss.forward": 1}
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_function_that_moved_is_named(openrlhf, monkeypatch):
+    own = openrlhf[UTILS].compute_entropy
+    monkeypatch.delattr(openrlhf[LOSS], "ValueLoss")
+    with pytest.raises(HostMoved, match=r"openrlhf 0\.11\.2 has no openrlhf.models.loss.ValueLoss"):
+        integration.patch()
+    assert openrlhf[UTILS].compute_entropy is own

@@ -1,0 +1,262 @@
+"""Every GPU kernel is compiled for the GPUs we name, on machines that have none.
+
+Triton kernels go through triton.compile for sm_80, sm_90, sm_100 and gfx942; each .cu through nvcc for sm_80, sm_90 and
+sm_100 (device code alone: g++ compiles the host's side in test_cuda_on_host.py). The assembler's report is read: a
+spill or a stack frame fails the test.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CUDA_FILES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+KERNEL_FILES = sorted(p for p in (ROOT / "kernels").glob("[!_]*.py"))
+BENCHMARKS = ROOT / "benchmarks"
+NO_NVCC = "nvcc is not on PATH" if shutil.which("nvcc") is None else ""
+
+
+# Kernel -> variants (constexpr arguments and the dtype of the logits) that are compiled. The flags that are off leave
+# code out, so all of them on, for the widest and the narrowest dtype, covers every line.
+def cases(everything, least):
+    """All flags in fp32 and fp64, none of them in bf16."""
+    return [
+        ({**everything, "ACC": "fp32"}, "fp32"),
+        ({**everything, "ACC": "fp64"}, "fp64"),
+        ({**least, "ACC": "fp32"}, "bf16"),
+    ]
+
+
+FLAGS = dict.fromkeys(("HAS_MASK", "HAS_ROW_T"), True)
+PLAIN = dict.fromkeys(FLAGS, False) | {"CAP": 0}
+# As row_tile of kernels/_launch.py.
+TILE = {"R": 8, "L": 256, "STAGES": 4, "num_warps": 1, "enable_fp_fusion": False}
+SMALL = TILE | {"R": 2}  # the exact soft-cap, and fp64
+ROW = {"BLOCK": 4096, "num_warps": 4, "enable_fp_fusion": False}
+SMALL_ROW = ROW | {"BLOCK": 2048}  # a soft-cap
+# token_loss: the row pass of the linear losses, without and with the entropy, and the op's forward.
+TERMS = dict.fromkeys(("HAS_ADVANTAGES", "HAS_OLD", "HAS_SCALE", "WITH_GRAD"), True)
+TERMS |= {"BLOCK": 1024}
+PASS = TERMS | dict.fromkeys(("HAS_H", "WITH_ENTROPY", "WITH_LOSS"), False) | {"WITH_SLOPE": True}
+ENTROPY = PASS | {"HAS_H": True, "WITH_ENTROPY": True}
+LOSS = PASS | {"WITH_LOSS": True}
+EVERY = ENTROPY | {"WITH_LOSS": True}
+LEAST_LOSS = {**dict.fromkeys(LOSS, False), "WITH_LOSS": True, "WITH_SLOPE": True, "BLOCK": 1024}
+TO_BF16 = "fp32->bf16"  # fp32 logits, a gradient of 16 bits
+# The same for the sequence ops and the losses: strided, masked and packed, or as plain as it gets.
+KL = {"PACKED": False, "HAS_MASK": True, "BLOCK": 1024, "num_warps": 8}
+KL |= {"enable_fp_fusion": False}
+GAE = {**KL, "WHITEN": True}
+LEAST = {**GAE, "PACKED": True, "HAS_MASK": False, "WHITEN": False}
+TOKENS = {"HAS_MASK": True, "FLAT": False, "BLOCK": 1024, "enable_fp_fusion": False}
+FLAT = TOKENS | {"HAS_MASK": False, "FLAT": True}
+PPO = {"HAS_VALUES": True, "HAS_ENTROPY": True, "WITH_GRAD": True}
+PAIRS = {"WITH_GRAD": True, "BLOCK": 16, "num_warps": 1}
+WHITEN = {"PROGRAMS": 1024, "SHIFT_MEAN": False, "UNBIASED": True}
+VARIANTS = {
+    "gae": {
+        "gae_kernel": cases(
+            {**GAE, "HAS_BOOTSTRAP": True},
+            {**LEAST, "HAS_BOOTSTRAP": False},
+        )
+    },
+    "kl_gae": {"kl_gae_kernel": cases({**GAE, "ESTIMATOR": 2}, {**LEAST, "ESTIMATOR": 0})},
+    "kl_reward": {"kl_reward_kernel": cases({**KL, "ESTIMATOR": 2}, {**KL, "ESTIMATOR": 1})},
+    "masked_whiten": {
+        "masked_whiten_moments_kernel": cases(TOKENS, FLAT),
+        "masked_whiten_kernel": cases(TOKENS | WHITEN, FLAT | WHITEN),
+    },
+    "ppo_loss": {
+        "ppo_loss_fwd_kernel": cases({**TOKENS, **PPO}, {**FLAT, **dict.fromkeys(PPO, False)}),
+        "ppo_loss_metrics_kernel": [({"PROGRAMS": 1024, "HAS_VALUES": True}, "fp32")],
+    },
+    "ranking_loss": {
+        "ranking_loss_fwd_kernel": cases(PAIRS, {**PAIRS, "WITH_GRAD": False}),
+        "ranking_loss_sum_kernel": [({"PROGRAMS": 1024}, "fp32")],
+    },
+    "token_logprob": {
+        "token_logprob_fwd_kernel": [
+            ({**FLAGS, **SMALL, "L": 128, "CAP": 2, "HAS_ENTROPY": True, "ACC": "fp64"}, "fp64"),
+            ({**FLAGS, **SMALL, "CAP": 2, "HAS_ENTROPY": True, "ACC": "fp32"}, "fp32"),
+            ({**FLAGS, **TILE, "CAP": 1, "HAS_ENTROPY": True, "ACC": "fp32"}, "bf16"),
+            ({**PLAIN, **TILE, "HAS_ENTROPY": True, "ACC": "fp32"}, "fp32"),
+            ({**PLAIN, **TILE, "HAS_ENTROPY": False, "ACC": "fp32"}, "fp16"),
+        ],
+        "token_logprob_bwd_kernel": [
+            (
+                {**FLAGS, **SMALL_ROW, "CAP": 2, "HAS_G": True, "HAS_H": True, "BLOCK": 1024}
+                | {"ACC": "fp64"},
+                "fp64",
+            ),
+            ({**FLAGS, **SMALL_ROW, "CAP": 2, "HAS_G": True, "HAS_H": True, "ACC": "fp32"}, "fp32"),
+            ({**FLAGS, **SMALL_ROW, "CAP": 1, "HAS_G": True, "HAS_H": True, "ACC": "fp32"}, "bf16"),
+            ({**PLAIN, **ROW, "HAS_G": False, "HAS_H": True, "ACC": "fp32"}, "fp32"),
+            ({**PLAIN, **ROW, "HAS_G": True, "HAS_H": False, "ACC": "fp32"}, "fp16"),
+            ({**PLAIN, **ROW, "HAS_G": True, "HAS_H": False, "ACC": "fp32"}, TO_BF16),
+            (
+                {**FLAGS, **SMALL_ROW, "CAP": 1, "HAS_G": True, "HAS_H": True, "ACC": "fp32"},
+                TO_BF16,
+            ),
+        ],
+    },
+    "token_loss": {
+        "token_loss_fwd_kernel": [
+            (
+                {**FLAGS, **SMALL, **EVERY, "L": 128, "CAP": 2, "BLOCK": 256, "ACC": "fp64"},
+                "fp64",
+            ),
+            ({**FLAGS, **SMALL, **EVERY, "CAP": 2, "BLOCK": 512, "ACC": "fp32"}, TO_BF16),
+            ({**FLAGS, **TILE, **ENTROPY, "CAP": 1, "BLOCK": 512, "ACC": "fp32"}, TO_BF16),
+            ({**PLAIN, **TILE, **ENTROPY, "ACC": "fp32"}, TO_BF16),
+            ({**PLAIN, **TILE, **PASS, "ACC": "fp32"}, TO_BF16),
+            ({**FLAGS, **TILE, **LOSS, "CAP": 1, "BLOCK": 512, "ACC": "fp32"}, "bf16"),
+            ({**PLAIN, **TILE, **LOSS, "ACC": "fp32"}, "fp32"),
+            ({**PLAIN, **TILE, **LEAST_LOSS, "ACC": "fp32"}, "fp16"),
+        ],
+        "token_loss_bwd_kernel": cases(ROW, ROW)[1:],
+    },
+}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+# Runs in a process of its own: here the kernels may be decorated for the interpreter.
+COMPILE = """
+import json, re, subprocess, sys, tempfile
+import triton
+from aot import kernels_of, triton_kernel
+
+module, variants, targets = json.loads(sys.argv[1])
+kernels = kernels_of(module)
+assert set(kernels) == set(variants), f"kernels {set(kernels)}, compiled here {set(variants)}"
+
+for name, cases in variants.items():
+    for constants, dtype in cases:
+        for target in targets:
+            built = triton_kernel(kernels[name], constants, dtype, target)
+            if target[0] == "cuda":
+                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                    file.write(built.asm["cubin"]); file.flush()
+                    tool = triton.knobs.nvidia.cuobjdump.path
+                    report = subprocess.run(
+                        [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+                    ).stdout
+                stack, local = (int(re.search(key + r":(\\d+)", report)[1]) for key in ("STACK", "LOCAL"))
+            else:
+                text = built.asm["amdgcn"]
+                stack = int(re.search(r"\\.private_segment_fixed_size: (\\d+)", text)[1])
+                local = int(re.search(r"\\.vgpr_spill_count: +(\\d+)", text)[1])
+            print(json.dumps([name, dtype, str(target[1]), stack, local]))
+"""
+
+
+def test_every_kernel_file_is_compiled_here():
+    assert {p.stem for p in KERNEL_FILES} == set(VARIANTS)
+
+
+@pytest.mark.parametrize("module", VARIANTS)
+def test_triton_kernels(module, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = os.pathsep.join([str(ROOT), str(BENCHMARKS)])
+    env |= {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path)}
+    job = json.dumps([module, VARIANTS[module], list(TARGETS.values())])
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, job], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == len(TARGETS) * sum(len(v) for v in VARIANTS[module].values())
+    for name, dtype, target, stack, local in rows:
+        assert stack == 0 and local == 0, f"{name} {dtype} {target}: stack {stack}, local {local}"
+
+
+def spills(report):
+    """(kernel, line) of every kernel in an assembler report that uses its stack or spills."""
+    found, kernel = [], "?"
+    for line in report.splitlines():
+        named = re.search(r"Function properties for (\S+)|Compiling entry function '(\S+?)'", line)
+        if named:
+            kernel = named[1] or named[2]
+        if re.search(r"\b[1-9]\d* bytes (stack frame|spill stores|spill loads)", line):
+            found.append((kernel, line.strip()))
+    return found
+
+
+def test_the_report_is_read():
+    """The reader finds what it looks for, so that its silence means something."""
+    clean = "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+    assert spills(clean) == []
+    for bad in (
+        clean.replace("0 bytes stack", "40 bytes stack"),
+        clean.replace("0 bytes spill l", "8 bytes spill l"),
+    ):
+        assert spills(f"ptxas info    : Function properties for f\n{bad}") == [("f", bad.strip())]
+
+
+@pytest.fixture
+def compilers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import aot
+
+    return aot
+
+
+@pytest.mark.skipif(bool(NO_NVCC), reason=NO_NVCC)
+@pytest.mark.parametrize("source", CUDA_FILES, ids=[p.name for p in CUDA_FILES])
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_cuda_kernels(compilers, source, arch):
+    report = compilers.compiled(source, arch).report
+    assert "Compiling entry function" in report
+    assert not spills(report)
+    assert "warning" not in report
+
+
+@pytest.mark.skipif(bool(NO_NVCC), reason=NO_NVCC)
+@pytest.mark.parametrize("source", CUDA_FILES, ids=[p.name for p in CUDA_FILES])
+def test_the_host_pass(compilers, source, tmp_path):
+    """What nvcc makes of the host's side is C++ that g++ takes: not of a range-for over a list in braces."""
+    out = tmp_path / "host.ii"
+    done = compilers.nvcc(source, out, "-cuda", "-arch=compute_90", "-Xcicc", "-O0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run(
+        ["g++", "-std=c++20", "-fsyntax-only", "-w", out], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# Instructions without which a kernel is right and slow: (source, architecture) -> what its PTX must hold.
+# token_loss keeps a row on chip: asynchronous copies into shared memory, and on sm_90 and later a
+# cluster of blocks that write into each other's.
+ON_CHIP = ("cp.async.cg.shared.global",)
+CLUSTER = ("barrier.cluster.arrive.release", "barrier.cluster.wait.acquire", "mapa.shared::cluster")
+# The sequence ops read and write tokens as 16-byte vectors.
+VECTORS = ("ld.global.v4.u32", "st.global.v4.f32")
+SEQUENCES = ("gae", "kl_gae", "kl_reward", "masked_whiten")
+NEEDED = {
+    **dict.fromkeys(((name, "90") for name in SEQUENCES), VECTORS),
+    ("token_loss", "80"): ON_CHIP,
+    ("token_loss", "90"): (*ON_CHIP, *CLUSTER, "st.shared::cluster", "%cluster_nctarank"),
+    ("token_loss", "100"): (*ON_CHIP, *CLUSTER, "st.shared::cluster", "%cluster_nctarank"),
+}
+
+
+@pytest.mark.skipif(bool(NO_NVCC), reason=NO_NVCC)
+@pytest.mark.parametrize(("kernel", "arch"), NEEDED)
+def test_the_fast_path_is_compiled(compilers, kernel, arch):
+    text = compilers.compiled(ROOT / "csrc" / "cuda" / f"{kernel}.cu", arch).ptx.read_text()
+    missing = [instruction for instruction in NEEDED[kernel, arch] if instruction not in text]
+    assert not missing
+    if kernel in SEQUENCES:
+        # Mean and scale of the whitening, in fp32 and fp64: no merge of moments divides.
+        assert text.count("div.rn.f64") <= 6
+    if arch == "80":  # the test reads what it should: no clusters there
+        assert not [instruction for instruction in CLUSTER if instruction in text]

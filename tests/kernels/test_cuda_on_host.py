@@ -1,0 +1,210 @@
+"""The CUDA kernels run on the CPU: the same .cu source, built by g++ with AddressSanitizer (host_shim/build.py).
+
+The op's own test files run in a process where backend="cuda" is that library, on CPU tensors: values and gradients
+against the reference, layouts, masks, empty inputs (not torch.compile: that is Python's side). Every call of an op
+runs twice, with blocks and threads in another order, and must give the same bits. The shim itself is tried on faults
+at the end of this file. The device that it plays has sm_80; token_loss, whose blocks work in clusters on sm_90, runs
+there too. It cannot run PTX: kernels take their plain instructions here, those are proven on a GPU.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from _support.host_shim import build
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+DEVICE_CODE = sorted((ROOT / "csrc" / "cuda").glob("*.cu*"))
+FAULTS = ROOT / "tests" / "_support" / "host_shim" / "faults.cu"
+pytestmark = pytest.mark.skipif(bool(build.missing()), reason=f"host shim: {build.missing()}")
+
+
+def op_tests(source):
+    folder, stem = ROOT / "tests", source.stem
+    return [*folder.rglob(f"test_{stem}.py"), *sorted(folder.rglob(f"test_{stem}_*.py"))]
+
+
+def run(libraries, *command, sm=80):
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=build.environment(libraries, sm),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+CLUSTERED = ROOT / "csrc" / "cuda" / "token_loss.cu"
+# (source, device) -> the tests that run there.
+RUNS = {(source, 80): op_tests(source) for source in SOURCES}
+RUNS[CLUSTERED, 90] = [
+    *op_tests(CLUSTERED),
+    ROOT / "tests" / "_support" / "host_shim" / "token_loss_clusters.py",
+]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """{(source, device): its library or the error of its build, and the finished run of its tests or None}."""
+    jobs = int(os.environ.get("MAX_JOBS", os.cpu_count()))
+    libraries = build.build_all([*SOURCES, FAULTS], jobs)
+    # All ops in each process, for tests and backwards that use more than their own.
+    good = [build.build_schemas(), *(p for s, p in libraries.items() if isinstance(p, Path))]
+
+    def job(key):
+        source, sm = key
+        library = libraries[source]
+        if not isinstance(library, Path):
+            return library, None
+        if source == FAULTS:
+            script = ROOT / "tests" / "_support" / "host_shim" / "try_faults.py"
+            return library, run([library], script, *SOUND, *SEEN, *POISONED, sm=sm)
+        # Not --capture=fd: the sanitizer's report must not die with the process.
+        options = ("-p", "shim_plugin", "-p", "no:cacheprovider", "--capture=sys", "-q")
+        return library, run(good, "-m", "pytest", *options, *RUNS[key], sm=sm)
+
+    keys = [*RUNS, (FAULTS, 90)]
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(zip(keys, pool.map(job, keys), strict=True))
+
+
+@pytest.mark.parametrize(("source", "sm"), RUNS, ids=lambda p: getattr(p, "stem", f"sm_{p}"))
+def test_kernels(source, sm, runs):
+    assert op_tests(source), f"{source.name} needs a test of its op, test_{source.stem}.py"
+    library, done = runs[source, sm]
+    assert done, library
+    output = f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    assert done.returncode == 0, output
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) >= 1, output
+    assert not re.search(r"\d+ skipped", done.stdout), output
+    assert build.kernels_of(source) <= kernels_run(done)
+
+
+def kernels_run(done):
+    return set(re.findall(r"kernel ran: (\w+)", done.stdout))
+
+
+def test_every_kernel_ran(runs):
+    """Those in headers too, which several ops share."""
+    defined = {k for p in DEVICE_CODE for k in build.kernels_of(p)}
+    ran = set().union(*(kernels_run(done) for _, done in runs.values() if done))
+    assert len(defined) >= len(SOURCES) and defined <= ran, f"run by no test: {defined - ran}"
+
+
+# Kind of fault in host_shim/faults.cu -> what the shim must say.
+SEEN = {
+    "read past the end": "heap-buffer-overflow",
+    "write past the end": "heap-buffer-overflow",
+    "shared past the end": "heap-buffer-overflow",
+    "dynamic past the end": "heap-buffer-overflow",
+    "misaligned": "misaligned address",
+    "no barrier": "argument 1 depends on the order of blocks or threads",
+    "block order": "argument 1 depends on the order of blocks or threads",
+    "early exit": r"diverge: 1 returned, the first is thread 5; 63 wait at __syncthreads \(faults.cu:\d+\)",
+    "other barrier": r"__syncthreads \(faults.cu:\d+\): others of its block wait at __syncthreads",
+    "lane missing": r"diverge: 2 returned, the first is thread 31; 62 wait at __shfl_xor_sync",
+    "lane outside": "it reads a lane that is not in its mask",
+    "empty grid": "fault: invalid configuration argument",
+    "too many threads": "fault: invalid configuration argument",
+    "too much shared": "fault: invalid argument",
+    "no cluster barrier": "argument 1 depends on the order of blocks or threads",
+    "block not started": r"store_remote \(faults.cu:\d+\): that block has not started",
+    "block has ended": r"store_remote \(faults.cu:\d+\): that block has ended",
+    "rank outside": r"store_remote \(faults.cu:\d+\): its rank is not in the cluster",
+    "not shared": r"store_remote \(faults.cu:\d+\): its address is not in shared memory",
+    "wait without arrival": r"cluster_wait \(faults.cu:\d+\): it waits and has not arrived",
+    "two arrivals": r"cluster_arrive \(faults.cu:\d+\): it arrives again and has not waited",
+    "cluster thread missing": "the threads of the cluster diverge: 1 returned, the first is thread 5 of block 1; "
+    r"127 wait at cluster_wait \(faults.cu:\d+\)",
+    "grid of half a cluster": "fault: cluster misconfiguration",
+    "no clusters in sm_80": "fault: cluster misconfiguration",
+    "copy without barrier": "argument 1 depends on the order of blocks or threads",
+    "misaligned copy": "misaligned address",
+    "copy past the end": "heap-buffer-overflow",
+}
+# What must stay NaN of the kernel's output.
+POISONED = {
+    "unwritten shared": range(0, 64, 2),
+    "unwritten tensor": range(61),
+    "copy without wait": range(60),
+    "copy in an open group": range(60),
+    "copy in no group": range(60),
+}
+SOUND = {
+    "sound": [float(i) for i in range(61, 0, -1)],
+    "sound cluster": [100.0 + i for i in range(64)],
+    "sound copy": [*(float(i) for i in range(1, 61)), 0.0, 0.0, 0.0, 0.0],
+}
+
+
+@pytest.fixture(scope="module")
+def faults(runs):
+    library, done = runs[FAULTS, 90]
+    assert done, library
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind", SOUND)
+def test_a_sound_kernel_passes(kind, faults):
+    assert faults[kind] == [SOUND[kind], ""]
+
+
+@pytest.mark.parametrize("kind", SEEN)
+def test_faults_are_seen(kind, faults):
+    values, text = faults[kind]
+    assert values is None and re.search(SEEN[kind], text), (values, text[:3000])
+    if "depends" not in SEEN[kind] and not SEEN[kind].startswith("fault:"):
+        assert "faults.cu:" in text, text[:3000]  # the source line is named
+
+
+@pytest.mark.parametrize("kind", POISONED)
+def test_what_nobody_wrote_is_nan(kind, faults):
+    values, error = faults[kind]
+    assert error == ""
+    assert [i for i, value in enumerate(values) if value != value] == [*POISONED[kind]]
+
+
+@pytest.mark.parametrize(
+    ("source", "rewritten"),
+    [
+        ("#if __CUDA_ARCH__ >= 900", "#if SHIM_CUDA_ARCH >= 900"),
+        (
+            "STABLE_TORCH_LIBRARY_IMPL(fastrlhf, CUDA, m)",
+            "STABLE_TORCH_LIBRARY_IMPL(fastrlhf, CPU, m)",
+        ),
+        (
+            "__shared__ Pair<A, B> x[2][3], y;",
+            "typedef Pair<A, B> x_shared_t[2][3]; static const char x_site = 0; x_shared_t& x = "
+            "*static_cast<x_shared_t*>(::shim::shared(&x_site, sizeof(x_shared_t))); "
+            "typedef Pair<A, B> y_shared_t; static const char y_site = 0; y_shared_t& y = "
+            "*static_cast<y_shared_t*>(::shim::shared(&y_site, sizeof(y_shared_t)));",
+        ),
+        (
+            "extern __shared__ float x[];",
+            "float* x = static_cast<float*>(::shim::dynamic_shared());",
+        ),
+        (
+            "__global__ void __launch_bounds__(kWarps * (32))\n f_kernel(int a) { b(); }",
+            " void __launch_bounds__(kWarps * (32))\n f_kernel(int a) "
+            '{::shim::entered("f_kernel"); b(); }',
+        ),
+        ("__global__ void f_kernel(int a);  // a __global__ one", " void f_kernel(int a);  "),
+    ],
+)
+def test_rewriting(source, rewritten):
+    assert build.rewrite(source, "x.cu") == f'#line 1 "x.cu"\n{rewritten}'
+
+
+def test_a_triple_bracket_launch_is_refused():
+    with pytest.raises(ValueError, match=r"x.cu: start kernels through launch\(\)"):
+        build.rewrite("f<<<1, 2>>>(3);", "x.cu")

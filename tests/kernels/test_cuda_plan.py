@@ -1,0 +1,687 @@
+"""The linear ops as they run on a GPU, on CPU tensors: benchmarks/fake_gpu.py stands in for the device.
+
+Results beside the reference in fp64; num_rows, capture, compact_rows and odd operands.
+"""
+
+import random
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fastrlhf
+from _support import ranks
+from _support.bench_problems import BENCHMARKS
+from _support.logit_cases import randint, randn
+from fastrlhf import reference
+from fastrlhf.ops import _backend, _chunks, _gemms, linear_logprob
+
+sys.path.insert(0, str(BENCHMARKS))
+from fake_gpu import DEVICE, FakeGpu
+
+sys.path.remove(str(BENCHMARKS))
+
+pytestmark = pytest.mark.skipif(
+    bool(_backend.unavailable_reason("linear_ppo_loss", "cpu", "cpu")),
+    reason="the C++ extension is not built",
+)
+
+N, H, V = 22, 8, 50  # five chunks of at most 5 rows; V is no multiple of a 16-byte vector
+ROWS = 5
+OPS = ("linear_logprob", "linear_cross_entropy", "linear_ppo_loss", "linear_token_loss")
+LOSSES = OPS[1:]
+each_op = pytest.mark.parametrize("op", OPS)
+each_loss = pytest.mark.parametrize("op", LOSSES)
+MASK = torch.arange(N) % 5 != 2  # row 0 counts: on CPU a wrong target is an error
+COUNT = int(MASK.sum())
+# Of gradients, relative to the largest: dlogits of 16-bit operands are rounded to their dtype.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@contextmanager
+def small_chunks(keep=False, rows=ROWS):
+    """On the fake GPU alone. `keep`: whether linear_logprob keeps small logits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_chunks, "chunk_rows", lambda *_: rows)
+        if not keep:
+            patch.setattr(linear_logprob, "KEEP_BYTES", 0)
+        yield
+
+
+class Problem:
+    """Inputs of all four ops; `options` are those of the op, by name."""
+
+    def __init__(self, **choice):
+        self.choice = choice
+        self.dtype = choice.get("dtype", torch.bfloat16)
+        self.weight_dtype = choice.get("weight_dtype", self.dtype)
+        self.shape = choice.get("shape", (N,))
+        self.mask = choice.get("mask")
+        self.targets = randint(V, (N,), 2)
+        if self.mask is not None:  # of rows that do not count nobody reads it
+            self.targets = self.targets.masked_fill(~self.mask, -100)
+        self.count = N if self.mask is None else int(self.mask.sum())
+        self.old, self.advantages = randn(N, seed=3) - 4, randn(N, seed=4)
+        self.advantages[N // 2 :] *= choice.get("some_advantages", 1)
+        self.bonus = (torch.arange(N) % 2).float()
+        self.old_values, self.returns = randn(N, seed=10), randn(N, seed=11)
+        self.temperature = 0.5 + torch.rand(N, generator=torch.Generator().manual_seed(5))
+        self.needs = choice.get("needs", (True, True, True))
+
+    def leaves(self, dtype=None):
+        """hidden, weight, bias or None, values or None, in `dtype` or their own."""
+        choice = self.choice
+        x = randn(N, H, seed=0).to(self.dtype).to(dtype or self.dtype)
+        w = randn(V, H, seed=1).to(self.weight_dtype).to(dtype or self.weight_dtype)
+        b = randn(V, seed=6).to(self.weight_dtype).to(dtype or self.weight_dtype)
+        if choice.get("strided"):
+            x = (
+                x.repeat(1, 2)[:, ::2].copy_(x)
+                if choice["strided"] == "gaps"
+                else x.t().contiguous().t()
+            )
+            w = w.t().contiguous().t()
+        if choice.get("one_row"):  # expanded: stride 0
+            x = x[:1].expand(N, H)
+        x = x.view(*self.shape, H) if not choice.get("strided") else x.reshape(*self.shape, H)
+        leaves = [x, w, b if choice.get("bias") else None]
+        for leaf, need in zip(leaves, self.needs, strict=True):
+            if leaf is not None:
+                leaf.requires_grad_(need)
+        values = randn(N, seed=12).to(dtype or torch.float32).view(self.shape)
+        return [*leaves, values.requires_grad_() if choice.get("values") else None]
+
+    def rows(self, x):
+        return None if x is None else x.view(self.shape)
+
+    def call(self, op, leaves, **more):
+        """(results to differentiate, constants) of the op."""
+        x, w, b, values = leaves
+        choice = self.choice
+        options = self.options(b) | {"workspace": choice.get("workspace", "fast")}
+        if choice.get("num_rows"):
+            options["num_rows"] = self.count
+        if op != "linear_logprob" and "scale" in choice:
+            options["scale"] = choice["scale"]
+        if op in ("linear_ppo_loss", "linear_token_loss"):
+            options["compact_rows"] = choice.get("compact_rows", False)
+        rows = (x, w, self.rows(self.targets))
+        if op == "linear_ppo_loss":
+            policy = (self.rows(self.old), self.rows(self.advantages))
+            out = fastrlhf.linear_ppo_loss(*rows, *policy, **options, **self.ppo(values), **more)
+            return [out.loss], [x for _, x in sorted(out.metrics.items())]
+        return self.others(fastrlhf, op, rows, options | more)
+
+    def reference(self, op, leaves):
+        """The same of plain PyTorch with all logits, in fp64."""
+        x, w, b, values = leaves
+        rows, options = (x, w, self.rows(self.targets)), self.options(b)
+        if "row_temperature" in self.choice:
+            options["temperature"] = options["temperature"].double()
+        if op != "linear_ppo_loss":
+            outs, constants = self.others(reference, op, rows, options)
+        else:
+            logprob, entropy = reference.linear_logprob(*rows, return_entropy=True, **options)
+            policy = (self.rows(self.old).double(), self.rows(self.advantages).double())
+            more = {"entropy": entropy, "mask": self.rows(self.mask)} | self.ppo(values)
+            out = reference.ppo_loss(logprob, *policy, **more)
+            outs, constants = [out.loss], [x for _, x in sorted(out.metrics.items())]
+        if op != "linear_logprob":
+            outs = [x * self.choice.get("scale", 1.0) for x in outs]
+        return outs, constants
+
+    def options(self, bias):
+        options = {
+            "bias": bias,
+            "softcap": self.choice.get("softcap"),
+            "mask": self.rows(self.mask),
+        }
+        if self.choice.get("row_temperature"):
+            options["temperature"] = self.rows(self.temperature)
+        elif "temperature" in self.choice:
+            options["temperature"] = self.choice["temperature"]
+        return options
+
+    def ppo(self, values):
+        choice = self.choice
+        options = {
+            "entropy_coef": choice.get("entropy_coef", 0.0),
+            "dual_clip": choice.get("dual_clip"),
+        }
+        if values is not None:
+            rows = (self.rows(x).to(values.dtype) for x in (self.old_values, self.returns))
+            options |= {"values": values} | dict(zip(("old_values", "returns"), rows, strict=True))
+        return options
+
+    def others(self, library, op, rows, options):
+        function, reduction = getattr(library, op), self.choice.get("reduction", "mean")
+        if op == "linear_logprob":
+            return list(function(*rows, return_entropy=True, **options)), []
+        options["reduction"] = reduction
+        if op == "linear_cross_entropy":  # the mask is in its targets
+            del options["mask"]
+            return [function(*rows, **options)], []
+        given = {"advantages": self.rows(self.advantages), "bonus": self.rows(self.bonus)}
+        if library is reference:
+            given = {name: x.double() for name, x in given.items()}
+        out = function(*rows, token_loss, rows=given, with_entropy=True, **options)
+        return [out.loss], [out.logprob, out.entropy, *out.metrics.values()]
+
+    def upstream(self, op, outs):
+        if op != "linear_logprob":
+            return [torch.full_like(outs[0], self.choice.get("upstream", 1.0))]
+        return [randn(N, seed=7 + i).to(x.dtype).view_as(x) for i, x in enumerate(outs)]
+
+
+def token_loss(logprob, entropy, advantages, bonus):
+    """Some rows have a gradient of the log-prob, some of the entropy, some of both or none."""
+    return -(logprob.exp() * advantages) - 0.1 * entropy * bonus, {"ratio": logprob.exp()}
+
+
+def gradients(op, problem, leaves, **options):
+    outs, constants = problem.call(op, leaves, **options)
+    torch.autograd.backward(outs, problem.upstream(op, outs))
+    return outs, constants
+
+
+def exact(op, problem):
+    """Results, constants and leaves with gradients, of the reference."""
+    leaves = problem.leaves(torch.float64)
+    outs, constants = problem.reference(op, leaves)
+    torch.autograd.backward(outs, problem.upstream(op, outs))
+    return [x.detach() for x in outs], constants, leaves
+
+
+def check(op, problem, *, capturing=False, adds_in_place=True) -> FakeGpu:
+    """Values and gradients of the fake GPU beside the reference's in fp64."""
+    expected, constants, wide = exact(op, problem)
+    leaves, options, into = problem.leaves(), {}, None
+    if "into" in problem.choice and op in LOSSES:
+        into = randn(V, H, seed=8).to(problem.choice["into"])
+        options["accumulate_into"] = into.clone()
+    with (
+        small_chunks(problem.choice.get("keep", False), problem.choice.get("rows", ROWS)),
+        FakeGpu(V, H, capturing=capturing, adds_in_place=adds_in_place) as gpu,
+    ):
+        found, found_constants = gradients(op, problem, leaves, **options)
+    for a, b in zip(found + found_constants, expected + constants, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b.double(), rtol=2e-5, atol=2e-5)
+    tolerance = max(TOLERANCE[problem.dtype], TOLERANCE[problem.weight_dtype])
+    for name, leaf, right in zip(("hidden", "weight", "bias", "values"), leaves, wide, strict=True):
+        if leaf is None or not leaf.requires_grad or (name == "values" and op != "linear_ppo_loss"):
+            assert leaf is None or leaf.grad is None
+            continue
+        grad, whole = leaf.grad, right.grad
+        if name == "weight" and into is not None:
+            assert grad is None
+            grad, whole = options["accumulate_into"].double() - into.double(), right.grad
+            tolerance = max(
+                tolerance, TOLERANCE[into.dtype] * float(into.abs().max() / whole.abs().max())
+            )
+        else:
+            assert grad.dtype == leaf.dtype
+        assert grad.shape == leaf.shape
+        error = (grad.double() - whole).abs().max() / whole.abs().max().clamp(min=1e-30)
+        assert error <= tolerance, f"{name}: {error:.2e} > {tolerance:.1e}"
+    if problem.mask is not None and leaves[0].requires_grad:
+        assert (leaves[0].grad.view(N, H)[~problem.mask] == 0).all()
+    return gpu
+
+
+ALONE = {
+    "plain": {},
+    "kept logits": {"keep": True, "bias": True},
+    "kept logits, mask": {"keep": True, "mask": MASK},
+    "kept logits, mask, num_rows": {"keep": True, "mask": MASK, "num_rows": True},
+    "kept logits, compact": {"keep": True, "workspace": "compact"},
+    "kept fp32 logits": {"keep": True, "dtype": torch.float32},
+    "fp16": {"dtype": torch.float16},
+    "fp32": {"dtype": torch.float32},
+    "bf16 hidden, fp32 weight": {"weight_dtype": torch.float32},
+    "fp32 hidden, fp16 weight": {"dtype": torch.float32, "weight_dtype": torch.float16},
+    "bf16 hidden, fp16 weight": {"weight_dtype": torch.float16},
+    "bias": {"bias": True},
+    "mask": {"mask": MASK},
+    "mask and num_rows": {"mask": MASK, "num_rows": True},
+    "all rows": {"mask": torch.ones(N, dtype=torch.bool), "num_rows": True},
+    "no rows": {"mask": torch.zeros(N, dtype=torch.bool)},
+    "no rows, num_rows": {"mask": torch.zeros(N, dtype=torch.bool), "num_rows": True},
+    "one row": {"mask": torch.arange(N) == 7, "num_rows": True},
+    "one chunk": {"mask": torch.arange(N) < ROWS},
+    "softcap": {"softcap": 3.0},
+    "rare softcap": {"softcap": 100.0},
+    "temperature": {"temperature": 0.7, "softcap": 5.0},
+    "row temperature": {"row_temperature": True},
+    "row temperature, mask": {"row_temperature": True, "mask": MASK},
+    "entropy": {"entropy_coef": 0.1},
+    "entropy, dual clip, mask": {"entropy_coef": 0.1, "dual_clip": 1.5, "mask": MASK},
+    "compact_rows": {"compact_rows": True, "some_advantages": 0},
+    "compact_rows, mask": {"compact_rows": True, "some_advantages": 0, "mask": MASK},
+    "compact_rows, bias": {"compact_rows": True, "some_advantages": 0, "bias": True},
+    "compact workspace": {"workspace": "compact", "bias": True},
+    "into fp32": {"into": torch.float32},
+    "into bf16": {"into": torch.bfloat16},
+    "into fp32, mask": {"into": torch.float32, "mask": MASK, "bias": True},
+    "into fp32 of fp32": {"into": torch.float32, "dtype": torch.float32},
+    "values": {"values": True, "scale": 0.5},
+    "values, mask, num_rows": {"values": True, "mask": MASK, "num_rows": True, "entropy_coef": 0.1},
+    "values, 3-d, mask": {"values": True, "mask": MASK, "shape": (2, 11), "upstream": 2.0},
+    "scale": {"scale": 0.25, "upstream": 3.0},
+    "sum": {"reduction": "sum"},
+    "sum of fp16": {
+        "reduction": "sum",
+        "dtype": torch.float16,
+        "upstream": 2.0**-15,  # dW of the sum does not fit into fp16 before
+        "scale": 2.0**15,
+    },
+    "3-d": {"shape": (2, 11), "mask": MASK},
+    "4-d": {"shape": (2, 1, 11)},
+    "columns first": {"strided": "columns"},
+    "columns first, mask": {"strided": "columns", "mask": MASK},
+    "gaps": {"strided": "gaps"},
+    "expanded": {"one_row": True, "needs": (False, True, True)},
+    "frozen weight": {"needs": (True, False, False), "bias": True},
+    "frozen hidden": {"needs": (False, True, True), "bias": True},
+    "bias alone": {"needs": (False, False, True), "bias": True},
+}
+
+
+@each_op
+@pytest.mark.parametrize("rows", [ROWS, N])
+@pytest.mark.parametrize("choice", ALONE.values(), ids=ALONE)
+def test_results(op, choice, rows, poisoned):
+    check(op, Problem(**choice, rows=rows))
+
+
+def drawn(seed):
+    """Some of everything."""
+    draw = random.Random(seed)
+    some = lambda value, of=2: {} if draw.randrange(of) else value  # noqa: E731
+    choice = {"dtype": draw.choice(list(TOLERANCE))}
+    mask = torch.rand(N, generator=torch.Generator().manual_seed(seed)) < draw.random()
+    choice |= some({"mask": mask} | some({"num_rows": True}))
+    choice |= some({"weight_dtype": draw.choice(list(TOLERANCE))}, 4)
+    choice |= (
+        some({"keep": True}) | some({"bias": True}) | some({"softcap": draw.choice([2.0, 70.0])}, 3)
+    )
+    choice |= some({"row_temperature": True}, 3) | some({"workspace": "compact"})
+    choice |= some({"entropy_coef": 0.05}) | some({"dual_clip": 1.2})
+    choice |= some({"compact_rows": True, "some_advantages": 0})
+    choice |= some(
+        {"into": draw.choice([torch.float32, choice.get("weight_dtype", choice["dtype"])])}, 3
+    )
+    if "into" not in choice:
+        choice |= some({"upstream": 0.5})
+    choice |= (
+        some({"rows": draw.randrange(1, N + 5)}, 3)
+        | some({"scale": 2.0})
+        | some({"shape": (11, 2)})
+        | some({"strided": "columns"}, 4)
+    )
+    return choice | some({"needs": draw.choice([(True, False, True), (False, True, False)])}, 4)
+
+
+@each_op
+@pytest.mark.parametrize("seed", range(30))
+def test_results_of_drawn_options(op, seed, poisoned):
+    choice = drawn(seed)
+    if "into" in choice:
+        choice["needs"] = (True, True, True)
+    check(op, Problem(**choice))
+
+
+# ---- what each call costs the host ---------------------------------------------------------------
+
+
+@each_op
+def test_host_syncs(op):
+    forward_and_backward = 2 if op == "linear_logprob" else 1
+    if op != "linear_cross_entropy":  # which has a mask in its targets
+        assert check(op, Problem()).syncs == 0
+    assert check(op, Problem(mask=MASK)).syncs == forward_and_backward
+    assert check(op, Problem(mask=MASK, num_rows=True)).syncs == 0
+
+
+@each_op
+@pytest.mark.parametrize("choice", [{}, {"num_rows": True}])
+def test_masked_rows_enter_no_gemm(op, choice):
+    gpu = check(op, Problem(mask=MASK, **choice))
+    again = 2 if op == "linear_logprob" else 1  # its backward makes the logits once more
+    assert sum(gpu.gemm_rows["logits"]) == again * COUNT and sum(gpu.gemm_rows["hidden"]) == COUNT
+
+
+@each_loss
+@pytest.mark.parametrize("workspace", ["fast", "compact"])
+def test_forward_and_update_multiply_logits_in_the_same_shapes(op, workspace):
+    """Whether a GEMM gives a logit the same bits in another shape is for the library to say."""
+    choice = {"mask": MASK, "workspace": workspace}
+    with torch.no_grad(), small_chunks(), FakeGpu(V, H) as forward:
+        Problem(**choice).call("linear_logprob", Problem(**choice).leaves())
+    assert forward.gemm_rows["logits"] == check(op, Problem(**choice)).gemm_rows["logits"]
+
+
+@pytest.mark.parametrize("op", ["linear_ppo_loss", "linear_token_loss"])
+@pytest.mark.parametrize("workspace", ["fast", "compact"])
+def test_compact_rows_packs_the_chunks_of_a_product(op, workspace):
+    choice = {"some_advantages": torch.arange(N // 2) % 3 == 0, "bias": True}
+    problem = Problem(compact_rows=True, workspace=workspace, **choice)
+    gpu = check(op, problem)
+    _, _, (hidden, *_) = exact(op, problem)
+    carrying = int((hidden.grad != 0).any(-1).sum())  # clipped rows have none either
+    assert 0 < carrying < N and sum(gpu.gemm_rows["hidden"]) == carrying
+    assert sum(gpu.gemm_rows["logits"]) == N and gpu.syncs == 2 * -(-N // ROWS)
+    assert (
+        1 <= gpu.gemms["weight"] <= (2 if workspace == "fast" else 3)
+    )  # none of a product without rows
+
+
+@each_op
+def test_dw_is_added_up_by_the_gemm(op):
+    fast = check(op, Problem(dtype=torch.bfloat16))
+    compact = check(op, Problem(workspace="compact"))
+    assert (fast.gemms["weight"], compact.gemms["weight"]) == (
+        2,
+        3,
+    )  # four or two of five chunks each
+    for gpu in (fast, compact):
+        names = {name for name, _, _ in gpu.passes_over("weight")}
+        assert names <= {"to", "_to_copy", "token_loss_bwd_"}, names
+    # An older torch adds the product of a GEMM in a pass of its own.
+    old = check(op, Problem(), adds_in_place=False)
+    assert "add_" in {name for name, _, _ in old.passes_over("weight")}
+
+
+def test_the_gemm_is_asked_once_whether_it_adds():
+    for answer in (True, False):
+        with FakeGpu(V, H, adds_in_place=answer) as gpu:
+            _gemms._adds_in_place.clear()
+            for _ in range(2):
+                assert _gemms.adds_in_place(DEVICE, torch.bfloat16) is answer
+            assert gpu.syncs == 1
+
+
+@each_op
+def test_memory_begins_each_row_on_a_vector(op):
+    """Of logits and dlogits, and no GEMM copies an operand."""
+    for choice in ({}, {"strided": "columns"}, {"mask": MASK}):
+        gpu = check(op, Problem(**choice))
+        assert gpu.copies == 0
+        assert gpu.row_bytes and all(size % 16 == 0 for size in gpu.row_bytes), gpu.row_bytes
+
+
+# ---- num_rows and capture ------------------------------------------------------------------------
+
+
+def test_a_wrong_number_of_rows_is_nan_where_the_token_loss_clips():
+    """Autograd makes 0 of a NaN behind a clip."""
+    problem = Problem(mask=MASK)
+    x, w, *_ = problem.leaves()
+    with small_chunks(), FakeGpu(V, H):
+        options = {"mask": MASK, "num_rows": COUNT - 1}
+        clipped = lambda logprob: logprob.clamp(max=-1e6)  # noqa: E731
+        fastrlhf.linear_token_loss(x, w, problem.targets, clipped, **options).loss.backward()
+    assert x.grad[MASK.nonzero().squeeze(1)[:-1]].isnan().all() and w.grad.isnan().all()
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_kept_logits_cost_no_wait_where_the_number_of_rows_is_known(capturing):
+    problem = Problem(mask=MASK, num_rows=True)
+    with small_chunks(keep=True), FakeGpu(V, H, capturing=capturing) as gpu:
+        gradients("linear_logprob", problem, problem.leaves())
+    assert gpu.syncs == 0
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_one_half_in_a_graph_and_the_other_outside(forward):
+    """In a graph every row takes part, outside those that count: neither may take the other's logits."""
+    problem = Problem(mask=MASK)
+    wide = problem.leaves(torch.float64)
+    g = randn(N, seed=7)
+    options = {"mask": MASK}
+    out = fastrlhf.linear_logprob(*wide[:2], problem.targets, **options, backend="reference")
+    out.backward(g.double())
+    leaves = problem.leaves()
+    with small_chunks(keep=True), FakeGpu(V, H, capturing=forward) as gpu:
+        out = fastrlhf.linear_logprob(*leaves[:2], problem.targets, **options)
+        gpu.capturing = not forward
+        out.backward(g)
+    for leaf, right in zip(leaves[:2], wide[:2], strict=True):
+        error = (leaf.grad.double() - right.grad).abs().max() / right.grad.abs().max()
+        assert error <= TOLERANCE[problem.dtype]
+
+
+@each_op
+@pytest.mark.parametrize("into", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [0, 1, COUNT - 1, COUNT + 1, N])
+def test_a_wrong_number_of_rows_is_nan(op, wrong, into):
+    if into is not None and op == "linear_logprob":
+        pytest.skip("it has no accumulate_into")
+    problem = Problem(mask=MASK, bias=True)
+    leaves = problem.leaves()
+    total = None if into is None else torch.ones(V, H, dtype=into)
+    options = {} if into is None else {"accumulate_into": total}
+    with small_chunks(), FakeGpu(V, H) as gpu:
+        outs, constants = gradients(op, problem, leaves, num_rows=wrong, **options)
+    assert gpu.syncs == 0
+    for out in outs:
+        rows = out[MASK] if op == "linear_logprob" else out
+        assert rows.isnan().all()
+    if op == "linear_ppo_loss":
+        assert all(x.isnan() for x in constants)
+    for x in constants if op == "linear_token_loss" else ():
+        assert x[MASK].isnan().all() and (x[~MASK] == 0).all()
+    hidden, weight, bias, _ = leaves
+    taken = MASK.nonzero().squeeze(1)[: max(wrong, 0)]
+    if wrong:
+        assert hidden.grad[taken].isnan().all() and (hidden.grad[~MASK] == 0).all()
+    else:
+        assert hidden.grad.isnan().all()
+    assert (weight.grad if into is None else total).isnan().all()
+    assert bias.grad.isnan().all()
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "linear_cross_entropy"])
+def test_rows_where_none_count_are_nan(op):
+    """Row 0 stands in for rows that do not exist. (Of linear_cross_entropy it has no target here.)"""
+    problem = Problem(bias=True)
+    problem.mask = torch.zeros(N, dtype=torch.bool)
+    leaves = problem.leaves()
+    with small_chunks(), FakeGpu(V, H):
+        outs, constants = gradients(op, problem, leaves, num_rows=2)
+    if op != "linear_logprob":  # which has a result for no row
+        assert outs[0].isnan()
+    assert op != "linear_ppo_loss" or all(x.isnan() for x in constants)
+    assert all(leaf.grad.isnan().any() for leaf in leaves[:3])
+
+
+def test_an_error_of_the_token_loss_leaves_into_alone():
+    calls = []
+
+    def fails(logprob):
+        calls.append(len(logprob))
+        if len(calls) == 5:
+            raise KeyError("in the last chunk, after a product")
+        return -logprob
+
+    into = torch.ones(V, H)
+    problem = Problem()
+    x, w, *_ = problem.leaves()
+    with small_chunks(), FakeGpu(V, H) as gpu, pytest.raises(KeyError):
+        fastrlhf.linear_token_loss(x, w, problem.targets, fails, accumulate_into=into)
+    assert gpu.gemms["weight"] == 1 and (into == 1).all()
+
+
+@each_op
+@pytest.mark.parametrize("into", [{}, {"into": torch.float32}])
+@pytest.mark.parametrize("more", [{}, {"compact_rows": True, "some_advantages": 0}])
+def test_while_a_graph_is_captured_nothing_waits(op, into, more):
+    gpu = check(op, Problem(mask=MASK, bias=True, **into, **more), capturing=True)
+    assert gpu.syncs == 0
+    check(op, Problem(mask=MASK, num_rows=True, **into, **more), capturing=True)
+
+
+@each_op
+def test_the_gradient_of_the_gradient_is_refused(op):
+    leaves = Problem().leaves()
+    with small_chunks(), FakeGpu(V, H):
+        outs, _ = Problem().call(op, leaves)
+        with pytest.raises(NotImplementedError, match="gradient of the gradient|create_graph"):
+            torch.autograd.grad(outs[0].sum(), leaves[:2], create_graph=True)[0].sum().backward()
+
+
+@each_op
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mask", [None, MASK])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_second_backward_finds_what_the_first_found(op, dtype, mask, keep):
+    problem = Problem(dtype=dtype, mask=mask, bias=True)
+    found = []
+    with small_chunks(keep), FakeGpu(V, H):
+        leaves = problem.leaves()
+        outs, _ = problem.call(op, leaves)
+        for again in (True, False):
+            up = problem.upstream(op, outs)
+            found.append(torch.autograd.grad(outs, leaves[:3], up, retain_graph=again))
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
+
+
+@each_loss
+def test_an_upstream_gradient_scales(op):
+    for upstream in (0.0, -2.0, float("nan")):
+        problem = Problem(upstream=upstream, bias=True)
+        if upstream == upstream and upstream:
+            check(op, problem)
+            continue
+        leaves = problem.leaves()
+        with small_chunks(), FakeGpu(V, H):
+            gradients(op, problem, leaves)
+        for leaf in leaves[:3]:
+            assert (leaf.grad == 0).all() if upstream == 0 else leaf.grad.isnan().all()
+
+
+@pytest.mark.parametrize("op", LOSSES)
+def test_an_upstream_gradient_of_mixed_float64_scales(op):
+    """The loss is float64, the accumulator of the other operand's gradient float32."""
+    x, w = randn(N, H, seed=0).double().requires_grad_(), randn(V, H, seed=1).requires_grad_()
+    targets = randint(V, (N,), 2)
+    rows = {"old_logprob": randn(N, seed=3).double(), "advantages": randn(N, seed=4).double()}
+    options = {"linear_ppo_loss": rows, "linear_token_loss": {"token_loss": torch.neg}}.get(op, {})
+
+    def loss():
+        out = getattr(fastrlhf, op)(x, w, targets, **options)
+        return out if op == "linear_cross_entropy" else out.loss
+
+    expected = torch.autograd.grad(3 * loss(), (x, w))
+    with small_chunks(), FakeGpu(V, H):
+        found = torch.autograd.grad(3 * loss(), (x, w))
+    torch.testing.assert_close(found, expected)
+
+
+@each_loss
+def test_into_takes_an_upstream_gradient_of_1_alone(op):
+    problem = Problem(upstream=2.0, bias=True)
+    leaves = problem.leaves()
+    with small_chunks(), FakeGpu(V, H) as gpu:
+        gradients(op, problem, leaves, accumulate_into=torch.zeros(V, H))
+    assert leaves[0].grad.isnan().all() and leaves[2].grad.isnan().all()
+    assert gpu.syncs == (op == "linear_cross_entropy")
+
+
+@each_op
+def test_a_tied_weight_has_both_gradients(op):
+    problem = Problem(mask=MASK)
+    found = []
+    for wide in (False, True):
+        table = problem.leaves(torch.float64 if wide else None)[1]
+        ids = randint(V, (N,), 9)
+        if wide:
+            outs, _ = problem.reference(op, (table[ids], table, None, None))
+            torch.autograd.backward(outs, problem.upstream(op, outs))
+        else:
+            with small_chunks(), FakeGpu(V, H):
+                gradients(op, problem, (table[ids], table, None, None))
+        found.append(table.grad.double())
+    assert (found[0] - found[1]).abs().max() <= 1.6e-2 * found[1].abs().max()
+
+
+@each_op
+@pytest.mark.parametrize("mask", [None, torch.zeros(0, dtype=torch.bool)])
+def test_no_rows_at_all(op, mask):
+    problem = Problem(bias=True)
+    for name in ("targets", "old", "advantages", "bonus"):
+        setattr(problem, name, getattr(problem, name)[:0])
+    problem.shape, problem.mask = (0,), mask
+    _, w, b, _ = Problem(bias=True).leaves()
+    x = torch.zeros(0, H, dtype=torch.bfloat16, requires_grad=True)
+    with small_chunks(), FakeGpu(V, H):
+        outs, _ = problem.call(op, (x, w, b, None))
+        torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
+    assert all((out == 0).all() for out in outs) and x.grad.shape == (0, H)
+    assert (w.grad == 0).all() and (b.grad == 0).all()
+
+
+@each_op
+def test_without_gradients(op):
+    problem = Problem(mask=MASK, bias=True)
+    leaves = problem.leaves()
+    with torch.no_grad(), small_chunks(), FakeGpu(V, H) as gpu:
+        found, _ = problem.call(op, leaves)
+    expected, _, _ = exact(op, problem)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5)
+    assert gpu.gemms["weight"] == gpu.gemms["hidden"] == 0
+
+
+# ---- the vocabulary shared out over two processes ------------------------------------------------
+
+SHARED = {
+    "plain": {"bias": True},
+    "mask": {"mask": MASK, "workspace": "compact"},
+    "num_rows": {"mask": MASK, "num_rows": True, "bias": True, "row_temperature": True},
+    "compact_rows": {"compact_rows": True, "some_advantages": 0, "softcap": 3.0},
+    "fp32": {"dtype": torch.float32, "mask": MASK},
+}
+
+
+def shared(rank):
+    """For each op and choice: results and constants, and gradients of hidden and of the rank's rows."""
+    each, found = V // ranks.WORLD, []
+    for op in OPS:
+        for choice in SHARED.values():
+            problem = Problem(**choice)
+            x, w, b, _ = problem.leaves()
+            mine = [None if p is None else p.detach()[rank * each :][:each] for p in (w, b)]
+            leaves = [x, *(None if p is None else p.requires_grad_() for p in mine), None]
+            with small_chunks(), FakeGpu(each, H) as gpu:
+                outs, constants = problem.call(op, leaves, process_group=dist.group.WORLD)
+                torch.autograd.backward(outs, problem.upstream(op, outs))
+            grads = [None if p is None else p.grad for p in leaves[:3]]
+            found.append([[x.detach() for x in outs + constants], grads, gpu.syncs])
+    return found
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
+def test_the_vocabulary_shared_out():
+    first, second = ranks.run(shared)
+    cases = [(op, choice) for op in OPS for choice in SHARED.values()]
+    for (op, choice), mine, other in zip(cases, first, second, strict=True):
+        problem = Problem(**choice)
+        outs, constants, leaves = exact(op, problem)
+        for a, b, right in zip(mine[0], other[0], outs + constants, strict=True):
+            assert torch.equal(a, b)
+            torch.testing.assert_close(a.double(), right.double(), rtol=2e-5, atol=2e-5)
+        (x, *rows), (again, *others) = mine[1], other[1]
+        assert torch.equal(x, again)
+        whole = [
+            None if a is None else torch.cat((a, b)) for a, b in zip(rows, others, strict=True)
+        ]
+        for grad, leaf in zip((x, *whole), leaves[:3], strict=True):
+            if grad is not None:
+                error = (grad.double() - leaf.grad).abs().max() / leaf.grad.abs().max()
+                assert error <= TOLERANCE[problem.dtype], (op, choice)
+        if "num_rows" in choice:
+            assert mine[2] == other[2] == 0

@@ -1,0 +1,369 @@
+"""token_loss_rows_ on CUDA, the row pass of the linear losses: the bits of the kernels that it stands in for.
+
+A row's log-prob, entropy and statistics have one reduction in every kernel, its gradient comes from those statistics in
+every kernel, and the loss's terms are those of ppo_loss: all of them agree to the last bit. On a GPU, and in the host
+shim (tests/kernels/test_cuda_on_host.py), which also varies how many blocks share a row: clusters of 1, 2, 4 and 8,
+or two reads by one.
+"""
+
+import math
+import os
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import fastrlhf  # noqa: F401  (registers the ops)
+from _support.logit_cases import DEVICE, assert_near, each_backend, generator, randint, randn
+
+OPS = torch.ops.fastrlhf
+CAPS = {"plain": 0.0, "capped": 3.0, "exact cap": 100.0}
+CLIP, DUAL_CLIP, COEF = 0.2, 1.7, 0.03
+F32, NARROW = torch.float32, (torch.bfloat16, torch.float16)
+ROWS, MASKED, WITHOUT_TARGET = 9, 1, 7
+IN_SHIM, SM = "FASTRLHF_HOST_SHIM" in os.environ, int(os.environ.get("HOST_SHIM_SM", 0))
+cuda = each_backend("token_loss", ("cuda",))
+
+
+def matrix(rows, width, dtype, offset=0, extra=0):
+    """NaN [rows, V] that begins `offset` elements behind a 16-byte boundary, rows `extra` elements apart."""
+    size = offset + rows * (width + extra)
+    buffer = torch.full((size,), torch.nan, dtype=dtype, device=DEVICE["cuda"])
+    assert buffer.data_ptr() % 16 == 0
+    return buffer[offset:].as_strided((rows, width), (width + extra, 1))
+
+
+def same_bits(a, b):
+    """Equal, or both NaN."""
+    assert a.dtype == b.dtype and a.shape == b.shape
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    equal = a.contiguous().view(bits) == b.contiguous().view(bits)
+    return bool((equal | (a.isnan() & b.isnan())).all())
+
+
+@dataclass(frozen=True)
+class Problem:
+    logits: torch.Tensor
+    targets: torch.Tensor
+    temperature: torch.Tensor
+    softcap: float
+    mask: torch.Tensor
+    advantages: torch.Tensor
+    old_logprob: torch.Tensor | None
+
+    @property
+    def scale(self):
+        """1 / n, as ppo_loss rounds it."""
+        dtype = torch.float64 if self.logits.dtype == torch.float64 else F32
+        return torch.tensor(1 / max(1, int(self.mask.sum())), dtype=dtype, device=DEVICE["cuda"])
+
+    def first(self, rows):
+        parts = {k: v[:rows] for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **parts)
+
+    def forward(self, with_entropy=True):
+        """(logprob, entropy, stats) of token_logprob."""
+        return OPS.token_logprob_fwd(
+            *(self.logits, self.targets, self.temperature, 1.0, self.softcap, self.mask),
+            *(with_entropy, False),
+        )
+
+    def backward(self, slope, h, stats, out):
+        """token_logprob's gradient, written to `out`."""
+        OPS.token_logprob_bwd_(
+            *(slope, h, self.logits, self.targets, stats, self.temperature, 1.0, self.softcap),
+            *(self.mask, out),
+        )
+        return out
+
+    def token_loss(self, out=None):
+        """(loss, logprob, slope, stats) of token_loss."""
+        op, more = (OPS.token_loss_fwd, ()) if out is None else (OPS.token_loss_fwd_, (out,))
+        return op(
+            *(self.logits, self.targets, self.advantages, self.old_logprob, CLIP, DUAL_CLIP),
+            *(self.temperature, 1.0, self.softcap, self.mask, self.scale, 0.0, *more),
+        )
+
+    def rows(self, out, coef=COEF, with_entropy=True, with_slope=True):
+        """(out, logprob, entropy, slope) of the row pass."""
+        logprob, entropy, slope = torch.full_like(self.scale, torch.nan).repeat(
+            3, len(self.targets)
+        )
+        OPS.token_loss_rows_(
+            *(self.logits, self.targets, self.advantages, self.old_logprob, CLIP, DUAL_CLIP, coef),
+            *(self.temperature, 1.0, self.softcap, self.mask, self.scale, out, logprob),
+            *(entropy if with_entropy else None, slope if with_slope else None),
+        )
+        return out, logprob, entropy, slope
+
+
+def problem(width, dtype=F32, softcap=0.0, offset=0):
+    """Beside common rows: a masked one of NaN, one of huge z ("far"), one half -inf, one without a target."""
+    wide = torch.float64 if dtype == torch.float64 else F32
+    logits = matrix(ROWS, width, dtype, offset)
+    logits.copy_(randn(ROWS, width, seed=0, dtype=dtype, scale=3))
+    temperature = (0.5 + torch.rand(ROWS, generator=generator(7))).to(logits.device, wide)
+    targets = randint(width, (ROWS,), 1, device=logits.device)
+    logits[MASKED] = math.nan
+    logits[2, width - 7], temperature[2], targets[2] = 6e4, 1e-4, width - 7
+    logits[4, : width // 2] = -torch.inf
+    targets[3], targets[4], targets[WITHOUT_TARGET] = 0, width - 1, width
+    # Inside the clips but for row 5, which the clip stops, 6, which the dual one stops, and 8.
+    numbers = {"dtype": wide, "device": logits.device}
+    steps = torch.tensor([0.1, 0.0, -0.1, 0.05, 0.15, 1.0, 1.0, 0.0, 1.0], **numbers)
+    advantages = torch.tensor([0.7, -1.2, 0.4, -0.9, 1.1, 1.0, -1.0, 0.3, 0.0], **numbers)
+    mask = torch.arange(ROWS, device=DEVICE["cuda"]) != MASKED
+    p = Problem(logits, targets, temperature, softcap, mask, advantages, None)
+    return replace(p, old_logprob=p.forward()[0].nan_to_num(0.0) - steps)
+
+
+def plans(width, dtype):
+    """[(bytes of shared memory that a block may take, blocks that then share a row)]; a GPU has its own."""
+    if not IN_SHIM:
+        return [(0, 0)]
+    if SM < 90:
+        return [(0, 1), (227 << 10, 1)]
+    from token_loss_clusters import shares
+
+    return [(0, 1), *((shared, blocks) for blocks, shared in shares(width, dtype).items())]
+
+
+def check_launch(blocks, on_chip):
+    if IN_SHIM:
+        from shim_plugin import last_launch
+
+        kernel, cluster, shared = last_launch("token_loss")
+        assert (kernel, cluster, shared > 0) == ("token_loss_fwd_kernel", blocks, on_chip)
+
+
+@cuda
+@pytest.mark.parametrize(
+    ("width", "offset", "cap"),
+    [(20011, 0, "plain"), (20011, 1, "capped"), (5003, 3, "plain"), (5003, 0, "exact cap")],
+)
+def test_bits_are_those_of_the_kernels_apart(width, offset, cap, backend, monkeypatch):
+    p = problem(width, softcap=CAPS[cap], offset=offset)
+    logprob, entropy, stats = p.forward()
+    plain, _, plain_stats = p.forward(with_entropy=False)
+    assert same_bits(plain, logprob) and same_bits(plain_stats[:2], stats[:2])
+    finite = torch.arange(ROWS, device=DEVICE["cuda"]) != WITHOUT_TARGET
+    assert logprob[finite & p.mask].isfinite().all() and logprob[WITHOUT_TARGET].isnan()
+
+    # ppo_loss on the log-probs that the row pass is to make: slope, and h = dL/dentropy.
+    safe = logprob.masked_fill(~finite, 0.0)
+    *_, grads = OPS.ppo_loss_fwd(
+        *(safe, p.old_logprob, p.advantages, None, None, None, entropy, p.mask),
+        *(CLIP, DUAL_CLIP, math.inf, 0.0, COEF, True),
+    )
+    # Its masked tokens have -0.0 or 0.0, by the sign of their advantage.
+    slope, h = grads[0].masked_fill(~p.mask, 0.0).masked_fill(~finite, math.nan), grads[1]
+    assert (slope[p.mask & finite] == 0).sum() == 3 and (slope[p.mask & finite] != 0).sum() == 4
+    expected = {
+        (dtype, coef): p.backward(slope, h if coef else None, stats, matrix(ROWS, width, dtype))
+        for dtype in (F32, *NARROW)
+        for coef in (0.0, COEF)
+    }
+    for shared, blocks in plans(width, F32):
+        monkeypatch.setenv("HOST_SHIM_SHARED", str(shared))
+        for (dtype, coef), gradient in expected.items():
+            for with_entropy in {coef != 0, True}:
+                got = p.rows(matrix(ROWS, width, dtype, offset), coef, with_entropy)
+                on_chip = shared > 0 and cap != "exact cap"
+                check_launch(blocks if on_chip else 1, on_chip)
+                assert same_bits(got[0], gradient), (shared, dtype, coef)
+                assert same_bits(got[1], logprob) and same_bits(got[3], slope), (shared, dtype)
+                assert not with_entropy or same_bits(got[2], entropy), (shared, dtype)
+        out = matrix(ROWS, width, F32, offset)
+        _, of_loss, its_slope, its_stats = p.token_loss(out)
+        assert same_bits(of_loss, logprob) and same_bits(its_stats, stats[:2])
+        assert same_bits(its_slope, slope) and same_bits(out, expected[F32, 0.0])
+        _, of_loss, its_slope, its_stats = p.token_loss()
+        assert same_bits(of_loss, logprob) and same_bits(its_stats, stats[:2])
+        assert same_bits(its_slope, slope)
+    for dtype in NARROW:  # one rounding, at the store
+        for coef in (0.0, COEF):
+            assert same_bits(expected[dtype, coef], expected[F32, coef].to(dtype))
+
+
+@cuda
+@pytest.mark.parametrize("width", [256 * 1024, 256 * 1024 + 1])
+def test_the_widest_row_on_chip(width, backend, monkeypatch):
+    """256 tiles wait for their merge at once; one more is merged later, in every kernel, and the row is read twice."""
+    monkeypatch.delenv("HOST_SHIM_SHARED", raising=False)
+    p = problem(width)
+    one = p.first(1)
+    one = replace(one, old_logprob=one.forward()[0] - 0.1)
+    logprob, entropy, stats = one.forward()
+    dlogits, *got, slope = one.rows(matrix(1, width, torch.bfloat16))
+    on_chip = SM >= 90 and width == 256 * 1024
+    check_launch(8 if on_chip else 1, on_chip)
+    assert same_bits(got[0], logprob) and same_bits(got[1], entropy)
+    h = -COEF * one.scale.view(1)
+    assert same_bits(one.backward(slope, h, stats, torch.empty_like(dlogits)), dlogits)
+
+
+@cuda
+def test_masked_rows_give_0_and_are_not_read(backend):
+    p = problem(301)
+    for out in (matrix(ROWS, 301, F32), matrix(ROWS, 301, torch.bfloat16)):
+        dlogits, logprob, entropy, slope = p.rows(out)
+        assert not dlogits[MASKED].any() and not dlogits[MASKED].signbit().any()
+        assert logprob[MASKED] == entropy[MASKED] == slope[MASKED] == 0
+        assert dlogits[WITHOUT_TARGET].isnan().all() and entropy[WITHOUT_TARGET].isfinite()
+        rest = p.mask & (torch.arange(ROWS, device=DEVICE["cuda"]) != WITHOUT_TARGET)
+        assert dlogits[rest].isfinite().all()
+        certain = (
+            torch.arange(ROWS, device=DEVICE["cuda"]) == 2
+        )  # p = 1 at the target, whose gradient is 0 as well
+        assert (dlogits != 0).any(-1)[rest & ~certain].all()
+    # Without the entropy's part, rows that the clips stop are 0 as well.
+    clipped, _, _, slope = p.rows(matrix(ROWS, 301, F32), coef=0.0)
+    assert not clipped[slope == 0].any() and (slope == 0).sum() == 4
+
+
+@cuda
+@pytest.mark.parametrize("dtype", [F32, *NARROW, torch.float64])
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("clipped", [False, True])
+def test_is_the_gradient_of_the_loss(clipped, cap, dtype, backend):
+    """Against autograd in fp64, and no worse than twice eager's error in the logits' dtype."""
+    p = problem(701, dtype, CAPS[cap])
+    # Where eager has numbers: no huge z, no -inf.
+    keep = p.mask.clone()
+    keep[[WITHOUT_TARGET, 2, 4]] = False
+    p = replace(p, mask=keep, old_logprob=p.old_logprob if clipped else None)
+
+    def eager(dtype):
+        logits = p.logits.to(dtype).detach().requires_grad_()
+        wide = dtype if dtype == torch.float64 else F32
+        z = logits[keep].to(wide)
+        z = p.softcap * torch.tanh(z / p.softcap) if p.softcap else z
+        log_p = (z / p.temperature[keep, None].to(wide)).log_softmax(-1)
+        logprob = log_p.gather(-1, p.targets[keep, None]).squeeze(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        a, loss = p.advantages[keep].to(wide), None
+        if clipped:
+            rho = (logprob - p.old_logprob[keep].to(wide)).exp()
+            loss = torch.maximum(-a * rho, -a * rho.clamp(1 - CLIP, 1 + CLIP))
+            loss = torch.where(a < 0, torch.minimum(loss, -a * DUAL_CLIP), loss)
+        else:
+            loss = -a * logprob
+        (p.scale.to(wide) * (loss - COEF * entropy)).sum().backward()
+        return logprob, entropy, logits.grad
+
+    dlogits, logprob, entropy, _ = p.rows(matrix(ROWS, 701, dtype))
+    ours = (logprob[keep], entropy[keep], dlogits)
+    for o, e, t in zip(ours, eager(dtype), eager(torch.float64), strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(o, t, rtol=1e-11, atol=1e-12)
+        else:
+            assert_near(o, e, t)
+
+
+@cuda
+@pytest.mark.parametrize("dtype", [F32, *NARROW, torch.float64])
+def test_in_place(dtype, backend, monkeypatch):
+    p = problem(5003, dtype, offset=1)
+    for shared, _ in plans(5003, dtype)[:3]:
+        monkeypatch.setenv("HOST_SHIM_SHARED", str(shared))
+        expected = p.rows(matrix(ROWS, 5003, dtype, 1))
+        inside = replace(p, logits=matrix(ROWS, 5003, dtype, 1).copy_(p.logits))
+        assert all(map(same_bits, inside.rows(inside.logits), expected))
+
+
+@cuda
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+def test_wherever_the_gradient_lies(offset, dtype, backend):
+    """Rows on and off the boundaries of both tensors; nothing beside them is written."""
+    width = 1027
+    p = problem(width, offset=offset)
+    expected = p.rows(matrix(ROWS, width, dtype))
+    _, _, stats = p.forward()
+    h = torch.where(p.mask, -COEF * p.scale, 0.0)
+    for out_offset in range(8):
+        for extra in (0, 1, 5):
+            out = matrix(ROWS, width, dtype, out_offset, extra)
+            assert all(map(same_bits, p.rows(out), expected))
+            whole = out.as_strided((ROWS - 1, width + extra), (width + extra, 1), out_offset)
+            assert whole[:, width:].isnan().all()
+            apart = matrix(ROWS, width, dtype, out_offset, extra)
+            assert same_bits(p.backward(expected[3], h, stats, apart), expected[0])
+            whole = apart.as_strided((ROWS - 1, width + extra), (width + extra, 1), out_offset)
+            assert whole[:, width:].isnan().all()
+
+
+@cuda
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_token_logprobs_backward_rounds_once(dtype, cap, backend):
+    p = problem(2051, softcap=CAPS[cap], offset=1)
+    _, _, stats = p.forward()
+    slope = randn(ROWS, seed=5, device=DEVICE["cuda"])
+    slope[3] = 0
+    h = randn(ROWS, seed=6, device=DEVICE["cuda"])
+    h[3:5] = 0
+    for g, of_entropy in ((slope, None), (None, h), (slope, h)):
+        wide = p.backward(g, of_entropy, stats, matrix(ROWS, 2051, F32))
+        assert same_bits(
+            p.backward(g, of_entropy, stats, matrix(ROWS, 2051, dtype)), wide.to(dtype)
+        )
+        assert not wide[3].any() or g is None or of_entropy is None
+
+
+@cuda
+def test_rows_that_a_chunk_is_a_slice_of(backend):
+    """Outputs are slices of [N] vectors; no row is none of the kernel's business."""
+    p, width = problem(301), 301
+    every = torch.full((3, ROWS + 4), 7.0, device=DEVICE["cuda"])
+    parts = [v[2 : 2 + ROWS] for v in every]
+    arguments = (p.logits, p.targets, p.advantages, p.old_logprob, CLIP, DUAL_CLIP, COEF)
+    arguments += (p.temperature, 1.0, 0.0, p.mask, p.scale, matrix(ROWS, width, torch.bfloat16))
+    OPS.token_loss_rows_(*arguments, *parts)
+    assert all(map(same_bits, parts, p.rows(matrix(ROWS, width, torch.bfloat16))[1:]))
+    assert all((v[:2] == 7).all() and (v[2 + ROWS :] == 7).all() for v in every)
+    p.first(0).rows(matrix(0, width, F32))
+
+
+@cuda
+def test_bad_input(backend):
+    p = problem(64)
+    good = {
+        "logits": p.logits,
+        "targets": p.targets,
+        "advantages": p.advantages,
+        "old_logprob": p.old_logprob,
+        "clip": CLIP,
+        "dual_clip": DUAL_CLIP,
+        "entropy_coef": COEF,
+        "row_temperature": None,
+        "temperature": 1.0,
+        "softcap": 0.0,
+        "mask": None,
+        "scale": p.scale,
+        "dlogits": matrix(ROWS, 64, torch.bfloat16),
+        **{name: torch.empty_like(p.advantages) for name in ("logprob", "entropy", "slope")},
+    }
+    OPS.token_loss_rows_(**good)
+    halves = p.logits.view(torch.bfloat16)
+    bad = [
+        ({"dlogits": halves[:, :64]}, "must not overlap"),
+        ({"dlogits": halves[:, 64:]}, "must not overlap"),
+        ({"dlogits": matrix(ROWS, 64, torch.float64)}, "out must be like logits"),
+        ({"dlogits": matrix(ROWS, 63, F32)}, "out must be like logits"),
+        ({"logits": p.logits.bfloat16(), "dlogits": matrix(ROWS, 64, F32)}, "out must be like"),
+        ({"entropy": None}, "needs the entropy"),
+        ({"logprob": p.advantages.double()}, "logprob must be contiguous"),
+        ({"entropy": p.advantages.repeat(2)[::2]}, "entropy must be contiguous"),
+        ({"slope": p.advantages[1:].clone()}, "slope must be contiguous"),
+        ({"scale": p.scale.double()}, "scale must have"),
+        ({"scale": p.scale.repeat(2)}, "scale must have"),
+    ]
+    for change, message in bad:
+        with pytest.raises(RuntimeError, match=message):
+            OPS.token_loss_rows_(**(good | change))
+    OPS.token_loss_rows_(**(good | {"entropy": None, "entropy_coef": 0.0, "slope": None}))
+    _, _, stats = p.forward()
+    for out in (halves[:, :64], halves[:, 64:]):
+        with pytest.raises(RuntimeError, match="must not overlap"):
+            p.backward(torch.ones_like(p.advantages), None, stats, out)

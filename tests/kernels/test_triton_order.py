@@ -1,0 +1,138 @@
+"""Triton's sums have the same bits in every layout of their arguments: shown on machines without a GPU.
+
+The interpreter cannot show it: there a sum is numpy's. On a GPU its order is that of the registers, which Triton lays
+out by how wide the loads of that variant may be, and the compiler fuses products and sums. So all variants that must
+agree are compiled, aligned and not, and their reductions, scans and arithmetic compared.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS = {"ACC": "fp32", "BLOCK": 1024, "enable_fp_fusion": False}
+SEQUENCE = TOKENS | {"num_warps": 8, "WHITEN": True}
+ROW = {"HAS_ROW_T": False, "HAS_MASK": False, "CAP": 0, "ACC": "fp32", "enable_fp_fusion": False}
+WALK = ROW | {"R": 8, "L": 256, "STAGES": 4, "num_warps": 1}
+LOSS = WALK | {"BLOCK": 1024}
+LOSS |= dict.fromkeys(("HAS_ADVANTAGES", "HAS_OLD", "HAS_SCALE", "WITH_SLOPE", "WITH_GRAD"), True)
+PPO = TOKENS | {"HAS_VALUES": True, "HAS_ENTROPY": True, "WITH_GRAD": True, "HAS_MASK": True}
+LAYOUTS = ({"PACKED": True, "HAS_MASK": False}, {"PACKED": False, "HAS_MASK": False})
+MASKED = {
+    "PACKED": False,
+    "HAS_MASK": True,
+}  # one scan more: the value of the next step that counts
+
+# (module, kernel) -> variants that must agree, each also with strides of 1 and with everything aligned.
+SAME = {
+    ("gae", "gae_kernel"): [SEQUENCE | {"HAS_BOOTSTRAP": False} | x for x in (*LAYOUTS, MASKED)],
+    ("kl_gae", "kl_gae_kernel"): [SEQUENCE | {"ESTIMATOR": 2} | x for x in (*LAYOUTS, MASKED)],
+    ("masked_whiten", "masked_whiten_moments_kernel"): [
+        TOKENS | {"FLAT": flat, "HAS_MASK": mask}
+        for flat in (True, False)
+        for mask in (True, False)
+    ],
+    ("ppo_loss", "ppo_loss_fwd_kernel"): [PPO | {"FLAT": flat} for flat in (True, False)],
+    ("token_logprob", "token_logprob_fwd_kernel"): [
+        WALK | {"HAS_ENTROPY": entropy} for entropy in (False, True)
+    ],
+    ("token_loss", "token_loss_fwd_kernel"): [
+        LOSS | {"WITH_LOSS": True, "WITH_ENTROPY": False, "HAS_H": False},
+        LOSS | {"WITH_LOSS": False, "WITH_ENTROPY": True, "HAS_H": True},
+    ],
+    ("token_logprob", "token_logprob_bwd_kernel"): [
+        ROW | {"HAS_G": True, "HAS_H": True, "BLOCK": 4096, "num_warps": 4}
+    ],
+}
+
+COMPILE = """
+import collections, json, re, sys
+from aot import kernels_of, triton_kernel
+
+module, name, variants = json.loads(sys.argv[1])
+kernel = kernels_of(module)[name]
+arguments = [p.name for p in kernel.params]
+
+def orders(ttgir):
+    # [kind, what is done to two elements, layout] of each operand of each reduction and scan
+    named = dict(re.findall(r"^(#\\w+) = (.*)$", ttgir, re.M))
+    def in_full(text):
+        while any(n in named for n in re.findall(r"#\\w+", text)):
+            text = re.sub(r"#\\w+", lambda m: named.get(m[0], m[0]), text)
+        return text
+    found, kind, steps = [], None, []
+    for line in ttgir.splitlines():
+        if m := re.search(r'"tt\\.(reduce|scan)"', line):
+            kind, steps = m[1], []
+        elif kind and (m := re.match(r"\\s*\\}\\) : \\((.*?)\\) -> ", line)):
+            layouts = re.findall(r"tensor<[^#]*(#[^>]*?(?:<\\{.*?\\}>)?)>", in_full(m[1]))
+            found += [[kind, " ".join(steps), x] for x in layouts]
+            kind = None
+        elif kind and (m := re.search(r"= (arith\\.\\w+)", line)):
+            steps.append(m[1])
+    return sorted(found)
+
+for constants, dtype in variants:
+    ones = {n: 1 for n in arguments if n.startswith("stride") and n.endswith("_col")}
+    for strides, aligned in (({}, ()), (ones, ()), (ones, arguments)):
+        built = triton_kernel(kernel, constants | strides, dtype, ("cuda", 90, 32), aligned)
+        ptx = re.findall(r"\\b(fma|mul|add|sub)(?:\\.rn)?(?:\\.ftz)?\\.(f32|f64)\\b", built.asm["ptx"])
+        counts = collections.Counter(".".join(x) for x in ptx)
+        print(json.dumps([orders(built.asm["ttgir"]), counts]))
+"""
+
+
+def compiled(module, kernel, variants, folder):
+    """([(kind, operands)], {instruction: count}) of each variant and alignment."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    env |= {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, json.dumps([module, kernel, variants])],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 3 * len(variants)
+    return found
+
+
+def all_compiled(module, kernel, dtype, folder):
+    variants = [(constants, dtype) for constants in SAME[module, kernel]]
+    found = compiled(module, kernel, variants, folder)
+    return [(constants, found[3 * i : 3 * i + 3]) for i, (constants, _) in enumerate(variants)]
+
+
+@pytest.mark.parametrize(("module", "kernel"), [k for k in SAME if "token" not in k[0]])
+def test_sums_over_tokens(module, kernel, tmp_path):
+    """One layout at every reduction and scan, the same arithmetic, and no fused products."""
+    per_variant = all_compiled(module, kernel, "fp32", tmp_path)
+    plain = per_variant[0][1][0]
+    assert plain[0] and len({layout for _, _, layout in plain[0]}) == 1
+    for constants, found in per_variant:
+        more = constants["HAS_MASK"] and module in ("gae", "kl_gae")
+        for order, counts in found:
+            assert not {"fma.f32", "fma.f64"} & set(counts) and counts["mul.f32"] > 0
+            assert {x[2] for x in order} == {plain[0][0][2]}
+            if more:
+                assert all(x in order for x in plain[0])
+                assert counts["mul.f32"] == plain[1]["mul.f32"]
+            else:
+                assert order == plain[0] and counts == plain[1]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32->bf16"])
+@pytest.mark.parametrize(("module", "kernel"), [k for k in SAME if "token" in k[0]])
+def test_sums_over_rows_of_logits(module, kernel, dtype, tmp_path):
+    """Nothing is left to a layout but the maximum; products are fused where the kernel says so, in every variant."""
+    for _, found in all_compiled(module, kernel, dtype, tmp_path):
+        for order, counts in found:
+            assert {x[1] for x in order} <= {"arith.maxnumf", "arith.maximumf"}
+            assert bool(order) == kernel.endswith("fwd_kernel")  # a gradient reduces nothing
+            assert counts["fma.f32"] == found[0][1]["fma.f32"] > 0

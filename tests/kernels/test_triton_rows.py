@@ -1,0 +1,353 @@
+"""token_loss_rows_ of Triton, the row pass of the linear losses: the bits of its parts, float64, and edges."""
+
+import math
+
+import pytest
+import torch
+
+from _support import logit_cases as cases
+from _support import loss_cases
+from _support.logit_cases import DEVICE, assert_near, randint, randn
+from fastrlhf.ops import ppo_loss, token_logprob, token_loss
+
+V = 5003  # odd; two tiles of the statistics and a part of one
+NAN, INF = float("nan"), float("inf")
+NARROW = (torch.bfloat16, torch.float16)
+EVERY_DTYPE = (*cases.DTYPES, torch.float64)
+PLAIN = (None, 1.0, 0.0, None)  # row_temperature, temperature, softcap, mask
+
+triton = cases.each_backend("token_loss", ("triton",))
+
+
+def acc_of(logits):
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def settings_of(options, rows, device):
+    """(row_temperature, temperature, softcap, mask) as the raw ops take them."""
+    kwargs = cases.OPTIONS[options]((rows,), device)
+    temperature = kwargs.get("temperature", 1.0)
+    per_row = isinstance(temperature, torch.Tensor)
+    numbers = (temperature, 1.0) if per_row else (None, temperature)
+    return *numbers, kwargs.get("softcap", 0.0), kwargs.get("mask")
+
+
+def problem(rows, width, dtype, settings=PLAIN, *, device, seed=0):
+    """(logits, targets, advantages, old_logprob): ratios on both sides of the clips, an advantage of 0."""
+    logits = randn(rows, width, seed=seed, scale=3, dtype=dtype, device=device)
+    targets = randint(width, (rows,), seed + 1, device=device)
+    options = {"dtype": acc_of(logits), "device": device}
+    logprob = token_logprob.ops("triton").fwd(logits, targets, *settings, False, False)[0]
+    old_logprob = logprob + randn(rows, seed=seed + 2, scale=0.5, **options)
+    advantages = randn(rows, seed=seed + 3, **options)
+    advantages[2:3] = 0
+    return logits, targets, advantages, old_logprob
+
+
+def row_pass(
+    logits, *policy, settings=PLAIN, scale=0.3, entropy_coef=0.0, dlogits=None, wanted=True
+):
+    """(dlogits, logprob, entropy, slope) of a call whose outputs held NaN before. `wanted`: the last two are given."""
+    options = {"dtype": acc_of(logits), "device": logits.device}
+    logprob, entropy, slope = torch.full((3, *policy[0].shape), NAN, **options)
+    dlogits = torch.full_like(logits, NAN) if dlogits is None else dlogits
+    scale = torch.tensor(scale, **options)
+    row_temperature, *rest = settings
+    more = (entropy, slope) if wanted else (None, None)
+    numbers = (0.2, 3.0, entropy_coef)
+    rows_ = token_loss.ops("triton").rows_
+    rows_(logits, *policy, *numbers, row_temperature, *rest, scale, dlogits, logprob, *more)
+    return dlogits, logprob, *more
+
+
+def in_parts(logits, targets, *policy, settings=PLAIN, scale=0.3, entropy_coef=0.0, into=None):
+    """The same of token_logprob's forward, token_loss's, and token_logprob_bwd_ into the dtype `into`."""
+    ops = token_logprob.ops("triton")
+    logprob, entropy, stats = ops.fwd(logits, targets, *settings, True, False)
+    scale = torch.tensor(scale, dtype=logprob.dtype, device=logits.device)
+    terms = token_loss.ops("triton").fwd(logits, targets, *policy, 0.2, 3.0, *settings, scale, 1.0)
+    _, same_logprob, slope, same_stats = terms
+    same((same_logprob, same_stats), (logprob, stats[:2]))
+    h = (-entropy_coef * scale).expand_as(slope) if entropy_coef else None
+    dlogits = torch.full_like(logits, NAN, dtype=into)
+    ops.bwd_(slope, h, logits, targets, stats, *settings, dlogits)
+    return dlogits, logprob, entropy, slope
+
+
+def same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@triton
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+@pytest.mark.parametrize("options", cases.OPTIONS)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
+def test_bits_of_the_ops_one_after_the_other(backend, dtype, options, entropy_coef, poisoned):
+    """token_logprob, ppo_loss or token_loss, and token_logprob_bwd_."""
+    turn = [*cases.OPTIONS].index(options) + EVERY_DTYPE.index(dtype) + (entropy_coef > 0)
+    if cases.interpreted(backend) and dtype != torch.float32 and turn % 2:
+        pytest.skip(
+            "the interpreter is slow: each option in each dtype, with or without the entropy"
+        )
+    device = DEVICE[backend]
+    settings = settings_of(options, 4, device)
+    logits, *policy = problem(4, V, dtype, settings, device=device)
+    logits[1] += torch.linspace(-12, 12, V, device=device).to(dtype)  # the maximum keeps moving
+    kwargs = {"settings": settings, "entropy_coef": entropy_coef}
+    expected = in_parts(logits, *policy, **kwargs)
+    _, logprob, entropy, slope = expected
+    rest = (None, None, None, entropy, settings[-1], 0.2, 3.0, INF, 0.0, entropy_coef, True)
+    slopes = ppo_loss.ops("triton")(logprob, policy[2], policy[1], *rest)[3]
+    assert torch.equal(slope, slopes[0] * torch.tensor(0.3, dtype=slope.dtype, device=device))
+    same(row_pass(logits, *policy, **kwargs), expected)
+    copy = logits.clone()
+    same(row_pass(copy, *policy, dlogits=copy, **kwargs), expected)  # in place
+    assert (slope != 0).any() and expected[0].isfinite().all()
+    if dtype == torch.float32:
+        half = NARROW[entropy_coef == 0.0]
+        out = torch.full_like(logits, NAN, dtype=half)
+        same(
+            row_pass(logits, *policy, dlogits=out, **kwargs),
+            in_parts(logits, *policy, into=half, **kwargs),
+        )
+        assert torch.equal(out, expected[0].to(half))  # rounded once
+
+
+@triton
+def test_log_probs_of_many_rows(backend):
+    """Enough rows, of long sums, that another order of a sum would move some log-prob."""
+    device, rows = DEVICE[backend], 32 if cases.interpreted(backend) else 512
+    logits, targets, _, _ = problem(rows, 4 * V, torch.float32, device=device)
+    ops = token_logprob.ops("triton")
+    for with_entropy in (False, True):
+        logprob = ops.fwd(logits, targets, *PLAIN, with_entropy, False)[0]
+        got = row_pass(logits, targets, None, None, wanted=with_entropy)[1]
+        assert torch.equal(got, logprob)
+
+
+@triton
+def test_bits_of_the_exact_soft_cap(backend):
+    logits, *policy = problem(3, 1501, torch.float32, device=DEVICE[backend])
+    kwargs = {"settings": (None, 0.7, 50.0, None), "entropy_coef": 0.01}
+    out = torch.full_like(logits, NAN, dtype=torch.bfloat16)
+    expected = in_parts(logits, *policy, into=out.dtype, **kwargs)
+    same(row_pass(logits, *policy, dlogits=out, **kwargs), expected)
+
+
+@triton
+def test_the_entropy_moves_no_bit_of_the_rest(backend):
+    """Nor does the company of other rows, or an output that nobody wants."""
+    logits, *policy = problem(4, V, torch.float32, device=DEVICE[backend])
+    dlogits, logprob, _, slope = full = row_pass(logits, *policy)
+    alone, same_logprob, _, _ = row_pass(logits, *policy, wanted=False)
+    assert torch.equal(alone, dlogits) and torch.equal(same_logprob, logprob)
+    _, same_logprob, entropy, same_slope = row_pass(logits, *policy, entropy_coef=0.5)
+    assert torch.equal(same_logprob, logprob) and torch.equal(same_slope, slope)
+    assert torch.equal(entropy, full[2])
+    some = torch.tensor([3, 1], device=logits.device)
+    few = row_pass(logits[some], *(x[some] for x in policy))
+    same(few, [x[some] for x in full])
+
+
+@triton
+@pytest.mark.parametrize("into", [None, torch.bfloat16])
+def test_rows_of_padded_buffers(backend, into):
+    """Any alignment and row stride: the same bits, and nothing beside the rows is written."""
+    device = DEVICE[backend]
+    rows, *policy = problem(2, 2501, torch.float32, device=device)
+    kwargs = {"entropy_coef": 0.1}
+    out = torch.full_like(rows, NAN, dtype=into or torch.float32)
+    expected = row_pass(rows, *policy, dlogits=out, **kwargs)
+    for offset, extra in ((0, 11), (1, 0), (3, 5)):
+        logits = cases.moved(rows, offset, extra)
+        buffer = torch.full((2, 2501 + extra + 2), 42.0, dtype=out.dtype, device=device)
+        view = buffer[:, 2 : 2 + 2501]
+        same(row_pass(logits, *policy, dlogits=view, **kwargs), expected)
+        assert (buffer[:, :2] == 42).all() and (buffer[:, 2 + 2501 :] == 42).all()
+    # A buffer for more rows, whose rest holds NaN.
+    chunk = torch.full((5, 2501 + 27), NAN, device=device)
+    chunk[:2, :2501] = rows
+    if into is None:
+        same(row_pass(chunk[:2, :2501], *policy, dlogits=chunk[:2, :2501], **kwargs), expected)
+        assert chunk[2:].isnan().all() and chunk[:, 2501:].isnan().all()
+
+
+def in_double(logits, targets, advantages, old_logprob, options, entropy_coef, eager=False):
+    """(dL/dlogits, log-probs, entropies) by autograd: in float64, or as a trainer has it in fp32."""
+    kwargs = cases.OPTIONS[options]((len(logits),), logits.device)
+    policy = {"advantages": advantages, "old_logprob": old_logprob}
+    if not eager:
+        logits, targets = logits.double().cpu(), targets.cpu()
+        kwargs = cases.to_double(kwargs)
+        policy = {k: v if v is None else v.double().cpu() for k, v in policy.items()}
+    x = logits.detach().requires_grad_()
+    loss, logprob = loss_cases.eager(x, targets, **policy, dual_clip=3.0, scale=0.3, **kwargs)
+    z = x if "softcap" not in kwargs else kwargs["softcap"] * torch.tanh(x / kwargs["softcap"])
+    temperature = kwargs.get("temperature", 1.0)
+    per_row = isinstance(temperature, torch.Tensor)
+    logp = torch.log_softmax(z / (temperature.unsqueeze(-1) if per_row else temperature), -1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    entropy = entropy if "mask" not in kwargs else entropy * kwargs["mask"]
+    total = loss.sum() - 0.3 * entropy_coef * entropy.sum()
+    return torch.autograd.grad(total, x)[0], logprob, entropy.detach()
+
+
+@triton
+@pytest.mark.parametrize("given", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("options", ["plain", "temperature", "all"])
+def test_against_float64(backend, options, given):
+    """L = sum of scale * (token_loss - entropy_coef * entropy), of every loss."""
+    device = DEVICE[backend]
+    settings = settings_of(options, 6, device)
+    for dtype in (torch.float32, torch.float64):
+        logits, targets, *policy = problem(6, 701, dtype, settings, device=device)
+        policy = [x if keep else None for x, keep in zip(policy, given, strict=True)]
+        kwargs = {"settings": settings, "entropy_coef": 0.1}
+        ours = row_pass(logits, targets, *policy, **kwargs)[:3]
+        truth = in_double(logits, targets, *policy, options, 0.1)
+        if dtype == torch.float64:
+            for o, t in zip(ours, truth, strict=True):
+                torch.testing.assert_close(o.cpu(), t, rtol=1e-10, atol=1e-13)
+            continue
+        rounded = truth
+        if given[1]:  # a ratio hands on the rounding of the log-prob
+            off = policy[1] - 2.0**-24 * truth[1].to(device)
+            rounded = in_double(logits, targets, policy[0], off, options, 0.1)
+        eager = in_double(logits, targets, *policy, options, 0.1, eager=True)
+        for what, o, e, t, r in zip(
+            ("dlogits", "logprob", "entropy"), ours, eager, truth, rounded, strict=True
+        ):
+            assert_near(o, e, t, what, r)
+
+
+@triton
+def test_large_and_tiny_vocabularies(backend):
+    """More than 2^16 columns, one, and a few; no rows at all."""
+    device = DEVICE[backend]
+    for rows, width in ((2, 2**16 + 467), (3, 1), (3, 7), (0, 5)):
+        logits, *policy = problem(rows, width, torch.float32, device=device)
+        out = torch.full_like(logits, NAN, dtype=torch.bfloat16)
+        kwargs = {"entropy_coef": 0.01}
+        expected = in_parts(logits, *policy, into=out.dtype, **kwargs)
+        got = row_pass(logits, *policy, dlogits=out, **kwargs)
+        same(got, expected)
+        if width == 1:  # p = 1: what is left is the rounding of max z
+            assert all(x.abs().max() < 1e-7 for x in got[:3])
+
+
+@triton
+def test_rows_that_do_not_count(backend, poisoned):
+    """Masked: not read, 0 in all. No slope: zero-filled, but for the gradient of the entropy."""
+    device = DEVICE[backend]
+    mask = torch.tensor([1, 0, 1, 0, 1], device=device) > 0
+    logits, targets, advantages, old_logprob = problem(5, 50, torch.float32, device=device)
+    advantages[4] = 0.0
+    logits[~mask], targets[~mask], old_logprob[~mask] = NAN, -100, NAN
+    policy = targets, advantages, old_logprob
+    kwargs = {"settings": (None, 1.0, 0.0, mask)}
+    for dtype in (torch.float32, *NARROW):
+        for entropy_coef in (0.0, 0.5):
+            out = torch.full_like(logits, NAN, dtype=dtype)
+            got = row_pass(logits, *policy, dlogits=out, entropy_coef=entropy_coef, **kwargs)
+            _, logprob, entropy, slope = got
+            for x in (logprob, entropy, slope, out):
+                assert (x[~mask] == 0).all()
+            assert (logprob[mask] != 0).all() and (entropy[mask] != 0).all()
+            assert slope[2] == slope[4] == 0 and slope[0] != 0
+            carries = (out != 0).any(-1)
+            assert carries.tolist() == [True, False, entropy_coef > 0, False, entropy_coef > 0]
+    # A loss that is not scaled at all.
+    got = row_pass(logits, *policy, scale=0.0, entropy_coef=0.5, **kwargs)
+    assert (got[0] == 0).all() and (got[3] == 0).all() and (got[1][mask] != 0).all()
+
+
+@triton
+@pytest.mark.parametrize("bad", [-1, 7, -100, 2**40])
+def test_target_outside_the_vocabulary(backend, bad):
+    """Its row is NaN; the entropy, which has no target, is that of token_logprob."""
+    logits, targets, *policy = problem(3, 7, torch.float32, device=DEVICE[backend])
+    targets[1] = bad
+    out = torch.full_like(logits, 42.0, dtype=torch.bfloat16)
+    dlogits, logprob, entropy, slope = row_pass(
+        logits, targets, *policy, dlogits=out, entropy_coef=0.1
+    )
+    for x in (logprob, slope, dlogits.float().sum(-1)):
+        assert x.isnan().tolist() == [False, True, False]
+    assert dlogits[1].isnan().all() and entropy.isfinite().all()
+
+
+@triton
+def test_nan_and_infinite_logits(backend):
+    logits, *policy = problem(4, 50, torch.float32, device=DEVICE[backend])
+    logits[0, 30:], logits[1, 20], logits[2, 3] = -INF, NAN, INF
+    policy[0][:] = torch.arange(4, device=logits.device) + 5
+    kwargs = {"entropy_coef": 0.1}
+    got = row_pass(logits, *policy, **kwargs)
+    for x in (got[0].sum(-1), *got[1:3]):
+        assert x.isnan().tolist() == [False, True, True, False]
+    assert (got[0][0, 30:] == 0).all()
+    same(got, in_parts(logits, *policy, **kwargs))
+
+
+@triton
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("options", ["plain", "all"])
+def test_backward_into_16_bits_rounds_once(backend, dtype, options):
+    """token_logprob_bwd_: fp32 logits, a gradient that the next GEMM takes as it is."""
+    device = DEVICE[backend]
+    settings, ops = settings_of(options, 5, device), token_logprob.ops("triton")
+    logits, targets, g, h = problem(5, V, torch.float32, device=device)
+    stats = ops.fwd(logits, targets, *settings, True, False)[2]
+    for slopes in ((g, h), (g, None), (None, h)):
+        wide = ops.bwd(*slopes, logits, targets, stats, *settings)
+        buffer = torch.full((5, V + 3), 42.0, dtype=dtype, device=device)
+        ops.bwd_(*slopes, logits, targets, stats, *settings, buffer[:, :V])
+        assert torch.equal(buffer[:, :V], wide.to(dtype)) and (buffer[:, V:] == 42).all()
+
+
+@triton
+def test_bad_outputs_are_refused(backend):
+    logits, *policy = problem(4, 33, torch.float32, device=DEVICE[backend])
+    rows_, bwd_ = token_loss.ops("triton").rows_, token_logprob.ops("triton").bwd_
+    one, scale = torch.ones(4, device=logits.device), torch.ones((), device=logits.device)
+    outputs = [torch.full_like(logits, 7.0), *(7.0 * one for _ in range(3))]
+
+    def refused(match, entropy_coef=0.5, **changed):
+        names = ("dlogits", "logprob", "entropy", "slope")
+        given = [changed.get(n, x) for n, x in zip(names, outputs, strict=True)]
+        with pytest.raises(ValueError, match=match):
+            rows_(logits, *policy, 0.2, INF, entropy_coef, *PLAIN, scale, *given)
+
+    refused("entropy must be given where entropy_coef is not 0", entropy=None)
+    refused("slope must be contiguous", slope=torch.zeros(4, 2, device=logits.device)[:, 0])
+    refused("entropy must be contiguous, of torch.float32 and of the rows", entropy=one[:3])
+    refused("logprob must be contiguous, of torch.float32", logprob=one.double())
+    for name, wrong, match in (
+        ("dtype", logits.double(), "torch.float32 .* cannot go into torch.float64"),
+        ("shape", logits[:, :-1], "cannot go into"),
+        ("strides", torch.empty(33, 4, device=logits.device).T, "unit last stride"),
+    ):
+        refused(match, dlogits=wrong), name
+        with pytest.raises(ValueError, match=match):
+            bwd_(one, None, logits, policy[0], torch.zeros(3, 4), *PLAIN, wrong)
+    wide = logits.double()
+    with pytest.raises(ValueError, match="cannot go into torch.bfloat16"):
+        bwd_(one.double(), None, wide, policy[0], torch.zeros(3, 4), *PLAIN, logits.bfloat16())
+    assert all((x == 7.0).all() for x in outputs)
+
+
+@triton
+def test_opcheck(backend):
+    device = DEVICE[backend]
+    logits, *policy = problem(3, 5, torch.float32, device=device)
+    mask, scale = torch.tensor([1, 0, 1], device=device) > 0, torch.tensor(0.5, device=device)
+    for half, wanted in ((torch.float32, True), (torch.bfloat16, False)):
+        outputs = [torch.zeros_like(logits, dtype=half), *torch.zeros(3, 3, device=device)]
+        if not wanted:
+            outputs[2:] = None, None
+        settings = (policy[1].abs() + 0.5, 1.0, 4.0, mask, scale)
+        torch.library.opcheck(
+            torch.ops.fastrlhf.token_loss_triton_rows_,
+            (logits, *policy, 0.2, math.inf, 0.1 * wanted, *settings, *outputs),
+        )

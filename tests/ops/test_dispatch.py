@@ -1,0 +1,231 @@
+"""What "auto" takes and on whose word, and that the kernel which claims to have run did run.
+
+Behind each fused call the reference is poisoned, and the kernels are counted where they start: C++ ops at
+torch's dispatcher, Triton kernels at their launch, CUDA kernels on the device.
+"""
+
+import importlib
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastrlhf
+from _support.host_shim import build
+from _support.logit_cases import DEVICE
+from _support.small_calls import small_call as call_on
+from fastrlhf import reference
+from fastrlhf.ops import _backend, _rows
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+# The kernels of these are token_logprob's, on chunks of logits.
+SERVED_BY = {
+    "linear_logprob": "token_logprob",
+    "linear_cross_entropy": "token_loss",
+    "linear_ppo_loss": "token_loss",
+    "linear_token_loss": "token_logprob",
+}
+
+
+def kernels_of(op, backend):
+    """The names of the kernels that an op may start, as the sources have them."""
+    word = SERVED_BY.get(op, op)
+    if backend == "cuda":
+        return build.kernels_reached(ROOT / "csrc" / "cuda" / f"{word}.cu")
+    source = (ROOT / "kernels" / f"{word}.py").read_text()
+    return set(re.findall(r"^@[^\n]+\ndef (\w+_kernel)\(", source, re.MULTILINE))
+
+
+def small_call(op, backend):
+    call_on(op, backend, DEVICE[backend])
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("op", fastrlhf.backends())
+def test_every_op_has_kernels_to_look_for(op, backend):
+    """What test_gpu looks for on the device is defined in the sources, and started."""
+    names = kernels_of(op, backend)
+    assert names
+    files = (
+        (ROOT / "csrc" / "cuda").glob("*.cu*")
+        if backend == "cuda"
+        else (ROOT / "kernels").glob("*.py")
+    )
+    sources = "".join(path.read_text() for path in files)
+    for name in names:
+        started = f"{name}<" if backend == "cuda" else f"{name}["
+        assert started in sources, f"nothing starts {name}"
+
+
+@pytest.fixture
+def poisoned_reference(monkeypatch):
+    """Every function of reference.py raises when it is called, and the row maths in PyTorch as well."""
+
+    def poison(home, name):
+        def refuse(*args, **kwargs):
+            raise AssertionError(f"the reference ran: {name}")
+
+        monkeypatch.setattr(home, name, refuse)
+
+    for name, function in inspect.getmembers(reference, inspect.isfunction):
+        if function.__module__.startswith(reference.__name__):  # its other half, too
+            poison(reference, name)
+    for name in ("_scaled", "_index"):  # both halves of the linear ops' reference use them
+        poison(_rows.RowKernels, name)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Grows by (module, name) of each Triton kernel that the interpreter is asked to launch."""
+    seen = []
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    launch = interpreter.GridExecutor.__call__
+
+    def counting(self, *args, **kwargs):
+        seen.append((self.fn.__module__, self.fn.__name__))
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counting)
+    return seen
+
+
+def profiled(call):
+    """(C++ and Triton ops that torch dispatched, kernels that ran on a GPU) during `call()`."""
+    with torch.profiler.profile(acc_events=True) as profile:
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    events = profile.events()
+    ops = {e.name.removeprefix("fastrlhf::") for e in events if e.name.startswith("fastrlhf::")}
+    on_device = {e.name for e in events if e.device_type == torch.autograd.DeviceType.CUDA}
+    return ops, on_device
+
+
+@pytest.mark.parametrize("op", fastrlhf.backends())
+class TestTheKernelThatClaimsToHaveRunDidRun:
+    def test_cpu(self, op, poisoned_reference, interpreted):
+        if reason := _backend.unavailable_reason(op, "cpu"):
+            pytest.skip(reason)
+        before = _backend.calls[op, "cpu"]
+        ops, _ = profiled(lambda: small_call(op, "cpu"))
+        word = SERVED_BY.get(op, op)
+        assert any(name.startswith(word) for name in ops)
+        assert not any("triton" in name for name in ops) and not interpreted
+        assert _backend.calls[op, "cpu"] == before + 1
+
+    @pytest.mark.parametrize("backend", ["triton", "cuda"])
+    def test_gpu(self, op, backend, poisoned_reference):
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        if reason := _backend.unavailable_reason(op, backend, "cuda"):
+            pytest.skip(f"{backend}: {reason}")
+        small_call(op, backend)  # Triton compiles
+        ops, kernels = profiled(lambda: small_call(op, backend))
+        word = SERVED_BY.get(op, op)
+        assert any(name in seen for name in kernels_of(op, backend) for seen in kernels)
+        of_op = {name for name in ops if name.startswith(word)}
+        assert of_op and all(("triton" in name) == (backend == "triton") for name in of_op)
+
+    def test_triton_interpreted(self, op, poisoned_reference, interpreted):
+        if torch.cuda.is_available():
+            pytest.skip("Triton compiles for the GPU of this machine: see test_gpu")
+        if reason := _backend.unavailable_reason(op, "triton", "cpu"):
+            pytest.skip(reason)
+        before = _backend.calls[op, "triton"]
+        small_call(op, "triton")
+        file = f"fastrlhf.kernels.{_backend._TRITON_KERNELS[op]}"
+        assert any(module == file and name.endswith("_kernel") for module, name in interpreted)
+        assert _backend.calls[op, "triton"] == before + 1
+
+    def test_reference(self, op, interpreted):
+        """Its linear ops are dispatched too, but no row kernel of another backend is."""
+        ops, _ = profiled(lambda: small_call(op, "reference"))
+        fused = {name for name in ops if name.startswith(tuple(set(SERVED_BY.values()) | {op}))}
+        assert not fused - {f"{op}_fwd", f"{op}_bwd"} and (op in SERVED_BY or not fused)
+        assert not interpreted
+
+    def test_the_poison_kills(self, op, poisoned_reference):
+        with pytest.raises(AssertionError, match="the reference ran"):
+            small_call(op, "reference")
+
+
+# ---------------------------------------------------------------------------------------------
+# auto
+
+
+def test_table_covers_every_op_and_names_what_exists():
+    assert set(_backend.AUTO) == {(op, d) for op in fastrlhf.backends() for d in ("cpu", "cuda")}
+    for (_, device), entry in _backend.AUTO.items():
+        assert set(entry.order) <= set(_backend.BACKENDS) and entry.order[-1] == "reference"
+        assert ("cpu" in entry.order) == (device == "cpu")
+
+
+def test_every_row_is_a_benchmark_case(monkeypatch):
+    monkeypatch.syspath_prepend(str(RESULTS.parent))
+    cases = importlib.import_module("cases")
+    listed = {("cpu", c.op, c.name) for c in cases.CPU} | {
+        ("cuda", c.op, c.name) for c in cases.GPU
+    }
+    for (op, device), entry in _backend.AUTO.items():
+        assert (device, op, entry.row) in listed
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_auto_takes_the_first_that_can_run(device, monkeypatch):
+    for (op, on), entry in _backend.AUTO.items():
+        if on != device:
+            continue
+        for first in entry.order:
+            stopped = entry.order[: entry.order.index(first)]
+            with monkeypatch.context() as patch:
+                reason = lambda op, backend, device, no=stopped: "no" if backend in no else ""  # noqa: E731
+                patch.setattr(_backend, "unavailable_reason", reason)
+                assert _backend.auto(op, device) == first
+
+
+def test_auto_without_a_fused_backend_warns_once_and_says_why(monkeypatch):
+    gae = fastrlhf.gae  # its module registers the C++ op when it is first imported
+    monkeypatch.setattr(_backend, "_CPU_OPS", frozenset())
+    monkeypatch.setattr(_backend, "_extension_error", "it is not built")
+    monkeypatch.setattr(_backend, "_warned", set())
+    monkeypatch.setattr(_backend, "_chosen", {})
+    with pytest.warns(UserWarning, match="gae: backend='auto' takes the reference.*not built") as w:
+        for _ in range(2):
+            gae(torch.zeros(2, 3), torch.zeros(2, 3))
+    assert len(w) == 1
+    assert w[0].filename == __file__
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_order_is_that_of_the_committed_measurement(device):
+    """In the file that RESULTS names, each op's backends stand in AUTO's order, the fastest first."""
+    documents = {p.name: json.loads(p.read_text()) for p in RESULTS.glob("*.json")}
+    # One that is not whole (a short run on a GPU, or a probe) lacks rows of some ops.
+    files = {
+        name for name, d in documents.items() if d["device"] == device and d.get("whole", True)
+    }
+    file = _backend.RESULTS[device]
+    if not file:
+        assert not files, (
+            f"RESULTS[{device!r}] in fastrlhf/ops/_backend.py must name one of {files}"
+        )
+        pytest.skip(f"no whole results file for {device} is committed yet")
+    assert file in files
+    rows = documents[file]["rows"]
+    for (op, on), entry in _backend.AUTO.items():
+        if on != device:
+            continue
+        measured = {}
+        for row in rows:
+            if (row["op"], row["case"]) == (op, entry.row) and "median_ms" in row:
+                backend = {"eager": "reference"}.get(row["provider"], row["provider"])
+                measured.setdefault(row["direction"], {})[backend] = row["median_ms"]
+        assert measured, f"{file} has no row of {op} at {entry.row}"
+        # The longest direction there is: forward+backward where the op is differentiable.
+        took = measured.get("forward+backward") or measured["forward"]
+        order = [backend for backend in entry.order if backend in took]
+        assert order == sorted(order, key=took.get), (op, took)

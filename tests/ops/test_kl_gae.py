@@ -1,0 +1,227 @@
+"""kl_gae is kl_reward followed by gae, bit for bit; its parts are tested in their own files."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from _support import sequence_cases as cases
+from fastrlhf import KLGAEOutput, reference
+from fastrlhf import gae as plain_gae
+from fastrlhf import kl_gae as plain_kl_gae
+from fastrlhf import kl_reward as plain_kl_reward
+from fastrlhf.ops import _backend, _sequence
+
+LENGTHS = cases.LENGTHS
+NAN = float("nan")
+gae, kl_gae, kl_reward = map(cases.anywhere, (plain_gae, plain_kl_gae, plain_kl_reward))
+each_backend = cases.each_backend("kl_gae")
+fused = cases.each_backend("kl_gae", cases.FUSED)
+each_triton = cases.each_backend("kl_gae", ("triton",))
+
+
+def packed(dtype=torch.float32, lengths=LENGTHS):
+    logprob, ref_logprob, values = (cases.randn(sum(lengths), seed, dtype) for seed in (1, 2, 3))
+    return logprob, ref_logprob, cases.randn(len(lengths), 4, dtype), values
+
+
+def parts(logprob, ref_logprob, score, values, *, beta, estimator, gamma, lam, whiten, **layout):
+    rewards, kl = kl_reward(logprob, ref_logprob, score, beta=beta, estimator=estimator, **layout)
+    exact = logprob.dtype in (torch.float32, torch.float64)
+    values = values if exact else values.float()
+    advantages, returns = gae(rewards, values, gamma=gamma, lam=lam, whiten=whiten, **layout)
+    return KLGAEOutput(advantages, returns, rewards, kl)
+
+
+@fused
+@pytest.mark.parametrize("estimator", _sequence.ESTIMATORS)
+@pytest.mark.parametrize("dtype", [*cases.DTYPES, torch.float64])
+@pytest.mark.parametrize("layout", ["packed", "masked"])
+def test_equals_its_parts_bitwise(backend, estimator, dtype, layout):
+    # Under the interpreter: empty, one step, within a block, and two blocks.
+    lengths = (5, 1, 0, 300, 1030) if cases.interpreted(backend) else LENGTHS
+    logprob, ref_logprob, score, values = packed(dtype, lengths)
+    options = {"cu_seqlens": cases.cu_of(lengths)}
+    if layout == "masked":
+        logprob, ref_logprob, values = (
+            cases.pad(x, lengths, fill=NAN) for x in (logprob, ref_logprob, values)
+        )
+        mask = cases.length_mask(lengths)
+        options = {"mask": mask & cases.random_mask(mask.shape, 5)}
+    options |= {"beta": 0.1, "estimator": estimator, "gamma": 0.99, "lam": 0.9, "whiten": True}
+    inputs = (logprob, ref_logprob, score, values)
+    options["backend"] = backend
+    together, separate = kl_gae(*inputs, **options), parts(*inputs, **options)
+    for name, a, b in zip(KLGAEOutput._fields, together, separate, strict=True):
+        assert torch.equal(a, b), name
+
+
+@fused
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("whiten", [False, True])
+def test_error_at_most_twice_eager(backend, dtype, whiten):
+    inputs = packed(dtype)
+    options = {"beta": 0.05, "cu_seqlens": cases.cu_of(LENGTHS), "whiten": whiten}
+    ours = kl_gae(*inputs, **options, backend=backend)
+    eager = reference.kl_gae(*inputs, **options)
+    truth = reference.kl_gae(*(x.double() for x in inputs), **options)
+    for name, a, b, c in zip(KLGAEOutput._fields, ours, eager, truth, strict=True):
+        assert a.dtype == torch.float32
+        cases.assert_close_to_eager(a, b, c, name)
+
+
+@each_backend
+def test_equals_naive_loops(backend):
+    logprob, ref_logprob, score, values = packed(torch.float64)
+    cu = cases.cu_of(LENGTHS)
+    out = kl_gae(
+        logprob, ref_logprob, score, values, beta=0.1, lam=0.9, cu_seqlens=cu, backend=backend
+    )
+    for b, (start, end) in enumerate(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)):
+        kl = (logprob - ref_logprob)[start:end].tolist()
+        rewards = [-0.1 * x for x in kl]
+        if rewards:
+            rewards[-1] += float(score[b])
+        advantages, returns = cases.naive_gae(rewards, values[start:end].tolist(), 1.0, 0.9)
+        for got, expected in zip(out, (advantages, returns, rewards, kl), strict=True):
+            torch.testing.assert_close(
+                got[start:end], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
+            )
+
+
+@fused
+def test_packed_padded_and_one_by_one_agree_bitwise(backend):
+    logprob, ref_logprob, score, values = packed()
+    cu = cases.cu_of(LENGTHS)
+    options = {"beta": 0.1, "backend": backend}
+    together = kl_gae(logprob, ref_logprob, score, values, cu_seqlens=cu, **options)
+    padded = kl_gae(
+        cases.pad(logprob, LENGTHS, fill=NAN),
+        cases.pad(ref_logprob, LENGTHS, fill=NAN),
+        score,
+        cases.pad(values, LENGTHS, fill=NAN),
+        mask=cases.length_mask(LENGTHS),
+        **options,
+    )
+    for a, b in zip(together, padded, strict=True):
+        assert torch.equal(a, cases.unpad(b, LENGTHS))
+        assert (b[~cases.length_mask(LENGTHS)] == 0).all()
+    for b, (start, end) in enumerate(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)):
+        one = (x[None, start:end] for x in (logprob, ref_logprob))
+        alone = kl_gae(*one, score[b : b + 1], values[None, start:end], **options)
+        for x, y in zip(together, alone, strict=True):
+            assert torch.equal(x[start:end], y[0])
+
+
+@each_backend
+def test_empty_and_shortest_inputs(backend):
+    def run(shape, **options):
+        x = torch.ones(shape)
+        count = len(options["cu_seqlens"]) - 1 if options else shape[0]
+        return kl_gae(x, x, torch.ones(count), x, beta=0.1, whiten=True, backend=backend, **options)
+
+    for shape in ((0, 5), (5, 0)):
+        assert all(x.shape == shape for x in run(shape))
+    for cu in ((0,), (0, 0, 0)):
+        out = run((0,), cu_seqlens=torch.tensor(cu, dtype=torch.int32))
+        assert all(x.shape == (0,) for x in out)
+    out = run((1, 1))
+    assert [float(x) for x in out] == [0.0, 1.0, 1.0, 0.0]
+
+
+@fused
+def test_layouts_threads_and_unwritten_memory(backend):
+    inputs, cu = packed(), cases.cu_of(LENGTHS)
+    options = {"beta": 0.1, "cu_seqlens": cu, "backend": backend}
+    plain = kl_gae(*inputs, **options)
+    with cases.poisoned_empty():
+        strided = kl_gae(*(cases.with_strides(x) for x in inputs), **options)
+    for a, b in zip(plain, strided, strict=True):
+        assert torch.equal(a, b)
+    rows = 9 if cases.interpreted(backend) else 90
+    x = cases.randn((3, rows, 800), 1, torch.float32)
+    cases.assert_same_for_any_threads(
+        lambda: kl_gae(x[0], x[1], torch.ones(rows), x[2], beta=0.3, whiten=True, backend=backend)
+    )
+
+
+@each_backend
+def test_is_a_constant_to_autograd(backend):
+    x = torch.zeros(2, 3, requires_grad=True)
+    for out in kl_gae(x, x * 2, torch.ones(2), x * 3, beta=0.1, backend=backend):
+        assert not out.requires_grad
+
+
+@fused
+def test_compiles_without_a_graph_break(backend):
+    cases.assert_compiles(
+        lambda a, b, s, v, c: kl_gae(
+            a, b, s, v, beta=0.1, whiten=True, cu_seqlens=c, backend=backend
+        ),
+        *packed(),
+        cases.cu_of(LENGTHS),
+    )
+
+
+@fused
+def test_opcheck(backend):
+    x, mask = cases.randn((3, 4, 6), 1, torch.float32), cases.random_mask((4, 6), 2)
+    arguments = (x[0], x[1], torch.ones(4), x[2], 0.1, 0, 1.0, 0.9, True, None, mask)
+    cases.opcheck("kl_gae", backend, arguments)
+
+
+@fused
+def test_says_which_backend_ran(backend):
+    before = _backend.calls["kl_gae", backend]
+    x, named = torch.ones(1, 2), "auto" if backend == "cpu" else backend
+    kl_gae(x, x, torch.ones(1), x, beta=0.1, backend=named)
+    assert _backend.calls["kl_gae", backend] == before + 1
+
+
+@each_triton
+def test_two_launches_with_whitening(backend):
+    x = torch.ones(2, 3)
+    with cases.triton_launches() as names:
+        kl_gae(x, x, torch.ones(2), x, beta=0.1, whiten=True, backend=backend)
+    assert names == ["kl_gae_kernel", "masked_whiten_kernel"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 30), max_size=20), st.booleans())
+def test_any_layout(lengths, whiten):
+    logprob, ref_logprob, values = cases.randn((3, sum(lengths)), 1, torch.float32)
+    inputs = (logprob, ref_logprob, cases.randn(len(lengths), 2, torch.float32), values)
+    options = {"beta": 0.1, "cu_seqlens": cases.cu_of(lengths), "whiten": whiten}
+    ours = kl_gae(*inputs, **options, backend="cpu")
+    eager = reference.kl_gae(*inputs, **options)
+    truth = reference.kl_gae(*(x.double() for x in inputs), **options)
+    for a, b, c in zip(ours, eager, truth, strict=True):
+        cases.assert_close_to_eager(a, b, c)
+
+
+X, CU, SCORE = torch.zeros(4), torch.tensor([0, 4], dtype=torch.int32), torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        ({"logprob": torch.zeros(4).int()}, TypeError, ("logprob", "float32", "int32")),
+        ({"ref_logprob": torch.zeros(3)}, ValueError, ("ref_logprob", "(4,)", "(3,)")),
+        ({"values": torch.zeros(3)}, ValueError, ("values", "(4,)", "(3,)")),
+        ({"score": torch.zeros(2)}, ValueError, ("score", "(1,)", "(2,)")),
+        ({"beta": -1.0}, ValueError, ("beta", "at least 0", "-1.0")),
+        ({"estimator": "kl"}, ValueError, ("estimator", "'kl'")),
+        ({"gamma": 1.1}, ValueError, ("gamma", "[0, 1]", "1.1")),
+        ({"lam": -1}, ValueError, ("lam", "-1")),
+        ({"whiten": "yes"}, TypeError, ("whiten", "bool", "str")),
+        ({"cu_seqlens": torch.tensor([0, 5]).int()}, ValueError, ("cu_seqlens", "[0, 5]")),
+        ({"cu_seqlens": None}, ValueError, ("logprob", "[B, T]", "(4,)")),
+        ({"mask": torch.ones(4)}, ValueError, ("cu_seqlens", "mask", "not both")),
+        ({"backend": "cuda"}, ValueError, ("cuda", "cannot run")),
+    ],
+)
+def test_errors_name_the_argument(arguments, kind, words):
+    call = {"logprob": X, "ref_logprob": X, "score": SCORE, "values": X, "beta": 0.1}
+    call |= {"cu_seqlens": CU, **arguments}
+    tensors = [call.pop(name) for name in ("logprob", "ref_logprob", "score", "values")]
+    cases.assert_raises(lambda: plain_kl_gae(*tensors, **call), kind, "kl_gae", *words)

@@ -1,0 +1,280 @@
+"""fastrlhf.nn: each module is its op, with the op's names, defaults and checks."""
+
+import copy
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastrlhf
+from _support.logit_cases import compiled, randint, randn
+from _support.ppo_cases import batch
+from fastrlhf import nn
+
+# Module -> its op.
+OP = {
+    nn.PPOLoss: fastrlhf.ppo_loss,
+    nn.LinearPPOLoss: fastrlhf.linear_ppo_loss,
+    nn.LinearCrossEntropy: fastrlhf.linear_cross_entropy,
+    nn.RankingLoss: fastrlhf.ranking_loss,
+}
+each_module = pytest.mark.parametrize("module", OP, ids=lambda m: m.__name__)
+SETTINGS = {
+    nn.PPOLoss: {
+        "clip": 0.1,
+        "dual_clip": 3.0,
+        "value_clip": None,
+        "value_coef": 0.7,
+        "entropy_coef": 0.05,
+        "backend": "reference",
+    },
+    nn.LinearPPOLoss: {
+        "temperature": 0.7,
+        "softcap": 5.0,
+        "clip": 0.1,
+        "dual_clip": 3.0,
+        "value_clip": None,
+        "value_coef": 0.7,
+        "entropy_coef": 0.05,
+        "scale": 2.0,
+        "compact_rows": True,
+        "workspace": "compact",
+        "backend": "reference",
+    },
+    nn.LinearCrossEntropy: {
+        "ignore_index": -1,
+        "reduction": "sum",
+        "temperature": 0.7,
+        "softcap": 5.0,
+        "scale": 2.0,
+        "workspace": "compact",
+        "backend": "reference",
+    },
+    nn.RankingLoss: {"backend": "reference"},
+}
+
+
+def ppo_inputs():
+    tensors = batch((3, 20))
+    positional = [tensors.pop(name) for name in ("logprob", "old_logprob", "advantages")]
+    return positional, {**tensors, "mask": randint(2, (3, 20), seed=5).bool()}
+
+
+def head_inputs():
+    hidden, weight = randn(7, 12, seed=1), randn(31, 12, seed=2)
+    targets = randint(31, (7,), seed=3)
+    targets[2] = -1
+    return [hidden, weight, targets], {"bias": randn(31, seed=4)}
+
+
+def linear_ppo_inputs():
+    tensors = {name: x.float() for name, x in batch((20,)).items()}
+    positional = [randn(20, 12, seed=1), randn(31, 12, seed=2), randint(31, (20,), seed=3)]
+    # Near the policy's own log-probs, so that not every ratio is clipped.
+    own = fastrlhf.linear_logprob(*positional, temperature=1.0)
+    positional += [own + tensors["logprob"] - tensors["old_logprob"], tensors["advantages"]]
+    named = {name: tensors[name] for name in ("values", "old_values", "returns")}
+    return positional, {**named, "mask": randint(2, (20,), seed=5).bool()}
+
+
+def ranking_inputs():
+    cu_groups = torch.tensor([0, 4, 6], dtype=torch.int32)
+    return [randn(6, seed=1), 1 + randint(3, (6,), seed=2), cu_groups], {}
+
+
+INPUTS = {
+    nn.PPOLoss: ppo_inputs,
+    nn.LinearPPOLoss: linear_ppo_inputs,
+    nn.LinearCrossEntropy: head_inputs,
+    nn.RankingLoss: ranking_inputs,
+}
+
+
+def loss_metrics_gradients(function, positional, named, **settings):
+    """Every number that comes out, in a fixed order."""
+    count = len(positional)
+    names = [*range(count), *named]
+    constants = {"old_values", "returns"}
+    if "values" in named:  # a PPO loss
+        constants |= {count - 2, count - 1}  # old_logprob, advantages
+    tensors = [
+        t.clone().requires_grad_(t.is_floating_point() and name not in constants)
+        for name, t in zip(names, (*positional, *named.values()), strict=True)
+    ]
+    out = function(*tensors[:count], **dict(zip(named, tensors[count:], strict=True)), **settings)
+    loss, metrics = out if isinstance(out, tuple) else (out, {})
+    wanted = [t for t in tensors if t.requires_grad]
+    grads = torch.autograd.grad(loss.sum(), wanted, allow_unused=True)
+    return [loss, *metrics.values(), *(g for g in grads if g is not None)], list(metrics)
+
+
+@each_module
+@pytest.mark.parametrize("given", [False, True])
+def test_equals_the_op_bitwise(module, given):
+    settings = dict(SETTINGS[module]) if given else {}
+    positional, named = INPUTS[module]()
+    if not given and module is nn.LinearCrossEntropy:
+        positional[2] = positional[2].masked_fill(positional[2] == -1, -100)
+    ours, names = loss_metrics_gradients(module(**settings), positional, named)
+    theirs, expected = loss_metrics_gradients(OP[module], positional, named, **settings)
+    assert names == expected
+    assert len(ours) == len(theirs) > 1
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@each_module
+def test_settings_change_the_result(module):
+    """Each setting reaches the op: without this, a module that dropped one would pass above."""
+    positional, named = INPUTS[module]()
+    if module is nn.LinearCrossEntropy:
+        positional[2] = positional[2].clamp(min=0)
+    plain, _ = loss_metrics_gradients(module(), positional, named)
+    values = {
+        n: v
+        for n, v in SETTINGS[module].items()
+        if n not in ("backend", "workspace", "compact_rows")
+    }
+    if module is nn.LinearCrossEntropy:
+        values["ignore_index"] = -5
+        positional[2][0] = -5
+        with pytest.raises(ValueError, match="targets must be in"):
+            module()(*positional, **named)
+        plain, _ = loss_metrics_gradients(module(ignore_index=-5), positional, named)
+        del values["ignore_index"]
+    for name, value in values.items():
+        extra = {"ignore_index": -5} if module is nn.LinearCrossEntropy else {}
+        if name == "dual_clip":
+            value = 1.01
+        found, _ = loss_metrics_gradients(module(**extra, **{name: value}), positional, named)
+        assert not torch.equal(found[0], plain[0]), name
+
+
+@each_module
+def test_names_and_defaults_are_the_ops(module):
+    op = inspect.signature(OP[module]).parameters
+    settings = inspect.signature(module.__init__).parameters
+    tensors = inspect.signature(module.forward).parameters
+    settings = {n: p for n, p in settings.items() if n != "self"}
+    tensors = {n: p for n, p in tensors.items() if n != "self"}
+    # A temperature may be either: a number of the module's, or a tensor of the call's.
+    both = {
+        nn.LinearCrossEntropy: {"temperature", "scale"},
+        nn.LinearPPOLoss: {"temperature", "scale"},
+    }.get(module, set())
+    assert settings.keys() & tensors.keys() == both
+    assert settings.keys() | tensors.keys() == op.keys()
+    for name, parameter in settings.items():
+        assert parameter.kind is parameter.KEYWORD_ONLY
+        assert parameter.default == op[name].default, name
+        assert type(parameter.default) is type(op[name].default), name
+    for name in tensors.keys() - both:
+        assert tensors[name].default == op[name].default, name
+        assert tensors[name].kind == op[name].kind, name
+    order = [name for name in op if name in tensors]
+    assert list(tensors) == order
+
+
+@each_module
+def test_repr_shows_every_setting(module):
+    shown = repr(module(**SETTINGS[module]))
+    expected = ", ".join(f"{n}={v!r}" for n, v in SETTINGS[module].items())
+    assert shown == f"{module.__name__}({expected})"
+
+
+@each_module
+def test_no_state(module):
+    loss = module(**SETTINGS[module])
+    assert loss.state_dict() == {}
+    assert list(loss.parameters()) == list(loss.buffers()) == []
+    loss.load_state_dict({})
+    assert repr(copy.deepcopy(loss)) == repr(loss)
+    positional, named = INPUTS[module]()
+    loss, twin = module(), torch.nn.Sequential(module()).eval()[0]
+    if module is nn.LinearCrossEntropy:
+        positional[2] = positional[2].clamp(min=0)
+    first, second = (loss_metrics_gradients(m, positional, named)[0][0] for m in (loss, twin))
+    assert torch.equal(first, second)
+
+
+@each_module
+def test_torch_compile(module):
+    positional, named = INPUTS[module]()
+    if module is nn.LinearCrossEntropy:
+        positional[2] = positional[2].clamp(min=0)
+    loss = module()
+    eager, _ = loss_metrics_gradients(loss, positional, named)
+    traced, _ = loss_metrics_gradients(compiled(loss), positional, named)
+    for one, other in zip(traced, eager, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_changed_setting_counts():
+    """Schedules of clip ranges write to the module."""
+    positional, named = ppo_inputs()
+    loss = nn.PPOLoss()
+    loss.clip = 0.05
+    expected = nn.PPOLoss(clip=0.05)
+    assert repr(loss) == repr(expected)
+    assert torch.equal(loss(*positional, **named).loss, expected(*positional, **named).loss)
+    loss.clip = -1.0
+    with pytest.raises(ValueError, match="ppo_loss: clip must be a finite number above 0; got -1"):
+        loss(*positional, **named)
+
+
+def test_row_temperature_goes_to_forward():
+    (hidden, weight, targets), named = head_inputs()
+    rows = torch.linspace(0.5, 2.0, 7)
+    loss = nn.LinearCrossEntropy(ignore_index=-1, temperature=3.0)
+    expected = fastrlhf.linear_cross_entropy(
+        hidden, weight, targets, ignore_index=-1, temperature=rows, **named
+    )
+    assert torch.equal(loss(hidden, weight, targets, temperature=rows, **named), expected)
+    assert loss.temperature == 3.0
+
+
+@pytest.mark.parametrize(
+    ("module", "settings", "error", "message"),
+    [
+        (nn.PPOLoss, {"clip": 0}, ValueError, "PPOLoss: clip must be a finite number above 0; got 0"),
+        (nn.PPOLoss, {"clip": "0.2"}, TypeError, "PPOLoss: clip must be a number; got str"),
+        (nn.PPOLoss, {"dual_clip": 1}, ValueError, "PPOLoss: dual_clip must be .* above 1; got 1"),
+        (nn.PPOLoss, {"value_clip": -1}, ValueError, "PPOLoss: value_clip must be"),
+        (nn.PPOLoss, {"value_coef": float("nan")}, ValueError, "PPOLoss: value_coef must be"),
+        (nn.PPOLoss, {"entropy_coef": True}, TypeError, "PPOLoss: entropy_coef must be a number"),
+        (nn.PPOLoss, {"backend": "gpu"}, ValueError, "PPOLoss: backend must be one of"),
+        (nn.LinearCrossEntropy, {"ignore_index": 1.0}, TypeError, "ignore_index must be an int; got float"),
+        (nn.LinearCrossEntropy, {"reduction": "avg"}, ValueError, "reduction must be 'mean', .*; got 'avg'"),
+        (nn.LinearCrossEntropy, {"temperature": 0}, ValueError, "temperature must be"),
+        (nn.LinearCrossEntropy, {"temperature": torch.ones(3)}, TypeError, "temperature must be a number"),
+        (nn.LinearCrossEntropy, {"softcap": 0.0}, ValueError, "softcap must be"),
+        (nn.LinearCrossEntropy, {"workspace": "big"}, ValueError, "workspace must be 'fast'"),
+        (nn.LinearCrossEntropy, {"backend": None}, ValueError, "LinearCrossEntropy: backend must be"),
+        (nn.RankingLoss, {"backend": "none"}, ValueError, "RankingLoss: backend must be one of"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_refused_when_the_module_is_made(module, settings, error, message):
+    with pytest.raises(error, match=message):
+        module(**settings)
+
+
+def test_a_wrong_tensor_is_refused_by_the_op():
+    positional, named = ppo_inputs()
+    with pytest.raises(ValueError, match="ppo_loss: advantages must have shape"):
+        nn.PPOLoss()(positional[0], positional[1], positional[2][:1], **named)
+    with pytest.raises(ValueError, match="ppo_loss: returns must be given with values"):
+        nn.PPOLoss()(*positional, values=positional[0])
+
+
+def test_every_module_is_tested():
+    assert {m.__name__ for m in OP} == set(nn.__all__)
+
+
+def test_reached_by_attribute_on_first_use():
+    code = (
+        "import sys, fastrlhf; before = 'torch' in sys.modules;"
+        "print(before, fastrlhf.nn.PPOLoss.__module__, 'nn' in dir(fastrlhf))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == ["False", "fastrlhf.nn", "True"], result.stderr

@@ -1,0 +1,678 @@
+"""token_logprob on every backend, against float64 and against torch's own functions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from _support import logit_cases as cases
+from _support.logit_cases import DEVICE, assert_near, randint, randn
+from fastrlhf import reference, token_logprob
+from fastrlhf.ops import _backend
+
+V = 4133  # ragged; more than one block of the Triton (4096) and C++ (2048) kernels
+NAN, INF = float("nan"), float("inf")
+
+each_backend = cases.each_backend("token_logprob")
+fused = cases.each_backend("token_logprob", ("cpu", "triton", "cuda"))
+
+
+def eager(logits, targets, temperature=1.0, softcap=None, mask=None):
+    """log_softmax and gather, as a trainer writes it: in fp32, whatever the logits."""
+    z = logits.float() if logits.dtype != torch.float64 else logits
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.unsqueeze(-1)
+    logp = torch.log_softmax(z / temperature, dim=-1)
+    logprob = logp.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    if mask is not None:
+        logprob, entropy = logprob * mask, entropy * mask
+    return logprob, entropy
+
+
+@each_backend
+@pytest.mark.parametrize("options", cases.OPTIONS)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_values_and_gradients(backend, options, dtype, poisoned):
+    device, shape = DEVICE[backend], (2, 3)
+    whole = randn(2, 4, V, seed=0, dtype=dtype, scale=3, device=device)
+    # Ramps: in some rows the maximum moves with every block, in others the first block holds it.
+    ramp = torch.linspace(-12, 12, V, device=device).to(dtype)
+    whole[:, ::2] += ramp
+    whole[:, 1::2] -= ramp
+    targets = randint(V, shape, 1, device=device)
+    kwargs = cases.OPTIONS[options](shape, device)
+    grads = [randn(*shape, seed=s, device=device) for s in (2, 3)]
+
+    def run(function, dtype, device=device, kwargs=kwargs, **more):
+        logits = whole.to(device).to(dtype).requires_grad_()
+        out = function(logits[:, :-1], targets.to(device), **kwargs, **more)
+        return *out, torch.autograd.grad(out, logits, [g.to(device, o) for g, o in upstream(out)])[
+            0
+        ]
+
+    def upstream(out):
+        return zip(grads, (o.dtype for o in out), strict=True)
+
+    ours = run(token_logprob, dtype, backend=backend, return_entropy=True)
+    theirs = run(eager, dtype)
+    truth = run(eager, torch.float64, "cpu", cases.to_double(kwargs))
+    for what, o, e, t in zip(("logprob", "entropy", "gradient"), ours, theirs, truth, strict=True):
+        assert_near(o, e, t, what)
+    assert ours[0].dtype == ours[1].dtype == torch.float32 and ours[2].dtype == dtype
+    assert _backend.calls["token_logprob", backend] > 0
+
+
+@each_backend
+def test_meaning_is_torchs_own(backend):
+    """F.cross_entropy and torch.distributions define log-probability and entropy."""
+    device = DEVICE[backend]
+    logits = randn(7, 301, seed=0, dtype=torch.float64, scale=2, device=device)
+    targets = randint(301, (7,), 1, device=device)
+    logprob, entropy = token_logprob(logits, targets, return_entropy=True, backend=backend)
+    expected = -F.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(logprob, expected, rtol=1e-12, atol=1e-12)
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(entropy, expected, rtol=1e-12, atol=1e-12)
+
+
+@each_backend
+def test_numbers_keep_the_digits_of_fp64(backend):
+    logits = randn(2, 9, seed=0, dtype=torch.float64, scale=2, device=DEVICE[backend])
+    targets = randint(9, (2,), 1, device=logits.device)
+    logprob = token_logprob(logits, targets, softcap=0.7, temperature=0.3, backend=backend)
+    expected, _ = eager(logits, targets, softcap=0.7, temperature=0.3)
+    torch.testing.assert_close(logprob, expected, rtol=1e-12, atol=1e-12)
+
+
+@each_backend
+def test_gradcheck(backend):
+    device = DEVICE[backend]
+    logits = randn(4, 6, seed=0, dtype=torch.float64, device=device).requires_grad_()
+    targets = randint(6, (4,), 1, device=device)
+    temperature = 0.5 + torch.arange(4, dtype=torch.float64, device=device)
+    mask = torch.tensor([1, 0, 1, 1], device=device)
+
+    def function(x):
+        return token_logprob(
+            x,
+            targets,
+            temperature=temperature,
+            softcap=2.5,
+            mask=mask,
+            return_entropy=True,
+            backend=backend,
+        )
+
+    assert torch.autograd.gradcheck(function, (logits,))
+
+
+@fused
+def test_opcheck(backend):
+    device = DEVICE[backend]
+    name = "token_logprob_triton" if backend == "triton" else "token_logprob"
+    ops = torch.ops.fastrlhf
+    logits = randn(3, 5, seed=0, device=device)
+    targets, mask = randint(5, (3,), 1, device=device), torch.tensor([1, 0, 1], device=device) > 0
+    temperature = torch.tensor([1.0, 2.0, 0.5], device=device)
+    forward = (targets, temperature, 1.0, 4.0, mask, True, False)
+    checks = torch.library.opcheck
+    checks(getattr(ops, f"{name}_fwd"), (logits.clone().requires_grad_(), *forward))
+    _, _, stats = getattr(ops, f"{name}_fwd")(logits, *forward)
+    g = randn(3, seed=2, device=device)
+    backward = (g, g, logits, targets, stats, temperature, 1.0, 4.0, mask)
+    checks(getattr(ops, f"{name}_bwd"), backward)
+    checks(getattr(ops, f"{name}_bwd_"), (*backward, torch.empty_like(logits)))
+
+
+@each_backend
+def test_compiles_without_graph_break(backend):
+    device = DEVICE[backend]
+    logits = randn(4, 9, seed=0, device=device).requires_grad_()
+    targets = randint(9, (4,), 1, device=device)
+
+    def loss(logits):
+        options = {"return_entropy": True, "inplace_backward": True, "backend": backend}
+        logprob, entropy = token_logprob(logits, targets, temperature=0.8, **options)
+        return (logprob + 0.1 * entropy).sum()
+
+    before = logits.detach().clone()
+    (got,) = torch.autograd.grad(cases.compiled(loss)(logits), logits)
+    assert torch.equal(logits, before)
+    (expected,) = torch.autograd.grad(loss(logits.clone()), logits, allow_unused=True) or (None,)
+    expected = expected if expected is not None else torch.zeros_like(got)
+    torch.testing.assert_close(got, expected)
+
+
+@fused
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_views_at_every_offset(backend, dtype):
+    """Stray reads meet NaN, stray writes meet 42: only the view may change."""
+    device = DEVICE[backend]
+    width, offsets = 37, range(9) if backend != "triton" else (0, 3)
+    for offset in offsets:
+        buffer = torch.full((3 * 50 + 16,), 42.0, dtype=dtype, device=device)
+        view = buffer[offset:].as_strided((3, width), (50, 1))
+        values = randn(3, width, seed=offset, dtype=dtype, device=device)
+        view.copy_(values)
+        rest = torch.ones_like(buffer, dtype=torch.bool)
+        rest[offset:].as_strided((3, width), (50, 1)).zero_()
+        targets = randint(width, (3,), 1, dtype=torch.int32, device=device)
+        logits = view.detach().requires_grad_()
+        poisoned = torch.where(rest, NAN, buffer)[offset:].as_strided((3, width), (50, 1))
+        out = token_logprob(poisoned, targets, backend=backend)
+        expected = reference.token_logprob(values, targets)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        g = randn(3, seed=3, device=device)
+        token_logprob(logits, targets, inplace_backward=True, backend=backend).backward(g)
+        assert (buffer[rest] == 42).all()
+        logits = values.clone().requires_grad_()
+        token_logprob(logits, targets, backend=backend).backward(g)
+        assert torch.equal(view, logits.grad)
+
+
+@each_backend
+def test_minus_infinity_is_probability_zero(backend):
+    """Whole blocks of -inf before and after the finite logits, as a top-k filter leaves them."""
+    device = DEVICE[backend]
+    logits = torch.full((3, V), -INF, device=device)
+    logits[0, 4100:4110] = randn(10, seed=0, device=device)
+    logits[1, :3] = randn(3, seed=1, device=device)
+    logits[2, ::7] = 0.0
+    targets = torch.tensor([4105, 1, 5], device=device)  # the last one is impossible
+    logits.requires_grad_()
+    logprob, entropy = token_logprob(logits, targets, return_entropy=True, backend=backend)
+    logp = torch.log_softmax(logits.detach().double(), -1)
+    expected = -torch.where(logp == -INF, 0, logp.exp() * logp.clamp(min=-1e3)).sum(-1)
+    torch.testing.assert_close(entropy.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logprob[:2].double(), logp[[0, 1], targets[:2]])
+    assert logprob[2] == -INF
+    (grad,) = torch.autograd.grad((logprob[:2].sum() + entropy.sum()), logits)
+    assert grad.isfinite().all() and (grad[:2][logits[:2] == -INF] == 0).all()
+    assert grad.abs().sum() > 0.1
+
+
+def gradients(function, logits, targets, grads, **kwargs):
+    """(logprob, entropy, dL/dlogits) for upstream gradients of both."""
+    logits = logits.detach().requires_grad_()
+    out = function(logits, targets, **kwargs)
+    grads = [g.to(o.device, o.dtype) for g, o in zip(grads, out, strict=True)]
+    return *(o.detach() for o in out), torch.autograd.grad(out, logits, grads)[0]
+
+
+def off_in_the_sum(relative, logits, targets, grads, temperature):
+    """dL/dlogits with the sum of every row's exponentials off by that much."""
+    logp = torch.log_softmax(logits / temperature, dim=-1)
+    p = logp.exp() * (1 - relative)
+    entropy = -(logp.exp() * logp).sum(-1, keepdim=True)
+    g, h = (x.unsqueeze(-1) for x in grads)
+    own = torch.zeros_like(p).scatter_(-1, targets.unsqueeze(-1), 1.0)
+    return (g * (own - p) - h * p * (logp + entropy)) / temperature
+
+
+def eager_of_any(logits, targets, temperature):
+    """`eager`, where a logit of -inf has probability 0 and adds nothing to the entropy."""
+    z = logits.float() if logits.dtype != torch.float64 else logits
+    logp = torch.log_softmax(z / temperature, dim=-1)
+    entropy = -(logp.exp() * logp.masked_fill(logp == -INF, 0.0)).sum(-1)
+    return logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
+
+
+NAMES = ("logprob", "entropy", "gradient")
+
+
+@fused
+@pytest.mark.parametrize("temperature", cases.TEMPERATURES)
+@pytest.mark.parametrize("kind", cases.LOWEST)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_whole_batches_of_the_lowest_logit(backend, dtype, kind, temperature):
+    logits, targets = cases.rows_of_the_lowest(kind, dtype, backend)
+    grads = [randn(len(targets), seed=s) for s in (2, 3)]
+    kwargs = {"temperature": temperature}
+    ours = gradients(
+        token_logprob, logits, targets, grads, return_entropy=True, backend=backend, **kwargs
+    )
+    theirs = gradients(eager_of_any, logits, targets, grads, **kwargs)
+    truth = gradients(eager_of_any, logits.cpu().double(), targets.cpu(), grads, **kwargs)
+    for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
+        assert_near(o, e, t, what)
+
+
+@fused
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1e-4, 1e-6, 1e-9, 1e-12])
+def test_the_softmax_is_one_where_an_ulp_of_tanh_is_many_powers_of_two(backend, temperature, dtype):
+    """Gradients of the largest logit's log-probability are those of probabilities: within 1, and they add up to 0."""
+    logits = (-0.2 - 3 * randn(12, 2500, seed=0, device=DEVICE[backend]).abs()).to(dtype)
+    logits[-1] = -math.inf  # soft-capped: V finite z
+    kwargs = {"temperature": temperature, "softcap": 30.0, "return_entropy": True}
+    targets, grads = logits.argmax(-1), [torch.ones(12), torch.zeros(12)]
+    logprob, entropy, grad = gradients(
+        token_logprob, logits, targets, grads, backend=backend, **kwargs
+    )
+    assert (logprob < 1e-3).all() and logprob.isfinite().all() and entropy.isfinite().all()
+    assert abs(logprob[-1] + math.log(2500)) < 1e-5
+    grad = grad.double() * temperature
+    assert grad.abs().max() <= 1 and grad.sum(-1).abs().max() < 0.05
+
+
+@fused
+@pytest.mark.parametrize("temperature", [1.0, *cases.TEMPERATURES, 2.0])
+def test_rows_of_one_huge_logit(backend, temperature):
+    """All logits equal and so large that an ulp is more than any exponent: each has probability 1 / V.
+
+    Not where z itself leaves the range of fp32: there log_softmax gives NaN too.
+    """
+    device, width = DEVICE[backend], 4133
+    largest = torch.finfo(torch.float32).max * min(temperature, 1.0)
+    sizes = torch.tensor([-1.0, 1.0, -1e-9, 1e-20, 1e-28, -1e-29], device=device)
+    logits = (0.99 * largest * sizes)[:, None].repeat(1, width)
+    targets = torch.arange(len(logits), device=device)
+    kwargs = {"temperature": temperature, "return_entropy": True, "backend": backend}
+    out = gradients(token_logprob, logits, targets, torch.ones(2, len(logits)), **kwargs)
+    truth = math.log(width)
+    assert (out[0] + truth).abs().max() < 2e-6 and (out[1] - truth).abs().max() < 2e-6
+    expected = torch.full_like(logits, -1 / width)
+    expected[targets, targets] += 1
+    torch.testing.assert_close(out[2], expected / temperature, rtol=2e-6, atol=1e-9)
+
+
+@fused
+@pytest.mark.parametrize("temperature", [1.0, *cases.TEMPERATURES])
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+def test_a_common_shift_costs_nothing(backend, shift, temperature):
+    """softmax(z + s) = softmax(z): the bar is that of the logits without the shift."""
+    logits, far = cases.shifted(shift, DEVICE[backend])
+    targets, grads = (
+        randint(5003, (4,), 1, device=logits.device),
+        [randn(4, seed=s) for s in (2, 3)],
+    )
+    kwargs = {"temperature": temperature}
+    ours = gradients(
+        token_logprob, far, targets, grads, return_entropy=True, backend=backend, **kwargs
+    )
+    theirs = gradients(eager, logits, targets, grads, **kwargs)
+    truth = gradients(eager, logits.cpu().double(), targets.cpu(), grads, **kwargs)
+    for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
+        assert_near(o, e, t, what)
+
+
+@fused
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_logits_of_every_size(backend, sign):
+    """Neighbours in fp32 around 2^k ln(2): where one way to take the maximum off ends, another begins.
+
+    At T = 1, where z is exact: at any other its rounding leaves no digit of the largest.
+    """
+    device, width = DEVICE[backend], 4133
+    sizes = sign * math.log(2) * 2.0 ** torch.arange(18, 36, device=device)
+    ulps = randint(5, (len(sizes), width), 0, device=device).sort()[0] - 2  # few alike in a tile
+    logits = sizes[:, None] + ulps * (sizes.abs() * 2.0**-23)[:, None]
+    targets = randint(width, (len(sizes),), 1, device=device)
+    grads = [randn(len(sizes), seed=s) for s in (2, 3)]
+    ours = gradients(token_logprob, logits, targets, grads, return_entropy=True, backend=backend)
+    theirs = gradients(eager_of_any, logits, targets, grads, temperature=1.0)
+    truth = gradients(eager_of_any, logits.cpu().double(), targets.cpu(), grads, temperature=1.0)
+    for row in range(len(sizes)):
+        for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
+            assert_near(o[row], e[row], t[row], f"{what} of row {row}")
+
+
+@each_backend
+def test_a_shift_that_only_fp64_can_hold(backend):
+    logits = (randn(3, 300, seed=0, dtype=torch.float64, scale=3) * 256).round() / 256
+    targets, grads = randint(300, (3,), 1), [randn(3, seed=s) for s in (2, 3)]
+    logits, targets = logits.to(DEVICE[backend]), targets.to(DEVICE[backend])
+    expected = gradients(eager, logits, targets, grads)
+    kwargs = {"return_entropy": True, "backend": backend}
+    for o, e in zip(
+        gradients(token_logprob, logits + 2.0**33, targets, grads, **kwargs), expected, strict=True
+    ):
+        torch.testing.assert_close(o, e, rtol=1e-6, atol=1e-9)
+
+
+@fused
+@pytest.mark.parametrize("mode", ["logprob", "entropy", "both"])
+def test_gradients_at_a_low_temperature(backend, mode):
+    """exp(z - max) / sum, not exp(z - lse): at T = 0.3 the rounding of lse alone would be seen."""
+    device = DEVICE[backend]
+    logits = randn(6, V, seed=0, scale=3, device=device)
+    logits[::2] += torch.linspace(-12, 12, V, device=device)
+    targets = randint(V, (6,), 1, device=device)
+    targets[3:] = logits[3:].argmax(-1)
+    grads = [
+        randn(6, seed=s) * (mode in (name, "both")) for s, name in ((2, NAMES[0]), (3, NAMES[1]))
+    ]
+    kwargs = {"temperature": 0.3}
+    ours = gradients(
+        token_logprob, logits, targets, grads, return_entropy=True, backend=backend, **kwargs
+    )
+    theirs = gradients(eager, logits, targets, grads, **kwargs)
+    truth = gradients(eager, logits.cpu().double(), targets.cpu(), grads, **kwargs)
+    # Everyone rounds a row's sum to fp32 several times: an ulp of it scales the probabilities of the
+    # whole row. (exp(z - lse) would be off by 2^-19 here.) Where a target's is near 1, 1 - p magnifies it.
+    other_sum = off_in_the_sum(2.0**-23, logits.cpu().double(), targets.cpu(), grads, **kwargs)
+    for row in range(6):  # a row of small gradients has a small bar
+        for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
+            rounded = other_sum[row] if what == "gradient" else None
+            assert_near(o[row], e[row], t[row], f"{what} of row {row}", rounded)
+
+
+@fused
+@pytest.mark.parametrize("softcap", [0.5, 3.0, 30.0, 32.0, 50.0, 1e4])
+def test_soft_caps_of_any_size(backend, softcap):
+    """The bar has no allowance for the soft-cap; logits around 0, and far behind the cap."""
+    device = DEVICE[backend]
+    logits = randn(4, 3001, seed=0, scale=4, device=device)
+    logits[2:] += torch.linspace(-3, 3, 3001, device=device) * min(softcap, 40.0)
+    targets, grads = randint(3001, (4,), 1, device=device), [randn(4, seed=s) for s in (2, 3)]
+    kwargs = {"softcap": softcap, "temperature": 0.7}
+    ours = gradients(
+        token_logprob, logits, targets, grads, return_entropy=True, backend=backend, **kwargs
+    )
+    theirs = gradients(eager, logits, targets, grads, **kwargs)
+    truth = gradients(eager, logits.cpu().double(), targets.cpu(), grads, **kwargs)
+    for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
+        assert_near(o, e, t, what)
+
+
+@cases.each_backend("token_logprob", ("triton",))
+def test_a_walk_without_the_entropy(backend):
+    from fastrlhf.kernels import token_logprob as kernels
+
+    logits = randn(3, V, seed=0, scale=3, device=DEVICE[backend])
+    arguments = (logits, randint(V, (3,), 1, device=logits.device), None, 0.7, 0.0, None)
+    with_it, without = (kernels.forward(*arguments, with_entropy=x) for x in (True, False))
+    assert torch.equal(with_it[0], without[0]) and torch.equal(with_it[2][:2], without[2][:2])
+    assert (with_it[1] > 0).all() and (without[1] == 0).all() and (without[2][2] == 0).all()
+
+
+@fused
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_bits_do_not_depend_on_where_a_row_lies(backend, dtype):
+    """Nor on whether the entropy is asked for: rows at every offset, at odd and even strides."""
+    device, width = DEVICE[backend], 20011
+    rows = randn(2, width, seed=0, dtype=dtype, scale=3, device=device)
+    rows[1] += torch.linspace(-12, 12, width, device=device).to(dtype)
+    targets, grads = randint(width, (2,), 1, device=device), [randn(2, seed=s) for s in (2, 3)]
+
+    def run(logits, entropy):
+        logits = logits.detach().requires_grad_()
+        kwargs = {"temperature": 0.7, "return_entropy": entropy, "backend": backend}
+        out = token_logprob(logits, targets, **kwargs)
+        out = out if entropy else (out,)
+        used = [g.to(device) for g in grads[: len(out)]]
+        return *out, torch.autograd.grad(out, logits, used)[0]
+
+    expected = {entropy: run(cases.moved(rows, 0, 5), entropy) for entropy in (False, True)}
+    assert torch.equal(expected[True][0], expected[False][0])
+    for offset in (1, 3) if cases.interpreted(backend) else range(8):
+        extra = (5, 0, 6, 1)[offset % 4]
+        for entropy, known in expected.items():
+            got = run(cases.moved(rows, offset, extra), entropy)
+            for a, b in zip(got, known, strict=True):
+                assert torch.equal(a, b), (offset, extra, entropy)
+
+
+@each_backend
+def test_a_long_row(backend):
+    """More tiles than wait for one merge; the largest logits lie in the first and the last ones."""
+    device, width = DEVICE[backend], 1_100_003
+    logits = randn(2, width, seed=0, scale=3, device=device)
+    logits[0, :3000] += 20
+    logits[1, -3000:] += 20
+    targets = torch.tensor([2000, 5], device=device)
+    grads = [randn(2, seed=s) for s in (2, 3)]
+    ours = gradients(token_logprob, logits, targets, grads, return_entropy=True, backend=backend)
+    theirs = gradients(eager, logits, targets, grads)
+    truth = gradients(eager, logits.cpu().double(), targets.cpu(), grads)
+    for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
+        assert_near(o, e, t, what)
+
+
+@each_backend
+def test_nan_stays_nan_in_its_row(backend):
+    device = DEVICE[backend]
+    logits = randn(4, 33, seed=0, device=device)
+    logits[1, 20], logits[2, 3] = NAN, INF
+    targets = randint(19, (4,), 1, device=device)
+    for more in ({}, {"softcap": 3.0}):
+        logits.requires_grad_()
+        out = token_logprob(logits, targets, return_entropy=True, backend=backend, **more)
+        (grad,) = torch.autograd.grad(out[0].sum() + out[1].sum(), logits)
+        for o in (*out, grad.sum(-1)):
+            bad = [False, True, not more, False]  # a capped +inf is finite
+            assert o.isnan().tolist() == bad
+
+
+@each_backend
+def test_masked_rows_are_not_looked_at(backend, poisoned):
+    device = DEVICE[backend]
+    logits = randn(4, 50, seed=0, device=device)
+    logits[1], logits[3] = NAN, INF
+    targets = torch.tensor([3, -100, 5, 999], device=device)
+    mask = torch.tensor([True, False, True, False], device=device)
+    for kind in (torch.bool, torch.int64, torch.float32):
+        logits = logits.detach().requires_grad_()
+        out = token_logprob(
+            logits, targets, mask=mask.to(kind), return_entropy=True, backend=backend
+        )
+        torch.autograd.backward(out, [torch.ones_like(out[0])] * 2)
+        for o in (*out, logits.grad.abs().sum(-1)):
+            assert (o[~mask] == 0).all() and (o[mask] != 0).all()
+    expected = token_logprob(logits[mask], targets[mask], backend=backend)
+    assert torch.equal(out[0][mask], expected)
+
+
+@each_backend
+@pytest.mark.parametrize("bad", [-1, 7, -100, 2**40])
+def test_target_outside_the_vocabulary(backend, bad):
+    device = DEVICE[backend]
+    logits = randn(3, 7, seed=0, device=device).requires_grad_()
+    targets = torch.tensor([0, bad, 6], device=device)
+    if backend in ("reference", "cpu"):
+        with pytest.raises(ValueError, match=rf"targets must be in \[0, 7\); got {bad} at row 1"):
+            token_logprob(logits, targets, backend=backend)
+        return
+    out = token_logprob(logits, targets, backend=backend)
+    assert out.isnan().tolist() == [False, True, False]
+    (grad,) = torch.autograd.grad(out.sum(), logits)
+    assert grad.isnan().any(-1).tolist() == [False, True, False]
+
+
+@each_backend
+def test_empty_and_tiny(backend):
+    device = DEVICE[backend]
+    for shape in ((0, 5), (2, 0, 5), (5,), (1, 1), (2, 1, 3, 4)):
+        logits = randn(*shape, seed=0, device=device).requires_grad_()
+        targets = torch.zeros(shape[:-1], dtype=torch.int32, device=device)
+        out = token_logprob(logits, targets, backend=backend)
+        assert out.shape == targets.shape
+        (grad,) = torch.autograd.grad(out.sum(), logits)
+        assert grad.shape == logits.shape
+        torch.testing.assert_close(out, torch.log_softmax(logits, -1)[..., 0])
+    strided = torch.zeros(0, 5, 2, device=device)[..., 1].requires_grad_()  # contiguous, they say
+    out = token_logprob(strided, torch.zeros(0, dtype=torch.int64, device=device), backend=backend)
+    assert torch.autograd.grad(out.sum(), strided)[0].shape == (0, 5)
+
+
+@each_backend
+def test_repeats_bit_for_bit_and_rows_are_independent(backend):
+    device = DEVICE[backend]
+    logits = randn(6, V, seed=0, scale=3, device=device)
+    targets = randint(V, (6,), 1, device=device)
+
+    def run(logits, targets):
+        logits = logits.detach().requires_grad_()
+        out = token_logprob(logits, targets, return_entropy=True, backend=backend)
+        return *out, torch.autograd.grad(out[0].sum() + out[1].sum(), logits)[0]
+
+    first, again = run(logits, targets), run(logits, targets)
+    order = torch.tensor([4, 1], device=device)
+    some = run(logits[order], targets[order])
+    for a, b, c in zip(first, again, some, strict=True):
+        assert torch.equal(a, b)
+        if backend != "reference":
+            assert torch.equal(a[order], c)
+
+
+@fused
+def test_layouts_need_no_copy(backend):
+    """A slice of [B, T, V], a broadcast row, a transpose of the rows: read where they lie."""
+    device = DEVICE[backend]
+    base = randn(3, 5, 40, seed=0, device=device)
+    layouts = {
+        "slice": base[:, :-1],
+        "columns": base[:, 1::2, 3:30],
+        "transposed": base.transpose(0, 1),
+        "expanded": base[0, 0].expand(4, 6, 40),
+    }
+    for name, logits in layouts.items():
+        targets = randint(logits.shape[-1], logits.shape[:-1], 1, device=device)
+        with torch.profiler.profile() as profile:
+            out = token_logprob(logits, targets, backend=backend)
+        copies = [e.key for e in profile.key_averages() if "clone" in e.key or "copy" in e.key]
+        if device == "cpu" and backend == "triton":
+            copies = []  # the interpreter's own
+        assert not copies, (name, copies)
+        torch.testing.assert_close(out, reference.token_logprob(logits.contiguous(), targets))
+    three = base.as_strided((2, 2, 2, 20), (200, 41, 21, 1))  # needs the copy, and gets it
+    targets = randint(20, (2, 2, 2), 1, device=device)
+    expected = reference.token_logprob(three, targets)
+    torch.testing.assert_close(token_logprob(three, targets, backend=backend), expected)
+    wide = randn(40, 3, seed=1, device=device).t()  # the classes are strided: copied too
+    targets = randint(40, (3,), 1, device=device)
+    expected = reference.token_logprob(wide, targets)
+    torch.testing.assert_close(token_logprob(wide, targets, backend=backend), expected)
+
+
+@fused
+def test_offsets_beyond_32_bits(backend):
+    device = DEVICE[backend]
+    stride = 2**31 + 64
+    # Untouched pages of the 8 GiB cost nothing: only 40 elements are written.
+    buffer = torch.empty(stride + 20, dtype=torch.float16, device=device)
+    logits = buffer.as_strided((2, 20), (stride, 1))
+    logits.copy_(randn(2, 20, seed=0))
+    targets = randint(20, (2,), 1, device=device)
+    values = logits.clone().requires_grad_()
+    expected = token_logprob(values, targets, backend="reference")
+    expected.sum().backward()
+    logits = logits.detach().requires_grad_()
+    out = token_logprob(logits, targets, inplace_backward=True, backend=backend)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    torch.testing.assert_close(buffer.as_strided((2, 20), (stride, 1)), values.grad)
+
+
+@fused
+@pytest.mark.parametrize("layout", ["expanded", "overlapping", "transposed", "three strides"])
+def test_in_place_is_refused_where_it_would_be_wrong(backend, layout):
+    """Rows that share memory, or that the kernels copy: the licence is not used."""
+    device = DEVICE[backend]
+    leaf = randn(6, 11, seed=0, device=device).requires_grad_()
+    view = {
+        "expanded": lambda x: x[:1].expand(6, 11),
+        "overlapping": lambda x: x.as_strided((6, 11), (5, 1)),
+        "transposed": lambda x: x.t(),
+        "three strides": lambda x: x.as_strided((2, 2, 2, 3), (33, 13, 5, 1)),
+    }[layout]
+    results = []
+    for options in ({"inplace_backward": True, "backend": backend}, {"backend": "reference"}):
+        logits = view(leaf * 1.0)
+        targets = randint(logits.shape[-1], logits.shape[:-1], 1, device=device)
+        token_logprob(logits, targets, **options).sum().backward()
+        results.append(leaf.grad)
+        leaf.grad = None
+    torch.testing.assert_close(*results)
+
+
+@fused
+def test_backward_twice(backend):
+    device = DEVICE[backend]
+    leaf = randn(3, 11, seed=0, device=device).requires_grad_()
+    targets = randint(11, (3,), 1, device=device)
+    out = token_logprob(leaf, targets, backend=backend).sum()
+    (first,) = torch.autograd.grad(out, leaf, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(out, leaf)[0], first)
+    logits = leaf * 1.0
+    out = token_logprob(logits, targets, inplace_backward=True, backend=backend).sum()
+    (grad,) = torch.autograd.grad(out, leaf, retain_graph=True)
+    assert torch.equal(grad, first) and torch.equal(logits.detach(), first)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out, leaf)
+
+
+@fused
+def test_gradient_of_the_gradient_raises(backend):
+    leaf = randn(3, 11, seed=0, device=DEVICE[backend]).requires_grad_()
+    out = token_logprob(leaf, randint(11, (3,), 1, device=leaf.device), backend=backend)
+    (grad,) = torch.autograd.grad(out.sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="gradient of the gradient"):
+        grad.sum().backward()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 9),
+    width=st.integers(1, 70),
+    scale=st.sampled_from([0.1, 4.0, 300.0]),
+    shift=st.sampled_from([0.0, 1e4, -1e4]),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+def test_any_rows(rows, width, scale, shift, seed, data):
+    """C++ against float64; a large common shift of the logits costs only their own rounding."""
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)) or [])
+    logits = (randn(rows, width, seed=seed, scale=scale) + shift).requires_grad_()
+    targets = randint(width, (rows,), seed)
+    kwargs = {"mask": mask.bool(), "temperature": 0.5 + seed / 500}
+    out = token_logprob(logits, targets, return_entropy=True, **kwargs)
+    truth = logits.detach().double().requires_grad_()
+    expected = eager(truth, targets, **kwargs)
+    for o, e in zip(out, expected, strict=True):
+        torch.testing.assert_close(o.double(), e, rtol=2e-6, atol=4e-5 if shift else 4e-6)
+    g = randn(rows, seed=seed + 1)
+    torch.autograd.backward(out, [g, g])
+    torch.autograd.backward(expected, [g.double()] * 2)
+    torch.testing.assert_close(
+        logits.grad.double(), truth.grad, rtol=1e-4, atol=2e-3 if shift else 2e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"logits": [1.0]}, TypeError, "logits must be a torch.Tensor; got list"),
+        ({"logits": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "logits must be float32"),
+        ({"logits": torch.tensor(1.0)}, ValueError, "last axis"),
+        ({"logits": torch.zeros(2, 0)}, ValueError, "at least 1 entry"),
+        ({"targets": torch.zeros(2)}, TypeError, "targets must be int32 or int64; got torch.float"),
+        ({"targets": torch.tensor([1])}, ValueError, r"targets must have shape \(2,\); got \(1,\)"),
+        ({"targets": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "must be on"),
+        ({"temperature": 0.0}, ValueError, "temperature must be a finite number above 0; got 0"),
+        ({"temperature": NAN}, ValueError, "temperature must be a finite number"),
+        ({"temperature": "1"}, TypeError, "temperature must be a number; got str"),
+        ({"temperature": torch.ones(3)}, ValueError, r"must broadcast to \(2,\); got \(3,\)"),
+        ({"temperature": torch.tensor([1.0, -1.0])}, ValueError, "temperature must be above 0"),
+        ({"temperature": torch.ones(2, requires_grad=True)}, ValueError, "must be a constant"),
+        ({"softcap": -1.0}, ValueError, "softcap must be a finite number above 0; got -1"),
+        ({"mask": [True, True]}, TypeError, "mask must be a torch.Tensor"),
+        ({"mask": torch.ones(3)}, ValueError, r"mask must have shape \(2,\); got \(3,\)"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_errors_name_the_argument(change, error, match, backend):
+    arguments = {"logits": torch.zeros(2, 3), "targets": torch.tensor([0, 1]), "backend": backend}
+    arguments.update(change)
+    if arguments["backend"] == "gpu" and backend == "reference":
+        pytest.skip("the same case as with auto")
+    logits, targets = arguments.pop("logits"), arguments.pop("targets")
+    with pytest.raises(error, match=match):
+        token_logprob(logits, targets, **arguments)

@@ -1,0 +1,153 @@
+"""fastrlhf doctor: honest about what is here, why the rest is not, and red only when broken."""
+
+import importlib.metadata
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+
+import fastrlhf
+from fastrlhf import cli, doctor
+from fastrlhf.integrations import _hosts
+from fastrlhf.ops import _backend
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+
+def report_of(capsys, status=0):
+    assert cli.main(["doctor", "--json"]) == status
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_agrees_with_the_package(capsys):
+    report = report_of(capsys)
+    assert report["problems"] == []
+    assert report["fastrlhf"] == fastrlhf.__version__
+    assert report["torch"]["version"] == torch.__version__
+    assert report["versions"]["torch"] == importlib.metadata.version("torch")
+    table = fastrlhf.backends()
+    assert set(report["ops"]) == set(table)
+    for op, row in report["ops"].items():
+        assert row == table[op]
+        assert set(row) == {*BACKENDS, "auto"}
+        assert row[row["auto"]] == "available"
+        assert all(row.values())
+        order = report["auto"][op]["order"]
+        assert row["auto"] == next(b for b in order if row[b] == "available")
+        assert report["auto"][op]["measured"] == _backend.measured(op, report["device"])
+    assert report["attention"]["path"]
+
+
+def test_text_names_every_op_and_reason(capsys):
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for op, row in fastrlhf.backends().items():
+        assert op in text
+        for backend in BACKENDS:
+            assert row[backend] == "available" or row[backend] in text
+        assert any(f" {op} " in x and f" {row['auto']} " in x for x in text.splitlines())
+        assert _backend.measured(op, "cuda" if torch.cuda.is_available() else "cpu") in text
+
+
+@pytest.mark.skipif(bool(_backend._extension_error), reason="the extension is not built")
+def test_extension_facts(capsys):
+    from fastrlhf import _C
+
+    extension = report_of(capsys)["extension"]
+    assert extension == {"present": True, **_C.build_info()}
+
+
+def find_spec_without(*missing):
+    original = importlib.util.find_spec
+    return lambda name, *rest: None if name in missing else original(name, *rest)
+
+
+def test_missing_extension_is_no_broken_install(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec_without("fastrlhf._C"))
+    extension = report_of(capsys)["extension"]
+    assert extension["present"] is False
+    assert "the reference backend serves every op" in extension["reason"]
+    assert cli.main(["doctor"]) == 0
+    assert "absent: not built" in capsys.readouterr().out
+
+
+def test_extension_that_does_not_load_is_a_broken_install(capsys, monkeypatch):
+    real = importlib.util.find_spec
+    present = importlib.util.spec_from_loader("fastrlhf._C", loader=None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *r: present if n == "fastrlhf._C" else real(n, *r)
+    )
+    monkeypatch.delattr(fastrlhf, "_C", raising=False)
+    monkeypatch.setitem(sys.modules, "fastrlhf._C", None)
+    report = report_of(capsys, status=1)
+    assert len(report["problems"]) == 1
+    assert "built, but does not load" in report["problems"][0]
+
+
+def test_missing_requirement_is_a_broken_install(capsys, monkeypatch):
+    version = importlib.metadata.version
+
+    def without_safetensors(name):
+        if name == "safetensors":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_safetensors)
+    assert report_of(capsys, status=1)["problems"] == ["safetensors is not installed"]
+    assert cli.main(["doctor"]) == 1
+    assert "broken install: safetensors is not installed" in capsys.readouterr().out
+
+
+def test_old_torch_is_a_broken_install(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "OLDEST_TORCH", (99, 0))
+    assert "is older than 99.0" in report_of(capsys, status=1)["problems"][0]
+
+
+def test_transformers_that_does_not_load_is_a_broken_install(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "fastrlhf.integrations.attention", raising=False)
+    monkeypatch.delattr(fastrlhf.integrations, "attention", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (problem,) = report_of(capsys, status=1)["problems"]
+    assert problem.startswith("transformers does not load: ")
+
+
+@pytest.mark.skipif(bool(_backend._extension_error), reason="the extension is not built")
+@pytest.mark.parametrize("asked", ["nonsense", "AVX2", "baseline"])
+def test_an_instruction_set_that_does_not_exist(capsys, monkeypatch, asked):
+    monkeypatch.setenv("FASTRLHF_CPU_ISA", asked)
+    assert cli.main(["doctor"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    said = f"FASTRLHF_CPU_ISA={asked} is none of these and does nothing"
+    assert (said in text) == (asked != "baseline")
+
+
+def test_flash_attention_is_looked_for(capsys, monkeypatch):
+    assert report_of(capsys)["attention"]["flash_attention"] == [
+        label
+        for module, label in doctor.FLASH_ATTENTION.items()
+        if importlib.util.find_spec(module) is not None
+    ]
+    real = importlib.util.find_spec
+    spec = importlib.util.spec_from_loader("flash_attn", loader=None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *r: spec if n == "flash_attn" else real(n, *r)
+    )
+    assert "flash-attn 2" in report_of(capsys)["attention"]["flash_attention"]
+
+
+def test_hosts_are_found_without_importing_them(capsys, monkeypatch):
+    versions = {"trl": "1.16.4", "transformers": "4.0.0", "openrlhf": "0.11.2"}
+    monkeypatch.setattr(_hosts, "installed", versions.get)
+    for name in ("trl", "openrlhf", "verl"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing one would raise
+    hosts = report_of(capsys)["hosts"]
+    assert hosts["trl"] == {"version": "1.16.4", "tested": "1.16", "in_tested_range": True}
+    assert hosts["transformers"]["in_tested_range"] is False
+    assert hosts["verl"]["version"] is None
+    assert cli.main(["doctor"]) == 0  # an untested host is no broken install
+    text = " ".join(capsys.readouterr().out.split())
+    assert "trl 1.16.4 (in the tested range 1.16)" in text
+    assert f"transformers 4.0.0 (OUTSIDE the tested range {_hosts.TESTED['transformers']})" in text
+    assert "verl not installed" in text

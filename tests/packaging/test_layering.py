@@ -1,0 +1,230 @@
+"""The house rules that a machine can read: who may import whom, file sizes, cited files."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("csrc", "kernels", "fastrlhf", "tests", "benchmarks", "recipes", "examples")
+SOURCES = sorted(
+    path
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh", ".yaml"}
+)
+MAX_LINES = 800
+
+# Room -> the rooms of ours that it may import. A module outside every room fails the test.
+MAY_IMPORT = {
+    # The kernel package: torch and triton alone.
+    "__init__": {"ops", "nn"},
+    "errors": set(),
+    "kernels": {"kernels"},
+    "reference": set(),
+    "ops": {"ops", "reference", "kernels", "_C"},
+    "nn": {"ops"},
+    "integrations": {"integrations", "ops", "reference", "errors"},
+    "doctor": {"integrations", "ops", "errors", "_C"},
+    "bench": {"errors"},
+    "cli": {"train", "errors"},
+    "__main__": {"cli"},
+    # The trainer, extra [train]: a stage imports no other stage.
+    "train": {"train", "integrations", "ops", "reference", "errors", "_C"},
+    "train.stages": {"train", "ops", "reference", "errors"},
+    # What is built on the trainer, an extra each.
+    "evals": {"evals", "train", "integrations", "ops", "reference", "errors"},
+    "report": {"report", "errors"},
+    "demo": {
+        "demo",
+        "train",
+        "train.stages",
+        "evals",
+        "report",
+        "integrations",
+        "ops",
+        "reference",
+        "errors",
+    },
+}
+KERNEL_IMPORTS = {"torch", "triton", "fastrlhf", "kernels", *sys.stdlib_module_names}
+
+
+def room_of(module: str) -> str:
+    """The room of a module of ours: 'fastrlhf.ops.gae' -> 'ops', 'fastrlhf.train.stages.ppo' -> 'train.stages'."""
+    parts = module.split(".")
+    if parts[0] == "kernels":
+        return "kernels"
+    if len(parts) == 1:
+        return "__init__"
+    if parts[1:3] == ["train", "stages"]:
+        return "train.stages"
+    return parts[1]
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def exists(module: str) -> bool:
+    path = ROOT / module.replace(".", "/")
+    return path.with_suffix(".py").is_file() or path.is_dir()
+
+
+def imports_of(path: Path, source: str | None = None) -> list[tuple[int, str]]:
+    """(line, module) of every import, also inside functions; relative ones made absolute."""
+    tree = ast.parse(path.read_text() if source is None else source)
+    module = module_of(path)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                kept = parts[: len(parts) - node.level + 1]
+                base = ".".join([*kept, base]).strip(".")
+            # `from fastrlhf import x` names a module where there is one, else a public op.
+            names = [alias for alias in node.names if alias.name != "__version__"]
+            for alias in names:
+                full = f"{base}.{alias.name}"
+                ours = base.partition(".")[0] == "fastrlhf"
+                module_like = ours and (exists(full) or alias.name == "_C")
+                found.append((node.lineno, full if module_like else base))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            if node.args and isinstance(node.args[0], ast.Constant):
+                found.append((node.lineno, node.args[0].value))
+    return found
+
+
+def violations(path: Path, source: str | None = None) -> list[str]:
+    module = module_of(path)
+    room = room_of(module)
+    found = []
+    for line, imported in imports_of(path, source):
+        top = imported.partition(".")[0]
+        where = f"{path.relative_to(ROOT)}:{line}: {room} imports {imported}"
+        if top in ("tests", "benchmarks", "cli", "setup", "conftest"):
+            found.append(where)
+        if room == "kernels" and top not in KERNEL_IMPORTS:
+            found.append(where)
+        if top not in ("fastrlhf", "kernels") or imported == module:
+            continue
+        target = room_of(imported)
+        # `from fastrlhf import gae` goes through the public names, which are ops.
+        target = "ops" if target == "__init__" else target
+        if target not in MAY_IMPORT[room]:
+            found.append(where)
+    return found
+
+
+PYTHON = [
+    path
+    for path in SOURCES
+    if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in ("fastrlhf", "kernels")
+]
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    assert violations(path) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("fastrlhf/train/stages/ppo.py", "from fastrlhf.train.stages import sft"),
+        ("fastrlhf/train/stages/ppo.py", "from .sft import main"),
+        ("fastrlhf/train/stages/ppo.py", "def f():\n    import fastrlhf.train.stages.sft"),
+        ("fastrlhf/train/stages/ppo.py", "importlib.import_module('fastrlhf.train.stages.sft')"),
+        ("fastrlhf/ops/gae.py", "from fastrlhf.train import packing"),
+        ("fastrlhf/nn.py", "from fastrlhf.train import packing"),
+        ("fastrlhf/ops/gae.py", "from ..train import packing"),
+        ("fastrlhf/reference.py", "from fastrlhf import gae"),
+        ("fastrlhf/train/packing.py", "from fastrlhf.cli import main"),
+        ("fastrlhf/evals/__init__.py", "from fastrlhf.train.stages.ppo import main"),
+        ("kernels/gae.py", "from fastrlhf.ops import gae"),
+        ("kernels/gae.py", "import numpy"),
+        ("fastrlhf/bench.py", "import benchmarks.run"),
+        ("fastrlhf/integrations/trl.py", "from fastrlhf.train import models"),
+        ("fastrlhf/report/page.py", "from fastrlhf.train.data import read_rows"),
+    ],
+)  # fmt: skip
+def test_the_rule_catches(file, source):
+    """The reader itself is tested: each of these forbidden imports is seen."""
+    assert len(violations(ROOT / file, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        (
+            "fastrlhf/train/stages/ppo.py",
+            "from fastrlhf import gae\nfrom fastrlhf.train import packing",
+        ),
+        ("fastrlhf/ops/gae.py", "from fastrlhf import _C, reference\nfrom . import _checks"),
+        ("fastrlhf/train/packing.py", "from fastrlhf import _C"),
+        ("kernels/gae.py", "import os, torch, triton\nfrom . import _launch"),
+    ],
+)
+def test_the_rule_allows(file, source):
+    assert violations(ROOT / file, source) == []
+
+
+def test_kernels_is_no_top_level_package():
+    """A top-level `kernels` package would shadow Hugging Face's."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "recipes" / "__init__.py").exists()
+
+
+def test_importing_the_package_is_lean():
+    code = (
+        "import sys, fastrlhf, fastrlhf.ops._backend, torch;"
+        "[getattr(fastrlhf, name) for name in fastrlhf.__all__];"
+        "heavy = {'triton', 'transformers', 'accelerate', 'matplotlib', 'rich'} & set(sys.modules);"
+        "print(sorted(heavy), torch.cuda.is_initialized())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "[] False", result.stderr
+
+
+# What csrc/ may include besides the standard library and its own headers, by folder.
+STABLE = r"torch/(csrc/stable|headeronly)/|torch/csrc/inductor/aoti_torch/c/shim\.h"
+CUDA = r"cuda\w*\.h|cooperative_groups|cub/|mma\.h"
+INCLUDES = {
+    "csrc": rf"{STABLE}|pybind11/",
+    "csrc/common": STABLE,
+    "csrc/cpu": rf"{STABLE}|\w*mmintrin\.h|\w+intrin\.h|sys/mman\.h",
+    "csrc/cuda": rf"{STABLE}|{CUDA}",
+}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in SOURCES if p.is_relative_to(ROOT / "csrc")],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_csrc_is_a_leaf_on_the_stable_abi(path):
+    folder = str(path.parent.relative_to(ROOT))
+    for name in re.findall(r"^\s*#\s*include\s*<([^>]+)>", path.read_text(), re.MULTILINE):
+        standard = re.fullmatch(r"c?[a-z_0-9]+", name) is not None
+        assert standard or re.match(INCLUDES[folder], name), f"{path.name} includes <{name}>"
+    for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(), re.MULTILINE):
+        assert (path.parent / name).is_file() or (ROOT / "csrc" / name).is_file(), name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_stay_short_and_cite_what_exists(path):
+    text = path.read_text()
+    assert text.count("\n") <= MAX_LINES
+    if path == Path(__file__):
+        return
+    for cited in re.findall(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./*-]*\.\w+", text):
+        cited = cited.rstrip(".")
+        assert any(ROOT.glob(cited)), f"{path.relative_to(ROOT)} cites {cited}, which is not there"

@@ -1,0 +1,168 @@
+"""Packed forwards are exact on every attention path that runs here; bad model folders are refused."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from _support import tiny
+from fastrlhf.errors import UserError
+from fastrlhf.integrations import attention
+from fastrlhf.train import data, models
+from fastrlhf.train.models import head_parameters
+from fastrlhf.train.packing import collate
+from fastrlhf.train.runtime import Runtime, RuntimeConfig
+
+CONFIGS = {
+    "llama": LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,  # grouped queries
+        max_position_embeddings=64,
+    ),
+    "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
+
+
+@pytest.fixture
+def runtime():
+    return Runtime(RuntimeConfig(device="cpu"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("implementation", [attention.NAME, "sdpa", "eager"])
+def test_packed_forward_equals_one_by_one(name, implementation, runtime):
+    torch.manual_seed(0)
+    policy = models.policy_from_config(CONFIGS[name], runtime).eval()
+    policy.lm.set_attn_implementation(implementation)
+    rng = np.random.default_rng(1)
+    sequences = [rng.integers(0, 97, size=n) for n in (1, 9, 33, 2, 64, 17)]
+    batch = collate(sequences)
+    with torch.no_grad():
+        packed = policy.hidden(batch)
+        for i, sequence in enumerate(sequences):
+            ids = torch.tensor(sequence)[None]
+            alone = policy.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+            part = packed[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]]
+            torch.testing.assert_close(part, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_packing_order_does_not_change_a_sequence(runtime):
+    policy = models.policy_from_config(CONFIGS["llama"], runtime).eval()
+    rng = np.random.default_rng(2)
+    sequences = [rng.integers(0, 97, size=n) for n in (12, 40, 7)]
+    with torch.no_grad():
+        forward = policy.hidden(collate(sequences)).split([12, 40, 7])
+        backward = policy.hidden(collate(sequences[::-1])).split([7, 40, 12])
+    for a, b in zip(forward, backward[::-1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_through_packing_match_one_by_one(runtime):
+    policy = models.policy_from_config(CONFIGS["llama"], runtime)
+    rng = np.random.default_rng(3)
+    examples = [data.Example(rng.integers(0, 97, size=n), 1) for n in (5, 21, 64)]
+    policy(*data.next_token_rows(examples, "cpu"), mode="nll").backward()
+    packed = [p.grad.clone() for p in policy.parameters()]
+    policy.zero_grad()
+    for example in examples:
+        ids = torch.tensor(example.tokens)[None]
+        policy.lm.set_attn_implementation("eager")
+        policy.lm(input_ids=ids, labels=ids, use_cache=False).loss.mul(example.targets).backward()
+    for ours, theirs in zip(packed, policy.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_refuses_what_it_would_get_wrong():
+    query = torch.zeros(1, 2, 8, 4)
+    with pytest.raises(ValueError, match="sliding_window=4, longest sequence 8"):
+        attention.attention(None, query, query, query, None, sliding_window=4)
+
+
+def test_plan_names_the_kernel():
+    plan = attention.plan(torch.device("cpu"), torch.float32)
+    assert plan.implementation == attention.NAME and "SDPA" in plan.kernel
+
+
+def test_saved_model_loads_in_plain_transformers():
+    lm = AutoModelForCausalLM.from_pretrained(tiny.base())
+    assert lm.config._attn_implementation != attention.NAME
+    assert lm(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, 320)
+
+
+def changed_config(tmp_path, source: str, **changes) -> str:
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return str(folder)
+
+
+def test_reward_head_of_the_wrong_width(tmp_path, runtime):
+    labels = {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
+    folder = changed_config(tmp_path, tiny.reward_model(), **labels)
+    with pytest.raises(UserError, match=r"expected width 1 \(num_labels\), got 2"):
+        models.load_scorer(folder, runtime, trainable=False)
+
+
+def test_language_model_given_as_reward_model(runtime):
+    with pytest.raises(UserError, match="is not a reward model"):
+        models.load_scorer(tiny.base(), runtime, trainable=False)
+
+
+def test_missing_folder(runtime):
+    with pytest.raises(UserError, match="no config.json"):
+        models.load_policy("/no/such/folder", runtime, trainable=False)
+
+
+def test_pad_equal_to_eos(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.base(), folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("<|pad|>", "<|end|>"))
+    with pytest.raises(UserError, match="PAD and EOS are the same token"):
+        models.load_tokenizer(str(folder))
+
+
+def test_vocabularies_that_differ():
+    tokenizer = models.load_tokenizer(tiny.base())
+    other = models.load_tokenizer(tiny.base())
+    other.add_tokens(["extra"])
+    with pytest.raises(UserError, match="vocabularies differ"):
+        models.same_vocabulary(tokenizer, other, "model and reward_model")
+
+
+def test_tokenizer_larger_than_the_embedding(runtime):
+    tokenizer = models.load_tokenizer(tiny.base())
+    tokenizer.add_tokens(["extra"])
+    policy = models.load_policy(tiny.base(), runtime, trainable=False)
+    with pytest.raises(UserError, match="knows 321 tokens, the model has 320"):
+        models.check_vocabulary(tokenizer, policy.lm, "x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "factor"),
+    [
+        ("Granite", "logits_scaling", 8.0),
+        ("Cohere", "logit_scale", 0.0625),
+        ("FalconH1", "lm_head_multiplier", 2.0),
+        ("Granite", "logits_scaling", 1.0),
+    ],
+)
+def test_a_factor_of_the_logits_is_not_dropped(kind, name, factor):
+    """The fused head multiplies by the weight alone."""
+    config = getattr(transformers, f"{kind}Config")(**{name: factor})
+    lm = SimpleNamespace(config=config, get_output_embeddings=lambda: torch.nn.Linear(3, 5))
+    if factor == 1:
+        assert head_parameters(lm)[0].shape == (5, 3)
+    else:
+        with pytest.raises(UserError, match=f"scales its logits .{name} = {factor:g} in config"):
+            head_parameters(lm)

@@ -48,7 +48,7 @@ _FILLS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_
 # Write their first argument without reading it.
 _OVERWRITES = {"copy_", "fill_", "zero_", "index_copy_", "index_put_", "scatter_"}
 # What our ops write without reading it.
-_RESULTS = {"out", "dlogits", "logprob", "entropy", "slope"}
+_RESULTS = {"out", "dlogits", "logprob", "entropy", "grad_logprob"}
 _PICKS = {"index_select", "index", "gather"}  # read of the first argument as much as they write
 _SYNCS = {
     "item",

@@ -14,7 +14,8 @@
 //    which data-parallel ranks run at the same time, are the most alike.
 //
 // O(n log k) time, O(n + k) memory, integer arithmetic alone: the result depends on nothing but the
-// arguments. fastrlhf/train/packing.py holds the same algorithm in Python and the tests compare the two.
+// arguments. fastrlhf/train/packing.py holds the same algorithm in Python and the tests compare the
+// two.
 #include "packer.h"
 
 #include <pybind11/numpy.h>

@@ -12,8 +12,8 @@
 #include <string>
 
 #include "common/checks.h"
-#include "packer.h"
 #include "common/rl_math.h"
+#include "packer.h"
 
 #ifndef FASTRLHF_CUDA_ARCHS
 #define FASTRLHF_CUDA_ARCHS ""
@@ -52,28 +52,29 @@ STABLE_TORCH_LIBRARY(fastrlhf, m) {
       "Tensor targets, Tensor stats, Tensor? row_temperature, float temperature, "
       "float softcap, Tensor? mask, Tensor(a!) out) -> ()");
 
-  // token_loss: slope = d loss / d logprob, stats [2, N] the first two; fwd_ writes dL/dlogits to
-  // `out`, which may be the logits, and bwd_ multiplies its rows by the upstream gradients that are
-  // not 1.
+  // token_loss: grad_logprob = d loss / d logprob, stats [2, N] the first two; fwd_ writes
+  // dL/dlogits to `out`, which may be the logits, and bwd_ multiplies its rows by the upstream
+  // gradients that are not 1.
   m.def(
       "token_loss_fwd(Tensor logits, Tensor targets, Tensor? advantages, Tensor? old_logprob, "
       "float clip, float dual_clip, Tensor? row_temperature, float temperature, float softcap, "
       "Tensor? mask, Tensor? scale_tensor, float scale) "
-      "-> (Tensor loss, Tensor logprob, Tensor slope, Tensor stats)");
+      "-> (Tensor loss, Tensor logprob, Tensor grad_logprob, Tensor stats)");
   m.def(
       "token_loss_fwd_(Tensor logits, Tensor targets, Tensor? advantages, Tensor? old_logprob, "
       "float clip, float dual_clip, Tensor? row_temperature, float temperature, float softcap, "
       "Tensor? mask, Tensor? scale_tensor, float scale, Tensor(a!) out) "
-      "-> (Tensor loss, Tensor logprob, Tensor slope, Tensor stats)");
+      "-> (Tensor loss, Tensor logprob, Tensor grad_logprob, Tensor stats)");
   m.def("token_loss_bwd_(Tensor(a!) grad, Tensor upstream) -> ()");
   // The row pass of the linear losses, on the logits [n, V] of a chunk: log-probs, entropies and
-  // slopes [n], and dL/dlogits, which may be the logits, or of a 16-bit dtype where they are fp32.
-  // L = sum over the rows of scale * (token_loss - entropy_coef * entropy). Masked rows give 0.
+  // grad_logprobs [n], and dL/dlogits, which may be the logits, or of a 16-bit dtype where they are
+  // fp32. L = sum over the rows of scale * (token_loss - entropy_coef * entropy). Masked rows give
+  // 0.
   m.def(
       "token_loss_rows_(Tensor logits, Tensor targets, Tensor? advantages, Tensor? old_logprob, "
       "float clip, float dual_clip, float entropy_coef, Tensor? row_temperature, "
       "float temperature, float softcap, Tensor? mask, Tensor scale, Tensor(a!) dlogits, "
-      "Tensor(b!) logprob, Tensor(c!)? entropy, Tensor(d!)? slope) -> ()");
+      "Tensor(b!) logprob, Tensor(c!)? entropy, Tensor(d!)? grad_logprob) -> ()");
 
   // Sequence ops: tokens [B, T], or [N] with cu_seqlens [B + 1]; estimator 0..3 = k1, k2, k3, abs.
   // Their outputs are stacked along a new first axis: one allocation a call.

@@ -95,9 +95,9 @@ def _inverse(d):
 def _fast_cap(x, softcap):
     """(u, 1 - tanh^2) with E = e^(2 x / softcap): -1 / (E + 1), which is (tanh - 1) / 2, and 4 E / (E + 1)^2."""
     log2_e, log2_e_low = _log2_e(softcap.dtype)
-    slope = 2.0 * log2_e / softcap
-    slope += (tl.fma(-slope, softcap, 2.0 * log2_e) + 2.0 * log2_e_low) / softcap
-    y = x * slope
+    grad_logprob = 2.0 * log2_e / softcap
+    grad_logprob += (tl.fma(-grad_logprob, softcap, 2.0 * log2_e) + 2.0 * log2_e_low) / softcap
+    y = x * grad_logprob
     e = tl.exp2(tl.minimum(y, 100.0, propagate_nan=tl.PropagateNan.ALL))
     r = _inverse(e + 1.0)
     return -r, 4.0 * (e * r) * r
@@ -246,16 +246,16 @@ def row_statistics(
         top, lost, left = z, 0.0 * c, 0.0 * c
     sum_e = _sum_of_columns(total)
     ln_2, _ = _ln_2(ACC)
-    log_sum = tl.fma(-ln_2, lost, tl.log(sum_e))
-    mean = log_sum
+    shifted_lse = tl.fma(-ln_2, lost, tl.log(sum_e))
+    mean = shifted_lse
     if WITH_MEAN:
         mean = ln_2 * (_sum_of_columns(weighted) / sum_e - lost)
-    return top, z, log_sum, left, mean
+    return top, z, shifted_lse, left, mean
 
 
 @triton.jit
-def log_softmax(u, top, log_sum, scale, scale_low):
-    """(u - top) scale - log_sum with one rounding at the size of the result.
+def log_softmax(u, top, shifted_lse, scale, scale_low):
+    """(u - top) scale - shifted_lse with one rounding at the size of the result.
 
     What the difference (Dekker's sum of two) and the scale lost is added to the small term first.
     """
@@ -263,8 +263,8 @@ def log_softmax(u, top, log_sum, scale, scale_low):
     back = distance - u
     lost = (u - (distance - back)) - (top + back)
     missed = tl.fma(distance, scale_low, lost * scale)
-    z = tl.fma(distance, scale, missed - log_sum)
-    return tl.where(distance > float("-inf"), z, distance - log_sum)
+    z = tl.fma(distance, scale, missed - shifted_lse)
+    return tl.where(distance > float("-inf"), z, distance - shifted_lse)
 
 
 @triton.jit
@@ -293,17 +293,17 @@ def row_logprob(
     inside = (target >= 0) & (target < V)
     x_target = tl.load(row_ptr + target, mask=inside, other=float("nan")).to(ACC)
     u_target, _ = capped(x_target, softcap, CAP)
-    top, z, log_sum, left, mean = row_statistics(
+    top, z, shifted_lse, left, mean = row_statistics(
         row_ptr, V, c, scale, scale_low, softcap, WITH_MEAN, CAP, ACC, R, L, STAGES, POLICY
     )
-    logprob = log_softmax(u_target, top, log_sum, scale, scale_low)
+    logprob = log_softmax(u_target, top, shifted_lse, scale, scale_low)
     entropy = tl.zeros((), ACC)
     if WITH_MEAN:
-        entropy = log_sum - mean
+        entropy = shifted_lse - mean
         mean += left
     else:
         mean = tl.zeros((), ACC)
-    return logprob, entropy, z, log_sum + left, mean
+    return logprob, entropy, z, shifted_lse + left, mean
 
 
 @triton.jit
@@ -349,14 +349,14 @@ def _write_others(
     if MASKED:
         there = column < V
     x = tl.load(row_ptr + column, mask=there, eviction_policy="evict_first").to(ACC)
-    u, slope = capped(x, cap, CAP)
+    u, grad_logprob = capped(x, cap, CAP)
     e, a = _exponentials(u, z, base, c, scale, FAR_ROW)
     if HAS_H:
         grad = e * tl.fma(a, of_ea, of_e)
     else:
         grad = e * of_e
     if CAP != 0:
-        grad *= slope
+        grad *= grad_logprob
     tl.store(out_ptr + column, grad.to(out_ptr.dtype.element_ty), mask=there)
 
 
@@ -379,7 +379,7 @@ def write_gradient(
     g,
     h,
     z,
-    log_sum,
+    shifted_lse,
     mean,
     c,
     c_error,
@@ -394,7 +394,7 @@ def write_gradient(
 ):
     """dL/dx_j = (g (1[j = target] - p_j) - h p_j (log p_j + entropy)) dz/dx_j of blocks first, first + step, ...
 
-    z, log_sum, mean: the row's statistics. Blocks count from the end of the row: what a walk read last may still be in
+    z, shifted_lse, mean: of the row. Blocks count from the end of the row: what a walk read last may still be in
     a cache. out may be the row itself: a block is read and written by one program, its target's logit by all threads
     before anyone writes.
     """
@@ -405,7 +405,7 @@ def write_gradient(
     base = z * log2_e
     left = tl.fma(base, ln_2, -z) + base * (ln_2_low - ln_2 * c_error)
     left = tl.where(far, 0.0, left)
-    weight = -inverse * exp_scalar(left - log_sum)
+    weight = -inverse * exp_scalar(left - shifted_lse)
     of_e = weight * h * (left - mean)
     of_ea = weight * h * ln_2
     blocks = tl.cdiv(V, BLOCK)
@@ -413,13 +413,13 @@ def write_gradient(
         mine = (target >= 0) & (target < V) & ((blocks - 1 - target // BLOCK) % step == first)
         x = tl.load(row_ptr + target, mask=mine, other=0.0).to(ACC)
         tl.debug_barrier()
-        u, slope = capped(x, cap, CAP)
+        u, grad_logprob = capped(x, cap, CAP)
         if far:
             e, a = _exponentials(u, z, base, c, scale, True)
         else:
             e, a = _exponentials(u, z, base, c, scale, False)
         # g (1 - p) without cancellation
-        log_p = tl.fma(a, ln_2, left - log_sum)
+        log_p = tl.fma(a, ln_2, left - shifted_lse)
         own = -inverse * g * expm1(tl.where(log_p < -800.0, -800.0, log_p))
         if HAS_H:
             own += e * tl.fma(a, of_ea, of_e)

@@ -1,7 +1,7 @@
-"""ppo_loss in Triton: one pass over the tokens for losses, slopes and sums, one tiny one for the metrics.
+"""ppo_loss in Triton: one pass over the tokens for losses, grad_logprobs and sums, one tiny one for the metrics.
 
 Shapes: every tensor [N] or [B, T], N tokens; partials [ROWS, P] fp64, the sums of each of P programs.
-The slopes of the first launch lack 1 / n, for which it would have to count the mask first: n comes
+The grad_logprobs of the first launch lack 1 / n, for which it would have to count the mask first: n comes
 out of the second launch as a tensor, and the backward, which scales anyway, multiplies by it. The
 second launch stands for the counter of a last-program scheme, which a launch would have to clear.
 """
@@ -87,7 +87,7 @@ def ppo_loss_fwd_kernel(
         old_logprob = tl.load(old_logprob_ptr + place, mask=keep, other=0.0).to(ACC)
         place = token_offset(index, T, stride_advantages_row, stride_advantages_col, FLAT)
         advantage = tl.load(advantages_ptr + place, mask=keep, other=0.0).to(ACC)
-        loss, slope, rho, excess, decided = policy_term(
+        loss, grad_logprob, rho, excess, decided = policy_term(
             logprob,
             old_logprob,
             advantage,
@@ -95,7 +95,7 @@ def ppo_loss_fwd_kernel(
             tl.full((), high, ACC),
             tl.full((), dual_clip, ACC),
         )
-        # A masked token has loss, slope, KL and clip 0; only its ratio of 1 has to go.
+        # A masked token has loss, grad_logprob, KL and clip 0; only its ratio of 1 has to go.
         rho = tl.where(keep, rho, 0.0)
         policy += tl.sum(loss, axis=0).to(tl.float64)
         kl += tl.sum(excess, axis=0).to(tl.float64)
@@ -103,7 +103,7 @@ def ppo_loss_fwd_kernel(
         ratio += tl.sum(rho, axis=0).to(tl.float64)
         ratio_max = tl.maximum(ratio_max, tl.max(rho, axis=0).to(tl.float64))
         if WITH_GRAD:
-            tl.store(grad_logprob_ptr + index, slope, mask=index < N)
+            tl.store(grad_logprob_ptr + index, grad_logprob, mask=index < N)
 
         if HAS_VALUES:
             place = token_offset(index, T, stride_values_row, stride_values_col, FLAT)
@@ -113,7 +113,7 @@ def ppo_loss_fwd_kernel(
             place = token_offset(index, T, stride_returns_row, stride_returns_col, FLAT)
             target = tl.load(returns_ptr + place, mask=keep, other=0.0).to(ACC)
             clip = tl.full((), value_clip, ACC)
-            loss, slope, decided = value_term(value, old_value, target, clip)
+            loss, grad_logprob, decided = value_term(value, old_value, target, clip)
             value_loss += tl.sum(loss, axis=0).to(tl.float64)
             value_clipped += tl.sum(decided.to(tl.int32), axis=0).to(tl.float64)
             n, a, s = block_moments(target, keep)
@@ -123,16 +123,16 @@ def ppo_loss_fwd_kernel(
             n, a, s = block_moments(value - target, keep)
             error_count, error_mean, error_m2 = merge(error_count, error_mean, error_m2, n, a, s)
             if WITH_GRAD:
-                slope *= tl.full((), value_coef, ACC)
-                tl.store(grad_values_ptr + index, slope, mask=index < N)
+                grad_logprob *= tl.full((), value_coef, ACC)
+                tl.store(grad_values_ptr + index, grad_logprob, mask=index < N)
 
         if HAS_ENTROPY:
             place = token_offset(index, T, stride_entropy_row, stride_entropy_col, FLAT)
             entropy = tl.load(entropy_ptr + place, mask=keep, other=0.0).to(ACC)
             entropy_sum += tl.sum(entropy, axis=0).to(tl.float64)
             if WITH_GRAD:
-                slope = tl.where(keep, 0.0 - tl.full((), entropy_coef, ACC), 0.0)
-                tl.store(grad_entropy_ptr + index, slope, mask=index < N)
+                grad_logprob = tl.where(keep, 0.0 - tl.full((), entropy_coef, ACC), 0.0)
+                tl.store(grad_entropy_ptr + index, grad_logprob, mask=index < N)
 
     place = partials_ptr + program
     tl.store(place, tokens)
@@ -200,9 +200,9 @@ def ppo_loss_metrics_kernel(
 
 
 def forward(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef, with_grad):
-    """(loss, metrics, 1 / n, slopes times n) of `fastrlhf.ppo_loss`.
+    """(loss, metrics, 1 / n, grad_logprobs times n) of `fastrlhf.ppo_loss`.
 
-    The slopes [k, ...] are those by logprob, values and entropy, of the tensors that are given.
+    The grad_logprobs [k, ...] are those by logprob, values and entropy, of the tensors that are given.
     `tensors`: logprob, old_logprob, advantages, values, old_values, returns, entropy, checked before.
     """
     logprob, _, _, values, _, _, entropy = tensors
@@ -262,7 +262,7 @@ def forward(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef
 
 
 def _grads_by_input(grads, has_values):
-    """Where the slopes of logprob, values and entropy go; those nobody asks for are not written."""
+    """Where the grad_logprobs of logprob, values and entropy go; those nobody asks for are not written."""
     if not grads.shape[0]:
         return grads, grads, grads
     found = grads.unbind()

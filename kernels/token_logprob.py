@@ -69,7 +69,7 @@ def token_logprob_fwd_kernel(
     row_ptr = (
         logits_ptr + (row // inner) * stride_logits_outer + (row % inner) * stride_logits_inner
     )
-    logprob, entropy, z, log_sum, mean = row_logprob(
+    logprob, entropy, z, shifted_lse, mean = row_logprob(
         row_ptr,
         V,
         tl.load(targets_ptr + row).to(tl.int64),
@@ -88,7 +88,7 @@ def token_logprob_fwd_kernel(
     tl.store(logprob_ptr + row, logprob)
     tl.store(entropy_ptr + row, entropy)
     tl.store(stats_ptr + row, z)
-    tl.store(stats_ptr + N + row, log_sum)
+    tl.store(stats_ptr + N + row, shifted_lse)
     tl.store(stats_ptr + 2 * N + row, mean)
 
 

@@ -1,7 +1,7 @@
 """token_loss in Triton: the loss of each row and dL/dlogits, two reads and one write in one launch.
 
 Shapes: logits [..., V], N rows; targets, row_temperature, mask, advantages, old_logprob, loss, logprob, entropy,
-slope = d loss / d logprob: N; scale: 0-d; stats [2, N]: the first two of token_logprob's.
+grad_logprob = d loss / d logprob: N; scale: 0-d; stats [2, N]: the first two of token_logprob's.
 One warp takes a row: a walk for its statistics, then one for its gradient, from the last block to
 the first, what was read last first: it may still be in a cache. Offsets are int64.
 """
@@ -45,13 +45,13 @@ def _term(
     HAS_OLD: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """(loss, slope) of a row: LossView::term of csrc/common/token_loss.h."""
+    """(loss, grad_logprob) of a row: LossView::term of csrc/common/token_loss.h."""
     advantage = tl.full((), 1.0, ACC)
     if HAS_ADVANTAGES:
         advantage = tl.load(advantages_ptr + row).to(ACC)
-    loss, slope = -advantage * logprob, -advantage
+    loss, grad_logprob = -advantage * logprob, -advantage
     if HAS_OLD:
-        loss, slope, _, _, _ = policy_term(
+        loss, grad_logprob, _, _, _ = policy_term(
             logprob,
             tl.load(old_logprob_ptr + row).to(ACC),
             advantage,
@@ -60,8 +60,8 @@ def _term(
             tl.full((), dual_clip, ACC),
         )
         # A NaN compares like a clipped token, whose gradient is 0: it must not hide there.
-        slope = tl.where(loss == loss, slope, loss)
-    return loss * factor, slope * factor
+        grad_logprob = tl.where(loss == loss, grad_logprob, loss)
+    return loss * factor, grad_logprob * factor
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def token_loss_fwd_kernel(
     loss_ptr,
     logprob_ptr,
     entropy_ptr,
-    slope_ptr,
+    grad_logprob_ptr,
     stats_ptr,
     out_ptr,
     temperature: tl.float64,
@@ -120,7 +120,7 @@ def token_loss_fwd_kernel(
             if WITH_ENTROPY:
                 tl.store(entropy_ptr + row, 0.0)
             if WITH_SLOPE:
-                tl.store(slope_ptr + row, 0.0)
+                tl.store(grad_logprob_ptr + row, 0.0)
             if WITH_LOSS:
                 tl.store(loss_ptr + row, 0.0)
                 tl.store(stats_ptr + row, 0.0)
@@ -136,7 +136,7 @@ def token_loss_fwd_kernel(
         logits_ptr + (row // inner) * stride_logits_outer + (row % inner) * stride_logits_inner
     )
     target = tl.load(targets_ptr + row).to(tl.int64)
-    logprob, entropy, z, log_sum, mean = row_logprob(
+    logprob, entropy, z, shifted_lse, mean = row_logprob(
         row_ptr,
         V,
         target,
@@ -155,7 +155,7 @@ def token_loss_fwd_kernel(
     factor = tl.full((), scale, ACC)
     if HAS_SCALE:
         factor = tl.load(scale_ptr).to(ACC)
-    loss, slope = _term(
+    loss, grad_logprob = _term(
         row,
         logprob,
         advantages_ptr,
@@ -168,7 +168,7 @@ def token_loss_fwd_kernel(
         HAS_OLD,
         ACC,
     )
-    slope = tl.where((target >= 0) & (target < V), slope, float("nan"))
+    grad_logprob = tl.where((target >= 0) & (target < V), grad_logprob, float("nan"))
     h = tl.zeros((), ACC)
     if HAS_H:
         h = -tl.full((), entropy_coef, ACC) * factor
@@ -176,13 +176,13 @@ def token_loss_fwd_kernel(
     if WITH_ENTROPY:
         tl.store(entropy_ptr + row, entropy)
     if WITH_SLOPE:
-        tl.store(slope_ptr + row, slope)
+        tl.store(grad_logprob_ptr + row, grad_logprob)
     if WITH_LOSS:
         tl.store(loss_ptr + row, loss)
         tl.store(stats_ptr + row, z)
-        tl.store(stats_ptr + N + row, log_sum)
+        tl.store(stats_ptr + N + row, shifted_lse)
     if WITH_GRAD:
-        if (slope == 0.0) & (h == 0.0):
+        if (grad_logprob == 0.0) & (h == 0.0):
             write_zeros(out, V, 0, 1, BLOCK)
             return
         write_gradient(
@@ -192,10 +192,10 @@ def token_loss_fwd_kernel(
             0,
             1,
             target,
-            slope,
+            grad_logprob,
             h,
             z,
-            log_sum,
+            shifted_lse,
             mean,
             c,
             c_error,
@@ -254,7 +254,7 @@ def _launch(
     out,
     logprob,
     entropy=None,
-    slope=None,
+    grad_logprob=None,
     loss=None,
     stats=None,
 ):
@@ -268,7 +268,7 @@ def _launch(
     double = logits.dtype == torch.float64
     cap = cap_kind(softcap, double)
     constants = (advantages, old_logprob, scale_tensor)
-    outputs = (loss, logprob, entropy, slope, stats)
+    outputs = (loss, logprob, entropy, grad_logprob, stats)
     with device_guard(logits):
         token_loss_fwd_kernel[(count,)](
             logits,
@@ -298,7 +298,7 @@ def _launch(
             HAS_H=entropy_coef != 0.0,
             WITH_ENTROPY=entropy is not None,
             WITH_LOSS=loss is not None,
-            WITH_SLOPE=slope is not None,
+            WITH_SLOPE=grad_logprob is not None,
             WITH_GRAD=out is not None,
             BLOCK=32 * elements_a_thread(double, cap),
             **row_tile(double, cap),
@@ -321,21 +321,30 @@ def forward(
     scale,
     out=None,
 ):
-    """(loss, logprob, slope, stats) of `fastrlhf.token_loss`, whose checks were made before.
+    """(loss, logprob, grad_logprob, stats) of `fastrlhf.token_loss`, whose checks were made before.
 
     dL/dlogits for an upstream gradient of 1 goes into `out`, which may be `logits`; None: it is not made.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    loss, logprob, slope = (
+    loss, logprob, grad_logprob = (
         torch.empty(targets.shape, dtype=dtype, device=logits.device) for _ in range(3)
     )
     stats = torch.empty((2, targets.numel()), dtype=dtype, device=logits.device)
     policy = (advantages, old_logprob, clip, dual_clip)
     settings = (row_temperature, temperature, softcap, mask, scale_tensor, scale)
     _launch(
-        logits, targets, policy, 0.0, *settings, out, logprob, slope=slope, loss=loss, stats=stats
+        logits,
+        targets,
+        policy,
+        0.0,
+        *settings,
+        out,
+        logprob,
+        grad_logprob=grad_logprob,
+        loss=loss,
+        stats=stats,
     )
-    return loss, logprob, slope, stats
+    return loss, logprob, grad_logprob, stats
 
 
 def rows_(
@@ -354,25 +363,27 @@ def rows_(
     dlogits,
     logprob,
     entropy,
-    slope,
+    grad_logprob,
 ):
     """The row pass of the linear losses: L = sum over the rows of scale * (token_loss - entropy_coef * entropy).
 
     Writes dL/dlogits into `dlogits` (see `gradient_rows`; it may be `logits`), and into contiguous tensors of the rows
-    log-probs and, where given, entropies and slopes = d loss / d logprob, times scale, without the entropy's part.
+    log-probs and, where given, entropies and grad_logprob = d loss / d logprob times scale, without the entropy's part.
     Rows that do not count are 0 in all of them and are not read.
     """
     if entropy_coef != 0.0 and entropy is None:
         raise ValueError("entropy must be given where entropy_coef is not 0")
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    for name, x in (("logprob", logprob), ("entropy", entropy), ("slope", slope)):
+    for name, x in (("logprob", logprob), ("entropy", entropy), ("grad_logprob", grad_logprob)):
         if x is not None and not (
             x.dtype == dtype and x.numel() == targets.numel() and x.is_contiguous()
         ):
             raise ValueError(f"{name} must be contiguous, of {dtype} and of the rows")
     policy = (advantages, old_logprob, clip, dual_clip)
     settings = (row_temperature, temperature, softcap, mask, scale, 1.0)
-    _launch(logits, targets, policy, entropy_coef, *settings, dlogits, logprob, entropy, slope)
+    _launch(
+        logits, targets, policy, entropy_coef, *settings, dlogits, logprob, entropy, grad_logprob
+    )
 
 
 def backward(grad, upstream):

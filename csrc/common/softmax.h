@@ -19,8 +19,8 @@ struct RowMaths {
 
 template <typename A>
 struct RowStats {
-  A max, log_sum;
-  A mean;  // of z - max under the softmax: entropy = log_sum - mean
+  A max, shifted_lse;
+  A mean;  // of z - max under the softmax: entropy = shifted_lse - mean
 };
 
 // u of a logit. Divided by the cap: the rounding of a reciprocal would stretch the whole row.

@@ -1,5 +1,5 @@
 // token_loss and token_loss_rows: what the CPU and CUDA implementations share. The loss of a row
-// and its slope from the row's log-probability; host checks.
+// and its grad_logprob from the row's log-probability; host checks.
 //
 // Shapes: advantages, old_logprob, outputs: N rows, in the accumulator's dtype; scale: 0-d.
 #pragma once
@@ -8,11 +8,12 @@
 
 namespace rl {
 
-// slope = d loss / d logprob: dL/dlogits_j = slope (1[j = target] - p_j) dz_j/dlogits_j.
+// grad_logprob = d loss / d logprob: dL/dlogits_j = grad_logprob (1[j = target] - p_j)
+// dz_j/dlogits_j.
 template <typename A>
 struct TokenTerm {
   A loss;
-  A slope;
+  A grad_logprob;
 };
 
 // Plain pointers and numbers: passed to CUDA kernels by value.
@@ -81,7 +82,7 @@ template <typename A>
 struct LossOutputs {
   A* loss;
   A* logprob;
-  A* slope;
+  A* grad_logprob;
   A* stats;  // [2, N]: the first two of token_logprob's
   A* entropy = nullptr;
 
@@ -90,20 +91,20 @@ struct LossOutputs {
                  const RowStats<A>& s) const {
     logprob[row] = row_logprob;
     if (loss) loss[row] = term.loss;
-    if (slope) slope[row] = term.slope;
+    if (grad_logprob) grad_logprob[row] = term.grad_logprob;
     if (entropy) entropy[row] = row_entropy;
-    if (stats) stats[row] = s.max, stats[count + row] = s.log_sum;
+    if (stats) stats[row] = s.max, stats[count + row] = s.shifted_lse;
   }
 };
 
 // The N-row outputs of one call.
 struct LossTensors {
-  Tensor loss, logprob, slope, stats;
+  Tensor loss, logprob, grad_logprob, stats;
 
   template <typename A>
   LossOutputs<A> outputs() const {
     const auto pointer = [](const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); };
-    return {pointer(loss), pointer(logprob), pointer(slope), pointer(stats)};
+    return {pointer(loss), pointer(logprob), pointer(grad_logprob), pointer(stats)};
   }
 };
 
@@ -116,12 +117,12 @@ inline LossTensors new_outputs(const Batch& b, const Tensor& targets) {
 // The outputs of token_loss_rows_, which the caller made.
 struct RowPassTensors {
   Tensor logprob;
-  std::optional<Tensor> entropy, slope;
+  std::optional<Tensor> entropy, grad_logprob;
 
   RowPassTensors(const Batch& b, const Tensor& row_logprob,
-                 const std::optional<Tensor>& row_entropy, const std::optional<Tensor>& row_slope,
-                 double entropy_coef)
-      : logprob(row_logprob), entropy(row_entropy), slope(row_slope) {
+                 const std::optional<Tensor>& row_entropy,
+                 const std::optional<Tensor>& row_grad_logprob, double entropy_coef)
+      : logprob(row_logprob), entropy(row_entropy), grad_logprob(row_grad_logprob) {
     const ScalarType dtype = acc_dtype(b.logits.scalar_type());
     const auto check = [&](const Tensor& t, const char* name) {
       RL_CHECK(t.scalar_type() == dtype && t.numel() == b.view.rows.count && t.is_contiguous(),
@@ -129,14 +130,14 @@ struct RowPassTensors {
     };
     check(logprob, "logprob");
     if (entropy) check(*entropy, "entropy");
-    if (slope) check(*slope, "slope");
+    if (grad_logprob) check(*grad_logprob, "grad_logprob");
     RL_CHECK(entropy || entropy_coef == 0, "an entropy_coef needs the entropy");
   }
 
   template <typename A>
   LossOutputs<A> outputs() const {
     const auto pointer = [](const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); };
-    return {nullptr, pointer(logprob), slope ? pointer(*slope) : nullptr, nullptr,
+    return {nullptr, pointer(logprob), grad_logprob ? pointer(*grad_logprob) : nullptr, nullptr,
             entropy ? pointer(*entropy) : nullptr};
   }
 };

@@ -139,7 +139,7 @@ RL_INLINE A target_distance(A logit, const RowStats<A>& stats, const RowMaths<A>
 
 template <bool kCap, bool kFma, typename A>
 RL_INLINE A row_logprob(A target, const RowStats<A>& stats, const RowMaths<A>& f) {
-  return target_distance<kCap, kFma>(target, stats, f) - stats.log_sum;
+  return target_distance<kCap, kFma>(target, stats, f) - stats.shifted_lse;
 }
 
 template <bool kCap, bool kFma, bool kFar, typename T, typename A>
@@ -214,12 +214,13 @@ RL_INLINE RowStats<A> row_stats(const T* row, int64_t width, const RowMaths<A>& 
 // dL/dlogits of a row from g = dL/dlogprob and h = dL/dentropy:
 //   dz_j = g (1[j = t] - p_j) - h p_j (log p_j + entropy),  times dz/dlogits.
 // `out` may be `row`, or of a 16-bit type. log p_j + entropy is taken as (z_j - max) - mean, which
-// leaves out the rounding of log_sum: the whole row would share it, and a sum over the row keep it.
+// leaves out the rounding of shifted_lse: the whole row would share it, and a sum over the row keep
+// it.
 template <bool kCap, bool kFma, typename T, typename G, typename A>
 RL_INLINE void row_backward(const T* row, G* out, int64_t width, int64_t target, A g, A h,
                             const RowStats<A>& stats, const RowMaths<A>& f) {
   const Distance<A> distance{dz_du<kCap>(f), stats.max};
-  const A log_sum = stats.log_sum, mean = stats.mean, floor = distance.floor;
+  const A shifted_lse = stats.shifted_lse, mean = stats.mean, floor = distance.floor;
   // The target's own element, with 1 - p from expm1, before an in-place pass overwrites its logit.
   const A target_logit = load(row[target]);
   const A target_away = at_least(floor, target_distance<kCap, kFma>(target_logit, stats, f));
@@ -228,7 +229,7 @@ RL_INLINE void row_backward(const T* row, G* out, int64_t width, int64_t target,
     for_each_lane(row, width, [&](int64_t j, int64_t) RL_LAMBDA_INLINE {
       const A logit = load(row[j]);
       const A away = distance.template clamped<kFma, far()>(unscaled<kCap>(logit, f));
-      const A p = exp_clamped(at_least(floor, away - log_sum));
+      const A p = exp_clamped(at_least(floor, away - shifted_lse));
       store(out[j], -p * (h * (away - mean) + g) * dz_dlogit<kCap>(logit, f));
     });
   });

@@ -40,9 +40,9 @@ struct RowOutputs {
         count(to.logprob.numel()) {}
   RL_INLINE void put(int64_t r, A row_logprob, const RowStats<A>& s) const {
     logprob[r] = row_logprob;
-    entropy[r] = s.log_sum - s.mean;
+    entropy[r] = s.shifted_lse - s.mean;
     stats[r] = s.max;
-    stats[count + r] = s.log_sum;
+    stats[count + r] = s.shifted_lse;
     stats[2 * count + r] = s.mean;
   }
 };

@@ -35,12 +35,12 @@ void loss_rows(const Batch& b, const LossView<acc_t<T>>& loss, const LossOutputs
           term = loss.term(r, logprob);
           h = loss.grad_entropy();
         }
-        to.put(r, count, term, logprob, s.log_sum - s.mean, s);
+        to.put(r, count, term, logprob, s.shifted_lse - s.mean, s);
         if (out == nullptr) continue;
-        if (term.slope == 0 && h == 0) {
+        if (term.grad_logprob == 0 && h == 0) {
           std::memset(static_cast<void*>(out), 0, width * sizeof(G));
         } else {
-          row_backward<kCap, fma()>(row, out, width, b.view.target(r), term.slope, h, s,
+          row_backward<kCap, fma()>(row, out, width, b.view.target(r), term.grad_logprob, h, s,
                                     b.view.maths<A>(r));
         }
       }
@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> values(const Batch& b, const LossInpu
   check_rows(b);
   const LossTensors to = new_outputs(b, targets);
   run(b, loss, to, out, out_rows);
-  return {to.loss, to.logprob, to.slope, to.stats};
+  return {to.loss, to.logprob, to.grad_logprob, to.stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd(
@@ -100,11 +100,11 @@ void token_loss_rows_(Tensor logits, Tensor targets, std::optional<Tensor> advan
                       double entropy_coef, std::optional<Tensor> row_temperature,
                       double temperature, double softcap, std::optional<Tensor> mask, Tensor scale,
                       Tensor dlogits, Tensor logprob, std::optional<Tensor> entropy,
-                      std::optional<Tensor> slope) {
+                      std::optional<Tensor> grad_logprob) {
   const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
   const LossInputs loss =
       make_loss(b, advantages, old_logprob, clip, dual_clip, scale, 1, entropy_coef);
-  const RowPassTensors to(b, logprob, entropy, slope, entropy_coef);
+  const RowPassTensors to(b, logprob, entropy, grad_logprob, entropy_coef);
   const Rows rows = gradient_rows(logits, dlogits, true);
   check_rows(b);
   run(b, loss, to, &dlogits, rows);

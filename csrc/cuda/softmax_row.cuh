@@ -524,10 +524,10 @@ struct RowSums {
   Exponent<A, kCap> f;
   Partial<A> all;
   bool far;
-  A u_max, b;  // near: e_j = 2^(c u_j - b)
-  A away;      // ln of the term of u_max: what b lost by rounding
-  A log_sum;   // ln sum_j e^(z_j - z_max), z_max exact
-  A mean;      // of z_j - z_max, z_max exact
+  A u_max, b;     // near: e_j = 2^(c u_j - b)
+  A away;         // ln of the term of u_max: what b lost by rounding
+  A shifted_lse;  // ln sum_j e^(z_j - z_max), z_max exact
+  A mean;         // of z_j - z_max, z_max exact
   RowStats<A> stats;
 
   __device__ __forceinline__ RowSums(const Exponent<A, kCap>& exponent, const Partial<A>& sums,
@@ -537,24 +537,24 @@ struct RowSums {
     b = f.base(all.max);
     const bool exact = !far && std::fabs(u_max) < A(INFINITY);
     away = exact ? rounded_product(std::fma(u_max, f.c, -b), kLn2<A>) : A(0);
-    log_sum = log(all.sum) - away;
+    shifted_lse = log(all.sum) - away;
     mean = std::fma(all.weighted / all.sum, kLn2<A>, -away);
     const A z_max = f.z(all.max);
     const A lost = exact ? std::fma(u_max, dz_du<kCap != kNoCap>(f.f), -z_max) : A(0);
-    stats = {z_max, log_sum + lost, mean + lost};
+    stats = {z_max, shifted_lse + lost, mean + lost};
   }
   // log p of a logit, with one rounding at the size of the result: what the difference u - u_max
   // (Dekker's sum of two) and 1 / temperature lost is added to the small term first.
   __device__ __forceinline__ A logprob(A logit) const {
     const RowMaths<A>& g = f.f;
-    if (far) return (f.z(logit) - stats.max) - log_sum;
+    if (far) return (f.z(logit) - stats.max) - shifted_lse;
     const A u = f.target_u(logit), distance = u - u_max;
     const A factor = kCap != kNoCap ? g.softcap : A(1);
-    if (!(distance > -A(INFINITY))) return distance - log_sum;  // -inf, or NaN
+    if (!(distance > -A(INFINITY))) return distance - shifted_lse;  // -inf, or NaN
     const A back = distance - u;
     const A lost = (u - (distance - back)) - (u_max + back);
     const A missed = rounded_product(std::fma(distance, g.scale_low, lost * g.scale), factor);
-    return std::fma(distance * factor, g.scale, missed - log_sum);
+    return std::fma(distance * factor, g.scale, missed - shifted_lse);
   }
 };
 
@@ -563,7 +563,7 @@ struct RowSums {
 // dL/dlogits_j of all j but the target, from the statistics, g = dL/dlogprob and h = dL/dentropy:
 //   -p_j (h (z_j - max - mean) + g) dz_j/dlogits_j, p_j = 2^(c u_j - b) times what the row shares.
 // Every kernel takes it from the statistics as they are stored, so that all write the same bits.
-// h weighs z_j - max - mean and not log p_j + entropy: that leaves out the rounding of log_sum,
+// h weighs z_j - max - mean and not log p_j + entropy: that leaves out the rounding of shifted_lse,
 // which the whole row would share, and a sum over the row keep.
 template <typename A, Cap kCap, bool kEntropy>
 struct RowGradient {
@@ -571,7 +571,7 @@ struct RowGradient {
   Exponent<A, kCap> f;
   RowStats<A> stats;
   A dz, g_row, h_row;
-  bool far;  // p_j = e^(z_j - max - log_sum)
+  bool far;  // p_j = e^(z_j - max - shifted_lse)
   A b;       // near
   A g, h;    // the gradient is p (or e_j) times g + h times the exponent
 
@@ -593,9 +593,9 @@ struct RowGradient {
     // z_j - max = ln(2) exponent + away
     A away = std::fma(-std::fma(u, f.c, -b), kLn2<A>, std::fma(u, dz, -stats.max)), share = 1;
     if (far) {
-      away = stats.log_sum;
+      away = stats.shifted_lse;
     } else {
-      share = exp_far(away - stats.log_sum);
+      share = exp_far(away - stats.shifted_lse);
     }
     share *= -chain_unit(f);
     g = std::fma(h_row, away - stats.mean, g_row) * share;
@@ -618,7 +618,7 @@ struct RowGradient {
       if constexpr (kCap == kAnyCap) chain = sech2(logit / f.f.softcap);
     }
     const A exponent = kRare && far
-                           ? ((rounded_product(u, dz) - stats.max) - stats.log_sum) * kLog2E<A>
+                           ? ((rounded_product(u, dz) - stats.max) - stats.shifted_lse) * kLog2E<A>
                            : std::fma(u, f.c, -b);
     A p = exp2_fast(exponent);
     if constexpr (kEntropy) {
@@ -632,8 +632,9 @@ struct RowGradient {
   __device__ __forceinline__ A at_target(A logit) const {
     const A u = f.target_u(logit);
     const A away = far ? rounded_product(u, dz) - stats.max : std::fma(u, dz, -stats.max);
-    return target_gradient<kCap != kNoCap>(
-        logit, away - stats.log_sum, at_least(exp_floor<A>(), away), g_row, h_row, stats.mean, f.f);
+    return target_gradient<kCap != kNoCap>(logit, away - stats.shifted_lse,
+                                           at_least(exp_floor<A>(), away), g_row, h_row, stats.mean,
+                                           f.f);
   }
 };
 

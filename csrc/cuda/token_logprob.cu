@@ -48,9 +48,9 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<T, kCap>)
     const int64_t target = view.target(r);
     const bool inside = target >= 0 && target < width;
     logprob_ptr[r] = inside ? sums.logprob(load(row[target])) : A(NAN);
-    entropy_ptr[r] = kEntropy ? sums.log_sum - sums.mean : A(0);
+    entropy_ptr[r] = kEntropy ? sums.shifted_lse - sums.mean : A(0);
     stats_ptr[r] = sums.stats.max;
-    stats_ptr[count + r] = sums.stats.log_sum;
+    stats_ptr[count + r] = sums.stats.shifted_lse;
     stats_ptr[2 * count + r] = kEntropy ? sums.stats.mean : A(0);
   }
 }

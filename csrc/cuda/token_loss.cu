@@ -6,9 +6,10 @@
 // takes one row. Each block copies its tiles (softmax_row.cuh) into shared memory as they are and
 // reduces them while others arrive; every warp leaves its tile's sums in the shared memory of all
 // blocks of the cluster. After one barrier the first warp of each block merges all tiles in the
-// same order and makes the row's loss and slope, and the block writes gradients from shared memory.
-// Several clusters share a multiprocessor: one reads while another writes. Where the row does not
-// fit, for fp64 and for soft-caps above kFastCap, one block takes the row and reads it twice.
+// same order and makes the row's loss and grad_logprob, and the block writes gradients from shared
+// memory. Several clusters share a multiprocessor: one reads while another writes. Where the row
+// does not fit, for fp64 and for soft-caps above kFastCap, one block takes the row and reads it
+// twice.
 //
 // Bits depend on V and dtype alone: no atomics, no neighbours. A target outside [0, V) is not read:
 // its row is NaN (a check without a host sync).
@@ -216,12 +217,12 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kCap, kOnChip>)
     const RowSums<A, kCap> sums(exponent, all, far);
     const A logprob = inside ? sums.logprob(target_logit) : A(NAN);
     TokenTerm<A> term = loss.term(r, logprob);
-    if (!inside) term.slope = A(NAN);
+    if (!inside) term.grad_logprob = A(NAN);
     if (speaker) {
-      to.put(r, view.rows.count, term, logprob, sums.log_sum - sums.mean, sums.stats);
+      to.put(r, view.rows.count, term, logprob, sums.shifted_lse - sums.mean, sums.stats);
     }
     const A h = kEntropy ? loss.grad_entropy() : A(0);
-    return RowGradient<A, kCap, kEntropy>(exponent, sums.stats, term.slope, h);
+    return RowGradient<A, kCap, kEntropy>(exponent, sums.stats, term.grad_logprob, h);
   });
   if (out == nullptr) return;
   if (grad.g_row == A(0) && grad.h_row == A(0)) return zero_row(out, width, rank, blocks);
@@ -375,7 +376,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd(
       make_loss(b, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
   const LossTensors to = new_outputs(b, targets);
   run(b, loss, to, false, nullptr, Rows{});
-  return {to.loss, to.logprob, to.slope, to.stats};
+  return {to.loss, to.logprob, to.grad_logprob, to.stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd_(
@@ -389,7 +390,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd_(
       make_loss(b, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
   const LossTensors to = new_outputs(b, targets);
   run(b, loss, to, false, &out, gradient_rows(logits, out));
-  return {to.loss, to.logprob, to.slope, to.stats};
+  return {to.loss, to.logprob, to.grad_logprob, to.stats};
 }
 
 void token_loss_rows_(Tensor logits, Tensor targets, std::optional<Tensor> advantages,
@@ -397,12 +398,12 @@ void token_loss_rows_(Tensor logits, Tensor targets, std::optional<Tensor> advan
                       double entropy_coef, std::optional<Tensor> row_temperature,
                       double temperature, double softcap, std::optional<Tensor> mask, Tensor scale,
                       Tensor dlogits, Tensor logprob, std::optional<Tensor> entropy,
-                      std::optional<Tensor> slope) {
+                      std::optional<Tensor> grad_logprob) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
   const LossInputs loss =
       make_loss(b, advantages, old_logprob, clip, dual_clip, scale, 1, entropy_coef);
-  const RowPassTensors to(b, logprob, entropy, slope, entropy_coef);
+  const RowPassTensors to(b, logprob, entropy, grad_logprob, entropy_coef);
   run(b, loss, to, entropy.has_value(), &dlogits, gradient_rows(logits, dlogits, true));
 }
 

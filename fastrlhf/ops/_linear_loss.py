@@ -107,11 +107,11 @@ def _by_chunks(work: Work, per_token, settings, scale, ppo: bool, compact: bool)
         old_logprob, advantages = head.numbers(per_token[0]), head.numbers(per_token[1])
         _, _, clip, dual_clip, _, _, entropy_coef = settings
         terms = TokenLoss(advantages, old_logprob, clip, dual_clip, entropy_coef, scale)
-    slope = head.new_rows() if compact and terms.entropy_coef == 0 else None
+    grad_logprob = head.new_rows() if compact and terms.entropy_coef == 0 else None
     for chunk in head.chunks(grads):
-        kernels.loss(chunk, terms, logprob, entropy, slope)
-        if slope is not None:
-            chunk.carries = slope[chunk.rows] != 0
+        kernels.loss(chunk, terms, logprob, entropy, grad_logprob)
+        if grad_logprob is not None:
+            chunk.carries = grad_logprob[chunk.rows] != 0
     return logprob, entropy
 
 

@@ -55,13 +55,13 @@ class RowKernels:
         bwd = token_logprob.ops(self.backend).bwd_.inside
         bwd(grad_logprob, grad_entropy, logits, targets, stats, *settings, out)
 
-    def loss(self, chunk, loss: TokenLoss, logprob, entropy, slope):
+    def loss(self, chunk, loss: TokenLoss, logprob, entropy, grad_logprob):
         """Writes dlogits, and the chunk's rows of logprob, entropy and d loss / d logprob [R] (None: not wanted)."""
         if self.fused:
             advantages, old_logprob = loss.advantages, loss.old_logprob
             if not chunk.whole:
                 advantages, old_logprob = chunk.of(advantages, old_logprob)
-                logprob, entropy, slope = chunk.of(logprob, entropy, slope)
+                logprob, entropy, grad_logprob = chunk.of(logprob, entropy, grad_logprob)
             token_loss.ops(self.backend).rows_.inside(
                 chunk.logits,
                 chunk.targets,
@@ -78,25 +78,25 @@ class RowKernels:
                 chunk.dlogits,
                 logprob,
                 entropy,
-                slope,
+                grad_logprob,
             )
         else:
-            self.loss_in_parts(chunk, loss, logprob, entropy, slope)
+            self.loss_in_parts(chunk, loss, logprob, entropy, grad_logprob)
 
-    def loss_in_parts(self, chunk, loss: TokenLoss, logprob, entropy, slope):
-        """`loss` by a forward and a backward, with the slopes in plain PyTorch between them."""
+    def loss_in_parts(self, chunk, loss: TokenLoss, logprob, entropy, grad_logprob):
+        """`loss` by a forward and a backward, with the grad_logprobs in plain PyTorch between them."""
         advantages, old_logprob = chunk.of(loss.advantages, loss.old_logprob)
         given = (chunk.logits, chunk.targets)
         rest = (chunk.row_temperature, chunk.mask)
         found, found_entropy, stats = self.forward(*given, *rest)
-        g = policy_slope(found, advantages, old_logprob, loss)
+        g = policy_grad_logprob(found, advantages, old_logprob, loss)
         if chunk.mask is not None:
             g = g.masked_fill(~chunk.mask, 0.0)
         h = None
         if loss.entropy_coef != 0:
             h = (-loss.entropy_coef * loss.scale).expand_as(g).contiguous()
         self.backward(g, h, *given, stats, *rest, chunk.dlogits)
-        for whole, part in ((logprob, found), (entropy, found_entropy), (slope, g)):
+        for whole, part in ((logprob, found), (entropy, found_entropy), (grad_logprob, g)):
             if whole is not None:
                 whole[chunk.rows] = part
 
@@ -132,17 +132,17 @@ class RowKernels:
         d = z - top.masked_fill(top == -torch.inf, 0.0)
         e = d.exp()
         total = e.sum(-1)
-        log_sum = total.log()
+        shifted_lse = total.log()
         d = d.masked_fill(d == -torch.inf, 0.0)
         mean = (e * d).sum(-1) / total
-        entropy = log_sum - mean
+        entropy = shifted_lse - mean
         top = top.squeeze(-1)
         index, wrong = self._index(targets, z.shape[-1], mask)
-        logprob = (z.gather(-1, index.unsqueeze(-1)).squeeze(-1) - top) - log_sum
+        logprob = (z.gather(-1, index.unsqueeze(-1)).squeeze(-1) - top) - shifted_lse
         logprob = logprob.masked_fill(wrong, math.nan)
         if mask is not None:
             logprob, entropy = logprob.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
-        return logprob, entropy, torch.stack((top, log_sum, mean))
+        return logprob, entropy, torch.stack((top, shifted_lse, mean))
 
     def _backward(self, grad_logprob, grad_entropy, logits, targets, stats, row_t, mask):
         chain = 1.0 / self.temperature
@@ -150,16 +150,16 @@ class RowKernels:
             chain = (1.0 / row_t).unsqueeze(-1)
         if self.softcap > 0:
             chain = chain * (1.0 - torch.tanh(logits / self.softcap).square())
-        top, log_sum, mean = (s.unsqueeze(-1) for s in stats)
+        top, shifted_lse, mean = (s.unsqueeze(-1) for s in stats)
         away = self._scaled(logits, row_t) - top
-        p = (away - log_sum).exp()
+        p = (away - shifted_lse).exp()
         grad = torch.zeros_like(logits)
         if grad_logprob is not None:
             index, wrong = self._index(targets, p.shape[-1], mask)
             g = grad_logprob.masked_fill(wrong, math.nan).unsqueeze(-1)
             grad.scatter_(-1, index.unsqueeze(-1), g).sub_(g * p)
         if grad_entropy is not None:
-            # log p + entropy, without the rounding of log_sum that the whole row would share
+            # log p + entropy, without the rounding of shifted_lse that the whole row would share
             away = away.masked_fill(away == -torch.inf, 0.0)
             grad.sub_(grad_entropy.unsqueeze(-1) * p * (away - mean))
         grad.mul_(chain)
@@ -181,11 +181,15 @@ class RowKernels:
         return z / self.temperature if self.temperature != 1.0 else z
 
 
-def policy_slope(logprob, advantages, old_logprob, loss: TokenLoss) -> Tensor:
+def policy_grad_logprob(logprob, advantages, old_logprob, loss: TokenLoss) -> Tensor:
     """d loss / d logprob [n] in plain PyTorch: the gradient of `policy_term` in csrc/common/rl_math.h."""
     if old_logprob is None:
-        slope = -loss.scale
-        return slope.expand_as(logprob).contiguous() if advantages is None else slope * advantages
+        grad_logprob = -loss.scale
+        return (
+            grad_logprob.expand_as(logprob).contiguous()
+            if advantages is None
+            else grad_logprob * advantages
+        )
     a = torch.ones_like(logprob) if advantages is None else advantages
     distance = logprob - old_logprob
     log_ratio = distance.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -195,9 +199,9 @@ def policy_slope(logprob, advantages, old_logprob, loss: TokenLoss) -> Tensor:
     idle = (clipped > unclipped) | (log_ratio != distance)
     if math.isfinite(loss.dual_clip):
         idle |= (a < 0) & (-a * loss.dual_clip < larger)
-    slope = unclipped.masked_fill(idle, 0.0)
+    grad_logprob = unclipped.masked_fill(idle, 0.0)
     # A NaN must not hide behind a clip.
-    return torch.where(larger == larger, slope, larger) * loss.scale
+    return torch.where(larger == larger, grad_logprob, larger) * loss.scale
 
 
 def local_targets(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
@@ -223,21 +227,21 @@ def whole_rows(every: Tensor, targets: Tensor, width: int, mask: Tensor | None):
 def combine(every: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(logprob [N], entropy [N], stats [3, N]) of rows whose vocabulary lies in W parts.
 
-    From every [W, 4, N], a part's (max, log_sum, mean, logprob) of its own softmax: with
+    From every [W, 4, N], a part's (max, shifted_lse, mean, logprob) of its own softmax: with
     w_r = exp(lse_r - lse), logprob = logprob_owner + log w_owner, mean = sum_r w_r (mean_r + max_r - max).
     """
-    tops, log_sums, means, logprobs = every.unbind(1)
+    tops, shifted_lses, means, logprobs = every.unbind(1)
     top = tops.amax(0)
     # A part that is all -inf (padding) weighs nothing; one that holds a NaN, whose max may be -inf too, is NaN.
-    idle = log_sums == -torch.inf
-    log_w = (tops - top + log_sums).masked_fill(idle, -torch.inf)
+    idle = shifted_lses == -torch.inf
+    log_w = (tops - top + shifted_lses).masked_fill(idle, -torch.inf)
     logprobs = logprobs.masked_fill(idle, 0.0)  # a target in there: -inf, by log_w
-    log_sum = log_w.exp().sum(0).log()
-    log_w = log_w - log_sum
+    shifted_lse = log_w.exp().sum(0).log()
+    log_w = log_w - shifted_lse
     w = log_w.exp()
     mean = (w * (means + (tops - top))).masked_fill(w == 0, 0.0).sum(0)
     logprob = (logprobs + log_w).gather(0, owner.unsqueeze(0)).squeeze(0)
-    return logprob, log_sum - mean, torch.stack((top, log_sum, mean))
+    return logprob, shifted_lse - mean, torch.stack((top, shifted_lse, mean))
 
 
 def _whole_fake(state, vocab, targets, *settings):

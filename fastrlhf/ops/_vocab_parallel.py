@@ -159,9 +159,9 @@ class ShardKernels(RowKernels):
         wrong = self._wrong(targets) if mask is None else self._wrong(targets) & mask
         return logprob.masked_fill(wrong, math.nan), entropy, stats
 
-    def loss(self, chunk, loss, logprob, entropy, slope):
+    def loss(self, chunk, loss, logprob, entropy, grad_logprob):
         # The ranks wait for each other between a row's statistics and its loss.
-        self.loss_in_parts(chunk, loss, logprob, entropy, slope)
+        self.loss_in_parts(chunk, loss, logprob, entropy, grad_logprob)
 
     def backward(self, grad_logprob, grad_entropy, logits, targets, stats, row_t, mask, out):
         local, mine = local_targets(targets, self.columns)

@@ -312,16 +312,18 @@ class _Tokens:
                 self._refuse(loss, logprob, part)
             if mask is not None:
                 loss = loss.masked_fill(~mask, 0.0)
-            slopes = [None, None]
+            grad_logprobs = [None, None]
             if trains:
                 _only_rows(loss, leaves)
                 up = self.scale.expand_as(loss)
-                slopes = list(torch.autograd.grad(loss, leaves, up, allow_unused=True))
-                if all(g is None for g in slopes):  # a Function whose backward returns None
-                    slopes[0] = torch.zeros_like(logprob)
+                grad_logprobs = list(torch.autograd.grad(loss, leaves, up, allow_unused=True))
+                if all(g is None for g in grad_logprobs):  # a Function whose backward returns None
+                    grad_logprobs[0] = torch.zeros_like(logprob)
                 wrong = self.head.wrong
                 if wrong is not None:  # a clip makes 0 of the scale's NaN
-                    slopes = [g if g is None else g.masked_fill(wrong, torch.nan) for g in slopes]
+                    grad_logprobs = [
+                        g if g is None else g.masked_fill(wrong, torch.nan) for g in grad_logprobs
+                    ]
         self.loss[part] = loss.detach()
         if part.start:
             _same_metrics(metrics, self.metrics)
@@ -330,8 +332,8 @@ class _Tokens:
                 value = value.masked_fill(~mask, 0)
             whole = self.metrics.setdefault(name, value.new_empty(self.loss.shape))
             whole[part] = value
-        slopes = [None if g is None else g.contiguous() for g in slopes]
-        return slopes[0], slopes[1] if self.with_entropy else None
+        grad_logprobs = [None if g is None else g.contiguous() for g in grad_logprobs]
+        return grad_logprobs[0], grad_logprobs[1] if self.with_entropy else None
 
     def _refuse(self, loss, logprob, part):
         first = int((~loss.isfinite()).nonzero()[0])

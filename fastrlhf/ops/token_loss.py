@@ -1,6 +1,6 @@
 """token_loss: the policy loss of each row and its gradient in the logits, in one pass over them.
 
-Shapes: logits [..., V] -> N rows; targets, advantages, old_logprob, mask, outputs [...]; slope [N] =
+Shapes: logits [..., V] -> N rows; targets, advantages, old_logprob, mask, outputs [...]; grad_logprob [N] =
 d loss / d logprob; stats [2, N] the first two of token_logprob's.
 """
 
@@ -194,9 +194,9 @@ def _empty(logits):
 def _setup_forward(ctx, all_arguments, outputs):
     logits, ctx.ops, ctx.inplace, targets, advantages, old_logprob, *rest = all_arguments
     clip, dual_clip, row_temperature, temperature, softcap, mask, scale_tensor, scale = rest
-    _, _, slope, stats, out = outputs
+    _, _, grad_logprob, stats, out = outputs
     rows = (targets, advantages, old_logprob, row_temperature, mask, scale_tensor)
-    ctx.save_for_backward(logits, slope, stats, *rows)
+    ctx.save_for_backward(logits, grad_logprob, stats, *rows)
     ctx.numbers = clip, dual_clip, temperature, softcap, scale
     ctx.grad = None if ctx.inplace else out
 
@@ -207,11 +207,13 @@ def _hand_out(ctx, grad_loss):
         grad, ctx.grad = ctx.grad, None
         ctx.ops.bwd_.below(grad, grad_loss)
         return (grad,)
-    logits, slope, stats, *rows = ctx.saved_tensors
+    logits, grad_logprob, stats, *rows = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph: an op whose own gradient says that it has none
         if ctx.inplace:
             raise NotImplementedError(f"{OP}: create_graph must not meet inplace_backward=True")
-        return (_from_stats(ctx.ops, grad_loss, logits, slope, stats, *_arguments(ctx, rows)),)
+        return (
+            _from_stats(ctx.ops, grad_loss, logits, grad_logprob, stats, *_arguments(ctx, rows)),
+        )
     if ctx.inplace:
         grad = logits.detach()
         # One gradient, given away once: a second backward raises at saved_tensors.
@@ -236,11 +238,11 @@ _gradient_in_forward = differentiable(
 )
 
 
-def _from_stats(ops, grad_loss, logits, slope, stats, targets, *arguments):
+def _from_stats(ops, grad_loss, logits, grad_logprob, stats, targets, *arguments):
     """dL/dlogits from the logits and the statistics of their rows."""
     *_, row_temperature, temperature, softcap, mask, _, _ = arguments
     return ops.logprob_bwd(
-        grad_loss * slope,
+        grad_loss * grad_logprob,
         None,
         logits,
         targets,
@@ -266,8 +268,8 @@ def _in_place_fake(*arguments):
 
 def _setup(ctx, arguments, outputs):
     logits, targets, *_, row_temperature, ctx.temperature, ctx.softcap, mask, _, _ = arguments
-    _, _, slope, stats = outputs
-    ctx.save_for_backward(logits, slope, stats, targets, row_temperature, mask)
+    _, _, grad_logprob, stats = outputs
+    ctx.save_for_backward(logits, grad_logprob, stats, targets, row_temperature, mask)
 
 
 class Ops(NamedTuple):
@@ -285,12 +287,14 @@ class Ops(NamedTuple):
 
 def _register(prefix, logprob_ops, fwd=None, fwd_=None, bwd_=None, rows_=None):
     def backward(ctx, grad_loss):
-        logits, slope, stats, targets, row_temperature, mask = ctx.saved_tensors
+        logits, grad_logprob, stats, targets, row_temperature, mask = ctx.saved_tensors
         rest = (row_temperature, ctx.temperature, ctx.softcap, mask, None, None)
-        return (_from_stats(made, grad_loss, logits, slope, stats, targets, *(None,) * 4, *rest),)
+        return (
+            _from_stats(made, grad_loss, logits, grad_logprob, stats, targets, *(None,) * 4, *rest),
+        )
 
     autograd = {"op": OP, "wrt": (0,), "setup": _setup, "backward": backward}
-    results = ("dlogits", "logprob", "entropy", "slope")
+    results = ("dlogits", "logprob", "entropy", "grad_logprob")
     made = Ops(
         register(f"{prefix}_fwd", _fwd_fake, body=fwd, **autograd, create_graph=True),
         register(f"{prefix}_fwd_", _fwd_fake, body=fwd_, mutates=("out",)),
@@ -374,13 +378,13 @@ def _triton_rows_(
     dlogits: Tensor,
     logprob: Tensor,
     entropy: Tensor | None,
-    slope: Tensor | None,
+    grad_logprob: Tensor | None,
 ) -> None:
     from fastrlhf.kernels import token_loss as kernels
 
     policy = (advantages, old_logprob, clip, dual_clip)
     settings = (entropy_coef, row_temperature, temperature, softcap, mask, scale)
-    kernels.rows_(logits, targets, *policy, *settings, dlogits, logprob, entropy, slope)
+    kernels.rows_(logits, targets, *policy, *settings, dlogits, logprob, entropy, grad_logprob)
 
 
 _TRITON = _register(

@@ -68,33 +68,42 @@ class Problem:
             *(with_entropy, False),
         )
 
-    def backward(self, slope, h, stats, out):
+    def backward(self, grad_logprob, h, stats, out):
         """token_logprob's gradient, written to `out`."""
         OPS.token_logprob_bwd_(
-            *(slope, h, self.logits, self.targets, stats, self.temperature, 1.0, self.softcap),
+            *(
+                grad_logprob,
+                h,
+                self.logits,
+                self.targets,
+                stats,
+                self.temperature,
+                1.0,
+                self.softcap,
+            ),
             *(self.mask, out),
         )
         return out
 
     def token_loss(self, out=None):
-        """(loss, logprob, slope, stats) of token_loss."""
+        """(loss, logprob, grad_logprob, stats) of token_loss."""
         op, more = (OPS.token_loss_fwd, ()) if out is None else (OPS.token_loss_fwd_, (out,))
         return op(
             *(self.logits, self.targets, self.advantages, self.old_logprob, CLIP, DUAL_CLIP),
             *(self.temperature, 1.0, self.softcap, self.mask, self.scale, 0.0, *more),
         )
 
-    def rows(self, out, coef=COEF, with_entropy=True, with_slope=True):
-        """(out, logprob, entropy, slope) of the row pass."""
-        logprob, entropy, slope = torch.full_like(self.scale, torch.nan).repeat(
+    def rows(self, out, coef=COEF, with_entropy=True, with_grad_logprob=True):
+        """(out, logprob, entropy, grad_logprob) of the row pass."""
+        logprob, entropy, grad_logprob = torch.full_like(self.scale, torch.nan).repeat(
             3, len(self.targets)
         )
         OPS.token_loss_rows_(
             *(self.logits, self.targets, self.advantages, self.old_logprob, CLIP, DUAL_CLIP, coef),
             *(self.temperature, 1.0, self.softcap, self.mask, self.scale, out, logprob),
-            *(entropy if with_entropy else None, slope if with_slope else None),
+            *(entropy if with_entropy else None, grad_logprob if with_grad_logprob else None),
         )
-        return out, logprob, entropy, slope
+        return out, logprob, entropy, grad_logprob
 
 
 def problem(width, dtype=F32, softcap=0.0, offset=0):
@@ -149,17 +158,21 @@ def test_bits_are_those_of_the_kernels_apart(width, offset, cap, backend, monkey
     finite = torch.arange(ROWS, device=DEVICE["cuda"]) != WITHOUT_TARGET
     assert logprob[finite & p.mask].isfinite().all() and logprob[WITHOUT_TARGET].isnan()
 
-    # ppo_loss on the log-probs that the row pass is to make: slope, and h = dL/dentropy.
+    # ppo_loss on the log-probs that the row pass is to make: grad_logprob, and h = dL/dentropy.
     safe = logprob.masked_fill(~finite, 0.0)
     *_, grads = OPS.ppo_loss_fwd(
         *(safe, p.old_logprob, p.advantages, None, None, None, entropy, p.mask),
         *(CLIP, DUAL_CLIP, math.inf, 0.0, COEF, True),
     )
     # Its masked tokens have -0.0 or 0.0, by the sign of their advantage.
-    slope, h = grads[0].masked_fill(~p.mask, 0.0).masked_fill(~finite, math.nan), grads[1]
-    assert (slope[p.mask & finite] == 0).sum() == 3 and (slope[p.mask & finite] != 0).sum() == 4
+    grad_logprob, h = grads[0].masked_fill(~p.mask, 0.0).masked_fill(~finite, math.nan), grads[1]
+    assert (grad_logprob[p.mask & finite] == 0).sum() == 3 and (
+        grad_logprob[p.mask & finite] != 0
+    ).sum() == 4
     expected = {
-        (dtype, coef): p.backward(slope, h if coef else None, stats, matrix(ROWS, width, dtype))
+        (dtype, coef): p.backward(
+            grad_logprob, h if coef else None, stats, matrix(ROWS, width, dtype)
+        )
         for dtype in (F32, *NARROW)
         for coef in (0.0, COEF)
     }
@@ -171,15 +184,18 @@ def test_bits_are_those_of_the_kernels_apart(width, offset, cap, backend, monkey
                 on_chip = shared > 0 and cap != "exact cap"
                 check_launch(blocks if on_chip else 1, on_chip)
                 assert same_bits(got[0], gradient), (shared, dtype, coef)
-                assert same_bits(got[1], logprob) and same_bits(got[3], slope), (shared, dtype)
+                assert same_bits(got[1], logprob) and same_bits(got[3], grad_logprob), (
+                    shared,
+                    dtype,
+                )
                 assert not with_entropy or same_bits(got[2], entropy), (shared, dtype)
         out = matrix(ROWS, width, F32, offset)
-        _, of_loss, its_slope, its_stats = p.token_loss(out)
+        _, of_loss, its_grad_logprob, its_stats = p.token_loss(out)
         assert same_bits(of_loss, logprob) and same_bits(its_stats, stats[:2])
-        assert same_bits(its_slope, slope) and same_bits(out, expected[F32, 0.0])
-        _, of_loss, its_slope, its_stats = p.token_loss()
+        assert same_bits(its_grad_logprob, grad_logprob) and same_bits(out, expected[F32, 0.0])
+        _, of_loss, its_grad_logprob, its_stats = p.token_loss()
         assert same_bits(of_loss, logprob) and same_bits(its_stats, stats[:2])
-        assert same_bits(its_slope, slope)
+        assert same_bits(its_grad_logprob, grad_logprob)
     for dtype in NARROW:  # one rounding, at the store
         for coef in (0.0, COEF):
             assert same_bits(expected[dtype, coef], expected[F32, coef].to(dtype))
@@ -194,21 +210,21 @@ def test_the_widest_row_on_chip(width, backend, monkeypatch):
     one = p.first(1)
     one = replace(one, old_logprob=one.forward()[0] - 0.1)
     logprob, entropy, stats = one.forward()
-    dlogits, *got, slope = one.rows(matrix(1, width, torch.bfloat16))
+    dlogits, *got, grad_logprob = one.rows(matrix(1, width, torch.bfloat16))
     on_chip = SM >= 90 and width == 256 * 1024
     check_launch(8 if on_chip else 1, on_chip)
     assert same_bits(got[0], logprob) and same_bits(got[1], entropy)
     h = -COEF * one.scale.view(1)
-    assert same_bits(one.backward(slope, h, stats, torch.empty_like(dlogits)), dlogits)
+    assert same_bits(one.backward(grad_logprob, h, stats, torch.empty_like(dlogits)), dlogits)
 
 
 @cuda
 def test_masked_rows_give_0_and_are_not_read(backend):
     p = problem(301)
     for out in (matrix(ROWS, 301, F32), matrix(ROWS, 301, torch.bfloat16)):
-        dlogits, logprob, entropy, slope = p.rows(out)
+        dlogits, logprob, entropy, grad_logprob = p.rows(out)
         assert not dlogits[MASKED].any() and not dlogits[MASKED].signbit().any()
-        assert logprob[MASKED] == entropy[MASKED] == slope[MASKED] == 0
+        assert logprob[MASKED] == entropy[MASKED] == grad_logprob[MASKED] == 0
         assert dlogits[WITHOUT_TARGET].isnan().all() and entropy[WITHOUT_TARGET].isfinite()
         rest = p.mask & (torch.arange(ROWS, device=DEVICE["cuda"]) != WITHOUT_TARGET)
         assert dlogits[rest].isfinite().all()
@@ -217,8 +233,8 @@ def test_masked_rows_give_0_and_are_not_read(backend):
         )  # p = 1 at the target, whose gradient is 0 as well
         assert (dlogits != 0).any(-1)[rest & ~certain].all()
     # Without the entropy's part, rows that the clips stop are 0 as well.
-    clipped, _, _, slope = p.rows(matrix(ROWS, 301, F32), coef=0.0)
-    assert not clipped[slope == 0].any() and (slope == 0).sum() == 4
+    clipped, _, _, grad_logprob = p.rows(matrix(ROWS, 301, F32), coef=0.0)
+    assert not clipped[grad_logprob == 0].any() and (grad_logprob == 0).sum() == 4
 
 
 @cuda
@@ -299,11 +315,11 @@ def test_wherever_the_gradient_lies(offset, dtype, backend):
 def test_token_logprobs_backward_rounds_once(dtype, cap, backend):
     p = problem(2051, softcap=CAPS[cap], offset=1)
     _, _, stats = p.forward()
-    slope = randn(ROWS, seed=5, device=DEVICE["cuda"])
-    slope[3] = 0
+    grad_logprob = randn(ROWS, seed=5, device=DEVICE["cuda"])
+    grad_logprob[3] = 0
     h = randn(ROWS, seed=6, device=DEVICE["cuda"])
     h[3:5] = 0
-    for g, of_entropy in ((slope, None), (None, h), (slope, h)):
+    for g, of_entropy in ((grad_logprob, None), (None, h), (grad_logprob, h)):
         wide = p.backward(g, of_entropy, stats, matrix(ROWS, 2051, F32))
         assert same_bits(
             p.backward(g, of_entropy, stats, matrix(ROWS, 2051, dtype)), wide.to(dtype)
@@ -342,7 +358,7 @@ def test_bad_input(backend):
         "mask": None,
         "scale": p.scale,
         "dlogits": matrix(ROWS, 64, torch.bfloat16),
-        **{name: torch.empty_like(p.advantages) for name in ("logprob", "entropy", "slope")},
+        **{name: torch.empty_like(p.advantages) for name in ("logprob", "entropy", "grad_logprob")},
     }
     OPS.token_loss_rows_(**good)
     halves = p.logits.view(torch.bfloat16)
@@ -355,14 +371,14 @@ def test_bad_input(backend):
         ({"entropy": None}, "needs the entropy"),
         ({"logprob": p.advantages.double()}, "logprob must be contiguous"),
         ({"entropy": p.advantages.repeat(2)[::2]}, "entropy must be contiguous"),
-        ({"slope": p.advantages[1:].clone()}, "slope must be contiguous"),
+        ({"grad_logprob": p.advantages[1:].clone()}, "grad_logprob must be contiguous"),
         ({"scale": p.scale.double()}, "scale must have"),
         ({"scale": p.scale.repeat(2)}, "scale must have"),
     ]
     for change, message in bad:
         with pytest.raises(RuntimeError, match=message):
             OPS.token_loss_rows_(**(good | change))
-    OPS.token_loss_rows_(**(good | {"entropy": None, "entropy_coef": 0.0, "slope": None}))
+    OPS.token_loss_rows_(**(good | {"entropy": None, "entropy_coef": 0.0, "grad_logprob": None}))
     _, _, stats = p.forward()
     for out in (halves[:, :64], halves[:, 64:]):
         with pytest.raises(RuntimeError, match="must not overlap"):

@@ -47,13 +47,13 @@ def problem(rows, width, dtype, settings=PLAIN, *, device, seed=0):
 def row_pass(
     logits, *policy, settings=PLAIN, scale=0.3, entropy_coef=0.0, dlogits=None, wanted=True
 ):
-    """(dlogits, logprob, entropy, slope) of a call whose outputs held NaN before. `wanted`: the last two are given."""
+    """(dlogits, logprob, entropy, grad_logprob) of a call over outputs of NaN. `wanted`: the last two are given."""
     options = {"dtype": acc_of(logits), "device": logits.device}
-    logprob, entropy, slope = torch.full((3, *policy[0].shape), NAN, **options)
+    logprob, entropy, grad_logprob = torch.full((3, *policy[0].shape), NAN, **options)
     dlogits = torch.full_like(logits, NAN) if dlogits is None else dlogits
     scale = torch.tensor(scale, **options)
     row_temperature, *rest = settings
-    more = (entropy, slope) if wanted else (None, None)
+    more = (entropy, grad_logprob) if wanted else (None, None)
     numbers = (0.2, 3.0, entropy_coef)
     rows_ = token_loss.ops("triton").rows_
     rows_(logits, *policy, *numbers, row_temperature, *rest, scale, dlogits, logprob, *more)
@@ -66,12 +66,12 @@ def in_parts(logits, targets, *policy, settings=PLAIN, scale=0.3, entropy_coef=0
     logprob, entropy, stats = ops.fwd(logits, targets, *settings, True, False)
     scale = torch.tensor(scale, dtype=logprob.dtype, device=logits.device)
     terms = token_loss.ops("triton").fwd(logits, targets, *policy, 0.2, 3.0, *settings, scale, 1.0)
-    _, same_logprob, slope, same_stats = terms
+    _, same_logprob, grad_logprob, same_stats = terms
     same((same_logprob, same_stats), (logprob, stats[:2]))
-    h = (-entropy_coef * scale).expand_as(slope) if entropy_coef else None
+    h = (-entropy_coef * scale).expand_as(grad_logprob) if entropy_coef else None
     dlogits = torch.full_like(logits, NAN, dtype=into)
-    ops.bwd_(slope, h, logits, targets, stats, *settings, dlogits)
-    return dlogits, logprob, entropy, slope
+    ops.bwd_(grad_logprob, h, logits, targets, stats, *settings, dlogits)
+    return dlogits, logprob, entropy, grad_logprob
 
 
 def same(ours, theirs):
@@ -96,14 +96,16 @@ def test_bits_of_the_ops_one_after_the_other(backend, dtype, options, entropy_co
     logits[1] += torch.linspace(-12, 12, V, device=device).to(dtype)  # the maximum keeps moving
     kwargs = {"settings": settings, "entropy_coef": entropy_coef}
     expected = in_parts(logits, *policy, **kwargs)
-    _, logprob, entropy, slope = expected
+    _, logprob, entropy, grad_logprob = expected
     rest = (None, None, None, entropy, settings[-1], 0.2, 3.0, INF, 0.0, entropy_coef, True)
-    slopes = ppo_loss.ops("triton")(logprob, policy[2], policy[1], *rest)[3]
-    assert torch.equal(slope, slopes[0] * torch.tensor(0.3, dtype=slope.dtype, device=device))
+    grad_logprobs = ppo_loss.ops("triton")(logprob, policy[2], policy[1], *rest)[3]
+    assert torch.equal(
+        grad_logprob, grad_logprobs[0] * torch.tensor(0.3, dtype=grad_logprob.dtype, device=device)
+    )
     same(row_pass(logits, *policy, **kwargs), expected)
     copy = logits.clone()
     same(row_pass(copy, *policy, dlogits=copy, **kwargs), expected)  # in place
-    assert (slope != 0).any() and expected[0].isfinite().all()
+    assert (grad_logprob != 0).any() and expected[0].isfinite().all()
     if dtype == torch.float32:
         half = NARROW[entropy_coef == 0.0]
         out = torch.full_like(logits, NAN, dtype=half)
@@ -139,11 +141,11 @@ def test_bits_of_the_exact_soft_cap(backend):
 def test_the_entropy_moves_no_bit_of_the_rest(backend):
     """Nor does the company of other rows, or an output that nobody wants."""
     logits, *policy = problem(4, V, torch.float32, device=DEVICE[backend])
-    dlogits, logprob, _, slope = full = row_pass(logits, *policy)
+    dlogits, logprob, _, grad_logprob = full = row_pass(logits, *policy)
     alone, same_logprob, _, _ = row_pass(logits, *policy, wanted=False)
     assert torch.equal(alone, dlogits) and torch.equal(same_logprob, logprob)
-    _, same_logprob, entropy, same_slope = row_pass(logits, *policy, entropy_coef=0.5)
-    assert torch.equal(same_logprob, logprob) and torch.equal(same_slope, slope)
+    _, same_logprob, entropy, same_grad_logprob = row_pass(logits, *policy, entropy_coef=0.5)
+    assert torch.equal(same_logprob, logprob) and torch.equal(same_grad_logprob, grad_logprob)
     assert torch.equal(entropy, full[2])
     some = torch.tensor([3, 1], device=logits.device)
     few = row_pass(logits[some], *(x[some] for x in policy))
@@ -238,7 +240,7 @@ def test_large_and_tiny_vocabularies(backend):
 
 @triton
 def test_rows_that_do_not_count(backend, poisoned):
-    """Masked: not read, 0 in all. No slope: zero-filled, but for the gradient of the entropy."""
+    """Masked: not read, 0 in all. No grad_logprob: zero-filled, but for the gradient of the entropy."""
     device = DEVICE[backend]
     mask = torch.tensor([1, 0, 1, 0, 1], device=device) > 0
     logits, targets, advantages, old_logprob = problem(5, 50, torch.float32, device=device)
@@ -250,11 +252,11 @@ def test_rows_that_do_not_count(backend, poisoned):
         for entropy_coef in (0.0, 0.5):
             out = torch.full_like(logits, NAN, dtype=dtype)
             got = row_pass(logits, *policy, dlogits=out, entropy_coef=entropy_coef, **kwargs)
-            _, logprob, entropy, slope = got
-            for x in (logprob, entropy, slope, out):
+            _, logprob, entropy, grad_logprob = got
+            for x in (logprob, entropy, grad_logprob, out):
                 assert (x[~mask] == 0).all()
             assert (logprob[mask] != 0).all() and (entropy[mask] != 0).all()
-            assert slope[2] == slope[4] == 0 and slope[0] != 0
+            assert grad_logprob[2] == grad_logprob[4] == 0 and grad_logprob[0] != 0
             carries = (out != 0).any(-1)
             assert carries.tolist() == [True, False, entropy_coef > 0, False, entropy_coef > 0]
     # A loss that is not scaled at all.
@@ -269,10 +271,10 @@ def test_target_outside_the_vocabulary(backend, bad):
     logits, targets, *policy = problem(3, 7, torch.float32, device=DEVICE[backend])
     targets[1] = bad
     out = torch.full_like(logits, 42.0, dtype=torch.bfloat16)
-    dlogits, logprob, entropy, slope = row_pass(
+    dlogits, logprob, entropy, grad_logprob = row_pass(
         logits, targets, *policy, dlogits=out, entropy_coef=0.1
     )
-    for x in (logprob, slope, dlogits.float().sum(-1)):
+    for x in (logprob, grad_logprob, dlogits.float().sum(-1)):
         assert x.isnan().tolist() == [False, True, False]
     assert dlogits[1].isnan().all() and entropy.isfinite().all()
 
@@ -299,10 +301,10 @@ def test_backward_into_16_bits_rounds_once(backend, dtype, options):
     settings, ops = settings_of(options, 5, device), token_logprob.ops("triton")
     logits, targets, g, h = problem(5, V, torch.float32, device=device)
     stats = ops.fwd(logits, targets, *settings, True, False)[2]
-    for slopes in ((g, h), (g, None), (None, h)):
-        wide = ops.bwd(*slopes, logits, targets, stats, *settings)
+    for grad_logprobs in ((g, h), (g, None), (None, h)):
+        wide = ops.bwd(*grad_logprobs, logits, targets, stats, *settings)
         buffer = torch.full((5, V + 3), 42.0, dtype=dtype, device=device)
-        ops.bwd_(*slopes, logits, targets, stats, *settings, buffer[:, :V])
+        ops.bwd_(*grad_logprobs, logits, targets, stats, *settings, buffer[:, :V])
         assert torch.equal(buffer[:, :V], wide.to(dtype)) and (buffer[:, V:] == 42).all()
 
 
@@ -314,13 +316,16 @@ def test_bad_outputs_are_refused(backend):
     outputs = [torch.full_like(logits, 7.0), *(7.0 * one for _ in range(3))]
 
     def refused(match, entropy_coef=0.5, **changed):
-        names = ("dlogits", "logprob", "entropy", "slope")
+        names = ("dlogits", "logprob", "entropy", "grad_logprob")
         given = [changed.get(n, x) for n, x in zip(names, outputs, strict=True)]
         with pytest.raises(ValueError, match=match):
             rows_(logits, *policy, 0.2, INF, entropy_coef, *PLAIN, scale, *given)
 
     refused("entropy must be given where entropy_coef is not 0", entropy=None)
-    refused("slope must be contiguous", slope=torch.zeros(4, 2, device=logits.device)[:, 0])
+    refused(
+        "grad_logprob must be contiguous",
+        grad_logprob=torch.zeros(4, 2, device=logits.device)[:, 0],
+    )
     refused("entropy must be contiguous, of torch.float32 and of the rows", entropy=one[:3])
     refused("logprob must be contiguous, of torch.float32", logprob=one.double())
     for name, wrong, match in (

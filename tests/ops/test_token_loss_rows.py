@@ -47,14 +47,14 @@ class Call:
         rows, options = len(logits), {"dtype": acc_of(logits.dtype), "device": logits.device}
         self.vectors = torch.full((3, rows + 4), NAN, **options)
         self.vectors[:, :2] = self.vectors[:, -2:] = 42
-        self.logprob, self.entropy, self.slope = (v[2:-2] for v in self.vectors)
+        self.logprob, self.entropy, self.grad_logprob = (v[2:-2] for v in self.vectors)
         self.dlogits = more.get("dlogits")
         if self.dlogits is None:
             self.dlogits = torch.full_like(logits, NAN)
         scale = torch.tensor(scale, **options)
         clips = more.get("clip", 0.2), more.get("dual_clip", INF), more.get("entropy_coef", 0.0)
         row_temperature, *rest = settings
-        where = self.dlogits, self.logprob, more.get("entropy", self.entropy), self.slope
+        where = self.dlogits, self.logprob, more.get("entropy", self.entropy), self.grad_logprob
         ops.token_loss_rows_(
             logits, targets, advantages, old_logprob, *clips, row_temperature, *rest, scale, *where
         )
@@ -89,7 +89,7 @@ def test_bits_of_the_ops_one_after_the_other(backend, dtype, entropy_coef, optio
         ops.token_logprob_bwd_(
             g, h if entropy_coef else None, logits, targets, stats, *settings, expected
         )
-        same((call.logprob, call.entropy, call.slope), (logprob, entropy, g))
+        same((call.logprob, call.entropy, call.grad_logprob), (logprob, entropy, g))
         same((out,), (expected,))
         assert out.isfinite().all()
     assert 0.1 < (g == 0).double().mean() < 0.9 and (g > 0).any() and (g < 0).any()
@@ -157,11 +157,11 @@ def test_rows_that_do_not_count(backend, poisoned):
         call = Call(
             logits, targets, advantages, old_logprob, 0.1, (None, 1.0, 0.0, mask), dlogits=out
         )
-        assert (call.slope == 0).all() and (out == 0).all()
+        assert (call.grad_logprob == 0).all() and (out == 0).all()
         same((call.logprob, call.entropy), expected[:2])
         more = {"dlogits": out, "entropy_coef": 0.5}
         call = Call(logits, targets, advantages, old_logprob, 0.1, (None, 1.0, 0.0, mask), **more)
-        assert (call.slope == 0).all() and ((out != 0).any(-1) == mask).all()
+        assert (call.grad_logprob == 0).all() and ((out != 0).any(-1) == mask).all()
 
 
 @each_backend
@@ -189,20 +189,22 @@ def test_bad_input_is_refused_before_anything_is_written(backend):
                 logits, targets, *policy, 0.2, INF, entropy_coef, *settings, scale, *outputs
             )
 
-    dlogits, logprob, entropy, slope = after
+    dlogits, logprob, entropy, grad_logprob = after
     bad = targets.clone()
     bad[2] = 33
     refused(r"targets must be in \[0, 33\); got 33 at row 2", targets=bad)
     row_temperature = torch.tensor([1.0, -2.0, 1.0, 1.0])
     refused("temperature must be above 0; got -2", settings=(row_temperature, *PLAIN[1:]))
-    refused("an entropy_coef needs the entropy", (dlogits, logprob, None, slope))
-    refused("must be contiguous, one a row", (dlogits, torch.zeros(4, 2)[:, 0], entropy, slope))
-    refused("must be contiguous, one a row", (dlogits, logprob, entropy, slope[:3]))
-    refused("must be contiguous, one a row", (dlogits, logprob.double(), entropy, slope))
-    refused("out must be like logits", (dlogits.double(), logprob, entropy, slope))
-    refused("out must be like logits", (dlogits[:, :-1], logprob, entropy, slope))
+    refused("an entropy_coef needs the entropy", (dlogits, logprob, None, grad_logprob))
+    refused(
+        "must be contiguous, one a row", (dlogits, torch.zeros(4, 2)[:, 0], entropy, grad_logprob)
+    )
+    refused("must be contiguous, one a row", (dlogits, logprob, entropy, grad_logprob[:3]))
+    refused("must be contiguous, one a row", (dlogits, logprob.double(), entropy, grad_logprob))
+    refused("out must be like logits", (dlogits.double(), logprob, entropy, grad_logprob))
+    refused("out must be like logits", (dlogits[:, :-1], logprob, entropy, grad_logprob))
     shared = logits.view(torch.bfloat16)[:, :33]
-    refused("must not overlap the logits", (shared, logprob, entropy, slope))
+    refused("must not overlap the logits", (shared, logprob, entropy, grad_logprob))
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     assert logits.isfinite().all()
 

@@ -55,7 +55,7 @@ def test_bits_do_not_depend_on_the_cluster(dtype, offset, width, cap, backend, m
     softcap = CAPS[cap]
 
     def run(shared, out_offset):
-        """Bits of loss, logprob, slope, stats and the gradient; at out_offset None in place."""
+        """Bits of loss, logprob, grad_logprob, stats and the gradient; at out_offset None in place."""
         monkeypatch.setenv("HOST_SHIM_SHARED", str(shared))
         rows = rows_at(offset, width, dtype).copy_(logits)
         out = rows if out_offset is None else rows_at(out_offset, width, dtype)

@@ -147,5 +147,5 @@ fmt: $(VENV)/.stamp-dev
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV)/.stamp-build-*
-	rm -f fastrlhf/_C*.so
+	rm -f fastrlhf/*.so
 	find fastrlhf kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

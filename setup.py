@@ -1,14 +1,22 @@
-"""Builds `fastrlhf._C`, the C++/CUDA extension. All metadata lives in pyproject.toml.
+"""Builds the compiled parts of fastrlhf. All metadata lives in pyproject.toml.
+
+fastrlhf/libfastrlhf.so  the C++ and CUDA kernels on torch's stable ABI, without Python symbols: one build serves every
+                         Python >= 3.10 and every torch >= 2.10
+fastrlhf/_C              the sequence packer as a pybind11 module, for the Python that builds it; without it packing
+                         runs in Python, with the same result
 
 FASTRLHF_BUILD = auto (default) | none | cpu | cuda
     auto  CUDA where torch is a CUDA build and a toolkit is found, else C++ for the CPU, else none;
-          stops where torch is missing, for pip hides what a build says and the reference is slow
-    none  pure Python: every op runs on its PyTorch reference (and on Triton where there is a GPU)
+          stops when torch is missing, because pip hides warnings and the reference is slow
+    none  pure Python: every op runs on its PyTorch reference, and on Triton when there is a GPU
     cpu   C++ kernels for the CPU
-    cuda  C++ and CUDA kernels; stops with the fix when something is missing
+    cuda  C++ and CUDA kernels; stops and says how to fix it when something is missing
 
-The choice looks at the toolkit and at torch's own build, never at the GPU of the building machine:
-containers are built on machines without one.
+FASTRLHF_LIBRARY = a libfastrlhf.so that was built before: it is packaged as it is, and torch is not needed. `make
+wheels` uses it to compile the kernels once for the wheels of all Python versions.
+
+The choice depends on the toolkit and on torch's own build, never on a GPU of the building machine: containers are
+built on machines without one.
 """
 
 import importlib.util
@@ -19,10 +27,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# LibTorch Stable ABI of torch 2.10: one build serves every later torch.
+LIBRARY, MODULE = "fastrlhf.libfastrlhf", "fastrlhf._C"
+# The stable ABI of torch 2.10: one build serves every later torch.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 CUDA_ARCHS = "8.0;9.0;10.0+PTX"
 FIX_TORCH = (
@@ -48,8 +59,6 @@ def missing_for_cpu(ext):
     """What stops a C++ build, as one clause; empty when nothing does."""
     if ext is None:
         return f"torch is not importable: {FIX_TORCH}"
-    if importlib.util.find_spec("pybind11") is None:
-        return "pybind11 is not installed: pip install pybind11 ninja"
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None and shutil.which("g++") is None:
         return f"no C++ compiler ({compiler!r} is not on PATH): install g++ >= 11 or set CXX"
@@ -118,11 +127,17 @@ def choose(wanted, ext):
     return "none"
 
 
-def extension(kind, ext):
-    import pybind11
+def version():
+    text = (ROOT / "fastrlhf/__init__.py").read_text()
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
 
-    # Before torch's bundled copy, which refuses the stable ABI's TORCH_TARGET_VERSION in torch 2.11.
-    includes = [str(ROOT / "csrc"), pybind11.get_include()]
+
+def sources(pattern):
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
+def kernel_library(kind, ext):
+    """libfastrlhf.so as an extension of setuptools; `kind` is 'cpu' or 'cuda'."""
     torch_include = str(Path(ext.__file__).resolve().parent.parent / "include")
     # Source paths of the building machine stay out of error messages.
     prefix_maps = [f"-fmacro-prefix-map={ROOT}/=", f"-fmacro-prefix-map={torch_include}/="]
@@ -137,39 +152,82 @@ def extension(kind, ext):
         "-ffp-contract=fast",
         "-fno-math-errno",
         "-fno-trapping-math",
+        f'-DFASTRLHF_VERSION="{version()}"',
         *defines,
         *prefix_maps,
     ]
-    sources = ["csrc/registration.cpp", "csrc/packer.cpp"]
-    sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
+    files = ["csrc/registration.cpp", "csrc/build_info.cpp", *sources("csrc/cpu/*.cpp")]
+    # py_limited_api leaves out libtorch_python.
+    options = {"include_dirs": [str(ROOT / "csrc")], "py_limited_api": True}
     if kind == "cpu":
-        return ext.CppExtension(
-            "fastrlhf._C", sources, include_dirs=includes, extra_compile_args={"cxx": cxx}
-        )
-    sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
+        return ext.CppExtension(LIBRARY, files, extra_compile_args={"cxx": cxx}, **options)
     archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
-    cuda_defines = ["-DFASTRLHF_CUDA", f'-DFASTRLHF_CUDA_ARCHS="{archs.replace(";", " ")}"']
+    cxx += ["-DFASTRLHF_CUDA", f'-DFASTRLHF_CUDA_ARCHS="{archs.replace(";", " ")}"', "-DUSE_CUDA"]
     nvcc = ["-std=c++20", "-O3", "-DUSE_CUDA", *defines]
     nvcc += [f"-Xcompiler={flag}" for flag in ("-fvisibility=hidden", *prefix_maps)]
-    return ext.CUDAExtension(
-        "fastrlhf._C",
-        sources,
-        include_dirs=includes,
-        extra_compile_args={"cxx": cxx + cuda_defines + ["-DUSE_CUDA"], "nvcc": nvcc},
-    )
+    files += sources("csrc/cuda/*.cu")
+    flags = {"cxx": cxx, "nvcc": nvcc}
+    return ext.CUDAExtension(LIBRARY, files, extra_compile_args=flags, **options)
+
+
+def packer_module():
+    """fastrlhf._C as a list of one extension; empty, with a printed line, where pybind11 is missing."""
+    if importlib.util.find_spec("pybind11") is None:
+        say("pybind11 is not installed, building no fastrlhf._C: packing runs in Python")
+        return []
+    import pybind11
+
+    flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"]
+    files = ["csrc/python.cpp", "csrc/packer.cpp"]
+    folders = [str(ROOT / "csrc"), pybind11.get_include()]
+    # C++ to setuptools and to BuildExtension alike, so that the C++ compiler links it.
+    return [
+        Extension(MODULE, files, include_dirs=folders, extra_compile_args=flags, language="c++")
+    ]
+
+
+def commands(base, prebuilt):
+    """setuptools' commands: `base` builds the extensions, a `prebuilt` library is copied instead."""
+
+    class Build(base):
+        def get_ext_filename(self, name):
+            if name in (LIBRARY, LIBRARY.rpartition(".")[2]):
+                return name.replace(".", os.sep) + ".so"
+            return super().get_ext_filename(name)
+
+        def build_extension(self, extension):
+            if extension.name == LIBRARY and prebuilt:
+                self.copy_file(prebuilt, self.get_ext_fullpath(extension.name))
+            else:
+                super().build_extension(extension)
+
+    class Wheel(bdist_wheel):
+        def get_tag(self):
+            python, abi, platform = super().get_tag()
+            modules = self.distribution.ext_modules or []
+            if any(extension.name == MODULE for extension in modules):
+                return python, abi, platform
+            return "py3", "none", platform
+
+    return {"build_ext": Build, "bdist_wheel": Wheel}
 
 
 def main():
+    prebuilt = os.environ.get("FASTRLHF_LIBRARY")
+    if prebuilt:
+        say(f"packaging {prebuilt} (FASTRLHF_LIBRARY)")
+        modules = [Extension(LIBRARY, []), *packer_module()]
+        setup(ext_modules=modules, cmdclass=commands(build_ext, os.path.abspath(prebuilt)))
+        return
     ext = cpp_extension()
     kind = choose(os.environ.get("FASTRLHF_BUILD", "auto"), ext)
     if kind == "none":
         setup()
         return
-    # no_python_abi_suffix=False keeps the interpreter's tag: pybind11 is not abi3.
-    setup(
-        ext_modules=[extension(kind, ext)],
-        cmdclass={"build_ext": ext.BuildExtension.with_options(no_python_abi_suffix=False)},
-    )
+    modules = [kernel_library(kind, ext), *packer_module()]
+    # no_python_abi_suffix=False keeps the interpreter's tag on _C: pybind11 is not abi3.
+    base = ext.BuildExtension.with_options(no_python_abi_suffix=False)
+    setup(ext_modules=modules, cmdclass=commands(base, None))
 
 
 if __name__ == "__main__":

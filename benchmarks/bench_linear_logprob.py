@@ -35,7 +35,7 @@ def _linear(case: Case, device: str) -> Problem:
     if case.op == "linear_ppo_loss":
         args |= {**rows, "clip": 2.0}
     if case.op == "linear_token_loss":
-        args |= {"token_loss": _policy_gradient, "rows": {"advantages": rows["advantages"]}}
+        args |= {"loss_fn": _policy_gradient, "per_token": {"advantages": rows["advantages"]}}
     knows_loss = case.op != "linear_logprob"
     product = 2 * count * h * v
     one, wide, three = _products(hidden[:count], weight)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import fastrlhf
 from fastrlhf import reference
+from fastrlhf.ops import _backend, _library
 
 SHORT = 0.01  # seconds: a shorter call is warmed up by WARM calls before each sample
 WARM = 3
@@ -468,12 +469,7 @@ def machine(device: str) -> dict:
     if info.is_file():
         lines = info.read_text().splitlines()
         cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
-    try:
-        from fastrlhf import _C
-
-        extension = _C.build_info()
-    except ImportError:
-        extension = None
+    extension = None if _backend._extension_error else _library.build_info()
     return {
         "name": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "cpu": cpu,

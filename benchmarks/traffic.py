@@ -79,9 +79,9 @@ def _reinforce(logprob, advantages):
 
 
 def _token_loss(p: Problem, **options):
-    rows = {"advantages": p.advantages}
+    per_token = {"advantages": p.advantages}
     arguments = (p.hidden, p.weight, p.targets, _reinforce)
-    return fastrlhf.linear_token_loss(*arguments, rows=rows, mask=p.mask, **options).loss
+    return fastrlhf.linear_token_loss(*arguments, per_token=per_token, mask=p.mask, **options).loss
 
 
 def _logprob(p: Problem, **options):

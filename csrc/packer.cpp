@@ -18,16 +18,12 @@
 // two.
 #include "packer.h"
 
-#include <pybind11/numpy.h>
-
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <numeric>
 #include <stdexcept>
 #include <string>
-
-namespace py = pybind11;
 
 namespace fastrlhf {
 namespace {
@@ -194,29 +190,6 @@ Packing pack(std::span<const int64_t> lengths, int64_t max_tokens, int64_t multi
   std::vector<int64_t> at(result.offsets.begin(), result.offsets.end() - 1);
   for (int64_t i = 0; i < n; ++i) result.order[at[bin_by_index[i]]++] = i;
   return result;
-}
-
-void bind_packer(py::module_& m) {
-  using Lengths = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
-  m.def(
-      "pack",
-      [](const Lengths& lengths, int64_t max_tokens, int64_t multiple_of) {
-        if (lengths.ndim() != 1) {
-          throw std::invalid_argument("lengths: expected one axis, got " +
-                                      std::to_string(lengths.ndim()));
-        }
-        const std::span<const int64_t> view(lengths.data(), static_cast<size_t>(lengths.size()));
-        Packing packing;
-        {
-          py::gil_scoped_release release;
-          packing = pack(view, max_tokens, multiple_of);
-        }
-        return py::make_tuple(py::array_t<int64_t>(packing.order.size(), packing.order.data()),
-                              py::array_t<int64_t>(packing.offsets.size(), packing.offsets.data()));
-      },
-      py::arg("lengths"), py::arg("max_tokens"), py::arg("multiple_of") = 1,
-      "Pack lengths int64[n] into bins of at most max_tokens: (order int64[n], offsets "
-      "int64[k+1]).");
 }
 
 }  // namespace fastrlhf

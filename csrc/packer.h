@@ -1,9 +1,7 @@
 // Sequence packer: variable-length sequences into micro-batches of at most max_tokens tokens.
 //
-// n sequences, k bins. No torch here: numpy arrays in and out through pybind11.
+// n sequences, k bins. Neither torch nor Python here; csrc/python.cpp binds it.
 #pragma once
-
-#include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <span>
@@ -19,7 +17,5 @@ struct Packing {
 
 // Every length must lie in [1, max_tokens]; the algorithm and its guarantees are in packer.cpp.
 Packing pack(std::span<const int64_t> lengths, int64_t max_tokens, int64_t multiple_of);
-
-void bind_packer(pybind11::module_& m);
 
 }  // namespace fastrlhf

@@ -1,25 +1,10 @@
-// fastrlhf._C: build facts, the sequence packer, and the schema of every C++/CUDA op (the one
-// place).
+// The schema of every C++/CUDA op.
 //
-// Implementations register themselves next to their code: STABLE_TORCH_LIBRARY_IMPL(fastrlhf,
-// CPU|CUDA, m) in csrc/cpu/<op>.cpp and csrc/cuda/<op>.cu. Fake implementations and autograd are
-// added by fastrlhf/ops/<op>.py.
+// Implementations register beside their code: STABLE_TORCH_LIBRARY_IMPL(fastrlhf, CPU|CUDA, m) in
+// csrc/cpu/<op>.cpp and csrc/cuda/<op>.cu. fastrlhf/ops/<op>.py adds fake implementations and
+// autograd.
 
-#include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
-
-#include <algorithm>
-#include <string>
-
-#include "common/checks.h"
-#include "common/rl_math.h"
-#include "packer.h"
-
-#ifndef FASTRLHF_CUDA_ARCHS
-#define FASTRLHF_CUDA_ARCHS ""
-#endif
-
-namespace py = pybind11;
 
 STABLE_TORCH_LIBRARY(fastrlhf, m) {
   // token_logprob: logits [..., V], targets [...]; stats [3, N] = (row max, log of the sum of
@@ -101,46 +86,4 @@ STABLE_TORCH_LIBRARY(fastrlhf, m) {
   m.def(
       "ranking_loss_fwd(Tensor scores, Tensor ranks, Tensor cu_groups, bool with_grad) "
       "-> (Tensor loss, Tensor grad)");
-}
-
-namespace {
-
-py::dict build_info() {
-  py::dict info;
-  info["version"] = "0.1.0";
-  info["torch_target_version"] = "2.10";
-#if defined(__clang__)
-  info["compiler"] = "clang " __clang_version__;
-#else
-  info["compiler"] = "gcc " __VERSION__;
-#endif
-  py::list compiled;
-  for (const char* name : rl::compiled_isas()) compiled.append(name);
-  info["cpu_isa_compiled"] = compiled;
-  info["cpu_isa_running"] = rl::isa_name(rl::running_isa());
-  py::list archs;
-  const std::string text = FASTRLHF_CUDA_ARCHS;
-  for (size_t at = 0; at < text.size();) {
-    const size_t end = std::min(text.find(' ', at), text.size());
-    if (end > at) archs.append(text.substr(at, end - at));
-    at = end + 1;
-  }
-  info["cuda_archs"] = archs;
-  return info;
-}
-
-float poison_fresh_memory(bool on) {
-  rl::fresh_memory_is_nan = on;
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return *static_cast<const float*>(rl::empty_on(cpu, {1}, rl::ScalarType::Float).const_data_ptr());
-}
-
-}  // namespace
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "C++ and CUDA kernels of fastrlhf; the ops are reached through torch.ops.fastrlhf.";
-  m.def("build_info", &build_info, "Facts of this build, as a dict.");
-  m.def("poison_fresh_memory", &poison_fresh_memory,
-        "For tests: fresh CPU memory of the C++ ops holds NaN; returns an element of some.");
-  fastrlhf::bind_packer(m);
 }

@@ -43,18 +43,17 @@ def _version(distribution: str) -> str | None:
 
 
 def _extension() -> dict:
-    """Whether fastrlhf._C loads, its build facts, or why it does not."""
-    if importlib.util.find_spec("fastrlhf._C") is None:
+    """The kernel library's build facts, or why the C++ ops are unavailable."""
+    from fastrlhf.ops import _library
+
+    if reason := _library.load():
+        broken = {"broken": True} if _library.PATH.is_file() else {}
         return {
             "present": False,
-            "reason": "not built (to build it: pip install --no-build-isolation . with "
-            "FASTRLHF_BUILD=auto); the reference backend serves every op",
+            "reason": f"{reason}; the reference backend serves every op",
+            **broken,
         }
-    try:
-        from fastrlhf import _C
-    except ImportError as error:
-        return {"present": False, "broken": True, "reason": f"built, but does not load: {error}"}
-    return {"present": True, **_C.build_info()}
+    return {"present": True, **_library.build_info()}
 
 
 def _attention(device: str) -> dict:

@@ -400,9 +400,9 @@ def linear_token_loss(
     hidden,
     weight,
     targets,
-    token_loss,
+    loss_fn,
     *,
-    rows=None,
+    per_token=None,
     with_entropy=False,
     bias=None,
     temperature=1.0,
@@ -414,9 +414,9 @@ def linear_token_loss(
     compact_rows=False,
     workspace="fast",
 ):
-    """scale * mean, sum or rows of token_loss(logprob, [entropy,] **rows) -> LinearTokenLossOutput.
+    """scale * mean, sum or rows of loss_fn(logprob, [entropy,] **per_token) -> LinearTokenLossOutput.
 
-    `token_loss` gets [N] tensors of the rows that count. 8*N*H*V FLOP, as `linear_logprob`.
+    `loss_fn` gets [N] tensors of the rows that count. 8*N*H*V FLOP, as `linear_logprob`.
     """
     del accumulate_into, compact_rows  # where dW goes, and what work is saved on the way
     logprob, entropy = linear_logprob(
@@ -432,7 +432,7 @@ def linear_token_loss(
     )
     keep = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask.bool()
     leaves = (logprob[keep], entropy[keep]) if with_entropy else (logprob[keep],)
-    out = token_loss(*leaves, **{name: x[keep] for name, x in (rows or {}).items()})
+    out = loss_fn(*leaves, **{name: x[keep] for name, x in (per_token or {}).items()})
     loss, metrics = out if isinstance(out, tuple) else (out, {})
 
     def spread(x):

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ._moments import PROGRAMS
-from ._online_softmax import EXACT_CAP, NO_CAP
+from ._softmax import EXACT_CAP, NO_CAP
 
 
 def one_order(kernel):

@@ -9,8 +9,8 @@ import triton.language as tl
 
 from . import masked_whiten
 from ._launch import device_guard, one_order, row_strides, sequence_grid
+from ._math import kl_term
 from ._moments import block_moments, merge, store_partial
-from ._rl_math import kl_term
 from ._sequence import BLOCK, WARPS, bounds, gae_block, kept, last_kept
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ._launch import device_guard, row_strides, sequence_grid
-from ._rl_math import kl_term
+from ._math import kl_term
 from ._sequence import BLOCK, WARPS, bounds, kept, last_kept
 
 

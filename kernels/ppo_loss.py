@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from ._launch import device_guard, one_order, token_layout, token_offset
+from ._math import policy_term, value_term
 from ._moments import PROGRAMS, block_moments, load_moments, merge, reciprocal, store_partial
-from ._rl_math import policy_term, value_term
 
 BLOCK = 1024
 METRICS = 9

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from ._launch import device_guard
+from ._math import neg_log_sigmoid
 from ._moments import PROGRAMS, reciprocal
-from ._rl_math import neg_log_sigmoid
 from ._sequence import bounds
 
 BLOCK = 16  # completions along each side of a tile

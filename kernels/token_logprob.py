@@ -2,7 +2,7 @@
 
 Shapes: logits [..., V], N rows; targets, row_temperature, mask, logprob, entropy, gradients: N.
 stats [3, N] = (max of z, log of the sum of e^(z - max), mean of z - max under the softmax), z up to a constant of the
-call (see `_online_softmax`): max is rounded, and the others are as exact with respect to what was rounded.
+call (see `_softmax`): max is rounded, and the others are as exact with respect to what was rounded.
 Offsets are int64, so N * V may pass 2^31.
 """
 
@@ -19,7 +19,7 @@ from ._launch import (
     row_tile,
     walkers,
 )
-from ._online_softmax import (
+from ._softmax import (
     cap_kind,
     row_logprob,
     row_slope,

@@ -20,15 +20,15 @@ from ._launch import (
     rows_of,
     walkers,
 )
+from ._math import policy_term
 from ._moments import PROGRAMS
-from ._online_softmax import (
+from ._softmax import (
     cap_kind,
     row_logprob,
     row_slope,
     write_gradient,
     write_zeros,
 )
-from ._rl_math import policy_term
 
 
 @triton.jit

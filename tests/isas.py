@@ -12,10 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-import torch  # noqa: F401  (the extension needs its libraries)
-
-from fastrlhf import _C
-from fastrlhf.ops import _backend
+from fastrlhf.ops import _backend, _library
 
 # ATEN_CPU_CAPABILITY's name for each, lowest first.
 TORCH_NAMES = {"baseline": "default", "avx2": "avx2", "avx512": "avx512"}
@@ -32,7 +29,7 @@ def files() -> list[str]:
 
 
 def main() -> int:
-    running = _C.build_info()["cpu_isa_running"]
+    running = _library.build_info()["cpu_isa_running"]
     names = list(TORCH_NAMES)
     further = names[: names.index(running)]
     print(f"the suite runs {running}; further here: {', '.join(further) or 'none'}", flush=True)

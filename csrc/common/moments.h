@@ -1,7 +1,7 @@
 // Count, mean and sum of squared deviations, shared by csrc/cpu and csrc/cuda.
 #pragma once
 
-#include "rl_math.h"
+#include "math.h"
 
 namespace rl {
 
@@ -84,5 +84,30 @@ struct PivotedValues {
             static_cast<double>(squares)};
   }
 };
+
+// ---- whitening --------------------------------------------------------------------------------
+
+// (x - mean) * scale + shift, with scale = 1 / sqrt(var + 1e-8) and the mean again as shift if it
+// is to stay.
+template <typename A>
+struct Whitening {
+  A mean = 0;
+  A scale = 1;
+  A shift = 0;
+
+  Whitening() = default;
+  RL_HD Whitening(const Moments& all, bool shift_mean, bool unbiased) {
+    const double degrees = all.count - (unbiased ? 1.0 : 0.0);
+    const double variance = all.m2 / (degrees < 1.0 ? 1.0 : degrees);
+    mean = static_cast<A>(all.mean);
+    scale = static_cast<A>(1.0 / ::sqrt(variance + 1e-8));
+    shift = shift_mean ? A(0) : mean;
+  }
+};
+
+template <typename A>
+RL_HD A whitened(A x, A mean, A scale, A shift) {
+  return (x - mean) * scale + shift;
+}
 
 }  // namespace rl

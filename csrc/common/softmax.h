@@ -5,7 +5,7 @@
 // type. The other two are relative to m as it is stored, so that its rounding cancels.
 #pragma once
 
-#include "rl_math.h"
+#include "math.h"
 
 namespace rl {
 

@@ -4,7 +4,8 @@
 // Shapes: advantages, old_logprob, outputs: N rows, in the accumulator's dtype; scale: 0-d.
 #pragma once
 
-#include "token_logprob.h"
+#include "ppo.h"
+#include "rows.h"
 
 namespace rl {
 

@@ -12,6 +12,7 @@
 // compiled for the baseline instruction set and td_errors() rounds its products to memory.
 #pragma once
 
+#include "../common/sequence.h"
 #include "tokens.h"
 
 namespace rl {

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../common/checks.h"
+#include "../common/tensor.h"
 
 namespace rl {
 

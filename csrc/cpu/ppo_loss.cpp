@@ -3,8 +3,7 @@
 // Each block of kBlock tokens leaves one Partial; partials are added in the order of the blocks, so
 // that the result does not depend on the number of threads. Only the mask is read beforehand, for
 // the number of tokens that normalises the gradients.
-#include "../common/ppo_loss.h"
-
+#include "../common/ppo.h"
 #include "whiten.h"
 
 namespace rl {

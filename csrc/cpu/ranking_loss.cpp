@@ -2,8 +2,7 @@
 //
 // M completions of P prompts, K of them per prompt. A batch has thousands of pairs at most: one
 // thread, sums in order.
-#include "../common/ranking_loss.h"
-
+#include "../common/ranking.h"
 #include "tokens.h"
 
 namespace rl {

@@ -11,7 +11,7 @@
 // precision.
 
 #include "huge_pages.h"
-#include "logit_rows.h"
+#include "softmax_row.h"
 
 namespace rl {
 namespace {

@@ -8,7 +8,7 @@
 #include "../common/token_loss.h"
 
 #include "huge_pages.h"
-#include "logit_rows.h"
+#include "softmax_row.h"
 
 namespace rl {
 namespace {

@@ -10,8 +10,9 @@
 #include <bit>
 #include <memory>
 
-#include "../common/checks.h"
-#include "../common/sequence_math.h"
+#include "../common/isa.h"
+#include "../common/math.h"
+#include "../common/tensor.h"
 
 namespace rl {
 

@@ -5,7 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "../common/rl_math.h"
+#include "../common/math.h"
 
 // The architecture whose PTX may be written here; 0 where a host compiler reads the file.
 #if defined(__NVCC__) && defined(__CUDA_ARCH__)

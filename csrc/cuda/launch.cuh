@@ -9,7 +9,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "../common/checks.h"
+#include "../common/tensor.h"
 
 namespace rl {
 

@@ -5,8 +5,9 @@
 // block to finish merges them in the order of the blocks, so that no sum depends on which it was.
 // The gradients need 1 / n, hence every block has to know the whole mask: it counts a slice, tells
 // the others, and counts further only what it has not been told. No block ever waits for another.
-#include "../common/ppo_loss.h"
-#include "blocks.cuh"
+#include "../common/ppo.h"
+#include "block_reduce.cuh"
+#include "grid_sync.cuh"
 #include "token_reader.cuh"
 
 namespace rl {

@@ -5,8 +5,9 @@
 // one gradient. A pair's weight needs the number of prompts that have a strict pair: every block
 // counts them, in time linear in M. cu_groups that do not rise from 0 to M are not followed: loss
 // and gradients are NaN (a check without a host sync).
-#include "../common/ranking_loss.h"
-#include "blocks.cuh"
+#include "../common/ranking.h"
+#include "block_reduce.cuh"
+#include "grid_sync.cuh"
 #include "launch.cuh"
 
 namespace rl {

@@ -12,7 +12,7 @@
 // differ.
 #pragma once
 
-#include "../common/token_logprob.h"
+#include "../common/rows.h"
 #include "device.cuh"
 
 namespace rl {

@@ -6,8 +6,8 @@
 // at each step would divide there, too.
 #pragma once
 
-#include "../common/sequence_math.h"
-#include "blocks.cuh"
+#include "../common/moments.h"
+#include "block_reduce.cuh"
 #include "token_reader.cuh"
 
 namespace rl {

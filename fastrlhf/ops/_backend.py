@@ -10,31 +10,14 @@ import os
 import threading
 import warnings
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from fastrlhf.ops import _autograd
+from fastrlhf.ops import _autograd, _library
 
-# In the folder of a clone, whose own fastrlhf/ Python finds before the installed one.
-_IN_CLONE = Path(__file__).resolve().parents[2].joinpath("setup.py").is_file()
-
-try:
-    from fastrlhf import _C  # noqa: F401  (loading it registers the C++ ops)
-
-    _extension_error = ""
-except ImportError as error:
-    _extension_error = (
-        "the C++ extension is not built "
-        + (
-            "in this clone, which Python imports here (pip install --no-build-isolation -e ., or start it "
-            "in another folder"
-            if _IN_CLONE
-            else "(pip install --no-build-isolation ."
-        )
-        + f" with FASTRLHF_BUILD=cpu or cuda): {error}"
-    )
+# Why the C++ ops are unavailable; empty when they are registered.
+_extension_error = _library.load()
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 

@@ -326,8 +326,8 @@ def gradients_in_forward(
     """
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
-            f"{op}: torch.func transforms (vmap, grad, ...) are not implemented for a Python "
-            "token_loss, accumulate_into or process_group; loop over the batch, or use reduction='none' "
+            f"{op}: torch.func transforms (vmap, grad, ...) are not implemented for loss_fn, "
+            "accumulate_into or process_group; loop over the batch, or use reduction='none' "
             "without accumulate_into"
         )
     return _with_gradients(op, body, backend, accumulated, hidden, weight, bias, values)[0]

@@ -14,7 +14,7 @@ from fastrlhf.ops import _backend, token_logprob, token_loss
 from fastrlhf.ops._register import register
 from fastrlhf.reference import LOG_RATIO_LIMIT
 
-BLOCK = 4096  # columns: a multiple of kBlock in csrc/cpu/logit_rows.h
+BLOCK = 4096  # columns: a multiple of kBlock in csrc/cpu/softmax_row.h
 _MKL = torch.backends.mkl.is_available()
 
 
@@ -182,7 +182,7 @@ class RowKernels:
 
 
 def policy_grad_logprob(logprob, advantages, old_logprob, loss: TokenLoss) -> Tensor:
-    """d loss / d logprob [n] in plain PyTorch: the gradient of `policy_term` in csrc/common/rl_math.h."""
+    """d loss / d logprob [n] in plain PyTorch: the gradient of `policy_term` in csrc/common/ppo.h."""
     if old_logprob is None:
         grad_logprob = -loss.scale
         return (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastrlhf.ops import _checks
 
-# In the order of KlEstimator in csrc/common/rl_math.h.
+# In the order of KlEstimator in csrc/common/sequence.h.
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
 

@@ -22,9 +22,9 @@ def linear_token_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    token_loss: Callable,
+    loss_fn: Callable,
     *,
-    rows: Mapping[str, Tensor] | None = None,
+    per_token: Mapping[str, Tensor] | None = None,
     with_entropy: bool = False,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -39,9 +39,9 @@ def linear_token_loss(
     process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> LinearTokenLossOutput:
-    """scale * mean (or sum) over the rows of token_loss(logprob, **rows), never holding N x V logits.
+    """scale * mean (or sum) over the rows of loss_fn(logprob, **per_token), never holding N x V logits.
 
-    `token_loss` is a Python function of [n] tensors, called once a chunk with the log-probs of its
+    `loss_fn` is a Python function of [n] tensors, called once a chunk with the log-probs of its
     rows; autograd gives its derivative on these [n] numbers, and the chunk's logits become dlogits, dX
     and dW while they are there: 6 N H V FLOP for forward and backward instead of 8. The backward only
     scales. GRPO with a clip, as an example::
@@ -50,26 +50,26 @@ def linear_token_loss(
             ratio = (logprob - old_logprob).exp()
             return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
 
-        rows = {"old_logprob": old_logprob, "advantage": advantage}
-        linear_token_loss(hidden, weight, targets, grpo, rows=rows, mask=mask).loss.backward()
+        per_token = {"old_logprob": old_logprob, "advantage": advantage}
+        linear_token_loss(hidden, weight, targets, grpo, per_token=per_token, mask=mask).loss.backward()
 
     A row's loss must follow from that row alone: what needs the batch (a group's mean, say) belongs
-    into `rows`. Under torch.compile, and for "none", the loss is taken of `linear_logprob`'s result.
+    into `per_token`. Under torch.compile, and for "none", the loss is taken of `linear_logprob`'s result.
 
     Args:
         hidden, weight, targets, bias, temperature, softcap, workspace: as in `linear_logprob`.
-        token_loss: (logprob [n], **rows) -> loss [n], or (loss [n], {name: [n]}) with metrics;
-            (logprob, entropy, **rows) with `with_entropy`. Loss and log-prob are float32 (float64).
-        rows: tensors [...] by name, constants, cut into chunks for `token_loss`. Any dtype. A tensor [...] that
-            `token_loss` closes over instead is not cut, and meets the log-probs of n rows.
+        loss_fn: (logprob [n], **per_token) -> loss [n], or (loss [n], {name: [n]}) with metrics;
+            (logprob, entropy, **per_token) with `with_entropy`. Loss and log-prob are float32 (float64).
+        per_token: tensors [...] by name, constants, cut into chunks for `loss_fn`. Any dtype. A tensor [...] that
+            `loss_fn` closes over instead is not cut, and meets the log-probs of n rows.
         mask: [...], True (or non-zero) where a row counts. Other rows enter no GEMM and are not handed
-            to `token_loss` (of none: n = 0). While a CUDA graph is captured they are, with log-prob 0,
+            to `loss_fn` (of none: n = 0). While a CUDA graph is captured they are, with log-prob 0,
             and what it returns is dropped.
         reduction: "mean" over the rows that count (0 if none do), "sum" or "none".
         scale: as in `linear_cross_entropy`.
-        accumulate_into: as there. An error of `token_loss` must leave it as it was, so that dW is
+        accumulate_into: as there. An error of `loss_fn` must leave it as it was, so that dW is
             summed apart and added at the end of the forward: two dW until then, and one after.
-        compact_rows, num_rows, process_group: as in `linear_ppo_loss`; every rank calls `token_loss`.
+        compact_rows, num_rows, process_group: as in `linear_ppo_loss`; every rank calls `loss_fn`.
         backend: who does the row maths; the GEMMs are the library's.
 
     Returns:
@@ -78,7 +78,7 @@ def linear_token_loss(
         masked. Gradients flow to hidden, weight and bias, once.
 
     Raises:
-        TypeError, ValueError: as `linear_logprob`; also for `rows`, and for what `token_loss` returns: a
+        TypeError, ValueError: as `linear_logprob`; also for `per_token`, and for what `loss_fn` returns: a
             wrong type or shape, other metrics than for the chunk before, no gradient to the log-prob,
             one to a tensor of its closure (but for "none", where it flows), an argument that it changed
             in place, on CPU a value that is not finite (on a GPU, where that would be a sync, it goes on
@@ -93,11 +93,11 @@ def linear_token_loss(
     row_temperature, temperature_number, cap, mask = check(
         OP, hidden, targets, temperature, softcap, mask, vocab=weight.shape[0]
     )
-    if not callable(token_loss):
-        raise TypeError(f"{OP}: token_loss must be callable; got {type(token_loss).__name__}")
+    if not callable(loss_fn):
+        raise TypeError(f"{OP}: loss_fn must be callable; got {type(loss_fn).__name__}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{OP}: reduction must be 'mean', 'sum' or 'none'; got {reduction!r}")
-    rows = _check_rows(rows, targets)
+    per_token = _check_per_token(per_token, targets)
     for name, value in (("with_entropy", with_entropy), ("compact_rows", compact_rows)):
         if not isinstance(value, bool):
             raise TypeError(f"{OP}: {name} must be a bool; got {type(value).__name__}")
@@ -106,7 +106,7 @@ def linear_token_loss(
     acc = acc_of(hidden, weight)
     factor = _linear_loss.scale_argument(OP, scale, hidden.device, acc)
     if accumulate_into is not None:
-        inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, **rows}
+        inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, **per_token}
         inputs |= {"temperature": row_temperature, "scale": factor}
         _linear_loss.check_accumulate(OP, accumulate_into, weight, acc, inputs)
     if accumulate_into is not None and reduction == "none":
@@ -134,7 +134,7 @@ def linear_token_loss(
         if reduction == "mean":
             count = targets.numel() if mask is None else mask.sum()
             factor = factor / torch.as_tensor(count, device=hidden.device).clamp(min=1)
-        return _after(head, token_loss, rows, with_entropy, mask, factor, reduction)
+        return _after(head, loss_fn, per_token, with_entropy, mask, factor, reduction)
     parameters = (hidden, weight, bias)
     needs = _autograd.needs(*parameters)
     if not any(needs):
@@ -157,7 +157,7 @@ def linear_token_loss(
             group=process_group,
         )
         scale = _linear_loss.scale_of(head, factor, mean=reduction == "mean")
-        found["tokens"] = tokens = _Tokens(work, token_loss, rows, with_entropy, scale)
+        found["tokens"] = tokens = _Tokens(work, loss_fn, per_token, with_entropy, scale)
         tokens.run(compact_rows)
         total = tokens.loss.sum() * scale
         if work.grads is None:
@@ -176,53 +176,53 @@ def linear_token_loss(
     )
 
 
-def _check_rows(rows, targets) -> dict[str, Tensor]:
-    if rows is None:
+def _check_per_token(per_token, targets) -> dict[str, Tensor]:
+    if per_token is None:
         return {}
-    if not isinstance(rows, Mapping) or not all(isinstance(name, str) for name in rows):
-        raise TypeError(f"{OP}: rows must be a dict of tensors by name; got {type(rows).__name__}")
-    for name, value in rows.items():
-        _checks.tensor(OP, f"rows[{name!r}]", value)
-        _checks.shape(OP, f"rows[{name!r}]", value, targets.shape)
-        _checks.same_device(OP, f"rows[{name!r}]", value, targets.device)
-        _checks.constants(OP, **{f"rows[{name!r}]": value})
-    return dict(rows)
+    if not isinstance(per_token, Mapping) or not all(isinstance(name, str) for name in per_token):
+        raise TypeError(
+            f"{OP}: per_token must be a dict of tensors by name; got {type(per_token).__name__}"
+        )
+    for name, value in per_token.items():
+        _checks.tensor(OP, f"per_token[{name!r}]", value)
+        _checks.shape(OP, f"per_token[{name!r}]", value, targets.shape)
+        _checks.same_device(OP, f"per_token[{name!r}]", value, targets.device)
+        _checks.constants(OP, **{f"per_token[{name!r}]": value})
+    return dict(per_token)
 
 
-def _call(token_loss, logprob, entropy, rows) -> tuple[Tensor, dict[str, Tensor]]:
+def _call(loss_fn, logprob, entropy, per_token) -> tuple[Tensor, dict[str, Tensor]]:
     """What the user's function makes of [n] tensors, checked: (loss, metrics)."""
-    given = {"logprob": logprob} | ({} if entropy is None else {"entropy": entropy}) | rows
+    given = {"logprob": logprob} | ({} if entropy is None else {"entropy": entropy}) | per_token
     before = _writes(given)
     try:
-        out = token_loss(logprob, *(() if entropy is None else (entropy,)), **rows)
+        out = loss_fn(logprob, *(() if entropy is None else (entropy,)), **per_token)
     except (RuntimeError, TypeError) as error:
         error.add_note(
-            f"{OP}: token_loss was called with {logprob.numel()} rows and {', '.join(given)}; tensors of one "
-            "number a row reach it through rows=, cut to the same rows"
+            f"{OP}: loss_fn was called with {logprob.numel()} rows and {', '.join(given)}; tensors of one "
+            "number a row reach it through per_token=, cut to the same rows"
         )
         raise
     if changed := [name for name, count in _writes(given).items() if count != before[name]]:
-        raise ValueError(
-            f"{OP}: token_loss must not write into {changed[0]}; it changed it in place"
-        )
+        raise ValueError(f"{OP}: loss_fn must not write into {changed[0]}; it changed it in place")
     loss, metrics = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
-    expected = "token_loss must return a tensor [n], or (tensor, dict of tensors)"
+    expected = "loss_fn must return a tensor [n], or (tensor, dict of tensors)"
     if not isinstance(loss, Tensor) or not isinstance(metrics, Mapping):
         raise TypeError(f"{OP}: {expected}; got {type(out).__name__}")
     if not all(isinstance(x, Tensor) for x in metrics.values()):
         raise TypeError(f"{OP}: {expected}; got a metric that is no tensor")
     if not loss.is_floating_point():
-        raise TypeError(f"{OP}: token_loss must return a float tensor; got {loss.dtype}")
+        raise TypeError(f"{OP}: loss_fn must return a float tensor; got {loss.dtype}")
     for name, value in (("", loss), *metrics.items()):
         what = f"metric {name!r} of " if name else ""
         if value.shape != logprob.shape:
             raise ValueError(
-                f"{OP}: {what}token_loss must have shape {tuple(logprob.shape)}, one number a row; "
+                f"{OP}: {what}loss_fn must have shape {tuple(logprob.shape)}, one number a row; "
                 f"got {tuple(value.shape)}"
             )
     if logprob.requires_grad and not loss.requires_grad:
         raise ValueError(
-            f"{OP}: token_loss must depend on logprob; its result has no gradient (was it detached, or "
+            f"{OP}: loss_fn must depend on logprob; its result has no gradient (was it detached, or "
             "computed under no_grad?)"
         )
     return loss.to(logprob.dtype), {name: x.detach() for name, x in metrics.items()}
@@ -250,7 +250,7 @@ def _only_rows(loss: Tensor, leaves: list[Tensor]) -> None:
     for variable in variables:
         if all(variable is not leaf for leaf in leaves):
             raise ValueError(
-                f"{OP}: token_loss must depend on no tensor that requires grad but its arguments, for "
+                f"{OP}: loss_fn must depend on no tensor that requires grad but its arguments, for "
                 f"no gradient would reach it (detach it, or use reduction='none'); got one of shape "
                 f"{tuple(variable.shape)}"
             )
@@ -261,7 +261,7 @@ def _same_metrics(metrics: dict[str, Tensor], before: dict[str, Tensor]) -> None
     got, expected = ({name: x.dtype for name, x in each.items()} for each in (metrics, before))
     if got != expected:
         raise ValueError(
-            f"{OP}: token_loss must return the same metrics, in the same dtypes, for every chunk of rows; "
+            f"{OP}: loss_fn must return the same metrics, in the same dtypes, for every chunk of rows; "
             f"got {got} after {expected}"
         )
 
@@ -269,16 +269,16 @@ def _same_metrics(metrics: dict[str, Tensor], before: dict[str, Tensor]) -> None
 class _Tokens:
     """The user's loss, chunk by chunk: logprob, entropy, loss and metrics [R] of the rows that count."""
 
-    def __init__(self, work, token_loss, rows, with_entropy, scale):
-        self.work, self.token_loss, self.with_entropy, self.scale = (
+    def __init__(self, work, loss_fn, per_token, with_entropy, scale):
+        self.work, self.loss_fn, self.with_entropy, self.scale = (
             work,
-            token_loss,
+            loss_fn,
             with_entropy,
             scale,
         )
         self.head = head = work.head
         self.spread = head.spread
-        self.rows = {name: head.take(x) for name, x in rows.items()}
+        self.per_token = {name: head.take(x) for name, x in per_token.items()}
         self.logprob, self.entropy = head.new_rows(), head.new_rows()
         self.loss, self.metrics = head.new_rows(), {}
 
@@ -303,11 +303,11 @@ class _Tokens:
         """(dL/dlogprob, dL/dentropy) [n] of a part of the rows, None for 0."""
         trains = self.work.grads is not None
         leaves = [logprob.detach()] + ([entropy.detach()] if self.with_entropy else [])
-        rows = {name: x[part] for name, x in self.rows.items()}
+        per_token = {name: x[part] for name, x in self.per_token.items()}
         with torch.set_grad_enabled(trains):
             leaves = [x.requires_grad_(trains) for x in leaves]
             ours = (leaves[0], leaves[1] if self.with_entropy else None)
-            loss, metrics = _call(self.token_loss, *ours, rows)
+            loss, metrics = _call(self.loss_fn, *ours, per_token)
             if loss.is_cpu and not bool(loss.isfinite().all()):
                 self._refuse(loss, logprob, part)
             if mask is not None:
@@ -340,17 +340,17 @@ class _Tokens:
         where = self.head.where(part)
         row = where.start + first if isinstance(where, slice) else int(where[first])
         raise ValueError(
-            f"{OP}: token_loss must return finite numbers; got {loss[first].item():g} at row {row}, "
+            f"{OP}: loss_fn must return finite numbers; got {loss[first].item():g} at row {row}, "
             f"where logprob = {logprob[first].item():g}"
         )
 
 
-def _after(head, token_loss, rows, with_entropy, mask, factor, reduction):
+def _after(head, loss_fn, per_token, with_entropy, mask, factor, reduction):
     """The same loss of log-probs that `linear_logprob` differentiates, on all rows at once."""
     shape = head[0].shape
     logprob, entropy = (x.reshape(-1) for x in head)
-    flat = {name: x.reshape(-1) for name, x in rows.items()}
-    loss, metrics = _call(token_loss, logprob, entropy if with_entropy else None, flat)
+    flat = {name: x.reshape(-1) for name, x in per_token.items()}
+    loss, metrics = _call(loss_fn, logprob, entropy if with_entropy else None, flat)
     if mask is not None:
         idle = ~mask.reshape(-1)
         loss = loss.masked_fill(idle, 0.0)

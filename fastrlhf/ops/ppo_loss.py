@@ -16,7 +16,7 @@ from fastrlhf.reference import PPOLossOutput
 
 OP = "ppo_loss"
 
-# In the order of Metric in csrc/common/ppo_loss.h.
+# In the order of Metric in csrc/common/ppo.h.
 _POLICY_METRICS = ("policy_loss", "approx_kl", "clip_fraction", "ratio_mean", "ratio_max")
 _VALUE_METRICS = ("value_loss", "value_clip_fraction", "explained_variance")
 METRICS = (*_POLICY_METRICS, *_VALUE_METRICS, "entropy")

@@ -50,7 +50,7 @@ def small_call(op, backend, device, dtype=torch.float32, steps=5, vocab=50, layo
         ),
         "linear_token_loss": lambda: (
             (*head(), lambda logprob, advantage: -advantage * logprob),
-            {**row_mask, "rows": {"advantage": draw(*logit_rows)}},
+            {**row_mask, "per_token": {"advantage": draw(*logit_rows)}},
         ),
         "kl_reward": lambda: ((*tokens(2), score), {"beta": 0.1, **options}),
         "gae": lambda: (tokens(2), {"whiten": True, **options}),

@@ -240,7 +240,9 @@ ON_CHIP = ("cp.async.cg.shared.global",)
 CLUSTER = ("barrier.cluster.arrive.release", "barrier.cluster.wait.acquire", "mapa.shared::cluster")
 # The sequence ops read and write tokens as 16-byte vectors.
 VECTORS = ("ld.global.v4.u32", "st.global.v4.f32")
-SEQUENCES = ("gae", "kl_gae", "kl_reward", "masked_whiten")
+# File -> how many of its kernels do both: all that write fp32 tokens. Those of gae, kl_gae and kl_reward have two
+# variants each (any layout, and flat); whitening has one.
+SEQUENCES = {"sequence": 7, "masked_whiten": 1}
 NEEDED = {
     **dict.fromkeys(((name, "90") for name in SEQUENCES), VECTORS),
     ("token_loss", "80"): ON_CHIP,
@@ -256,6 +258,9 @@ def test_the_fast_path_is_compiled(compilers, kernel, arch):
     missing = [instruction for instruction in NEEDED[kernel, arch] if instruction not in text]
     assert not missing
     if kernel in SEQUENCES:
+        entries = re.split(r"\.entry ", text)[1:]
+        fast = [entry for entry in entries if all(needed in entry for needed in VECTORS)]
+        assert len(fast) == SEQUENCES[kernel]
         # Mean and scale of the whitening, in fp32 and fp64: no merge of moments divides.
         assert text.count("div.rn.f64") <= 6
     if arch == "80":  # the test reads what it should: no clusters there

@@ -26,9 +26,9 @@ FAULTS = ROOT / "tests" / "_support" / "host_shim" / "faults.cu"
 pytestmark = pytest.mark.skipif(bool(build.missing()), reason=f"host shim: {build.missing()}")
 
 
-def op_tests(source):
-    folder, stem = ROOT / "tests", source.stem
-    return [*folder.rglob(f"test_{stem}.py"), *sorted(folder.rglob(f"test_{stem}_*.py"))]
+def op_tests(op):
+    folder = ROOT / "tests"
+    return [*folder.rglob(f"test_{op}.py"), *sorted(folder.rglob(f"test_{op}_*.py"))]
 
 
 def run(libraries, *command, sm=80):
@@ -43,24 +43,24 @@ def run(libraries, *command, sm=80):
 
 
 CLUSTERED = ROOT / "csrc" / "cuda" / "token_loss.cu"
-# (source, device) -> the tests that run there.
-RUNS = {(source, 80): op_tests(source) for source in SOURCES}
-RUNS[CLUSTERED, 90] = [
-    *op_tests(CLUSTERED),
+# (source, op, device) -> the tests that run there, in a process of their own.
+RUNS = {(source, op, 80): op_tests(op) for source in SOURCES for op in build.ops_of(source)}
+RUNS[CLUSTERED, "token_loss", 90] = [
+    *op_tests("token_loss"),
     ROOT / "tests" / "_support" / "host_shim" / "token_loss_clusters.py",
 ]
 
 
 @pytest.fixture(scope="module")
 def runs():
-    """{(source, device): its library or the error of its build, and the finished run of its tests or None}."""
+    """{(source, op, device): the library or the error of its build, and the finished run of the tests or None}."""
     jobs = int(os.environ.get("MAX_JOBS", os.cpu_count()))
     libraries = build.build_all([*SOURCES, FAULTS], jobs)
     # All ops in each process, for tests and backwards that use more than their own.
     good = [build.build_schemas(), *(p for s, p in libraries.items() if isinstance(p, Path))]
 
     def job(key):
-        source, sm = key
+        source, _, sm = key
         library = libraries[source]
         if not isinstance(library, Path):
             return library, None
@@ -71,22 +71,30 @@ def runs():
         options = ("-p", "shim_plugin", "-p", "no:cacheprovider", "--capture=sys", "-q")
         return library, run(good, "-m", "pytest", *options, *RUNS[key], sm=sm)
 
-    keys = [*RUNS, (FAULTS, 90)]
+    keys = [*RUNS, (FAULTS, "faults", 90)]
     with ThreadPoolExecutor(jobs) as pool:
         return dict(zip(keys, pool.map(job, keys), strict=True))
 
 
-@pytest.mark.parametrize(("source", "sm"), RUNS, ids=lambda p: getattr(p, "stem", f"sm_{p}"))
-def test_kernels(source, sm, runs):
-    assert op_tests(source), f"{source.name} needs a test of its op, test_{source.stem}.py"
-    library, done = runs[source, sm]
+@pytest.mark.parametrize(("source", "op", "sm"), RUNS, ids=lambda p: str(getattr(p, "stem", p)))
+def test_kernels(source, op, sm, runs):
+    assert op_tests(op), f"{op} needs a test, test_{op}.py"
+    library, done = runs[source, op, sm]
     assert done, library
     output = f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     assert done.returncode == 0, output
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) >= 1, output
     assert not re.search(r"\d+ skipped", done.stdout), output
-    assert build.kernels_of(source) <= kernels_run(done)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_the_tests_of_a_file_run_its_kernels(source, runs):
+    assert build.ops_of(source), f"{source.name} registers no op"
+    ran = set().union(
+        *(kernels_run(done) for (of, _, _), (_, done) in runs.items() if of == source and done)
+    )
+    assert build.kernels_of(source) <= ran
 
 
 def kernels_run(done):
@@ -148,7 +156,7 @@ SOUND = {
 
 @pytest.fixture(scope="module")
 def faults(runs):
-    library, done = runs[FAULTS, 90]
+    library, done = runs[FAULTS, "faults", 90]
     assert done, library
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout)

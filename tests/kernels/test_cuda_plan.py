@@ -166,7 +166,7 @@ class Problem:
         given = {"advantages": self.rows(self.advantages), "bonus": self.rows(self.bonus)}
         if library is reference:
             given = {name: x.double() for name, x in given.items()}
-        out = function(*rows, token_loss, rows=given, with_entropy=True, **options)
+        out = function(*rows, token_loss, per_token=given, with_entropy=True, **options)
         return [out.loss], [out.logprob, out.entropy, *out.metrics.values()]
 
     def upstream(self, op, outs):
@@ -569,7 +569,7 @@ def test_an_upstream_gradient_of_mixed_float64_scales(op):
     x, w = randn(N, H, seed=0).double().requires_grad_(), randn(V, H, seed=1).requires_grad_()
     targets = randint(V, (N,), 2)
     rows = {"old_logprob": randn(N, seed=3).double(), "advantages": randn(N, seed=4).double()}
-    options = {"linear_ppo_loss": rows, "linear_token_loss": {"token_loss": torch.neg}}.get(op, {})
+    options = {"linear_ppo_loss": rows, "linear_token_loss": {"loss_fn": torch.neg}}.get(op, {})
 
     def loss():
         out = getattr(fastrlhf, op)(x, w, targets, **options)

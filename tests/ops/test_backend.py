@@ -9,7 +9,7 @@ import torch
 
 import fastrlhf
 from fastrlhf import backends, token_logprob
-from fastrlhf.ops import _backend
+from fastrlhf.ops import _backend, _library
 
 
 def test_backend_that_cannot_run_says_why_and_what_to_use():
@@ -27,9 +27,7 @@ def test_build_facts():
 
     if _backend.unavailable_reason("token_logprob", "cpu"):
         pytest.skip(_backend.unavailable_reason("token_logprob", "cpu"))
-    from fastrlhf import _C
-
-    info = _C.build_info()
+    info = _library.build_info()
     assert info["version"] == __version__
     assert info["torch_target_version"] == "2.10"
     assert info["cpu_isa_running"] in info["cpu_isa_compiled"]
@@ -50,7 +48,7 @@ def test_every_instruction_set_of_this_machine(isa):
         pytest.skip(_backend.unavailable_reason("token_logprob", "cpu"))
     code = (
         "import torch; from fastrlhf import token_logprob, reference\n"
-        "from fastrlhf import _C; print(_C.build_info()['cpu_isa_running'])\n"
+        "from fastrlhf.ops import _library; print(_library.build_info()['cpu_isa_running'])\n"
         "torch.manual_seed(0)\n"
         "for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
         "    z = (3 * torch.randn(5, 4133)).to(dtype); y = torch.randint(4133, (5,))\n"

@@ -29,9 +29,9 @@ def linear_cross_entropy(x, **given):
     return fastrlhf.linear_cross_entropy(x, HEAD, TARGETS, **given)
 
 
-def linear_token_loss(x, backend, **rows):
+def linear_token_loss(x, backend, **per_token):
     out = fastrlhf.linear_token_loss(
-        x, HEAD, TARGETS, lambda logprob, a: -logprob * a, rows=rows, backend=backend
+        x, HEAD, TARGETS, lambda logprob, a: -logprob * a, per_token=per_token, backend=backend
     )
     return out.loss
 

@@ -35,7 +35,7 @@ def kernels_of(op, backend):
     """The names of the kernels that an op may start, as the sources have them."""
     word = SERVED_BY.get(op, op)
     if backend == "cuda":
-        return build.kernels_reached(ROOT / "csrc" / "cuda" / f"{word}.cu")
+        return build.kernels_reached(build.source_of(word))
     source = (ROOT / "kernels" / f"{word}.py").read_text()
     return set(re.findall(r"^@[^\n]+\ndef (\w+_kernel)\(", source, re.MULTILINE))
 

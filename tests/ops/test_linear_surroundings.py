@@ -98,7 +98,7 @@ def test_a_token_loss_under_vmap(what):
 
     def loss(one, reduction="none"):
         options = {"targets": targets[0], "mask": mask[0], what: one, "reduction": reduction}
-        return fastrlhf.linear_token_loss(x, w, token_loss=torch.neg, **options).loss
+        return fastrlhf.linear_token_loss(x, w, loss_fn=torch.neg, **options).loss
 
     with pytest.raises(NotImplementedError, match="or use reduction='none'"):
         torch.vmap(lambda one: loss(one, "sum"))(given[what])

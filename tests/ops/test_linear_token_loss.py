@@ -60,9 +60,9 @@ def inputs(dtype=torch.float32, device="cpu", count=N, vocab=V, width=H):
 def run(function, loss, problem, dtype=None, upstream=None, **options):
     """((loss, dX, dW, db), the whole output); in fp64 on CPU where dtype is fp64."""
     tensors, targets, rows = problem
-    token_loss, with_entropy = LOSSES[loss]
+    loss_fn, with_entropy = LOSSES[loss]
     if "move" in rows:
-        token_loss = moved(token_loss)
+        loss_fn = moved(loss_fn)
     if dtype == torch.float64:
         move = lambda v: v.cpu().double() if v.is_floating_point() else v.cpu()  # noqa: E731
         tensors, targets = [t.detach().cpu().double() for t in tensors], targets.cpu()
@@ -70,16 +70,16 @@ def run(function, loss, problem, dtype=None, upstream=None, **options):
         options = {k: move(v) if torch.is_tensor(v) else v for k, v in options.items()}
     x, w, b = leaves = [t.detach().requires_grad_() for t in tensors]
     out = function(
-        x, w, targets, token_loss, rows=rows, with_entropy=with_entropy, bias=b, **options
+        x, w, targets, loss_fn, per_token=rows, with_entropy=with_entropy, bias=b, **options
     )
     upstream = torch.tensor(0.7) if upstream is None else upstream
     grads = torch.autograd.grad(out.loss, leaves, upstream.to(out.loss))
     return (out.loss.detach(), *grads), out
 
 
-def moved(token_loss):
-    """`token_loss` of log-probs that are off by the rows `move`."""
-    return lambda logprob, *rest, move, **rows: token_loss(logprob + move, *rest, **rows)
+def moved(loss_fn):
+    """`loss_fn` of log-probs that are off by the rows `move`."""
+    return lambda logprob, *rest, move, **rows: loss_fn(logprob + move, *rest, **rows)
 
 
 def truth_and_bar(loss, problem, **options):
@@ -146,7 +146,7 @@ def test_gradcheck(backend, four_rows_a_chunk):
 
     def function(x, w, b):
         options = {"softcap": 4.0, "temperature": 0.7, "mask": mask, "with_entropy": True}
-        options |= {"bias": b, "rows": rows, "backend": backend}
+        options |= {"bias": b, "per_token": rows, "backend": backend}
         return linear_token_loss(x, w, targets, grpo, **options).loss
 
     leaves = [t.requires_grad_() for t in (x, w, b)]
@@ -163,11 +163,11 @@ def test_it_is_the_fixed_ops_with_their_losses(backend, four_rows_a_chunk):
     theirs = linear_cross_entropy(x, w, targets, backend=backend)
     ours_grads, grads = (torch.autograd.grad(o, (x, w)) for o in (ours, theirs))
     torch.testing.assert_close((ours, *ours_grads), (theirs, *grads))
-    ours = linear_token_loss(x, w, targets, dapo, rows=rows, backend=backend)
+    ours = linear_token_loss(x, w, targets, dapo, per_token=rows, backend=backend)
     old, advantage = rows.values()
     low = (advantage > 0) & (ours.logprob - old > torch.tensor(1.2).log())
     keep = ~low  # between 1.2 and 1.28 the two losses differ
-    ours = linear_token_loss(x, w, targets, dapo, rows=rows, mask=keep, backend=backend).loss
+    ours = linear_token_loss(x, w, targets, dapo, per_token=rows, mask=keep, backend=backend).loss
     theirs = ppo_loss(linear_logprob(x, w, targets, mask=keep), old, advantage, mask=keep).loss
     torch.testing.assert_close(ours, theirs)
 
@@ -178,7 +178,9 @@ def test_compiles_without_graph_break(backend):
     x.requires_grad_()
 
     def loss(x):
-        out = linear_token_loss(x, w, targets, grpo, rows=rows, with_entropy=True, backend=backend)
+        out = linear_token_loss(
+            x, w, targets, grpo, per_token=rows, with_entropy=True, backend=backend
+        )
         return out.loss * 3
 
     (expected,) = torch.autograd.grad(loss(x), x)
@@ -195,7 +197,7 @@ def test_accumulate_into_and_compact_rows(backend, four_rows_a_chunk):
     leaves = [t.requires_grad_() for t in (x, w, b)]
     for compact in (False, True):
         into = torch.ones(V, H, device=device)
-        options = {"rows": rows, "bias": b, "scale": 2.5, "compact_rows": compact}
+        options = {"per_token": rows, "bias": b, "scale": 2.5, "compact_rows": compact}
         loss = linear_token_loss(
             x, w, targets, dapo, **options, accumulate_into=into, backend=backend
         ).loss
@@ -222,7 +224,9 @@ def test_an_error_in_a_late_chunk_leaves_accumulate_into_alone(four_rows_a_chunk
         (not_finite, ValueError, r"return finite numbers; got -?(inf|nan) at row 3, where logprob"),
     ):
         with pytest.raises(error, match=match):
-            linear_token_loss(x, w.requires_grad_(), targets, loss, rows=rows, accumulate_into=into)
+            linear_token_loss(
+                x, w.requires_grad_(), targets, loss, per_token=rows, accumulate_into=into
+            )
         assert (into == 1).all() and w.grad is None
 
 
@@ -240,7 +244,7 @@ def test_gemms_and_rows_that_the_loss_sees(four_rows_a_chunk):
     idle = int((rows["advantage"][mask] == 0).sum())
     assert idle > 0
     for compact, kept in ((False, count), (True, count - idle)):
-        options = {"rows": rows, "mask": mask, "compact_rows": compact}
+        options = {"per_token": rows, "mask": mask, "compact_rows": compact}
         _, work, _ = cases.profiled(
             lambda o=options: linear_token_loss(x, w, targets, loss, **o).loss.backward()
         )
@@ -248,7 +252,7 @@ def test_gemms_and_rows_that_the_loss_sees(four_rows_a_chunk):
         assert sum(seen) == count and max(seen) == 4
         seen.clear()
     with torch.no_grad():
-        _, work, _ = cases.profiled(lambda: linear_token_loss(x, w, targets, loss, rows=rows))
+        _, work, _ = cases.profiled(lambda: linear_token_loss(x, w, targets, loss, per_token=rows))
     assert work == N * H * V
 
 
@@ -274,7 +278,7 @@ def test_nothing_counts_and_repeats(backend, four_rows_a_chunk):
     for count, mask in ((0, None), (N, torch.zeros(1, N, dtype=torch.bool, device=device))):
         few = {k: v[:, :count] for k, v in rows.items()}
         out = linear_token_loss(
-            x[:, :count], w, targets[:, :count], dapo, rows=few, mask=mask, backend=backend
+            x[:, :count], w, targets[:, :count], dapo, per_token=few, mask=mask, backend=backend
         )
         assert out.loss == 0 and (torch.autograd.grad(out.loss, w)[0] == 0).all()
 
@@ -289,7 +293,7 @@ def test_metrics_have_their_names_where_nothing_counts(backend):
         few = {k: v[:, :count] for k, v in rows.items()}
         out = linear_token_loss(
             *(x[:, :count].requires_grad_(), w, targets[:, :count], with_metric),
-            rows=few,
+            per_token=few,
             mask=mask,
             backend=backend,
         )
@@ -353,10 +357,8 @@ def test_a_loss_that_writes_into_its_arguments(reduction, written):
         return -logprob * a
 
     given = torch.ones(2, 4), torch.zeros(5, 4), torch.tensor([0, 1])
-    options = {"rows": {"a": torch.ones(2)}, "reduction": reduction}
-    with pytest.raises(
-        ValueError, match=f"token_loss must not write into {written}; it changed it"
-    ):
+    options = {"per_token": {"a": torch.ones(2)}, "reduction": reduction}
+    with pytest.raises(ValueError, match=f"loss_fn must not write into {written}; it changed it"):
         linear_token_loss(*given, in_place, **options)
 
 
@@ -366,17 +368,21 @@ ROW = torch.ones(2)
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"token_loss": 3}, TypeError, "token_loss must be callable; got int"),
-        ({"token_loss": lambda p: 1.0}, TypeError, "token_loss must return a tensor.*got float"),
-        ({"token_loss": lambda p: p.mean()}, ValueError, r"must have shape \(2,\).*got \(\)"),
-        ({"token_loss": lambda p: p > 0}, TypeError, "must return a float tensor; got torch.bool"),
-        ({"token_loss": lambda p: p.detach()}, ValueError, "token_loss must depend on logprob"),
-        ({"token_loss": lambda p: p / 0}, ValueError, "must return finite numbers; got -inf at r"),
-        ({"token_loss": lambda p: (p, {"m": p[:1]})}, ValueError, "metric 'm' of token_loss must"),
-        ({"token_loss": lambda p: (p, {"m": 1})}, TypeError, "got a metric that is no tensor"),
-        ({"rows": [ROW]}, TypeError, "rows must be a dict of tensors by name; got list"),
-        ({"rows": {"a": torch.ones(3)}}, ValueError, r"rows\['a'\] must have shape \(2,\)"),
-        ({"rows": {"a": torch.ones(2, requires_grad=True)}}, ValueError, "must be a constant"),
+        ({"loss_fn": 3}, TypeError, "loss_fn must be callable; got int"),
+        ({"loss_fn": lambda p: 1.0}, TypeError, "loss_fn must return a tensor.*got float"),
+        ({"loss_fn": lambda p: p.mean()}, ValueError, r"must have shape \(2,\).*got \(\)"),
+        ({"loss_fn": lambda p: p > 0}, TypeError, "must return a float tensor; got torch.bool"),
+        ({"loss_fn": lambda p: p.detach()}, ValueError, "loss_fn must depend on logprob"),
+        ({"loss_fn": lambda p: p / 0}, ValueError, "must return finite numbers; got -inf at r"),
+        ({"loss_fn": lambda p: (p, {"m": p[:1]})}, ValueError, "metric 'm' of loss_fn must"),
+        ({"loss_fn": lambda p: (p, {"m": 1})}, TypeError, "got a metric that is no tensor"),
+        ({"per_token": [ROW]}, TypeError, "per_token must be a dict of tensors by name; got list"),
+        (
+            {"per_token": {"a": torch.ones(3)}},
+            ValueError,
+            r"per_token\['a'\] must have shape \(2,\)",
+        ),
+        ({"per_token": {"a": torch.ones(2, requires_grad=True)}}, ValueError, "must be a constant"),
         ({"reduction": "max"}, ValueError, "reduction must be 'mean', 'sum' or 'none'"),
         ({"targets": torch.tensor([0, 5])}, ValueError, r"token_loss: targets must be in \[0, 5"),
         ({"with_entropy": 1}, TypeError, "with_entropy must be a bool; got int"),
@@ -388,7 +394,7 @@ def test_errors_name_the_argument(change, error, match, backend):
         "hidden": torch.ones(2, 4, requires_grad=True),
         "weight": torch.zeros(5, 4),
         "targets": torch.tensor([0, 1]),
-        "token_loss": torch.neg,
+        "loss_fn": torch.neg,
         **change,
     }
     with pytest.raises(error, match=match):
@@ -436,17 +442,15 @@ def test_other_metrics_in_a_later_chunk(backend, other, four_rows_a_chunk):
     into = torch.ones_like(w)
     sizes = []
 
-    def token_loss(logprob):
+    def loss_fn(logprob):
         sizes.append(len(logprob))
         first = len(sizes) == 1
         name = "a" if first or other == "dtype" else "b"
         value = logprob.detach() if first or other == "name" else logprob.detach().double()
         return -logprob, {name: value}
 
-    with pytest.raises(
-        ValueError, match="token_loss must return the same metrics.*for every chunk"
-    ):
+    with pytest.raises(ValueError, match="loss_fn must return the same metrics.*for every chunk"):
         linear_token_loss(
-            x, w.requires_grad_(), targets, token_loss, accumulate_into=into, backend=backend
+            x, w.requires_grad_(), targets, loss_fn, accumulate_into=into, backend=backend
         )
     assert len(sizes) == 2 and (into == 1).all()

@@ -51,7 +51,7 @@ def run(loss, dtype, group=None, rank=0, backend="auto", options="all", more=Non
         total, second = out.loss, torch.stack(list(out.metrics.values()))
     elif loss == "token":
         given = {"old_logprob": old, "advantages": rows["a"]}
-        kwargs |= {"rows": given, "with_entropy": True}
+        kwargs |= {"per_token": given, "with_entropy": True}
         out = linear_token_loss(x, w, targets, grpo, **kwargs)
         total, second = out.loss, out.logprob
     else:

@@ -11,7 +11,7 @@ import torch
 import fastrlhf
 from fastrlhf import cli, doctor
 from fastrlhf.integrations import _hosts
-from fastrlhf.ops import _backend
+from fastrlhf.ops import _backend, _library
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -53,37 +53,24 @@ def test_text_names_every_op_and_reason(capsys):
 
 @pytest.mark.skipif(bool(_backend._extension_error), reason="the extension is not built")
 def test_extension_facts(capsys):
-    from fastrlhf import _C
-
     extension = report_of(capsys)["extension"]
-    assert extension == {"present": True, **_C.build_info()}
+    assert extension == {"present": True, **_library.build_info()}
 
 
-def find_spec_without(*missing):
-    original = importlib.util.find_spec
-    return lambda name, *rest: None if name in missing else original(name, *rest)
-
-
-def test_missing_extension_is_no_broken_install(capsys, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", find_spec_without("fastrlhf._C"))
+def test_missing_library_is_no_broken_install(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(_library, "PATH", tmp_path / "libfastrlhf.so")
     extension = report_of(capsys)["extension"]
     assert extension["present"] is False
     assert "the reference backend serves every op" in extension["reason"]
     assert cli.main(["doctor"]) == 0
-    assert "absent: not built" in capsys.readouterr().out
+    assert "absent: the kernel library is not built" in " ".join(capsys.readouterr().out.split())
 
 
-def test_extension_that_does_not_load_is_a_broken_install(capsys, monkeypatch):
-    real = importlib.util.find_spec
-    present = importlib.util.spec_from_loader("fastrlhf._C", loader=None)
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n, *r: present if n == "fastrlhf._C" else real(n, *r)
-    )
-    monkeypatch.delattr(fastrlhf, "_C", raising=False)
-    monkeypatch.setitem(sys.modules, "fastrlhf._C", None)
-    report = report_of(capsys, status=1)
-    assert len(report["problems"]) == 1
-    assert "built, but does not load" in report["problems"][0]
+def test_library_that_does_not_load_is_a_broken_install(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(_library, "PATH", tmp_path / "libfastrlhf.so")
+    _library.PATH.write_text("no ELF file")
+    (problem,) = report_of(capsys, status=1)["problems"]
+    assert "the kernel library does not load" in problem
 
 
 def test_missing_requirement_is_a_broken_install(capsys, monkeypatch):

@@ -133,6 +133,18 @@ def kernels_reached(source):
     return found
 
 
+def ops_of(source):
+    """The ops that a file implements, without their halves: "token_loss" of token_loss_fwd_ and token_loss_bwd_."""
+    names = re.findall(r'\bm\.impl\("(\w+)"', source.read_text())
+    return sorted({re.sub(r"(_fwd|_bwd|_rows)?_?$", "", name) for name in names})
+
+
+def source_of(op):
+    """The file of csrc/cuda that implements an op."""
+    (found,) = (p for p in (ROOT / "csrc" / "cuda").glob("*.cu") if op in ops_of(p))
+    return found
+
+
 def _run(command):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -168,15 +180,6 @@ def _tree(source):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         _once(tree / name, lambda to, text=text: to.write_text(text))
     return tree, digest
-
-
-def schemas():
-    """The op schemas of csrc/registration.cpp as a source of their own: pybind11 compiles slowly."""
-    text = (ROOT / "csrc" / "registration.cpp").read_text()
-    block = re.search(
-        r"^STABLE_TORCH_LIBRARY\(fastrlhf, m\) \{.*?^\}", text, re.DOTALL | re.MULTILINE
-    )
-    return f"#include <torch/csrc/stable/library.h>\n{block[0]}\n"
 
 
 def _compile(source, stem, key, *options):
@@ -215,10 +218,8 @@ def _link(stem, *objects):
 
 def build_schemas():
     """The library that defines the ops; it must be loaded before those that implement them."""
-    key, text = _base()[0], schemas()
-    file = CACHE / f"schemas-{_digest(text)}.cpp"
-    _once(file, lambda to: to.write_text(text))
-    return _link("schemas", _compile(file, "schemas", _digest(key, text)))
+    source = ROOT / "csrc" / "registration.cpp"
+    return _link("schemas", _compile(source, "schemas", _digest(_base()[0], source.read_bytes())))
 
 
 def build(source):

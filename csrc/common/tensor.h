@@ -22,8 +22,6 @@
 #include <string>
 #include <vector>
 
-#include "rl_math.h"
-
 namespace rl {
 
 using torch::headeronly::ScalarType;
@@ -87,53 +85,6 @@ inline Tensor new_stacked_tokens(const Tensor& like, int64_t count) {
   std::vector<int64_t> sizes{count};
   for (int64_t d = 0; d < like.dim(); ++d) sizes.push_back(like.size(d));
   return empty_like_device(like, sizes, acc_dtype(like.scalar_type()));
-}
-
-// Leading dimensions of a [..., V] tensor as at most two strides, without a copy: row r starts at
-// (r / inner) * outer_stride + (r % inner) * inner_stride. A slice logits[:, :-1] of [B, T, V] is
-// such a layout.
-struct Rows {
-  int64_t count = 1;         // N
-  int64_t inner = 1;         // rows per outer step
-  int64_t inner_stride = 0;  // elements
-  int64_t outer_stride = 0;  // elements
-  int64_t width = 0;         // V
-
-  RL_HD int64_t offset(int64_t row) const {
-    return inner == count ? row * inner_stride
-                          : (row / inner) * outer_stride + (row % inner) * inner_stride;
-  }
-};
-
-// False when the layout needs a copy (last stride not 1, or three independent leading strides).
-inline bool rows_of(const Tensor& t, Rows& rows) {
-  const int64_t dim = t.dim();
-  RL_CHECK(dim >= 1, "logits must have at least one dimension");
-  rows = Rows{};
-  rows.width = t.size(dim - 1);
-  for (int64_t d = 0; d < dim - 1; ++d) rows.count *= t.size(d);
-  if (rows.count == 0) return true;  // whatever the strides, which a copy of nothing may keep
-  if (rows.width > 1 && t.stride(dim - 1) != 1) return false;
-  int64_t sizes[2] = {1, 1};
-  int64_t strides[2] = {0, 0};
-  int groups = 0;  // groups of leading dimensions that collapse into one stride, innermost first
-  for (int64_t d = dim - 2; d >= 0; --d) {
-    const int64_t size = t.size(d);
-    if (size == 1) continue;
-    if (groups > 0 && t.stride(d) == strides[groups - 1] * sizes[groups - 1]) {
-      sizes[groups - 1] *= size;
-    } else if (groups < 2) {
-      sizes[groups] = size;
-      strides[groups] = t.stride(d);
-      ++groups;
-    } else {
-      return false;
-    }
-  }
-  rows.inner = groups < 2 ? rows.count : sizes[0];
-  rows.inner_stride = strides[0];
-  rows.outer_stride = strides[1];
-  return true;
 }
 
 }  // namespace rl

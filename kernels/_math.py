@@ -1,4 +1,4 @@
-"""Per-token RL maths, the formulas of csrc/common/rl_math.h: x is fp32 or fp64, NaN stays NaN."""
+"""Per-token RL maths, the formulas of csrc/common/math.h: x is fp32 or fp64, NaN stays NaN."""
 
 import triton
 import triton.language as tl

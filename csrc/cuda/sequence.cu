@@ -13,14 +13,12 @@
 // walks all ranges at the same time, each carrying the advantage over the tiles behind it first.
 // Limits: one long sequence among many short packed ones is walked by one group; and where a masked
 // gap follows a range, a warp searches it.
-#pragma once
-
+#include "../common/sequence.h"
 #include "whiten.cuh"
 
 namespace rl {
 
 constexpr int kMaxWarps = 8;  // of a group
-constexpr int kTiles = 2;     // of a tile
 constexpr int kRangeTiles = 32;
 constexpr int64_t kRange = kRangeTiles * kTile;
 constexpr int64_t kFewSequences = 128;  // fewer, and long: cut into ranges
@@ -505,8 +503,6 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 2) gae_runs_kernel(const Seque
   round.run(reads, walk, tile, carry, score, none);
 }
 
-}  // namespace
-
 // ---- host -------------------------------------------------------------------------------------
 
 // Fills in the layout of `like`; the tensor returned keeps cu_seqlens alive.
@@ -638,4 +634,77 @@ void run_sequences(const char* op, SequenceArgs<A> p, const Tensor& like, bool w
                  true, p.advantages, stream);
 }
 
+// kl_reward on CUDA: r_t = -beta * kl_t, plus the score on the last unmasked token of each
+// sequence.
+//
+// Shapes: logprob, ref_logprob, mask, outputs: [B, T], or [N] with cu_seqlens [B + 1]; score [B].
+Tensor kl_reward(Tensor logprob, Tensor ref_logprob, Tensor score, double beta, int64_t estimator,
+                 std::optional<Tensor> cu_seqlens, std::optional<Tensor> mask) {
+  const torch::stable::accelerator::DeviceGuard guard(logprob.get_device_index());
+  Tensor out = new_stacked_tokens(logprob, 2);
+  with_acc(logprob, [&](auto zero) {
+    using A = decltype(zero);
+    SequenceArgs<A> p{};
+    const auto cu = set_layout(p, logprob, cu_seqlens);
+    A* const rewards_ptr = output<A>(out);
+    set_kl(p, logprob, ref_logprob, score, beta, estimator, rewards_ptr, rewards_ptr + p.tokens);
+    p.mask = mask_like(mask, logprob);
+    run_sequences<A, true, false>("kl_reward", p, logprob, false);
+  });
+  return out;
+}
+
+// gae on CUDA: A_t = delta_t + gamma * lam * A_{t+1}, R_t = A_t + V_t, optionally whitened.
+//
+// Shapes: rewards, values, mask, outputs: [B, T], or [N] with cu_seqlens [B + 1]; bootstrap [B].
+Tensor gae(Tensor rewards, Tensor values, double gamma, double lam,
+           std::optional<Tensor> cu_seqlens, std::optional<Tensor> mask,
+           std::optional<Tensor> bootstrap, bool whiten) {
+  const torch::stable::accelerator::DeviceGuard guard(rewards.get_device_index());
+  Tensor out = new_stacked_tokens(rewards, 2);
+  with_acc(rewards, [&](auto zero) {
+    using A = decltype(zero);
+    SequenceArgs<A> p{};
+    const auto cu = set_layout(p, rewards, cu_seqlens);
+    p.given_rewards = view_of(rewards, "rewards");
+    p.bootstrap = per_sequence(p, bootstrap, "bootstrap");
+    A* const advantages_ptr = output<A>(out);
+    set_gae(p, rewards, values, gamma, lam, advantages_ptr, advantages_ptr + p.tokens);
+    p.mask = mask_like(mask, rewards);
+    run_sequences<A, false, true>("gae", p, rewards, whiten);
+  });
+  return out;
+}
+
+// kl_gae on CUDA: KL-penalised rewards, GAE and returns in one launch; whitening takes a second
+// one.
+//
+// Shapes: logprob, ref_logprob, values, mask, outputs: [B, T], or [N] with cu_seqlens [B + 1];
+// score [B].
+Tensor kl_gae(Tensor logprob, Tensor ref_logprob, Tensor score, Tensor values, double beta,
+              int64_t estimator, double gamma, double lam, bool whiten,
+              std::optional<Tensor> cu_seqlens, std::optional<Tensor> mask) {
+  const torch::stable::accelerator::DeviceGuard guard(logprob.get_device_index());
+  Tensor out = new_stacked_tokens(logprob, 4);
+  with_acc(logprob, [&](auto zero) {
+    using A = decltype(zero);
+    SequenceArgs<A> p{};
+    const auto cu = set_layout(p, logprob, cu_seqlens);
+    A* const out_ptr = output<A>(out);  // advantages, returns, rewards, kl
+    const int64_t n = p.tokens;
+    set_kl(p, logprob, ref_logprob, score, beta, estimator, out_ptr + 2 * n, out_ptr + 3 * n);
+    set_gae(p, logprob, values, gamma, lam, out_ptr, out_ptr + n);
+    p.mask = mask_like(mask, logprob);
+    run_sequences<A, true, true>("kl_gae", p, logprob, whiten);
+  });
+  return out;
+}
+
+}  // namespace
 }  // namespace rl
+
+STABLE_TORCH_LIBRARY_IMPL(fastrlhf, CUDA, m) {
+  m.impl("kl_reward", TORCH_BOX(&rl::kl_reward));
+  m.impl("gae", TORCH_BOX(&rl::gae));
+  m.impl("kl_gae", TORCH_BOX(&rl::kl_gae));
+}

@@ -1,4 +1,4 @@
-// Scalar maths shared by csrc/cpu and csrc/cuda, and the choice of the instruction set on CPU.
+// Scalar maths shared by csrc/cpu and csrc/cuda.
 //
 // Host versions are branch-free, so that an `omp simd` loop around them becomes vector code; every
 // function is always_inline, so that it takes on the instruction set of the loop it is called from.
@@ -6,11 +6,9 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <type_traits>
-#include <vector>
 
 #ifdef __CUDACC__
 #define RL_HD __host__ __device__ __forceinline__
@@ -232,11 +230,8 @@ RL_HD double sech2(double x) {
   return (1.0 - t) * (1.0 + t);
 }
 
-// ---- per-token RL maths ---------------------------------------------------------------------
-
 // |log rho|, and the log-ratio of k3, are clamped here; k3 itself is bounded by kK3Limit.
 constexpr float kLogRatioLimit = 20.0f;
-constexpr float kK3Limit = 10.0f;
 
 template <typename A>
 RL_HD A clamp(A x, A low, A high) {
@@ -258,50 +253,6 @@ RL_HD float expm1_excess(float x) {
 }
 
 RL_HD double expm1_excess(double x) { return ::expm1(x) - x; }
-
-// The clipped policy loss of one token: max(-A rho, -A clip(rho, low, high)), at most -A *
-// dual_clip where A < 0. A dual_clip of infinity is none.
-template <typename A>
-struct PolicyTerm {
-  A loss;
-  A grad;  // d loss / d logprob
-  A ratio;
-  A kl;       // rho - 1 - log rho
-  A clipped;  // 1 where the clip decides
-};
-
-template <typename A>
-RL_HD PolicyTerm<A> policy_term(A logprob, A old_logprob, A advantage, A low, A high, A dual_clip) {
-  const A d = logprob - old_logprob;
-  const A log_ratio = clamp(d, A(-kLogRatioLimit), A(kLogRatioLimit));
-  const A ratio = exp_far(log_ratio);
-  const A unclipped = -advantage * ratio;
-  const A clipped = -advantage * clamp(ratio, low, high);
-  const A bound = advantage < A(0) ? -advantage * dual_clip : A(INFINITY);
-  const A larger = clipped > unclipped ? clipped : unclipped;
-  const A inside = clipped > unclipped ? A(0) : unclipped;
-  const A free = bound < larger ? A(0) : inside;
-  return {bound < larger ? bound : larger, log_ratio == d ? free : A(0), ratio,
-          expm1_excess(log_ratio), clipped > unclipped ? A(1) : A(0)};
-}
-
-// Half the larger of the squared errors of v and of clip(v, old - clip, old + clip). A clip of
-// infinity is none.
-template <typename A>
-struct ValueTerm {
-  A loss;
-  A grad;  // d loss / d value
-  A clipped;
-};
-
-template <typename A>
-RL_HD ValueTerm<A> value_term(A value, A old_value, A target, A clip) {
-  const A error = value - target;
-  const A clipped_error = clamp(value, old_value - clip, old_value + clip) - target;
-  const bool clipped = clipped_error * clipped_error > error * error;
-  const A chosen = clipped ? clipped_error : error;
-  return {A(0.5) * chosen * chosen, clipped ? A(0) : error, clipped ? A(1) : A(0)};
-}
 
 // log(1 + x) for 0 <= x <= 1: 2 atanh(x / (2 + x)), whose series ends soon (relative error < 1e-7).
 RL_HD float log1p_unit(float x) {
@@ -331,92 +282,6 @@ RL_HD A neg_log_sigmoid(A x) {
 template <typename A>
 RL_HD A neg_log_sigmoid_grad(A x) {
   return A(-1) / (A(1) + exp(x));
-}
-
-// ---- instruction sets
-// ----------------------------------------------------------------------------------------------
-
-#if (defined(__x86_64__) || defined(_M_X64)) && !defined(__CUDACC__)
-#define RL_X86 1
-#endif
-
-enum class Isa { baseline, avx2, avx512 };
-
-inline const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
-}
-
-inline std::vector<const char*> compiled_isas() {
-#ifdef RL_X86
-  return {"baseline", "avx2", "avx512"};
-#else
-  return {"baseline"};
-#endif
-}
-
-// The widest instruction set of this machine that the hot loops are compiled for.
-// FASTRLHF_CPU_ISA=baseline|avx2 lowers it, for tests.
-inline Isa running_isa() {
-#ifdef RL_X86
-  static const Isa isa = [] {
-    const char* cap = std::getenv("FASTRLHF_CPU_ISA");
-    const bool only_baseline = cap && !std::strcmp(cap, "baseline");
-    const bool no_avx512 = cap && !std::strcmp(cap, "avx2");
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512dq");
-    if (only_baseline || !avx2) return Isa::baseline;
-    return avx512 && !no_avx512 ? Isa::avx512 : Isa::avx2;
-  }();
-  return isa;
-#else
-  return Isa::baseline;
-#endif
-}
-
-// Calls the generic callable `body` compiled for each instruction set, choosing at run time:
-//   rl::dispatch_isa([&](auto fma) RL_LAMBDA_INLINE { hot loop });
-// `fma` is std::true_type where the instruction set fuses a product and a sum (multiply_add).
-// The body and all that it calls must be always_inline (RL_INLINE / RL_HD / RL_LAMBDA_INLINE),
-// because that is how they take on the caller's instruction set.
-#define RL_LAMBDA_INLINE __attribute__((always_inline))
-
-#ifdef RL_X86
-template <typename F>
-__attribute__((target("avx2,fma"), noinline)) void run_avx2(const F& body) {
-  body(std::true_type{});
-}
-template <typename F>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"),
-               noinline)) void
-run_avx512(const F& body) {
-  body(std::true_type{});
-}
-#endif
-template <typename F>
-__attribute__((noinline)) void run_baseline(const F& body) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  body(std::true_type{});
-#else
-  body(std::false_type{});
-#endif
-}
-
-template <typename F>
-void dispatch_isa(const F& body) {
-#ifdef RL_X86
-  switch (running_isa()) {
-    case Isa::avx512:
-      return run_avx512(body);
-    case Isa::avx2:
-      return run_avx2(body);
-    default:
-      break;
-  }
-#endif
-  run_baseline(body);
 }
 
 }  // namespace rl

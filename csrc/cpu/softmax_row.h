@@ -8,7 +8,8 @@
 #include <cmath>
 #include <cstddef>
 
-#include "../common/token_logprob.h"
+#include "../common/isa.h"
+#include "../common/rows.h"
 
 namespace rl {
 

@@ -3,7 +3,7 @@
 // Shapes: P prompts, M completions in all; scores, ranks [M], cu_groups [P + 1].
 #pragma once
 
-#include "rl_math.h"
+#include "math.h"
 
 namespace rl {
 

@@ -6,10 +6,55 @@
 
 #include <tuple>
 
-#include "checks.h"
+#include "math.h"
 #include "moments.h"
+#include "tensor.h"
 
 namespace rl {
+
+// The clipped policy loss of one token: max(-A rho, -A clip(rho, low, high)), at most -A *
+// dual_clip where A < 0. A dual_clip of infinity is none.
+template <typename A>
+struct PolicyTerm {
+  A loss;
+  A grad;  // d loss / d logprob
+  A ratio;
+  A kl;       // rho - 1 - log rho
+  A clipped;  // 1 where the clip decides
+};
+
+template <typename A>
+RL_HD PolicyTerm<A> policy_term(A logprob, A old_logprob, A advantage, A low, A high, A dual_clip) {
+  const A d = logprob - old_logprob;
+  const A log_ratio = clamp(d, A(-kLogRatioLimit), A(kLogRatioLimit));
+  const A ratio = exp_far(log_ratio);
+  const A unclipped = -advantage * ratio;
+  const A clipped = -advantage * clamp(ratio, low, high);
+  const A bound = advantage < A(0) ? -advantage * dual_clip : A(INFINITY);
+  const A larger = clipped > unclipped ? clipped : unclipped;
+  const A inside = clipped > unclipped ? A(0) : unclipped;
+  const A free = bound < larger ? A(0) : inside;
+  return {bound < larger ? bound : larger, log_ratio == d ? free : A(0), ratio,
+          expm1_excess(log_ratio), clipped > unclipped ? A(1) : A(0)};
+}
+
+// Half the larger of the squared errors of v and of clip(v, old - clip, old + clip). A clip of
+// infinity is none.
+template <typename A>
+struct ValueTerm {
+  A loss;
+  A grad;  // d loss / d value
+  A clipped;
+};
+
+template <typename A>
+RL_HD ValueTerm<A> value_term(A value, A old_value, A target, A clip) {
+  const A error = value - target;
+  const A clipped_error = clamp(value, old_value - clip, old_value + clip) - target;
+  const bool clipped = clipped_error * clipped_error > error * error;
+  const A chosen = clipped ? clipped_error : error;
+  return {A(0.5) * chosen * chosen, clipped ? A(0) : error, clipped ? A(1) : A(0)};
+}
 
 // The order of METRICS in fastrlhf/ops/ppo_loss.py.
 enum Metric {

@@ -16,7 +16,7 @@ yet" as a maximum.
 import triton
 import triton.language as tl
 
-from ._rl_math import expm1
+from ._math import expm1
 
 FAR_FP32, FAR_FP64 = tl.constexpr(2.0**30), tl.constexpr(2.0**60)
 LEAST = tl.constexpr(-1e4)  # 2^LEAST is 0, and finite: e * a is 0 for a logit of -inf, not 0 * inf

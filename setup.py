@@ -56,7 +56,7 @@ def cpp_extension():
 
 
 def missing_for_cpu(ext):
-    """What stops a C++ build, as one clause; empty when nothing does."""
+    """Why the CPU kernels cannot be built, as one clause; empty when they can."""
     if ext is None:
         return f"torch is not importable: {FIX_TORCH}"
     compiler = os.environ.get("CXX", "c++").split()[0]
@@ -66,7 +66,7 @@ def missing_for_cpu(ext):
 
 
 def follow_nvcc(ext):
-    """Corrects CUDA_HOME where nvcc on PATH is a script: torch takes the folder above that."""
+    """Correct CUDA_HOME where nvcc on PATH is a wrapper script; torch takes the folder above the script."""
     home = ext.CUDA_HOME
     if home is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
         return
@@ -80,7 +80,7 @@ def follow_nvcc(ext):
 
 
 def missing_for_cuda(ext):
-    """What stops a CUDA build, as one clause; empty when nothing does."""
+    """Why the CUDA kernels cannot be built, as one clause; empty when they can."""
     if missing_for_cpu(ext):
         return missing_for_cpu(ext)
     import torch
@@ -101,11 +101,11 @@ def missing_for_cuda(ext):
 
 
 def choose(wanted, ext):
-    """The build kind ('none', 'cpu' or 'cuda'); one printed line says why."""
+    """The build kind, 'none', 'cpu' or 'cuda'; prints the reason in one line."""
     if wanted not in ("auto", "none", "cpu", "cuda"):
         sys.exit(f"fastrlhf: FASTRLHF_BUILD must be auto, none, cpu or cuda; got {wanted!r}")
     if wanted == "none":
-        say("FASTRLHF_BUILD=none, building no extension")
+        say("building no kernels (FASTRLHF_BUILD=none)")
         return "none"
     no_cpu, no_cuda = missing_for_cpu(ext), missing_for_cuda(ext)
     if ext is None and wanted == "auto":
@@ -115,15 +115,15 @@ def choose(wanted, ext):
     if wanted == "cpu" and no_cpu:
         sys.exit(f"fastrlhf: FASTRLHF_BUILD=cpu cannot work: {no_cpu}")
     if wanted != "auto":
-        say(f"building the {wanted} extension (FASTRLHF_BUILD={wanted})")
+        say(f"building the {wanted} kernels (FASTRLHF_BUILD={wanted})")
         return wanted
     if not no_cuda:
-        say(f"building the cuda extension (auto: torch is a CUDA build, CUDA_HOME={ext.CUDA_HOME})")
+        say(f"building the cuda kernels (auto: torch is a CUDA build, CUDA_HOME={ext.CUDA_HOME})")
         return "cuda"
     if not no_cpu:
-        say(f"building the cpu extension (auto: {no_cuda.split(':')[0]})")
+        say(f"building the cpu kernels (auto: {no_cuda.split(':')[0]})")
         return "cpu"
-    say(f"building no extension (auto: {no_cpu})")
+    say(f"building no kernels (auto: {no_cpu})")
     return "none"
 
 
@@ -137,7 +137,7 @@ def sources(pattern):
 
 
 def kernel_library(kind, ext):
-    """libfastrlhf.so as an extension of setuptools; `kind` is 'cpu' or 'cuda'."""
+    """The setuptools extension of libfastrlhf.so; `kind` is 'cpu' or 'cuda'."""
     torch_include = str(Path(ext.__file__).resolve().parent.parent / "include")
     # Source paths of the building machine stay out of error messages.
     prefix_maps = [f"-fmacro-prefix-map={ROOT}/=", f"-fmacro-prefix-map={torch_include}/="]
@@ -180,14 +180,14 @@ def packer_module():
     flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"]
     files = ["csrc/python.cpp", "csrc/packer.cpp"]
     folders = [str(ROOT / "csrc"), pybind11.get_include()]
-    # C++ to setuptools and to BuildExtension alike, so that the C++ compiler links it.
+    # language: setuptools then links with the C++ compiler.
     return [
         Extension(MODULE, files, include_dirs=folders, extra_compile_args=flags, language="c++")
     ]
 
 
 def commands(base, prebuilt):
-    """setuptools' commands: `base` builds the extensions, a `prebuilt` library is copied instead."""
+    """setuptools' commands on top of `base`, a build_ext; a `prebuilt` kernel library is copied, not compiled."""
 
     class Build(base):
         def get_ext_filename(self, name):

@@ -1,7 +1,7 @@
 """Fused kernels for RLHF, and a thin PyTorch trainer that runs InstructGPT on them.
 
-Importing this package loads neither torch nor Triton nor transformers and touches no GPU: a public
-name is imported from its op on first use, so that `fastrlhf --help` answers at once.
+Importing this package imports nothing else and touches no GPU. A public name is imported from its
+op on first use, so `fastrlhf --help` prints at once.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """The command line: fastrlhf <command> [--config file.yaml] [--section name] [--key value ...].
 
 Exit status: 0 done, 2 bad input (one line on stderr, nothing written), 130 interrupted. A
-programming error keeps its traceback. Only the chosen command's module is imported, so that help
-is immediate.
+programming error keeps its traceback. Only the module of the chosen command is imported, so help
+prints at once.
 """
 
 import dataclasses
@@ -12,43 +12,65 @@ import sys
 import typing
 from typing import NamedTuple
 
+from fastrlhf import extras
 from fastrlhf.errors import UserError, did_you_mean
 
 
 class Command(NamedTuple):
-    module: str  # holds the config dataclass and main(cfg)
+    """A command and the module that runs it.
+
+    A command with an extra has a config dataclass, and its module defines `main(cfg)`. A command of the base install
+    uses the standard library alone: its module defines `USAGE` and `main(arguments)`.
+    """
+
+    module: str
     config: str
+    extra: str
     help: str
 
 
 COMMANDS = {
-    "demo": Command("fastrlhf.demo.run", "DemoConfig", "align the shipped tiny model, end to end"),
+    "doctor": Command("fastrlhf.doctor", "", "", "show what works on this machine, and why not"),
+    "bench": Command("fastrlhf.bench", "", "", "time the ops (needs a clone of the repository)"),
     "pretrain": Command(
-        "fastrlhf.train.stages.pretrain", "PretrainConfig", "train a language model"
+        "fastrlhf.train.stages.pretrain", "PretrainConfig", "train", "train a language model"
     ),
-    "sft": Command("fastrlhf.train.stages.sft", "SFTConfig", "fine-tune on demonstrations"),
+    "sft": Command(
+        "fastrlhf.train.stages.sft", "SFTConfig", "train", "fine-tune on demonstrations"
+    ),
     "reward": Command(
-        "fastrlhf.train.stages.reward", "RewardConfig", "train a reward model on rankings"
+        "fastrlhf.train.stages.reward",
+        "RewardConfig",
+        "train",
+        "train a reward model on rankings",
     ),
     "ppo": Command(
-        "fastrlhf.train.stages.ppo", "PPOConfig", "PPO, or PPO-ptx with a pretraining mix"
+        "fastrlhf.train.stages.ppo",
+        "PPOConfig",
+        "train",
+        "PPO, or PPO-ptx with a pretraining mix",
     ),
-    "eval": Command("fastrlhf.evals", "EvalConfig", "evaluate trained models"),
-    "report": Command("fastrlhf.report", "ReportConfig", "write the report of a run"),
-    "bench": Command("fastrlhf.bench", "BenchConfig", "time the ops on this machine"),
-    "doctor": Command("fastrlhf.doctor", "DoctorConfig", "what works on this machine, and why not"),
+    "eval": Command("fastrlhf.evals", "EvalConfig", "eval", "evaluate trained models"),
+    "report": Command("fastrlhf.report", "ReportConfig", "report", "write the report of a run"),
+    "demo": Command(
+        "fastrlhf.demo.run", "DemoConfig", "demo", "align the shipped tiny model, end to end"
+    ),
 }
 
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    lines = [
+        f"  {name:<{width}}  {command.help}" + f" [{command.extra}]" * bool(command.extra)
+        for name, command in COMMANDS.items()
+    ]
     return "\n".join(
         [
             "usage: fastrlhf <command> [--config file.yaml] [--section name] [--key value ...]",
             "",
             *lines,
             "",
+            "[extra]: the command needs pip install 'fastrlhf[extra]'.",
             "fastrlhf <command> --help lists the command's options; --config takes a YAML file or",
             "the name of a shipped recipe (quickstart, instructgpt_paper, h200).",
         ]
@@ -80,13 +102,21 @@ def parse_options(arguments: list[str], config_class: type) -> dict[str, str]:
 
 
 def run(name: str, arguments: list[str]) -> int:
-    """Run one command; UserError for everything the user can mend."""
+    """Run one command; UserError for everything the user can fix."""
+    command = COMMANDS[name]
+    wants_help = "-h" in arguments or "--help" in arguments
+    if command.extra:
+        extras.require(command.extra)
+    module = importlib.import_module(command.module)
+    if not command.config:
+        if wants_help:
+            print(module.USAGE)
+            return 0
+        return module.main(arguments)
     from fastrlhf.train import config
 
-    command = COMMANDS[name]
-    module = importlib.import_module(command.module)
     config_class = getattr(module, command.config)
-    if "-h" in arguments or "--help" in arguments:
+    if wants_help:
         config.option_parser(config_class, f"fastrlhf {name}").print_help()
         return 0
     options = parse_options(arguments, config_class)
@@ -96,7 +126,7 @@ def run(name: str, arguments: list[str]) -> int:
 
 
 def dispatch(arguments: list[str]) -> int:
-    """Answer --help and --version, or run the command that `arguments` begin with."""
+    """Run the command that `arguments` start with, or answer --help and --version."""
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "help"):
         print(usage())
@@ -125,10 +155,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except OSError as error:
         if isinstance(error, BrokenPipeError):
-            # The reader of our output left (`fastrlhf doctor | head`); nothing more can be said to it.
+            # The reader closed the pipe (`fastrlhf doctor | head`). Redirect stdout so that the
+            # interpreter's flush at exit does not raise again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        # A full disk, a folder that may not be written: the user's to mend, like bad input.
+        # A full disk or missing permission: the user can fix it, like bad input.
         print(f"{prefix}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,48 +1,33 @@
 """fastrlhf doctor: what is installed, which backend runs each op here, and why the others do not.
 
-The hosts whose functions `fastrlhf.integrations` can replace are looked for, not imported. The exit
-status is 0 on every machine where the package does its work, however slowly, and 1 only where the
-install is broken: a requirement that is missing, or an extension that was built but does
-not load.
+It needs the base install alone, and looks for trainers to patch without importing them. The exit
+status is 1 only where the install is broken: a missing requirement, or a compiled part that was
+built but does not load. A slow or partial install is not broken.
 """
 
-import importlib.metadata
+import importlib
 import importlib.util
 import json
 import os
 import platform
-from dataclasses import dataclass
 
+from fastrlhf import extras
+from fastrlhf.errors import UserError, did_you_mean
 from fastrlhf.integrations import _hosts
 
-REQUIREMENTS = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "triton",
-)
+USAGE = """usage: fastrlhf doctor [--json]
+
+Show what is installed, which backend runs each op on this machine, and why the others do not.
+
+  --json  print one JSON object instead of tables"""
+
+REQUIREMENTS = ("torch", "triton")
+EXTRAS = ("train", "eval", "report", "demo", "bench")
 OLDEST_TORCH = (2, 10)
 FLASH_ATTENTION = {"flash_attn_interface": "flash-attn 3", "flash_attn": "flash-attn 2"}
 
 
-@dataclass
-class DoctorConfig:
-    """Report what works on this machine."""
-
-    json: bool = False  # print one JSON object instead of tables
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _extension() -> dict:
+def _kernels() -> dict:
     """The kernel library's build facts, or why the C++ ops are unavailable."""
     from fastrlhf.ops import _library
 
@@ -56,12 +41,27 @@ def _extension() -> dict:
     return {"present": True, **_library.build_info()}
 
 
+def _packer() -> dict:
+    """Which sequence packer runs, C++ or Python; both give the same result."""
+    if importlib.util.find_spec("fastrlhf._C") is None:
+        reason = f"fastrlhf._C is not built for Python {platform.python_version()}"
+        return {"runs": "Python", "reason": reason}
+    try:
+        importlib.import_module("fastrlhf._C")
+    except ImportError as error:
+        reason = f"fastrlhf._C is built, but does not load: {error}"
+        return {"runs": "Python", "reason": reason, "broken": True}
+    return {"runs": "C++"}
+
+
 def _attention(device: str) -> dict:
     """Which flash attention is installed, and the path a packed batch would take on `device`."""
     import torch
 
     found = [n for m, n in FLASH_ATTENTION.items() if importlib.util.find_spec(m) is not None]
     report = {"flash_attention": found}
+    if extras.version("transformers") is None:
+        return {**report, "path": "none: transformers is not installed (extra [train])"}
     try:
         from fastrlhf.integrations import attention
     except ImportError as error:
@@ -72,18 +72,21 @@ def _attention(device: str) -> dict:
 
 
 def examine() -> dict:
-    """Everything doctor knows, as plain data; `problems` is empty unless the install is broken."""
-    versions = {name: _version(name) for name in REQUIREMENTS}
+    """The whole report as plain data; `problems` is empty unless the install is broken."""
+    names = sorted({name for extra in EXTRAS for name in extras.packages(extra)})
+    versions = {name: extras.version(name) for name in (*REQUIREMENTS, *names)}
     report = {
         "fastrlhf": importlib.import_module("fastrlhf").__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
-        "hosts": _hosts.found(),
+        # extra -> the packages that it needs and that are missing
+        "extras": {extra: extras.missing(extra) for extra in EXTRAS if extras.packages(extra)},
+        "integrations": _hosts.found(),
         "problems": [
             f"{name} is not installed"
-            for name, version in versions.items()
-            if version is None and (name != "triton" or platform.system() == "Linux")
+            for name in REQUIREMENTS
+            if versions[name] is None and (name != "triton" or platform.system() == "Linux")
         ],
     }
     try:
@@ -106,9 +109,10 @@ def examine() -> dict:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
-    report["extension"] = _extension()
-    if report["extension"].pop("broken", False):
-        report["problems"].append(f"extension {report['extension']['reason']}")
+    report["kernels"], report["packer"] = _kernels(), _packer()
+    for part in (report["kernels"], report["packer"]):
+        if part.pop("broken", False):
+            report["problems"].append(part["reason"])
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         report["problems"].append(f"torch {torch.__version__} is older than {oldest}")
@@ -124,7 +128,7 @@ def examine() -> dict:
         for op in _backend.OPS
     }
     report["attention"] = _attention(device)
-    if report["attention"].pop("broken", False) and versions["transformers"]:
+    if report["attention"].pop("broken", False):
         path = report["attention"]["path"].removeprefix("unknown: ")
         report["problems"].append(f"transformers does not load: {path}")
     return report
@@ -132,14 +136,17 @@ def examine() -> dict:
 
 def _facts(report: dict) -> list[tuple[str, str]]:
     """The report's head as (name, text) rows."""
+    versions = report["versions"]
+    installed = [f"{name} {version}" for name, version in versions.items() if version]
     rows = [
         ("fastrlhf", f"{report['fastrlhf']}, Python {report['python']}, {report['platform']}"),
-        ("packages", ", ".join(f"{k} {v or 'MISSING'}" for k, v in report["versions"].items())),
-        ("hosts", ", ".join(_host(name, entry) for name, entry in report["hosts"].items())),
+        ("packages", ", ".join(installed) or "none"),
+        ("extras", "; ".join(_extra(*entry) for entry in report["extras"].items()) or "unknown"),
+        ("trainers", ", ".join(_trainer(*entry) for entry in report["integrations"].items())),
     ]
     if "torch" not in report:
         return rows
-    torch_, extension = report["torch"], report["extension"]
+    torch_, kernels = report["torch"], report["kernels"]
     devices = ", ".join(f"{d['name']} ({d['capability']})" for d in torch_["cuda_devices"])
     build = f"built for CUDA {torch_['cuda_build']}" if torch_["cuda_build"] else "a CPU build"
     rows += [
@@ -147,67 +154,71 @@ def _facts(report: dict) -> list[tuple[str, str]]:
         ("GPU", devices or "none found"),
         ("CPU", f"torch uses {torch_['cpu_capability']}, {torch_['threads']} threads"),
     ]
-    if extension["present"]:
-        archs = ", ".join(extension["cuda_archs"]) or "none (built without CUDA)"
-        target, compiled = extension["torch_target_version"], extension["cpu_isa_compiled"]
-        running = f"{extension['cpu_isa_running']} runs, of {', '.join(compiled)}"
+    if kernels["present"]:
+        archs = ", ".join(kernels["cuda_archs"]) or "none (built without CUDA)"
+        target, compiled = kernels["torch_target_version"], kernels["cpu_isa_compiled"]
+        running = f"{kernels['cpu_isa_running']} (compiled: {', '.join(compiled)})"
         asked = os.environ.get("FASTRLHF_CPU_ISA")
         if asked and asked not in compiled:
-            running += f"; FASTRLHF_CPU_ISA={asked} is none of these and does nothing"
+            running += f"; FASTRLHF_CPU_ISA={asked} is not one of these and is ignored"
         rows += [
-            ("extension", f"present, {extension['compiler']}, serves torch >= {target}"),
+            ("kernels", f"present, {kernels['compiler']}, for torch >= {target} and any Python"),
             ("CPU kernels", running),
-            ("CUDA archs", archs),
+            ("CUDA kernels", archs),
         ]
     else:
-        rows.append(("extension", f"absent: {extension['reason']}"))
-    attention = report["attention"]
+        rows.append(("kernels", f"absent: {kernels['reason']}"))
+    packer, attention = report["packer"], report["attention"]
     rows += [
+        ("packer", packer["runs"] + (f" ({packer['reason']})" if "reason" in packer else "")),
         ("flash-attn", ", ".join(attention["flash_attention"]) or "not installed"),
-        ("attention", f"{attention['path']}"),
+        ("attention", attention["path"]),
     ]
     return rows
 
 
-def _host(name: str, entry: dict) -> str:
+def _extra(name: str, absent: list[str]) -> str:
+    if not absent:
+        return f"[{name}] installed"
+    return f"[{name}] lacks {', '.join(absent)} (pip install 'fastrlhf[{name}]')"
+
+
+def _trainer(name: str, entry: dict) -> str:
     if entry["version"] is None:
         return f"{name} not installed"
     inside = "in" if entry["in_tested_range"] else "OUTSIDE"
     return f"{name} {entry['version']} ({inside} the tested range {entry['tested']})"
 
 
+def _print_columns(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
 def show(report: dict) -> None:
     """Print the report as tables."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    facts = Table.grid(padding=(0, 2))
-    for name, text in _facts(report):
-        facts.add_row(Text(name, "bold"), Text(text))
-    console.print(facts)
+    _print_columns(_facts(report))
     if "ops" in report:
-        ops = Table(title=f"backend of each op, auto on {report['device']}", title_justify="left")
-        ops.add_column("op")
-        ops.add_column("auto")
-        ops.add_column("available")
+        rows = [("op", "auto", "available")]
         for op, table in report["ops"].items():
             ready = [backend for backend, state in table.items() if state == "available"]
-            ops.add_row(op, table["auto"], ", ".join(ready))
-        console.print(ops)
-        console.print(Text("how auto's order was decided", "bold"))
+            rows.append((op, table["auto"], ", ".join(ready)))
+        print(f"\nBackend of each op; auto for tensors on {report['device']}")
+        _print_columns(rows)
+        print("\nMeasurement behind the order of auto")
         for measured, names in _measured(report["auto"]).items():
-            console.print(Text(f"  {measured} ({', '.join(names)})"), soft_wrap=True)
-        console.print(Text("unavailable, and why", "bold"))
+            print(f"  {measured} ({', '.join(names)})")
+        print("\nUnavailable backends")
         for reason, pairs in _reasons(report["ops"]).items():
-            console.print(Text(f"  {pairs}: {reason}"), soft_wrap=True)
+            print(f"  {pairs}: {reason}")
     for problem in report["problems"]:
-        console.print(Text(f"broken install: {problem}", "bold red"), soft_wrap=True)
+        print(f"broken install: {problem}")
 
 
 def _measured(auto: dict) -> dict[str, list[str]]:
-    """Order and its measurement -> the ops that share them."""
+    """An order with its measurement -> the ops that share it."""
     grouped: dict[str, list[str]] = {}
     for op, entry in auto.items():
         text = f"{' before '.join(entry['order'])}: {entry['measured']}"
@@ -216,7 +227,7 @@ def _measured(auto: dict) -> dict[str, list[str]]:
 
 
 def _reasons(ops: dict) -> dict[str, str]:
-    """Group (backend, ops) by the reason that stops them, so that no line repeats."""
+    """A reason -> the backends and ops that it makes unavailable, as text."""
     grouped: dict[str, dict[str, list[str]]] = {}
     for op, table in ops.items():
         for backend, state in table.items():
@@ -231,10 +242,13 @@ def _reasons(ops: dict) -> dict[str, str]:
     }
 
 
-def main(cfg: DoctorConfig) -> int:
+def main(arguments: list[str]) -> int:
     """Print the report; 0, or 1 for a broken install."""
+    for argument in arguments:
+        if argument != "--json":
+            raise UserError(f"unknown option '{argument}'{did_you_mean(argument, ['--json'])}")
     report = examine()
-    if cfg.json:
+    if arguments:
         print(json.dumps(report, indent=2))
     else:
         show(report)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastrlhf import cli
+from fastrlhf import cli, extras
 from fastrlhf.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ def stub(monkeypatch):
 
     module.main = main
     monkeypatch.setitem(sys.modules, "stub_stage", module)
-    monkeypatch.setitem(cli.COMMANDS, "sft", cli.Command("stub_stage", "StubConfig", "stub"))
+    monkeypatch.setitem(cli.COMMANDS, "sft", cli.Command("stub_stage", "StubConfig", "", "stub"))
     return module
 
 
@@ -131,6 +131,33 @@ def test_every_command_exists_and_prints_its_help(name, capsys):
     assert callable(importlib.import_module(cli.COMMANDS[name].module).main)
     assert cli.main([]) == 0
     assert f"  {name} " in capsys.readouterr().out
+
+
+def test_missing_extra_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(extras, "missing", {"train": ["accelerate", "rich"], "bench": ["rich"]}.get)
+    line = bad_input(capsys, "sft", "--help")
+    needs = "needs the extra [train]: pip install 'fastrlhf[train]' (missing: accelerate, rich)"
+    assert line == f"fastrlhf sft: error: {needs}"
+    needs = "needs the extra [bench]: pip install 'fastrlhf[bench]' (missing: rich)"
+    assert bad_input(capsys, "bench", "gae") == f"fastrlhf bench: error: {needs}"
+
+
+def test_bench_gives_its_arguments_to_the_script(monkeypatch):
+    ran = []
+
+    def start(command, **options):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    assert cli.main(["bench", "gae", "--quick", "--out", "x.json"]) == 3
+    script = ROOT / "benchmarks" / "run.py"
+    assert ran == [[sys.executable, str(script), "gae", "--quick", "--out", "x.json"]]
+
+
+def test_bench_of_an_installed_package(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("fastrlhf.bench.__file__", str(tmp_path / "fastrlhf" / "bench.py"))
+    assert "clone the repository" in bad_input(capsys, "bench", "gae")
 
 
 def run_python(code):

@@ -1,4 +1,4 @@
-"""fastrlhf doctor: honest about what is here, why the rest is not, and red only when broken."""
+"""fastrlhf doctor: what is installed, why the rest is unavailable, and status 1 only when broken."""
 
 import importlib.metadata
 import importlib.util
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastrlhf
-from fastrlhf import cli, doctor
+from fastrlhf import cli, doctor, extras
 from fastrlhf.integrations import _hosts
 from fastrlhf.ops import _backend, _library
 
@@ -47,21 +47,21 @@ def test_text_names_every_op_and_reason(capsys):
         assert op in text
         for backend in BACKENDS:
             assert row[backend] == "available" or row[backend] in text
-        assert any(f" {op} " in x and f" {row['auto']} " in x for x in text.splitlines())
+        assert any(line.split()[:2] == [op, row["auto"]] for line in text.splitlines())
         assert _backend.measured(op, "cuda" if torch.cuda.is_available() else "cpu") in text
 
 
-@pytest.mark.skipif(bool(_backend._extension_error), reason="the extension is not built")
-def test_extension_facts(capsys):
-    extension = report_of(capsys)["extension"]
-    assert extension == {"present": True, **_library.build_info()}
+@pytest.mark.skipif(bool(_backend._extension_error), reason="the kernel library is not built")
+def test_library_facts(capsys):
+    kernels = report_of(capsys)["kernels"]
+    assert kernels == {"present": True, **_library.build_info()}
 
 
 def test_missing_library_is_no_broken_install(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(_library, "PATH", tmp_path / "libfastrlhf.so")
-    extension = report_of(capsys)["extension"]
-    assert extension["present"] is False
-    assert "the reference backend serves every op" in extension["reason"]
+    kernels = report_of(capsys)["kernels"]
+    assert kernels["present"] is False
+    assert "the reference backend serves every op" in kernels["reason"]
     assert cli.main(["doctor"]) == 0
     assert "absent: the kernel library is not built" in " ".join(capsys.readouterr().out.split())
 
@@ -74,17 +74,42 @@ def test_library_that_does_not_load_is_a_broken_install(capsys, monkeypatch, tmp
 
 
 def test_missing_requirement_is_a_broken_install(capsys, monkeypatch):
-    version = importlib.metadata.version
-
-    def without_safetensors(name):
-        if name == "safetensors":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", without_safetensors)
-    assert report_of(capsys, status=1)["problems"] == ["safetensors is not installed"]
+    version = extras.version
+    monkeypatch.setattr(extras, "version", lambda name: None if name == "triton" else version(name))
+    assert report_of(capsys, status=1)["problems"] == ["triton is not installed"]
     assert cli.main(["doctor"]) == 1
-    assert "broken install: safetensors is not installed" in capsys.readouterr().out
+    assert "broken install: triton is not installed" in capsys.readouterr().out
+
+
+def test_missing_extra_is_no_broken_install(capsys, monkeypatch):
+    packages = {"train": ["accelerate", "no-such-package"], "report": ["numpy"]}
+    monkeypatch.setattr(extras, "packages", lambda extra: packages.get(extra, []))
+    report = report_of(capsys)
+    assert report["extras"] == {"train": ["no-such-package"], "report": []}
+    assert report["versions"]["no-such-package"] is None
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "[train] lacks no-such-package (pip install 'fastrlhf[train]'); [report] installed" in text
+    )
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_packer(capsys, monkeypatch, built):
+    """Not built: the Python packer runs. Built, but not loading: a broken install."""
+    real = importlib.util.find_spec
+    spec = importlib.util.spec_from_loader("fastrlhf._C", loader=None) if built else None
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *r: spec if n == "fastrlhf._C" else real(n, *r)
+    )
+    monkeypatch.setitem(sys.modules, "fastrlhf._C", None)
+    report = report_of(capsys, status=int(built))
+    assert report["packer"]["runs"] == "Python"
+    said = "fastrlhf._C is built, but does not load" if built else "fastrlhf._C is not built for"
+    assert report["packer"]["reason"].startswith(said)
+    assert len(report["problems"]) == built
+    assert cli.main(["doctor"]) == built
+    assert f"Python ({said}" in capsys.readouterr().out
 
 
 def test_old_torch_is_a_broken_install(capsys, monkeypatch):
@@ -100,13 +125,13 @@ def test_transformers_that_does_not_load_is_a_broken_install(capsys, monkeypatch
     assert problem.startswith("transformers does not load: ")
 
 
-@pytest.mark.skipif(bool(_backend._extension_error), reason="the extension is not built")
+@pytest.mark.skipif(bool(_backend._extension_error), reason="the kernel library is not built")
 @pytest.mark.parametrize("asked", ["nonsense", "AVX2", "baseline"])
 def test_an_instruction_set_that_does_not_exist(capsys, monkeypatch, asked):
     monkeypatch.setenv("FASTRLHF_CPU_ISA", asked)
     assert cli.main(["doctor"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    said = f"FASTRLHF_CPU_ISA={asked} is none of these and does nothing"
+    said = f"FASTRLHF_CPU_ISA={asked} is not one of these and is ignored"
     assert (said in text) == (asked != "baseline")
 
 
@@ -124,16 +149,16 @@ def test_flash_attention_is_looked_for(capsys, monkeypatch):
     assert "flash-attn 2" in report_of(capsys)["attention"]["flash_attention"]
 
 
-def test_hosts_are_found_without_importing_them(capsys, monkeypatch):
+def test_trainers_are_found_without_importing_them(capsys, monkeypatch):
     versions = {"trl": "1.16.4", "transformers": "4.0.0", "openrlhf": "0.11.2"}
     monkeypatch.setattr(_hosts, "installed", versions.get)
     for name in ("trl", "openrlhf", "verl"):
         monkeypatch.setitem(sys.modules, name, None)  # importing one would raise
-    hosts = report_of(capsys)["hosts"]
-    assert hosts["trl"] == {"version": "1.16.4", "tested": "1.16", "in_tested_range": True}
-    assert hosts["transformers"]["in_tested_range"] is False
-    assert hosts["verl"]["version"] is None
-    assert cli.main(["doctor"]) == 0  # an untested host is no broken install
+    found = report_of(capsys)["integrations"]
+    assert found["trl"] == {"version": "1.16.4", "tested": "1.16", "in_tested_range": True}
+    assert found["transformers"]["in_tested_range"] is False
+    assert found["verl"]["version"] is None
+    assert cli.main(["doctor"]) == 0  # an untested version is no broken install
     text = " ".join(capsys.readouterr().out.split())
     assert "trl 1.16.4 (in the tested range 1.16)" in text
     assert f"transformers 4.0.0 (OUTSIDE the tested range {_hosts.TESTED['transformers']})" in text

@@ -1,9 +1,10 @@
-"""The wheel and the sdist: built from this tree, compared with it, installed and run elsewhere.
+"""Wheel and sdist: built from this tree, compared with it, installed in clean environments and run there.
 
-No network and one compilation: the wheel is built in the checkout, over the objects that lie there
-already, and the sdist's build takes the same objects once its sources are seen to be identical.
+No network and one compilation. The wheel is built in the checkout, over the objects that are there already. The
+sdist's build takes the same objects after a test has compared its sources. Environments link this one's packages.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -19,9 +20,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
 
 import fastrlhf
-from fastrlhf.ops import _backend
+from fastrlhf.ops import _backend, _library
 
 try:
     import tomllib
@@ -29,38 +31,57 @@ except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-HAS_EXTENSION = not _backend._extension_error
-needs_extension = pytest.mark.skipif(not HAS_EXTENSION, reason="the extension is not built here")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+HAS_LIBRARY = not _backend._extension_error
+needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="the kernel library is not built here")
 pytestmark = pytest.mark.slow
 
-# Packed sequences through one op of each kind, and what an install must hold besides code.
-USE = """
+# One op on each kind of input, and what the base install holds besides code.
+USE_OPS = """
 import json, sys, importlib.util, torch, fastrlhf
-from fastrlhf.train import config, packing
 backend = sys.argv[1]
 logits = torch.randn(4, 7)
 targets = torch.tensor([0, 6, 3, 2])
 ours = fastrlhf.token_logprob(logits, targets, backend=backend)
 truth = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+rewards = torch.tensor([[1.0, 2.0, 3.0]])
+advantages, returns = fastrlhf.gae(rewards, 0 * rewards, gamma=1.0, lam=1.0, backend=backend)
 print(json.dumps({
     "file": fastrlhf.__file__,
     "error": (ours - truth).abs().max().item(),
-    "auto": fastrlhf.backends()["token_logprob"],
-    "bins": [b.tolist() for b in packing.pack([5, 3, 3, 5], 8)],
-    "recipe": str(config.recipe_path("quickstart")),
+    "gae": returns.tolist(),
+    "available": fastrlhf.backends()["token_logprob"],
     "kernel": importlib.util.find_spec("fastrlhf.kernels.token_logprob").origin,
+    "numpy": importlib.util.find_spec("numpy") is not None,
+}))
+"""
+USE_TRAINER = """
+import json
+from fastrlhf import cli
+from fastrlhf.train import config, packing
+status = {name: cli.main([name, "--help"]) for name in cli.COMMANDS}
+print(json.dumps({
+    "status": status,
+    "bins": [b.tolist() for b in packing.pack([5, 3, 3, 5], 8)],
+    "packer": "C++" if packing._C else "Python",
+    "recipe": str(config.recipe_path("quickstart")),
 }))
 """
 
 
-def run(*command, cwd=None, **env):
-    """Run a command outside the checkout's import path; its output must say what went wrong."""
+def start(*command, cwd=None, **env):
+    """Run a command outside the checkout's import path."""
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FASTRLHF_BUILD")}
-    # This environment's ninja first: the objects of another release would be compiled again.
+    # This environment's ninja first: another release would compile all objects again.
     clean["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), clean.get("PATH", "")])
-    result = subprocess.run(
+    return subprocess.run(
         [str(c) for c in command], cwd=cwd, env={**clean, **env}, capture_output=True, text=True
     )
+
+
+def run(*command, cwd=None, **env):
+    """The output of a command that must succeed."""
+    result = start(*command, cwd=cwd, **env)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
@@ -74,26 +95,69 @@ def build(source, kind, out, *options, **env):
     return made
 
 
-def install(wheel, folder):
-    """A clean environment that holds the wheel and sees only this one's third-party packages."""
+def closure(requirements, extras=()):
+    """Names of the distributions that pip would install here for a list of requirements."""
+    found = set()
+    for text in requirements:
+        requirement = Requirement(text)
+        marker = requirement.marker
+        if marker and not any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+            continue
+        if requirement.name == "fastrlhf":
+            for extra in requirement.extras:
+                found |= closure(PROJECT["optional-dependencies"][extra])
+            continue
+        key = (requirement.name, tuple(sorted(requirement.extras)))
+        if key not in _closures:
+            _closures[key] = {requirement.name}  # ends the recursion where packages need each other
+            needed = importlib.metadata.requires(requirement.name) or []
+            _closures[key] |= closure(needed, requirement.extras)
+        found |= _closures[key]
+    return found
+
+
+_closures: dict[tuple, set[str]] = {}
+
+
+def environment(folder, requirements):
+    """A virtual environment that holds what `requirements` install and nothing else; returns its Python."""
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    # A plain path line: .pth files over there, such as an editable fastrlhf's, are not followed.
-    (site / "third_party.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
-    run(*pip, "--no-index", "--no-deps", "--disable-pip-version-check", wheel)
+    for name in closure(requirements):
+        distribution = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(distribution.locate_file(top))
     return python
 
 
-def use(python, backend):
-    """Run USE in an installed environment, from a folder that is not the checkout."""
+def install(wheel, folder, extra=None):
+    """A clean environment that holds the wheel, its dependencies and those of one extra."""
+    lists = PROJECT["dependencies"] + PROJECT["optional-dependencies"].get(extra, [])
+    python = environment(folder, lists)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
+    run(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel)
+    run(*pip, "check")
+    return python
+
+
+def use_ops(python, backend):
+    """Run USE_OPS in an installed environment, from a folder that is not the checkout."""
     folder = python.parents[1]
-    report = json.loads(run(python, "-c", USE, backend, cwd=folder).splitlines()[-1])
+    report = json.loads(run(python, "-c", USE_OPS, backend, cwd=folder).splitlines()[-1])
     assert Path(report["file"]).is_relative_to(folder)
-    assert Path(report["recipe"]).is_relative_to(folder)
     assert Path(report["kernel"]).is_relative_to(folder)
     assert report["error"] < 1e-6
+    assert report["gae"] == [[6.0, 5.0, 3.0]]
+    return report
+
+
+def use_trainer(python):
+    """Run USE_TRAINER; returns the exit status of each command's --help, and which packer ran."""
+    folder = python.parents[1]
+    report = json.loads(run(python, "-c", USE_TRAINER, cwd=folder).splitlines()[-1])
+    assert Path(report["recipe"]).is_relative_to(folder)
     assert report["bins"] == [[0, 1], [2, 3]]
     return report
 
@@ -107,7 +171,7 @@ def scratch(tmp_path_factory):
 def wheel(scratch):
     # A library folder of its own: setuptools would ship leftovers of an older build/lib.
     library = f"--build-lib={scratch / 'lib'}"
-    kind = {} if HAS_EXTENSION else {"FASTRLHF_BUILD": "none"}
+    kind = {} if HAS_LIBRARY else {"FASTRLHF_BUILD": "none"}
     return build(ROOT, "wheel", scratch / "wheel", "build", library, **kind)
 
 
@@ -133,6 +197,15 @@ def sdist(scratch):
     return folder
 
 
+def repackage(python, sdist, out):
+    """A wheel of the checkout's compiled kernels, made from the sdist by a Python that needs no torch."""
+    shutil.copytree(sdist, out / "source", ignore=shutil.ignore_patterns("build"))
+    command = [python, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", out / "wheel"]
+    run(*command, cwd=out / "source", FASTRLHF_LIBRARY=str(_library.PATH))
+    (made,) = (out / "wheel").iterdir()
+    return made
+
+
 def files_under(folder, *suffixes):
     return {
         str(path.relative_to(ROOT))
@@ -144,12 +217,12 @@ def files_under(folder, *suffixes):
 
 def test_wheel_holds_the_tree_and_nothing_else(wheel):
     expected = files_under("fastrlhf", ".py")
-    # Checkout only: the three lines that let an uninstalled tree find ../kernels.
+    # Checkout only: it lets a tree that is not installed find ../kernels.
     expected -= {"fastrlhf/kernels/__init__.py"}
     expected |= {f"fastrlhf/{name}" for name in files_under("kernels", ".py")}
     expected |= {f"fastrlhf/{name}" for name in files_under("recipes", ".yaml")}
     expected |= files_under("fastrlhf/demo/data") | files_under("fastrlhf/demo/base")
-    if HAS_EXTENSION:
+    if HAS_LIBRARY:
         expected |= {"fastrlhf/libfastrlhf.so"}
         expected |= {"fastrlhf/_C" + sysconfig.get_config_var("EXT_SUFFIX")}
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -161,15 +234,15 @@ def test_wheel_metadata(wheel):
     archive = zipfile.ZipFile(wheel)
     info = f"fastrlhf-{fastrlhf.__version__}.dist-info"
     metadata = archive.read(f"{info}/METADATA").decode()
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["version"] == fastrlhf.__version__
     assert f"\nVersion: {fastrlhf.__version__}\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
     assert f"{info}/licenses/LICENSE" in archive.namelist()
     assert "fastrlhf = fastrlhf.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
-    required = set(re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE))
-    assert {"torch", "transformers", "accelerate", "jsonargparse"} <= required
-    assert not required & {"trl", "verl", "lm-eval", "pytest"}, "extras are optional"
+    required = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
+    base = {Requirement(text).name for text in required if "extra ==" not in text}
+    assert base == {"torch", "triton"}
+    provided = set(re.findall(r"^Provides-Extra: (.*)$", metadata, re.MULTILINE))
+    assert provided == PROJECT["optional-dependencies"].keys()
 
 
 def test_sdist_holds_what_it_needs(sdist):
@@ -184,19 +257,46 @@ def test_sdist_holds_what_it_needs(sdist):
         assert (sdist / name).read_bytes() == (ROOT / name).read_bytes()
 
 
-def test_wheel_installs_and_runs(wheel, scratch):
-    python = install(wheel, scratch / "from_wheel")
-    report = use(python, "cpu" if HAS_EXTENSION else "reference")
-    if HAS_EXTENSION:
-        assert report["auto"]["cpu"] == "available"
+def test_base_install_has_the_ops(wheel, scratch):
+    """torch, triton and nothing else, numpy neither."""
+    python = install(wheel, scratch / "base")
+    report = use_ops(python, "cpu" if HAS_LIBRARY else "reference")
+    assert not report["numpy"]
+    if HAS_LIBRARY:
+        assert report["available"]["cpu"] == "available"
     command = python.parent / "fastrlhf"
     assert run(command, "--version").strip() == f"fastrlhf {fastrlhf.__version__}"
+    assert "usage: fastrlhf" in run(command, "--help")
+    assert "usage: fastrlhf bench" in run(command, "bench", "--help")
+    doctor = json.loads(run(command, "doctor", "--json", cwd=scratch))
+    assert doctor["problems"] == []
+    assert "accelerate" in doctor["extras"]["train"]
+    assert "lacks" in run(command, "doctor", cwd=scratch)
+    for name, extra in (("sft", "train"), ("eval", "eval"), ("report", "report"), ("demo", "demo")):
+        refused = start(command, name, "--help", cwd=scratch)
+        assert refused.returncode == 2
+        assert refused.stdout == "" and refused.stderr.count("\n") == 1
+        assert f"needs the extra [{extra}]: pip install 'fastrlhf[{extra}]'" in refused.stderr
+
+
+def test_train_extra(wheel, scratch):
+    python = install(wheel, scratch / "train", "train")
+    use_ops(python, "cpu" if HAS_LIBRARY else "reference")
+    report = use_trainer(python)
+    missing = {name for name, status in report["status"].items() if status}
+    assert missing == {"report", "demo"}
+    assert report["packer"] == ("C++" if HAS_LIBRARY else "Python")
+
+
+def test_demo_extra_has_every_command(wheel, scratch):
+    python = install(wheel, scratch / "demo", "demo")
+    assert not any(use_trainer(python)["status"].values())
     data = run(python, "-c", "import fastrlhf.demo as d, os; print(os.listdir(d.__path__[0]))")
     assert "data" in data
 
 
-@needs_extension
-def test_sdist_builds_with_the_extension(sdist, wheel, scratch):
+@needs_library
+def test_sdist_builds_with_the_kernels(sdist, wheel, scratch):
     compiler = scratch / "c++"
     # Same sources (tested above), same flags: hand out the checkout's object instead of compiling.
     compiler.write_text(
@@ -212,21 +312,89 @@ def test_sdist_builds_with_the_extension(sdist, wheel, scratch):
     compiler.chmod(0o755)
     made = build(sdist, "wheel", scratch / "sdist_wheel", CXX=str(compiler), FASTRLHF_BUILD="cpu")
     assert set(zipfile.ZipFile(made).namelist()) == set(zipfile.ZipFile(wheel).namelist())
-    use(install(made, scratch / "from_sdist"), "cpu")
+    use_ops(install(made, scratch / "from_sdist"), "cpu")
 
 
-def test_without_the_extension(sdist, scratch):
+def test_without_kernels(sdist, scratch):
     made = build(sdist, "wheel", scratch / "pure", FASTRLHF_BUILD="none")
+    assert made.name.endswith("-py3-none-any.whl")
     assert not [n for n in zipfile.ZipFile(made).namelist() if n.endswith(".so")]
     python = install(made, scratch / "from_pure")
-    report = use(python, "reference")
-    assert report["auto"]["reference"] == "available"
-    assert "not built" in report["auto"]["cpu"]
+    report = use_ops(python, "reference")
+    assert "not built" in report["available"]["cpu"]
     doctor = json.loads(run(python.parent / "fastrlhf", "doctor", "--json", cwd=scratch))
-    assert doctor["extension"]["present"] is False
-    assert "reference backend serves every op" in doctor["extension"]["reason"]
+    assert doctor["kernels"]["present"] is False
+    assert "reference backend serves every op" in doctor["kernels"]["reason"]
     assert {row["auto"] for row in doctor["ops"].values()} == {"reference"}
     assert doctor["problems"] == []
+
+
+@needs_library
+def test_one_wheel_for_every_python(sdist, scratch):
+    """Built without pybind11 the wheel has the kernels, no _C, and a tag that names no Python version."""
+    builder = environment(scratch / "builder", ["setuptools"])
+    made = repackage(builder, sdist, scratch / "universal")
+    assert re.search(r"-py3-none-linux_\w+\.whl$", made.name)
+    archive = zipfile.ZipFile(made)
+    compiled = {n for n in archive.namelist() if n.endswith(".so")}
+    assert compiled == {"fastrlhf/libfastrlhf.so"}
+    python = install(made, scratch / "from_universal", "train")
+    use_ops(python, "cpu")
+    assert use_trainer(python)["packer"] == "Python"
+    doctor = json.loads(run(python.parent / "fastrlhf", "doctor", "--json", cwd=scratch))
+    assert (doctor["packer"]["runs"], doctor["problems"]) == ("Python", [])
+
+
+def other_python():
+    """A Python >= 3.10 of another version that runs and has headers; or (None, why there is none)."""
+    probe = "import sys, sysconfig; print(sys.version_info[:2] >= (3, 10), sysconfig.get_path('include'))"
+    reasons = []
+    for minor in range(10, 20):
+        name = f"python3.{minor}"
+        if minor == sys.version_info.minor or not shutil.which(name):
+            continue
+        answer = start(name, "-c", probe)
+        if answer.returncode:
+            reasons.append(f"{name} does not run")
+        elif not Path(answer.stdout.split(maxsplit=1)[1].strip(), "Python.h").is_file():
+            reasons.append(f"{name} has no Python.h")
+        else:
+            return name, ""
+    return None, "; ".join(reasons) or "PATH has no other python3.x"
+
+
+@needs_library
+def test_a_second_python_uses_the_same_kernels(sdist, scratch):
+    name, reason = other_python()
+    if name is None:
+        pytest.skip(f"no second Python: {reason}")
+    # setuptools and pybind11 are pure Python, so the second Python can use this one's.
+    builder = scratch / "second"
+    python = environment(scratch / "tools", ["setuptools", "pybind11"])
+    tools = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    wrapper = scratch / "python"
+    wrapper.write_text(f'#!/bin/sh\nPYTHONPATH={tools} exec {shutil.which(name)} "$@"\n')
+    wrapper.chmod(0o755)
+    made = repackage(wrapper, sdist, builder)
+    tag = name.replace("python3.", "cp3")
+    assert f"-{tag}-{tag}-linux_" in made.name
+    unpacked = builder / "unpacked"
+    zipfile.ZipFile(made).extractall(unpacked)
+    library = unpacked / "fastrlhf" / "libfastrlhf.so"
+    assert library.read_bytes() == _library.PATH.read_bytes()
+    # torch's C++ libraries serve every Python too: load the kernels beside them, and _C.
+    torch_library = (
+        Path(importlib.util.find_spec("torch").origin).parent / "lib" / "libtorch_cpu.so"
+    )
+    code = (
+        "import ctypes, fastrlhf._C\n"
+        f"ctypes.CDLL({str(torch_library)!r}, ctypes.RTLD_GLOBAL)\n"
+        f"info = ctypes.CDLL({str(library)!r}).fastrlhf_build_info\n"
+        "info.restype = ctypes.c_char_p\n"
+        "print(info().decode(), callable(fastrlhf._C.pack))"
+    )
+    said = run(name, "-c", code, cwd=unpacked)
+    assert f"version={fastrlhf.__version__}" in said and said.strip().endswith("True")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the stand-in for nvcc is a shell script")

@@ -1,5 +1,5 @@
-// Kernels with one deliberate fault each: tests/kernels/test_cuda_on_host.py demands that the host shim
-// sees every one of them, and lets the sound ones pass.
+// Kernels with one deliberate fault each: tests/kernels/test_cuda_on_host.py demands that the host
+// shim sees every one of them, and lets the sound ones pass.
 //
 // Shapes: x, out [N], one block of 64 threads; or a cluster of two, and out holds 64 elements.
 

@@ -32,12 +32,13 @@ PREFLIGHT := build/preflight
 ORACLES := build/oracles
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-isa bench bench-readme bench-update budgets traffic wheels gpu gpu-quick preflight check fmt clean
+.PHONY: help install demo docs test test-isa bench bench-readme bench-update budgets traffic wheels gpu gpu-quick preflight check fmt clean
 
 help:
 	@echo "make demo       align the shipped tiny model end to end and write its report (minutes, 2 CPU cores)"
 	@echo "make test       the whole test suite"
 	@echo "make test-isa   the ops' CPU tests again under each lesser instruction set that this machine has"
+	@echo "make docs       the documentation site in build/docs, from docs/ and the docstrings; needs Python 3.11"
 	@echo "make bench      time the ops against eager PyTorch; writes benchmarks/results/"
 	@echo "make bench-readme  README's performance section and plots from the committed results"
 	@echo "make budgets    instructions a logit and resident blocks of the row kernels on sm_90; needs nvcc, no GPU"
@@ -84,10 +85,18 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml
 	$(PIP) $(call extra,dev)
 	@touch $@
 
+$(VENV)/.stamp-docs: $(VENV)/.stamp-deps
+	$(PIP) $(call extra,docs)
+	@touch $@
+
 install: $(VENV)/.stamp-build-$(FASTRLHF_BUILD)
 
 demo: install
 	$(VENV)/bin/fastrlhf demo --overwrite $(ARGS)
+
+# Offline once .venv exists. tests/packaging/test_docs.py builds the same way and runs the snippets.
+docs: $(VENV)/.stamp-docs
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs
 
 test: install $(VENV)/.stamp-test $(ORACLES)/.stamp-$(VERL)-$(OPENRLHF)
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -1,4 +1,4 @@
-"""A PPO loop on fastrlhf's ops: a tiny random model learns to say small numbers before it stops.
+"""A PPO loop on fastrlhf's ops: a tiny random model learns to generate small token ids.
 
 python examples/ppo_loop.py
 """
@@ -33,7 +33,7 @@ def sample():
 
 
 def score(model, tokens):
-    """Log-prob and entropy of each response token from hidden states: no logits are stored."""
+    """(log-prob, entropy, hidden) of each response token. The logits are never stored."""
     hidden = model.model(tokens[:, :-1]).last_hidden_state[:, PROMPT - 1 :]
     head, targets = model.lm_head.weight, tokens[:, PROMPT:]
     return *fastrlhf.linear_logprob(hidden, head, targets, return_entropy=True), hidden
@@ -44,7 +44,9 @@ for step in range(30):
         tokens = sample()
         response = tokens[:, PROMPT:]
         ended = (response == EOS).long().cumsum(1)
-        mask = (ended == 0) | ((ended == 1) & (response == EOS))  # up to the first EOS, and with it
+        mask = (ended == 0) | (
+            (ended == 1) & (response == EOS)
+        )  # up to and including the first EOS
         reward = ((response < 8) & mask).sum(1) / STEPS
         old_logprob, _, hidden = score(policy, tokens)
         old_values = value_head(hidden)[..., 0]

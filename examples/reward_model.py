@@ -1,9 +1,9 @@
-"""A reward model on K-wise rankings: every prompt with 2 to 6 ranked completions, ties included.
+"""A reward model trained on rankings of 2 to 6 completions per prompt, ties included.
 
     python examples/reward_model.py
 
-`RankingLoss` takes the scores of all completions, one prompt after another, with their ranks and where each
-prompt begins; prompts may have different numbers of completions.
+`RankingLoss` takes the scores and ranks of all completions, grouped by prompt, and the start of each group
+(`cu_groups`). Groups may differ in size.
 """
 
 import torch
@@ -23,7 +23,7 @@ optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], lr=3
 
 
 def rankings(prompts):
-    """Tokens [M, LENGTH], ranks [M] (1 is best) and cu_groups [P+1]: the fewer odd tokens, the better."""
+    """Tokens [M, LENGTH], ranks [M] (1 is best) and cu_groups [P+1]. Fewer odd tokens are better."""
     sizes = torch.randint(2, 7, (prompts,))
     tokens = torch.randint(VOCAB, (int(sizes.sum()), LENGTH))
     odd = (tokens % 2).sum(1)
@@ -39,7 +39,7 @@ def scores_of(tokens):
 
 
 def accuracy(scores, ranks, cu_groups):
-    """Strict pairs in the right order."""
+    """The fraction of pairs of different rank that the scores put in the right order."""
     right = []
     for start, stop in zip(cu_groups[:-1], cu_groups[1:], strict=True):
         s, r = scores[start:stop], ranks[start:stop]

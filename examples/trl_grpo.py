@@ -1,9 +1,9 @@
-"""TRL's GRPOTrainer with its log-prob head on fastrlhf's ops: one line more in a script of yours.
+"""TRL's GRPOTrainer with its log-prob head on fastrlhf's ops: one added line.
 
     pip install trl==1.16.0
     python examples/trl_grpo.py
 
-The model is tiny and random, and so is its vocabulary of words: nothing is downloaded.
+The model and its word vocabulary are tiny and random; nothing is downloaded.
 """
 
 import logging
@@ -43,13 +43,13 @@ model = LlamaForCausalLM(
 
 
 def cats(completions, **_):
-    """The more often a completion says "cat", the better."""
+    """Higher for completions with more occurrences of "cat"."""
     return [text.split().count("cat") / 6 for text in completions]
 
 
 logging.basicConfig(format="%(message)s")
 logging.getLogger("fastrlhf.integrations").setLevel(logging.INFO)
-patched = fastrlhf.integrations.trl.patch()  # the line; `patched.unpatch()` takes it back
+patched = fastrlhf.integrations.trl.patch()  # the added line; `patched.unpatch()` undoes it
 
 with tempfile.TemporaryDirectory() as folder:
     config = GRPOConfig(

@@ -1,9 +1,9 @@
-"""Your own [B, T] tensors and verl-style GAE: the loop over T that trainers ship, and the one call.
+"""GAE with verl's semantics on your [B, T] tensors: the usual loop over T, and one call of fastrlhf.gae.
 
     python examples/verl_gae.py
 
-A mask of 1 marks response tokens. Masked ones (prompt, tool output, padding) are carried through: the step
-after a token is the next unmasked one. The advantages are whitened over all unmasked tokens.
+The mask is 1 at response tokens. Masked tokens (prompt, tool output, padding) are skipped: the successor of a token is
+the next unmasked one. The advantages are whitened over all unmasked tokens.
 """
 
 import time

@@ -13,7 +13,7 @@ import platform
 
 from fastrlhf import extras
 from fastrlhf.errors import UserError, did_you_mean
-from fastrlhf.integrations import _hosts
+from fastrlhf.integrations import _versions
 
 USAGE = """usage: fastrlhf doctor [--json]
 
@@ -82,7 +82,7 @@ def examine() -> dict:
         "versions": versions,
         # extra -> the packages that it needs and that are missing
         "extras": {extra: extras.missing(extra) for extra in EXTRAS if extras.packages(extra)},
-        "integrations": _hosts.found(),
+        "integrations": _versions.status(),
         "problems": [
             f"{name} is not installed"
             for name in REQUIREMENTS

@@ -1,4 +1,5 @@
-"""Drop-in patches for trainers people already have: `fastrlhf.integrations.<host>.patch()`.
+"""Patches for third-party trainers: `fastrlhf.integrations.<package>.patch()` runs their functions on our ops.
 
-Each is a function and a context manager; a host is imported only when its patch is asked for.
+The packages are trl, transformers, verl and openrlhf. `patch()` returns a handle that is also a context manager. A
+package is imported when it is patched, not before. `_patch` describes what is checked and when a patch is refused.
 """

@@ -1,17 +1,17 @@
-"""Attention over packed sequences: one registered implementation, the kernel of each device behind it.
+"""Attention over packed sequences: one implementation name, with a kernel for each device.
 
 Shapes: N packed tokens, B sequences, T longest sequence, h query heads, k key heads, D head width.
 
-A packed batch is one row of N tokens, `cu_seqlens` [B+1] says where each sequence starts; no token may see another
-sequence. Which kernel keeps that promise depends on the machine (`plan`):
+A packed batch is one row of N tokens; `cu_seqlens` [B+1] holds the start of each sequence. Tokens attend within their
+own sequence only. `plan` chooses the kernel:
 
-- flash-attn, where it is installed and the tensors are 16-bit on CUDA (transformers' own `flash_attention_2/3`);
-- torch's own variable-length flash kernel (`torch.nn.attention.varlen.varlen_attn`), CUDA and 16-bit;
-- SDPA otherwise: sequences are laid out as [B, T], right-padded. Under a causal mask no real query can see the padding,
-  so no mask is built at all and the result is exact; the padding rows are dropped again.
+- flash-attn, where it is installed, for 16-bit tensors on CUDA (transformers' own `flash_attention_2/3`);
+- torch's variable-length flash kernel (`torch.nn.attention.varlen.varlen_attn`), for 16-bit tensors on CUDA;
+- SDPA otherwise, on sequences right-padded to [B, T]. Under a causal mask no real query attends to the padding, so the
+  result is exact without an explicit mask. The padding rows are dropped afterwards.
 
-transformers ignores packed `position_ids` while `use_cache` is true and then attends across sequences, so callers here
-pass `cu_seqlens` explicitly and `use_cache=False`.
+The trainer (fastrlhf.train) and the transformers integration both use it. With `use_cache=True` transformers ignores
+packed `position_ids` and attends across sequences, so callers pass `cu_seqlens` and `use_cache=False`.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ NAME = "fastrlhf_varlen"
 
 @dataclass(frozen=True)
 class PaddedLayout:
-    """Where each packed token stands in a right-padded [B, T] grid; made once a batch, used by every layer."""
+    """The index of each packed token in a right-padded [B, T] grid; computed once per batch, for all layers."""
 
     slot: torch.Tensor  # [N] int64, token -> b*T + t
     batch: int
@@ -37,14 +37,14 @@ class PaddedLayout:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """The `attn_implementation` to load a model with, and a line that says which kernel will run."""
+    """The `attn_implementation` to load a model with, and a description of the kernel that will run."""
 
     implementation: str
     kernel: str
 
 
 def plan(device: torch.device, dtype: torch.dtype) -> AttentionPlan:
-    """Choose the attention path for `device` and `dtype` (flash-attn, torch's varlen kernel, or SDPA)."""
+    """The attention path for `device` and `dtype`: flash-attn, torch's varlen kernel, or SDPA."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         for module, name in (
             ("flash_attn_interface", "flash_attention_3"),
@@ -60,7 +60,12 @@ def plan(device: torch.device, dtype: torch.dtype) -> AttentionPlan:
 
 
 def padded_layout(cu_seqlens: torch.Tensor, max_seqlen: int, total: int) -> PaddedLayout:
-    """The [B, T] layout of a packed batch. cu_seqlens int32 [B+1], `total` = N, `max_seqlen` = T, both host numbers."""
+    """The right-padded layout of a packed batch.
+
+    Args:
+        cu_seqlens: int32 [B+1].
+        max_seqlen, total: T and N, as Python ints.
+    """
     starts = cu_seqlens[:-1].long()
     lengths = cu_seqlens.diff().long()
     sequence = torch.repeat_interleave(
@@ -102,7 +107,7 @@ def _packed_sdpa(query, key, value, layout: PaddedLayout, dropout: float, scale:
 def _packed_flash(query, key, value, cu_seqlens, max_seqlen: int, scale: float | None):
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.10/2.11 say `is_causal`, later releases say it with a window.
+    # torch 2.10 and 2.11 take `is_causal`; later releases take a window.
     names = inspect.signature(varlen_attn).parameters
     causal = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
     repeats = query.shape[1] // key.shape[1]
@@ -116,13 +121,13 @@ def _packed_flash(query, key, value, cu_seqlens, max_seqlen: int, scale: float |
 
 
 class PendingMask:
-    """transformers' mask arguments for `NAME`, kept until `build`: a packed batch never asks for its N x N mask."""
+    """The arguments of transformers' mask function. The mask is built on first use; packed batches need none."""
 
     def __init__(self, **arguments):
         self._arguments, self._built = arguments, ()
 
     def build(self) -> torch.Tensor | None:
-        """The mask that transformers' SDPA would get: bool [B, 1, q, k], or None for a plain causal one."""
+        """The mask that transformers passes to SDPA: bool [B, 1, q, k], or None for a plain causal mask."""
         if not self._built:
             self._built = (sdpa_mask(**self._arguments),)
         return self._built[0]
@@ -143,7 +148,14 @@ def attention(
     softcap: float | None = None,
     **_,
 ):
-    """transformers' attention signature -> (output [batch, q, h, D], None)."""
+    """The attention function that transformers calls for `attn_implementation=NAME`.
+
+    Returns:
+        (output [batch, q, h, D], None): attention weights are not available.
+
+    Raises:
+        ValueError: a soft-cap, or a sliding window shorter than the sequence.
+    """
     packed = cu_seq_lens_q is not None
     longest = max_length_q if packed else key.shape[2]
     mask = attention_mask
@@ -152,7 +164,7 @@ def attention(
     windowed = sliding_window is not None and longest > sliding_window and (packed or mask is None)
     if softcap is not None or windowed:
         raise ValueError(
-            f"{NAME}: attention soft-cap and sliding windows shorter than the sequence are not supported here "
+            f"{NAME}: attention soft-cap, and sliding windows shorter than the sequence, are not supported "
             f"(softcap={softcap}, sliding_window={sliding_window}, longest sequence {longest}); "
             "install flash-attn and use a CUDA device"
         )

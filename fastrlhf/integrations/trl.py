@@ -1,103 +1,93 @@
-"""TRL's loss heads on fastrlhf's ops: what its trainers compute stays, what it costs does not.
+"""TRL 1.16: its log-probs, entropies, chunked head and pairwise reward loss on fastrlhf's ops. See `patch`.
 
-with fastrlhf.integrations.trl.patch():
-    GRPOTrainer(...).train()
-
-Shapes: logits [..., V], index and row_mask [...]; hidden [N, H], weight [V, H], targets [N].
+Shapes: logits [..., V], index and row_mask [...]; hidden [N, H], weight [V, H], bias [V], targets [N]; n rows of a
+chunk.
 """
 
 import functools
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastrlhf.integrations import _rows
-from fastrlhf.integrations._patch import Host, Patch, Target, Unserved, check_parameters
-from fastrlhf.ops import _backend, _chunks
-from fastrlhf.ops._gemms import gemms_for
-from fastrlhf.ops._linear import Head
-from fastrlhf.ops._rows import RowKernels
-from fastrlhf.ops.linear_logprob import check_linear, linear_logprob
-from fastrlhf.ops.ranking_loss import ranking_loss
-from fastrlhf.ops.token_logprob import check, check_target_values, token_logprob
+import fastrlhf
+from fastrlhf.integrations import _common
+from fastrlhf.integrations._patch import Integration, Patch
+from fastrlhf.integrations._targets import Target, Unsupported
+from fastrlhf.ops.linear_logprob import linear_logprob_with
 
 _UTILS = "trl.trainer.utils"
-_HEAD = "trl.kernels.chunked_logprob.ChunkedLogProbFunction"
 
 
 def patch(backend: str = "auto", inplace_backward: bool = False) -> Patch:
-    """Run TRL's log-prob, entropy, chunked-head and pairwise-reward functions on fastrlhf's ops.
+    """Runs TRL's log-probs, entropies, chunked head and pairwise reward loss on fastrlhf's ops.
 
-    Every trainer that uses them gains (SFT, DPO, KTO, GRPO, RLOO and the experimental ones), also a
-    trainer that was made before. Log-probs and entropies keep the dtype that TRL's own return. The
-    chunked head scores only the positions whose label counts on CPU too, as TRL does on a GPU.
+    All trainers that call them benefit (SFT, DPO, KTO, GRPO, RLOO and the experimental ones), existing trainer objects
+    included. Log-probs and entropies keep the dtypes of TRL's.
+
+    Replaced in `trl.trainer.utils`: `selective_log_softmax`, `selective_log_softmax_and_entropy` and
+    `entropy_from_logits` (`token_logprob`), and `_use_triton`: on CPU too, only positions whose label is not
+    ignored enter the head, as on a GPU. Elsewhere: `ChunkedLogProbFunction.apply` (`linear_logprob`) and
+    `RewardTrainer.compute_loss` (`ranking_loss`).
+
+    TRL's own function runs, and the reason is counted in `fallbacks`, for several indices per position, a temperature
+    that is not a positive number, float64 hidden states, DTensors, and a head that ZeRO-3 shards.
+
+    `GRPOConfig(cast_lm_head_to_fp32=True)`: TRL casts the head's weight when the trainer is created, and the patched
+    head then gets fp32 operands. A bf16 model does not need the flag: products of bf16 operands are exact in fp32,
+    and the patched head accumulates and stores logits in fp32. Its log-probs equal those of the cast head up to fp32
+    rounding, while the weight, its gradient and its optimizer state stay bf16. Two differences remain: under autocast,
+    fp32 weights are rounded to bf16 first, as in TRL; and the flag also changes the logits that transformers'
+    generation samples from, which this patch does not.
 
     Args:
-        backend: of the ops; see `fastrlhf.backends`.
-        inplace_backward: let the backward of log-probs and entropies write the gradient over the
-            logits, which halves its memory; then nothing may read them after it. See
-            `fastrlhf.token_logprob`.
+        backend: backend of the ops; see `fastrlhf.backends`.
+        inplace_backward: the backward of log-probs and entropies overwrites the logits with their gradient,
+            which halves its memory. Nothing may read the logits afterwards. See `fastrlhf.token_logprob`.
 
     Returns:
-        The handle: a context manager with `unpatch()`, `calls`, `fallbacks` and `report`.
+        A handle: a context manager with `unpatch()`, `calls`, `fallbacks` and `report`.
 
     Raises:
         ImportError: TRL is not installed.
-        HostMoved: one of its functions is not where, or not what, it was; nothing is patched then.
-        RuntimeError: patched already with other options.
-
-    `GRPOConfig(cast_lm_head_to_fp32=True)`: TRL casts the head's own weight when the trainer is made, and
-    gives the head fp32 hidden states; such a call is served as it is, with fp32 operands. A model in bf16
-    does without the flag: the patched head multiplies its bf16 operands as they are, which is exact in
-    fp32, and sums and keeps logits in fp32. Its log-probs are those of the cast head to fp32 rounding,
-    while the weight, its gradient and its optimizer state stay in bf16. (Under autocast, fp32 weights are
-    rounded to bf16 first, as TRL does. The flag also changes what transformers' own generation samples
-    from, which no patch here does.)
-
-    Calls that no op serves run TRL's own function and are counted in `fallbacks`: K indices a
-    position, a temperature that is no number above 0, float64 hidden states, DTensors, and a head that
-    ZeRO-3 shards.
+        TypeError: inplace_backward is not a bool.
+        PatchError: a function is missing or has other parameters; nothing is patched.
+        RuntimeError: TRL is patched with other options.
     """
     if not isinstance(inplace_backward, bool):
         kind = type(inplace_backward).__name__
         raise TypeError(f"trl.patch: inplace_backward must be a bool; got {kind}")
-    return _HOST.patch(backend=backend, inplace_backward=inplace_backward)
+    return _INTEGRATION.patch(backend=backend, inplace_backward=inplace_backward)
 
 
 def unpatch() -> None:
-    """Put TRL's own functions back, whoever holds it patched."""
-    _HOST.unpatch()
+    """Restores TRL's functions and releases all handles."""
+    _INTEGRATION.unpatch()
 
 
 def calls() -> dict[str, int]:
-    """TRL function -> calls that our op served in this process."""
-    return _HOST.calls()
+    """TRL function -> number of calls that an op served in this process."""
+    return _INTEGRATION.calls()
 
 
-def _servable(logits, index, temperature) -> None:
-    _rows.plain("logits", logits)
-    if logits.dim() < 2:
-        raise Unserved("logits with one axis")
+# ---- logits ----
+
+
+def _require_supported(logits, index, temperature) -> None:
+    _common.require_logits(logits, None)
     if index is not None and index.shape != logits.shape[:-1]:
-        raise Unserved(
-            "index has a shape other than logits.shape[:-1], as for K indices a position"
-        )
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise Unserved("temperature is not a number")
-    if not 0 < temperature < float("inf"):
-        raise Unserved("temperature is not above 0 and finite")
+        raise Unsupported("the shape of index is not logits.shape[:-1] (K indices per position?)")
+    _common.require_number("temperature", temperature)
 
 
 def _like_trl(out: Tensor, logits: Tensor) -> Tensor:
-    """TRL returns its CPU results in the logits' dtype and those of its GPU kernel in fp32."""
+    """TRL's dtype of a result: that of the logits on CPU, fp32 from its GPU kernel."""
     return out.to(logits.dtype) if logits.device.type == "cpu" else out
 
 
 def _selective_log_softmax(original, backend, inplace_backward):
     def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
-        _servable(logits, index, temperature)
-        logprob = token_logprob(
+        _require_supported(logits, index, temperature)
+        logprob = fastrlhf.token_logprob(
             logits,
             index,
             temperature=temperature,
@@ -114,8 +104,8 @@ def _selective_log_softmax_and_entropy(original, backend, inplace_backward):
     def selective_log_softmax_and_entropy(
         logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None
     ):
-        _servable(logits, index, temperature)
-        logprob, entropy = token_logprob(
+        _require_supported(logits, index, temperature)
+        logprob, entropy = fastrlhf.token_logprob(
             logits,
             index,
             temperature=temperature,
@@ -132,39 +122,19 @@ def _selective_log_softmax_and_entropy(original, backend, inplace_backward):
 
 def _entropy_from_logits(original, backend, inplace_backward):
     def entropy_from_logits(logits, chunk_size=128):
-        _servable(logits, None, 1.0)
-        # Any target does: the entropy does not look at it.
-        targets = torch.zeros((), dtype=torch.int64, device=logits.device).expand(logits.shape[:-1])
-        _, entropy = token_logprob(
-            logits,
-            targets,
-            return_entropy=True,
-            inplace_backward=inplace_backward,
-            backend=backend,
-        )
+        _require_supported(logits, None, 1.0)
+        entropy = _common.entropy(logits, inplace_backward=inplace_backward, backend=backend)
         return _like_trl(entropy, logits)
 
     return entropy_from_logits
 
 
-_HEAD_PARAMETERS = (
-    "ctx",
-    "hidden",
-    "weight",
-    "bias",
-    "targets",
-    "temperature",
-    "chunk_size",
-    "final_logit_softcapping",
-    "logit_scale",
-    "outputs",
-)
+# ---- the chunked head ----
+
+_STATISTICS = ("log_sum_sq_probs", "mean_logits", "is_top1")  # in the order of TRL's results
 
 
 def _chunked_head(original, backend, inplace_backward):
-    # `apply` is autograd's; what it takes stands in `forward`.
-    check_parameters("trl", f"{_HEAD}.forward", original.__self__.forward, _HEAD_PARAMETERS)
-
     def apply(
         hidden,
         weight,
@@ -177,135 +147,72 @@ def _chunked_head(original, backend, inplace_backward):
         outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ):
         if hidden.dtype == torch.float64:
-            raise Unserved("float64 hidden states, whose results TRL makes in float32")
-        if _rows.sharded(weight):
-            raise Unserved("the output head's weight is sharded (DTensor or ZeRO-3)")
+            raise Unsupported("float64 hidden states: TRL computes in float32")
+        if _common.is_sharded(weight):
+            raise Unsupported("the output head's weight is sharded (DTensor or ZeRO-3)")
         if not temperature > 0 or not logit_scale > 0:
-            raise Unserved("temperature or logit scale is not above 0")
-        # TRL: z = c tanh(y s / c) / t. Ours: z = c' tanh(y / c') / t', with c' = c / s, t' = t / s.
+            raise Unsupported("temperature or logit scale is not above 0")
+        # TRL: z = c tanh(s y / c) / t. The op: z = c' tanh(y / c') / t', so c' = c / s and t' = t / s.
         temperature = float(temperature / logit_scale)
         softcap = final_logit_softcapping
         softcap = None if softcap is None else float(softcap / logit_scale)
-        hidden, weight = _autocast(hidden), _autocast(weight)
-        bias = None if bias is None else _autocast(bias)
-        extras = tuple(name for name in _EXTRAS if name in outputs)
-        if extras:
-            check_linear(_LINEAR, hidden, weight, bias, "fast")
-            check(_LINEAR, hidden, targets, temperature, softcap, None, vocab=weight.shape[0])
-            chosen = _backend.choose(_LINEAR, backend, hidden)
-            if hidden.device.type == "cpu":
-                check_target_values(_LINEAR, targets, weight.shape[0], None)
-            logprob, entropy, *found = _HeadWithExtras.apply(
-                hidden, weight, bias, targets, temperature, softcap or 0.0, chosen, extras
-            )
+        names = tuple(name for name in _STATISTICS if name in outputs)
+        operands = [_common.to_autocast_dtype(x) for x in (hidden, weight)]
+        options = {
+            "bias": None if bias is None else _common.to_autocast_dtype(bias),
+            "temperature": temperature,
+            "softcap": softcap,
+            "backend": backend,
+        }
+        found = {}
+        if names:
+            logprob, entropy, found = _with_statistics(names, *operands, targets, **options)
         else:
-            logprob, entropy = linear_logprob(
-                hidden,
-                weight,
-                targets,
-                bias=bias,
-                temperature=temperature,
-                softcap=softcap,
-                return_entropy=True,
-                backend=backend,
+            logprob, entropy = fastrlhf.linear_logprob(
+                *operands, targets, return_entropy=True, **options
             )
-            found = []
-        found = dict(zip(extras, found, strict=True))
         entropy = entropy if "entropy" in outputs else None
-        return logprob, entropy, *(found.get(name) for name in _EXTRAS)
+        return logprob, entropy, *(found.get(name) for name in _STATISTICS)
 
     return apply
 
 
-_LINEAR = "linear_logprob"
-_EXTRAS = ("log_sum_sq_probs", "mean_logits", "is_top1")  # in the order of TRL's results
-
-
-class _HeadWithExtras(torch.autograd.Function):
-    """`linear_logprob` with entropy, and the statistics that TRL logs, made while a chunk's logits are there."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, backend, extras):
-        ctx.set_materialize_grads(False)
-        ctx.settings = temperature, softcap, backend
-        arguments = (hidden, weight, bias, targets, temperature, softcap, backend, extras)
-        logprob, entropy, stats, found = _head_forward(*arguments)
-        ctx.save_for_backward(hidden, weight, bias, targets, stats)
-        ctx.mark_non_differentiable(*found)
-        return logprob, entropy, *found
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logprob, grad_entropy, *_):
-        if grad_logprob is None and grad_entropy is None:
-            return (None,) * 8
-        hidden, weight, bias, targets, stats = ctx.saved_tensors
-        temperature, softcap, backend = ctx.settings
-        needs = ctx.needs_input_grad[:3]
-        made_again = hidden.new_empty(0, dtype=stats.dtype)  # no logits were kept
-        grads = torch.ops.fastrlhf.linear_logprob_bwd(
-            grad_logprob,
-            grad_entropy,
-            hidden,
-            weight,
-            targets,
-            bias,
-            stats,
-            made_again,
-            None,
-            temperature,
-            softcap,
-            None,
-            None,
-            "fast",
-            backend,
-            *needs,
-        )
-        grads = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return (*grads, *(None,) * 5)
-
-
-@_chunks.without_autocast
-def _head_forward(hidden, weight, bias, targets, temperature, softcap, backend, extras):
-    """(logprob, entropy, stats [3, N], [each extra])."""
-    head = Head(gemms_for(hidden, weight), hidden, weight, bias, targets, None, None, "fast")
-    kernels = RowKernels(backend, temperature, softcap)
-    logprob, entropy, stats = head.new_rows(), head.new_rows(), head.new_rows(3)
+def _with_statistics(names, hidden, weight, targets, temperature, softcap, **options):
+    """(logprob [N], entropy [N], {name: statistic [N]})."""
     parts = []
-    for chunk in head.chunks():
-        found = kernels.forward(chunk.logits, chunk.targets, None, None)
-        logprob[chunk.rows], entropy[chunk.rows], stats[:, chunk.rows] = found
-        parts.append(_extras(chunk.logits, chunk.targets, temperature, softcap, extras))
-    if not parts:  # a batch in which nothing counts
-        parts.append(
-            _extras(logprob.new_empty(0, head.vocab), targets, temperature, softcap, extras)
-        )
-    return logprob, entropy, stats, [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def observe(logits, targets):
+        parts.append(_statistics(logits, targets, names, temperature, softcap))
+
+    logprob, entropy = linear_logprob_with(
+        observe, hidden, weight, targets, temperature=temperature, softcap=softcap, **options
+    )
+    if not parts:  # no rows
+        observe(logprob.new_empty(0, weight.shape[0]), targets)
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return logprob, entropy, dict(zip(names, columns, strict=True))
 
 
-def _extras(logits, targets, temperature, softcap, names):
-    """The named statistics of a chunk's rows, of z = softcap * tanh(logits / softcap) / temperature."""
+def _statistics(logits, targets, names, temperature, softcap) -> tuple[Tensor, ...]:
+    """TRL's statistics [n] of logits [n, V], of z = softcap * tanh(logits / softcap) / temperature.
+
+    log_sum_sq_probs = log sum_j p_j^2, mean_logits = mean_j z_j, is_top1 = (argmax_j z_j == target).
+    """
     z = softcap * torch.tanh(logits / softcap) if softcap else logits
+    found = []
     for name in names:
         if name == "is_top1":
-            yield z.argmax(-1) == targets
+            found.append(z.argmax(-1) == targets)
         elif name == "mean_logits":
-            yield z.mean(-1) / temperature
+            found.append(z.mean(-1) / temperature)
         else:
             e = ((z - z.amax(-1, keepdim=True)) / temperature).exp_()
-            yield e.square().sum(-1).log() - 2 * e.sum(-1).log()
+            found.append(e.square().sum(-1).log() - 2 * e.sum(-1).log())
+    return tuple(found)
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """As TRL's head: GEMM operands of autocast's dtype. On CPU all GEMMs are fp32 anyway."""
-    device = x.device.type
-    if device == "cpu" or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
-
-
-def _scores_only_what_counts(original, backend, inplace_backward):
-    # Not on devices that compile anew for each number of rows, for which TRL leaves them in.
+def _compact_on_cpu(original, backend, inplace_backward):
+    # CPU and CUDA only. Where each new number of rows means a recompilation, TRL keeps the ignored rows.
     return lambda device: original(device) or device.type in ("cpu", "cuda")
 
 
@@ -313,12 +220,12 @@ def _pairwise_loss(original, backend, inplace_backward):
     @functools.wraps(original)
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         margin = inputs.get("margin")
-        # TRL's own keeps its metrics; of what it returns only the loss, a few sums over [B], is made again.
+        # TRL's method computes the outputs and its metrics. Only the loss, of [B] scores, is recomputed.
         loss, outputs = original(
             self, model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
-        ours = pairwise_loss(chosen, rejected, margin, backend)
+        ours = _common.pairwise_loss(chosen, rejected, margin, backend)
         if self.args.center_rewards_coefficient is not None:
             coefficient = self.args.center_rewards_coefficient
             ours = ours + coefficient * torch.mean((chosen + rejected) ** 2)
@@ -328,20 +235,7 @@ def _pairwise_loss(original, backend, inplace_backward):
     return compute_loss
 
 
-def pairwise_loss(
-    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, backend: str = "auto"
-) -> Tensor:
-    """-log sigmoid(chosen - rejected - margin), mean over the pairs; all [B], 0-d out."""
-    if margin is not None:
-        chosen = chosen - margin
-    pairs = chosen.shape[0]
-    scores = torch.stack((chosen, rejected), dim=1).reshape(-1)
-    ranks = torch.tensor([1, 2], device=scores.device).repeat(pairs)
-    starts = torch.arange(0, 2 * pairs + 1, 2, dtype=torch.int32, device=scores.device)
-    return ranking_loss(scores, ranks, starts, backend=backend)
-
-
-_HOST = Host(
+_INTEGRATION = Integration(
     "trl",
     (
         Target(
@@ -366,18 +260,30 @@ _HOST = Host(
             ("logits", "chunk_size"),
         ),
         Target(
-            _HEAD.rpartition(".")[0],
+            "trl.kernels.chunked_logprob",
             "ChunkedLogProbFunction.apply",
             "linear_logprob",
             _chunked_head,
+            (
+                "ctx",
+                "hidden",
+                "weight",
+                "bias",
+                "targets",
+                "temperature",
+                "chunk_size",
+                "final_logit_softcapping",
+                "logit_scale",
+                "outputs",
+            ),
         ),
         Target(
             _UTILS,
             "_use_triton",
-            "the compaction of the rows that count",
-            _scores_only_what_counts,
+            "the compaction of the positions that are not ignored",
+            _compact_on_cpu,
             ("device",),
-            by_value=False,
+            references=False,
         ),
         Target(
             "trl.trainer.reward_trainer",
@@ -387,10 +293,10 @@ _HOST = Host(
             ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
         ),
     ),
-    left_alone={
-        "trl.kernels.chunked_divergence.ChunkedDivergenceFunction": "a divergence between two heads "
+    unchanged={
+        "trl.kernels.chunked_divergence.ChunkedDivergenceFunction": "divergence between two heads "
         "(distillation), which no op computes",
         "GRPOTrainer._compute_loss, RLOOTrainer._compute_loss, DPOTrainer._compute_loss": "elementwise "
-        "maths on [B, T] within a method: there is no function to replace",
+        "arithmetic on [B, T] inside a larger method",
     },
 )

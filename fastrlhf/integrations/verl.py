@@ -1,8 +1,6 @@
-"""verl's log-prob, entropy, fused-head, GAE and whitening functions on fastrlhf's ops, and a policy loss.
+"""verl 0.9: its log-probs, entropies, fused heads, GAE and whitening on fastrlhf's ops, and a policy loss. See `patch`.
 
-fastrlhf.integrations.verl.patch()  # in each worker; then policy_loss.loss_mode=fastrlhf, if wanted
-
-Shapes: B sequences, T steps; logits [..., V], labels [...]; hidden [..., H], weight [V, H]; [B, T] else.
+Shapes: B sequences, T steps; logits [..., V], labels [...]; hidden [..., H], weight [V, H]; all others [B, T].
 """
 
 import os
@@ -11,12 +9,10 @@ import sys
 import torch
 from torch import Tensor
 
-from fastrlhf.integrations import _rows
-from fastrlhf.integrations._patch import Host, Patch, Target, Unserved, check_parameters
-from fastrlhf.ops.gae import gae
-from fastrlhf.ops.masked_whiten import masked_whiten as op_masked_whiten
-from fastrlhf.ops.ppo_loss import ppo_loss
-from fastrlhf.ops.token_logprob import token_logprob
+import fastrlhf
+from fastrlhf.integrations import _common
+from fastrlhf.integrations._patch import Integration, Patch
+from fastrlhf.integrations._targets import Target, Unsupported
 
 _FUNCTIONAL = "verl.utils.torch_functional"
 _ALGOS = "verl.trainer.ppo.core_algos"
@@ -24,39 +20,51 @@ _KERNEL = "verl.utils.kernel.linear_cross_entropy"
 
 
 def patch(backend: str = "auto") -> Patch:
-    """Run verl's row functions, fused heads, GAE and whitening on fastrlhf's ops.
+    """Runs verl's log-probs, entropies, fused heads, GAE and whitening on fastrlhf's ops.
 
-    Also registers the policy loss "fastrlhf": verl's vanilla loss, its metrics included, in one pass
-    forward and backward. Results keep verl's dtypes, and what verl writes at masked steps.
+    Call it in each worker.
+
+    Replaced: `verl.utils.torch_functional.logprobs_from_logits`, `entropy_from_logits`,
+    `entropy_from_logits_with_chunking` (`token_logprob`) and `masked_whiten`;
+    `verl.utils.kernel.linear_cross_entropy.linear_cross_entropy` and `FusedLinearForPPO.forward` of
+    `verl.utils.experimental.torch_functional` (`linear_logprob`); `core_algos.compute_gae_advantage_return` (`gae`).
+
+    Added: the policy loss "fastrlhf" (`actor.policy_loss.loss_mode=fastrlhf`): verl's vanilla loss with the same
+    metrics, in one pass forward and backward (`ppo_loss`).
+
+    Results keep verl's dtypes, and the values that verl writes at masked steps.
+
+    verl's own function runs, and the reason is counted in `fallbacks`:
+
+    - fused heads over a process group, with a reduction, with a temperature that is not a number, with Liger as
+      the chosen implementation, or in float64;
+    - DTensors;
+    - GAE and whitening in another dtype than fp32, or of fewer than two unmasked steps (an error in verl);
+    - the policy loss "fastrlhf" with clip ranges that differ, rollout weights, or means over sequences: verl's
+      vanilla loss runs.
 
     Args:
-        backend: of the ops; see `fastrlhf.backends`.
+        backend: backend of the ops; see `fastrlhf.backends`.
 
     Returns:
-        The handle: a context manager with `unpatch()`, `calls`, `fallbacks` and `report`.
+        A handle: a context manager with `unpatch()`, `calls`, `fallbacks` and `report`.
 
     Raises:
         ImportError: verl is not installed.
-        HostMoved: one of its functions is not where, or not what, it was; nothing is patched then.
-        RuntimeError: patched already with another backend.
-
-    Calls that no op serves run verl's own function and are counted in `fallbacks`: the fused head
-    over a process group, reduced, at a temperature that is no number, or by Liger where that was
-    chosen; float64 heads; DTensors; GAE and whitening of other than fp32 or with fewer than two
-    unmasked steps, which verl refuses. The policy loss "fastrlhf" hands unequal clip ranges, rollout
-    weights and means over sequences to verl's vanilla loss.
+        PatchError: a function is missing or has other parameters; nothing is patched.
+        RuntimeError: verl is patched with another backend.
     """
-    return _HOST.patch(backend=backend)
+    return _INTEGRATION.patch(backend=backend)
 
 
 def unpatch() -> None:
-    """Put verl's own functions back, whoever holds it patched."""
-    _HOST.unpatch()
+    """Restores verl's functions and releases all handles."""
+    _INTEGRATION.unpatch()
 
 
 def calls() -> dict[str, int]:
-    """verl function -> calls that our op served in this process."""
-    return _HOST.calls()
+    """verl function -> number of calls that an op served in this process."""
+    return _INTEGRATION.calls()
 
 
 # ---- logits ----
@@ -66,70 +74,56 @@ def _logprobs_from_logits(original, backend):
     functional = sys.modules[original.__module__]
 
     def logprobs_from_logits(logits, labels, inplace_backward=True):
-        _rows.served_rows(logits, labels)
+        _common.require_logits(logits, labels)
         flash = functional.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE
         flash = flash and os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") != "1"
-        logprob = token_logprob(
+        logprob = fastrlhf.token_logprob(
             logits,
             labels,
-            # What flash attention's kernel does, and verl's own rows do not.
+            # flash attention's cross-entropy ignores the label -100; verl's own code does not.
             mask=labels != -100 if flash else None,
             inplace_backward=flash and bool(inplace_backward),
             backend=backend,
         )
-        return logprob if flash else logprob.to(_rows.log_softmax_dtype(logits))
+        return logprob if flash else logprob.to(_common.log_softmax_dtype(logits))
 
     return logprobs_from_logits
 
 
 def _entropy_from_logits(original, backend):
     def entropy_from_logits(logits):
-        _rows.served_rows(logits, None)
-        return _rows.entropy(logits, backend).to(_rows.log_softmax_dtype(logits))
+        _common.require_logits(logits, None)
+        return _common.entropy(logits, backend=backend).to(_common.log_softmax_dtype(logits))
 
     return entropy_from_logits
 
 
 def _entropy_from_logits_with_chunking(original, backend):
     def entropy_from_logits_with_chunking(logits, chunk_size=2048):
-        _rows.served_rows(logits, None)
+        _common.require_logits(logits, None)
         if logits.dim() != 2 or logits.dtype == torch.float64:
-            raise Unserved("logits that are not [N, V] of at most 32 bits")
-        return _rows.entropy(logits, backend)
+            raise Unsupported("logits are not [N, V] of at most 32 bits")
+        return _common.entropy(logits, backend=backend)
 
     return entropy_from_logits_with_chunking
 
 
 # ---- heads ----
 
-_KERNEL_PARAMETERS = (
-    "ctx",
-    "hidden",
-    "weight",
-    "labels",
-    "temperature",
-    "reduction",
-    "dist_process_group",
-)
-
 
 def _linear_cross_entropy(original, backend):
-    # `apply` is autograd's; what it takes stands in `forward`.
-    check_parameters("verl", f"{_KERNEL}.LinearCrossEntropy.forward",
-                     original.__self__.forward, _KERNEL_PARAMETERS)  # fmt: skip
-
     def linear_cross_entropy(
         hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None
     ):
         if dist_process_group is not None:
-            raise Unserved("a process group shares out the vocabulary")
+            raise Unsupported("the vocabulary is sharded over a process group")
         if not isinstance(reduction, str) or reduction.lower() != "none":
-            raise Unserved(f"reduction={reduction!r}")
+            raise Unsupported(f"reduction={reduction!r}")
         if not isinstance(temperature, float):
-            raise Unserved("temperature is not a float")
-        _rows.plain("hidden states", hidden)
+            raise Unsupported("temperature is not a float")
+        _common.require_dense("hidden states", hidden)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        return _rows.head(rows, weight, labels.reshape(-1), temperature, backend)
+        return _common.head_logprob(rows, weight, labels.reshape(-1), temperature, backend)
 
     return linear_cross_entropy
 
@@ -140,10 +134,10 @@ def _fused_linear_for_ppo(original, backend):
     def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
         liger = functional._LIGER_FUSED_LINEAR_SCALED_CROSS_ENTROPY is not None
         if self.impl_backend != "torch" and liger:
-            raise Unserved(f"impl_backend={self.impl_backend!r} was chosen")
+            raise Unsupported(f"impl_backend={self.impl_backend!r} is configured")
         if input_ids.shape != hidden_states.shape[:-1] or hidden_states.dim() not in (2, 3):
-            raise Unserved("hidden states that are not [N, H] or [B, T, H] with an id each")
-        logprob, entropy = _rows.head(
+            raise Unsupported("hidden states are not [N, H] or [B, T, H] with one id per row")
+        logprob, entropy = _common.head_logprob(
             hidden_states, vocab_weights, input_ids.to(torch.int64), temperature, backend
         )
         return logprob, entropy.to(hidden_states.dtype)
@@ -153,29 +147,31 @@ def _fused_linear_for_ppo(original, backend):
 
 # ---- advantages ----
 
-# In fp64 verl's own whitening counts and corrects in fp32; it is left to it, error and all.
-_WHITENED = (torch.float32,)
+# fp32 only: in fp64, verl still computes the count and the Bessel correction of its whitening in fp32; no op does.
+_WHITEN_DTYPES = (torch.float32,)
 
 
-def _counted(keep: Tensor) -> int:
+def _require_two_steps(keep: Tensor) -> int:
+    """The number of unmasked steps."""
     count = int(keep.sum())
     if count < 2:
-        raise Unserved("fewer than two unmasked steps, which verl refuses")
+        raise Unsupported("fewer than two unmasked steps, an error in verl")
     return count
 
 
 def _moments(x: Tensor, keep: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean, 1 / sqrt(var + 1e-8), x - mean) by the unmasked elements of x, which is 0 at the others."""
+    """(mean, 1 / sqrt(var + 1e-8), x - mean) with the moments of the unmasked elements. x is 0 at masked ones."""
     mean = x.sum() / count
     centred = x - mean
-    squares = _rows.weights(keep, x.dtype).mul_(centred).square_()
+    squares = _common.as_numbers(keep, x.dtype).mul_(centred).square_()
     return mean, (squares.sum() / (count - 1) + 1e-8).rsqrt(), centred
 
 
-def _carried(advantages: Tensor, keep: Tensor) -> Tensor:
-    """verl writes at a masked step the advantage of the next unmasked one; 0 after the last.
+def _fill_masked_steps(advantages: Tensor, keep: Tensor) -> Tensor:
+    """The advantage of the next unmasked step at each masked step, and 0 after the last, as verl returns them.
 
-    The op's advantages are 0 at masked steps, so that only sequences with holes need anything.
+    The op returns 0 at masked steps, so advantages change only where an unmasked step follows a masked one. If there
+    is none, the argument itself is returned.
     """
     steps = keep.shape[1]
     on = keep.view(torch.int8)
@@ -188,37 +184,37 @@ def _carried(advantages: Tensor, keep: Tensor) -> Tensor:
 
 def _compute_gae(original, backend):
     def compute_gae_advantage_return(token_level_rewards, values, response_mask, gamma, lam):
-        _rows.same_steps(token_level_rewards, _WHITENED, values=values)
+        _common.require_alike(token_level_rewards, _WHITEN_DTYPES, values=values)
         if token_level_rewards.dim() != 2 or token_level_rewards.shape[1] == 0:
-            raise Unserved("rewards that are not [B, T] with a step")
-        _rows.fraction("gamma", gamma)
-        _rows.fraction("lam", lam)
-        keep = _rows.keep(response_mask, values)
-        count = _counted(keep)
+            raise Unsupported("rewards are not [B, T] with T > 0")
+        _common.require_fraction("gamma", gamma)
+        _common.require_fraction("lam", lam)
+        keep = _common.require_binary_mask(response_mask, values)
+        count = _require_two_steps(keep)
         with torch.no_grad():
             options = {"gamma": gamma, "lam": lam, "mask": keep, "backend": backend}
-            advantages, _ = gae(token_level_rewards, values, **options)
+            advantages, _ = fastrlhf.gae(token_level_rewards, values, **options)
             mean, scale, centred = _moments(advantages, keep, count)
-            carried = _carried(advantages, keep)
-            # A tensor of its own: the op's outputs share one allocation, which pickling would keep.
-            whitened = centred if carried is advantages else carried - mean
-            return whitened.mul_(scale), carried + values
+            filled = _fill_masked_steps(advantages, keep)
+            # Return new tensors: the op's outputs share one allocation, all of which a pickle would contain.
+            whitened = centred if filled is advantages else filled - mean
+            return whitened.mul_(scale), filled + values
 
     return compute_gae_advantage_return
 
 
 def _masked_whiten(original, backend):
     def masked_whiten(values, mask, shift_mean=True):
-        _rows.same_steps(values, _WHITENED)
-        _rows.constants(values=values)
-        keep = _rows.keep(mask, values)
-        count = _counted(keep)
+        _common.require_alike(values, _WHITEN_DTYPES)
+        _common.require_constants(values=values)
+        keep = _common.require_binary_mask(mask, values)
+        count = _require_two_steps(keep)
         with torch.no_grad():
             options = {"mask": keep, "shift_mean": bool(shift_mean), "backend": backend}
-            whitened = op_masked_whiten(values, **options)
+            whitened = fastrlhf.masked_whiten(values, **options)
             if count == keep.numel():
                 return whitened
-            # verl whitens the masked elements as well, by the moments of the others.
+            # verl also whitens the masked elements, with the moments of the unmasked ones.
             mean, scale, _ = _moments(values.masked_fill(~keep, 0.0), keep, count)
             others = (values - mean) * scale
             return torch.where(keep, whitened, others if shift_mean else others + mean)
@@ -241,21 +237,21 @@ def _policy_loss(original, backend):
         config=None,
         rollout_is_weights=None,
     ):
-        """verl's vanilla policy loss in one pass."""
+        """verl's vanilla policy loss and its metrics, in one pass forward and backward."""
         if config is None or rollout_is_weights is not None:
-            raise Unserved("no config, or rollout weights")
+            raise Unsupported("no config, or rollout weights")
         clip = _equal_clip(config)
-        _rows.same_steps(log_prob, old_log_prob=old_log_prob, advantages=advantages)
-        _rows.constants(old_log_prob=old_log_prob, advantages=advantages)
-        keep = _rows.keep(response_mask, log_prob)
+        _common.require_alike(log_prob, old_log_prob=old_log_prob, advantages=advantages)
+        _common.require_constants(old_log_prob=old_log_prob, advantages=advantages)
+        keep = _common.require_binary_mask(response_mask, log_prob)
         batch = dict(config.global_batch_info)
         tokens, ranks = batch.get("batch_num_tokens"), batch.get("dp_size", 1)
         if loss_agg_mode not in ("token-mean", "token-sum"):
-            raise Unserved(f"loss_agg_mode={loss_agg_mode!r}")
+            raise Unsupported(f"loss_agg_mode={loss_agg_mode!r}")
         if loss_agg_mode == "token-mean" and tokens is None and ranks > 1:
-            raise Unserved("dp_size without batch_num_tokens, which verl refuses")
+            raise Unsupported("dp_size without batch_num_tokens, an error in verl")
         dual = float(config.get("clip_ratio_c", 3.0))
-        out = ppo_loss(
+        out = fastrlhf.ppo_loss(
             log_prob, old_log_prob, advantages, mask=keep, clip=clip, dual_clip=dual, backend=backend
         )  # fmt: skip
         count = keep.sum()
@@ -289,13 +285,13 @@ def _equal_clip(config) -> float:
     low = config.clip_ratio if low is None else low
     high = config.clip_ratio if high is None else high
     if low != high:
-        raise Unserved("clip ranges that differ")
+        raise Unsupported("clip ranges that differ")
     if config.get("clip_ratio_c", 3.0) <= 1:
-        raise Unserved("clip_ratio_c of at most 1, which verl refuses")
-    return _rows.number("clip_ratio", low)
+        raise Unsupported("clip_ratio_c of at most 1, an error in verl")
+    return _common.require_number("clip_ratio", low)
 
 
-_HOST = Host(
+_INTEGRATION = Integration(
     "verl",
     (
         Target(
@@ -319,7 +315,21 @@ _HOST = Host(
             _entropy_from_logits_with_chunking,
             ("logits", "chunk_size"),
         ),
-        Target(_KERNEL, "linear_cross_entropy", "linear_logprob", _linear_cross_entropy),
+        Target(
+            _KERNEL,
+            "linear_cross_entropy",
+            "linear_logprob",
+            _linear_cross_entropy,
+            (
+                "ctx",
+                "hidden",
+                "weight",
+                "labels",
+                "temperature",
+                "reduction",
+                "dist_process_group",
+            ),
+        ),
         Target(
             "verl.utils.experimental.torch_functional",
             "FusedLinearForPPO.forward",
@@ -343,10 +353,10 @@ _HOST = Host(
         ),
         Target(_ALGOS, "POLICY_LOSS_REGISTRY[fastrlhf]", "ppo_loss", _policy_loss, new=True),
     ),
-    left_alone={
-        f"{_ALGOS}.compute_policy_loss_vanilla": 'the loss "fastrlhf" stands beside it; choose it by '
+    unchanged={
+        f"{_ALGOS}.compute_policy_loss_vanilla": 'the loss "fastrlhf" is added beside it; select it with '
         "policy_loss.loss_mode",
-        f"{_ALGOS}.compute_value_loss": "its clip fraction and its means over sequences are not the op's",
-        "verl.utils.megatron.tensor_parallel": "log-probs of logits that are split over ranks",
+        f"{_ALGOS}.compute_value_loss": "no op computes its clip fraction and its means over sequences",
+        "verl.utils.megatron.tensor_parallel": "log-probs of logits that are sharded over ranks",
     },
 )

@@ -9,9 +9,9 @@ from torch import Tensor
 from fastrlhf.ops import _autograd, _backend, _checks, _chunks
 from fastrlhf.ops._gemms import acc_of, check_count, gemms_for
 from fastrlhf.ops._linear import Gradients, Head, add_gradients, as_parameters, statistics
-from fastrlhf.ops._register import plain, register
+from fastrlhf.ops._register import differentiable, plain, register
 from fastrlhf.ops._rows import RowKernels
-from fastrlhf.ops.token_logprob import check, check_target_values, run
+from fastrlhf.ops.token_logprob import check, check_target_values, run, token_logprob
 
 OP = "linear_logprob"
 # Logits of at most this many bytes stay for the backward (3 GEMMs); larger ones are made again (4).
@@ -113,6 +113,51 @@ def linear_logprob(
         ),
     )
     return (logprob, entropy) if return_entropy else logprob
+
+
+def linear_logprob_with(look, hidden, weight, targets, *, bias, temperature, softcap, backend):
+    """(logprob, entropy) of `linear_logprob`, which calls `look(logits [n, V], targets [n])` for each chunk of rows.
+
+    For statistics of the logits, which exist a chunk at a time: hidden @ weight.T + bias in fp32 (fp64 for fp64
+    operands), before the soft-cap and the temperature. No gradient flows through `look`.
+    """
+    check_linear(OP, hidden, weight, bias, "fast")
+    _, temperature, cap, _ = check(
+        OP, hidden, targets, temperature, softcap, None, vocab=weight.shape[0]
+    )
+    chosen = _backend.choose(OP, backend, hidden, weight, bias)
+    if hidden.is_cpu:
+        check_target_values(OP, targets, weight.shape[0], None)
+    if chosen == "reference":
+        return _reference_with(look, hidden, weight, targets, bias, temperature, softcap)
+    settings = (None, temperature, cap, None, None, "fast", chosen, False)
+    return _LOOKING(hidden, weight, targets, bias, *settings, look)[:2]
+
+
+@_chunks.without_autocast
+def _reference_with(look, hidden, weight, targets, bias, temperature, softcap):
+    acc = acc_of(hidden, weight)
+    bias = None if bias is None else bias.to(acc)
+    logits = torch.nn.functional.linear(hidden.to(acc), weight.to(acc), bias)
+    with torch.no_grad():
+        look(logits, targets)
+    options = {"temperature": temperature, "softcap": softcap, "backend": "reference"}
+    return token_logprob(logits, targets, return_entropy=True, **options)
+
+
+@_chunks.without_autocast
+def _looking_fwd(hidden, weight, targets, bias, *settings):
+    """The outputs of `_fwd`, with no logits kept for the backward."""
+    _, temperature, softcap, _, _, workspace, backend, _, look = settings
+    head = Head(gemms_for(hidden, weight), hidden, weight, bias, targets, None, None, workspace)
+    kernels = RowKernels(backend, temperature, softcap)
+    logprob, entropy, stats = head.new_rows(), head.new_rows(), head.new_rows(3)
+    with torch.no_grad():
+        for chunk in head.chunks():
+            look(chunk.logits, chunk.targets)
+            found = kernels.forward(chunk.logits, chunk.targets, None, None)
+            logprob[chunk.rows], entropy[chunk.rows], stats[:, chunk.rows] = found
+    return logprob, entropy, stats, logprob.new_empty(0)
 
 
 def check_linear(op, hidden, weight, bias, workspace):
@@ -300,5 +345,13 @@ FWD = register(
     wrt=(0, 1, 3),
     gives=2,
     setup=_setup,
+    backward=_backward,
+)
+_LOOKING = differentiable(
+    _looking_fwd,
+    op=OP,
+    wrt=(0, 1, 3),
+    gives=2,
+    setup=lambda ctx, arguments, outputs: _setup(ctx, arguments[:-1], outputs),
     backward=_backward,
 )

@@ -1,9 +1,9 @@
-"""Other people's functions, imported and never retold, and how ours are compared with them.
+"""Oracles: functions of other packages, imported rather than copied, and the comparison of ours with them.
 
-The oracle in fp64 is the truth, the oracle in fp32 the error that ours is measured by: at most twice
-that, plus two roundings. 16-bit inputs are given to the oracle as the same numbers in fp32.
+The oracle in fp64 is the truth. The error of the oracle in fp32 is the bar: ours may have twice that, plus two
+roundings. 16-bit inputs are converted to fp32 for the oracle.
 
-tests/_support/unpacked.py says how verl's modules are loaded.
+tests/_support/unpacked.py loads verl's modules.
 B sequences, T steps.
 """
 
@@ -19,7 +19,7 @@ from _support.logit_cases import DEVICE, assert_near, generator, randn
 
 
 def verl() -> SimpleNamespace:
-    """verl's `core_algos` and `torch_functional`; skips where the wheel is not unpacked."""
+    """verl's `core_algos` and `torch_functional`; skips the test if the wheel is not unpacked."""
     modules = unpacked.verl()
     return SimpleNamespace(
         torch_functional=modules["verl.utils.torch_functional"],
@@ -41,13 +41,13 @@ class VerlActorConfig:
 
 
 def trl_function(name, module="trl.trainer.utils"):
-    """`name` of TRL's `module`; skips where TRL is not installed."""
+    """`name` of TRL's `module`; skips the test if TRL is not installed."""
     pytest.importorskip("trl", reason="trl is not installed; `make test` installs it")
     return getattr(importlib.import_module(module), name)
 
 
 def leaves(tensors, device=None):
-    """Detached copies that want gradients; integer tensors as they are."""
+    """Detached copies on `device`; those of float tensors require grad."""
     return [
         t.detach().to(device).clone().requires_grad_() if t.is_floating_point() else t.to(device)
         for t in tensors
@@ -59,9 +59,9 @@ def upcast(tensor, dtype):
 
 
 def compare(ours, oracle, inputs, backend, truth=None):
-    """Outputs and gradients of `ours(*inputs)` against `oracle` in fp64, the bar by `oracle` in fp32.
+    """Compares outputs and gradients of `ours(*inputs)` with `oracle` in fp64; `oracle` in fp32 sets the bar.
 
-    An oracle that computes in fp32 whatever it is given cannot be the truth; another is named for it.
+    `truth` replaces an oracle that computes in fp32 for fp64 inputs too.
     """
 
     def run(function, tensors):
@@ -82,13 +82,15 @@ def compare(ours, oracle, inputs, backend, truth=None):
     assert len(found) == len(theirs) == len(exact)
     for i, three in enumerate(zip(found, theirs, exact, strict=True)):
         error, size = (three[1].double() - three[2]).abs().max(), three[2].abs().max()
-        assert error <= 1e-4 * size, f"result {i}: the oracle errs by {error:.3g} and is no bar"
+        assert error <= 1e-4 * size, (
+            f"result {i}: the oracle's error {error:.3g} is too large for a bar"
+        )
         assert three[0].shape == three[2].shape
         assert_near(*three, what=f"result {i}")
 
 
 class Batch:
-    """Random sequences of random lengths, as [B, T] and packed; `mask` layouts have holes as well."""
+    """Sequences of random lengths, as [B, T] or packed; the `mask` layout also has holes."""
 
     def __init__(self, seed, layout, steps=41):
         draw = generator(seed)
@@ -98,12 +100,12 @@ class Batch:
         self.keep = torch.arange(steps) < lengths[:, None]
         if layout == "mask":
             self.keep &= torch.rand(self.keep.shape, generator=draw) < 0.7
-            self.keep[:, 3] = True  # the score of a sequence needs a token to stand on
+            self.keep[:, 3] = True  # every sequence needs a token that carries its score
         self.cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
         self.seed = 1000 * seed
 
     def draw(self, dtype=torch.float32, scale=1.0):
-        """One more [B, T]; masked entries hold large numbers, which nothing may pick up."""
+        """A new [B, T]. Masked entries are large, so that reading one changes the result."""
         self.seed += 1
         values = randn(*self.keep.shape, seed=self.seed, dtype=dtype, scale=scale)
         return values.masked_fill(~self.keep, 1e4)
@@ -116,7 +118,7 @@ class Batch:
         return {self.layout: layout.to(device)}
 
     def ours(self, op, backend, *tensors, **more):
-        """`op` on [B, T] tensors in this batch's layout; results as the unmasked entries, in order."""
+        """`op` on [B, T] tensors in this batch's layout; returns the unmasked entries in order."""
         device = DEVICE[backend]
         tensors = [self.into_layout(t) if t.dim() == 2 else t for t in tensors]
         out = op(*tensors, backend=backend, **self.options(device), **more)

@@ -1,14 +1,35 @@
-"""One function of a host, patched and not, on the same tensors: values and gradients against fp64."""
+"""Compares functions of a third-party package with their replacements, on the same tensors, against fp64."""
 
 import torch
 
-from _support import hosts
+
+def error(values, truth) -> float:
+    """The largest absolute error of a tensor against fp64."""
+    return (values.detach().double() - truth.detach()).abs().max().item() if truth.numel() else 0.0
 
 
-def numbers(function, *inputs):
-    """(outputs..., gradients of the float inputs that train...) under one fixed upstream gradient.
+def assert_no_worse(ours, originals, truth) -> None:
+    """Our error against fp64 is at most 2 x the original's + 2 eps of the dtype x the largest true value.
 
-    An output may be a tensor, a tuple, or a dict of numbers.
+    The maximum over a few elements varies at random; pass some hundred rows.
+    """
+    assert [x is None for x in ours] == [x is None for x in originals]
+    for place, (mine, original, exact) in enumerate(zip(ours, originals, truth, strict=True)):
+        if mine is None:
+            continue
+        assert mine.dtype == original.dtype
+        assert mine.shape == original.shape
+        assert mine.isfinite().all() or not original.isfinite().all()
+        rounding = 2 * torch.finfo(mine.dtype).eps * exact.abs().max().clamp(min=1e-3).item()
+        errors = f"output {place}: our error {error(mine, exact):.3g}, the original's "
+        errors += f"{error(original, exact):.3g}, rounding {rounding:.3g}"
+        assert error(mine, exact) <= 2 * error(original, exact) + rounding, errors
+
+
+def outputs_and_gradients(function, *inputs):
+    """[outputs..., gradients of the inputs that require grad...] for one fixed upstream gradient.
+
+    An output may be a tensor or a tuple.
     """
     inputs = [
         x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
@@ -32,35 +53,43 @@ def upcast(x):
     return x.detach().double().requires_grad_(x.requires_grad) if floats else x
 
 
-def compare(patch, name, call, *inputs, truth=None, host=None, served=True):
-    """`call(*inputs)` patched and unpatched, both against `truth` (by default the host's own) in fp64.
+def compare(patch, name, call, *inputs, truth=None, original=None, served=True):
+    """`call(*inputs)` patched and unpatched, both against `truth` in fp64.
 
-    `name` is the host's function that must have run on the op, or (not `served`) on the host's own.
-    `host` stands in for a host's function that cannot run on this machine.
+    Args:
+        patch: the integration's patch function.
+        name: the function that must have been served by an op, or (not `served`) by the original.
+        truth: computed in fp64; by default `original`, or `call` unpatched.
+        original: replaces the unpatched `call` if that cannot run on this machine.
     """
     in_fp64 = any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in inputs)
-    theirs = numbers(host or call, *inputs)
-    exact = numbers(truth or call, *(upcast(x) for x in inputs))
+    originals = outputs_and_gradients(original or call, *inputs)
+    exact = outputs_and_gradients(truth or call, *(upcast(x) for x in inputs))
     with patch() as patched:
-        ours = numbers(call, *inputs)
+        ours = outputs_and_gradients(call, *inputs)
     if served:
         assert set(patched.calls) == {name}
         assert patched.fallbacks == {}
         if in_fp64:
-            # The host in fp64 is no truth for itself: the two differ by the roundings of their sums.
-            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+            # An fp64 result is no reference for itself: the two differ by the rounding of their sums.
+            torch.testing.assert_close(ours, originals, rtol=1e-12, atol=1e-14)
         else:
-            hosts.assert_no_worse(ours, theirs, exact)
+            assert_no_worse(ours, originals, exact)
     else:
         assert patched.calls == {}
         ((where, _),) = patched.fallbacks
         assert where == name
-        for mine, their in zip(ours, theirs, strict=True):
-            assert torch.equal(mine, their) or bool((mine.isnan() & their.isnan()).all())
+        for mine, its in zip(ours, originals, strict=True):
+            assert torch.equal(mine, its) or bool((mine.isnan() & its.isnan()).all())
+
+
+def losses(trainer) -> list[float]:
+    """The loss of each logged step of a transformers Trainer after its run."""
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
 def ragged(seed, batch, steps, holes=False, dtype=torch.bool, lead=False):
-    """A mask of random lengths, the first one full; with holes in it, and steps missing in front."""
+    """A mask [batch, steps] of random lengths, the first one full; optionally with holes or without its first third."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, steps + 1, (batch,), generator=generator)
     lengths[0] = steps
@@ -83,6 +112,6 @@ def randint(high, shape, seed):
 
 
 def each(call, *stacked):
-    """`call` on each of a stack of batches: a scalar's error alone would be luck."""
+    """`call` on each of a stack of batches; the error of a single scalar would vary at random."""
     results = [call(*batch) for batch in zip(*stacked, strict=True)]
     return tuple(torch.stack(parts) for parts in zip(*results, strict=True))

@@ -1,9 +1,9 @@
-"""verl and OpenRLHF as `make test` unpacks them into build/oracles: their own modules, imported unchanged.
+"""Imports the unmodified modules of verl and OpenRLHF that `make test` unpacks into build/oracles.
 
-Neither can be installed beside us (verl pins an older transformers and needs ray; OpenRLHF pins deepspeed,
-ray and vllm). So the `__init__` files of their packages are not run, which would bring ray, hydra, vllm and
-model code; and the few modules that the wanted ones import at module level, but that are not here, get a
-stand-in of empty classes under the very name. What each of these is for stands beside it.
+Neither can be installed beside fastrlhf: verl pins an older transformers and needs ray; OpenRLHF pins deepspeed, ray
+and vllm. Two measures load the modules under test without them. The `__init__` files of the packages, which import ray,
+hydra, vllm and models, do not run. Missing modules that are imported at module level are replaced by stubs with empty
+classes; the comment beside each stub says what it is used for.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ VERL_PACKAGES = (
     "verl.utils.kernel",
     "verl.workers",
 )
-VERL_STAND_INS = {
+VERL_STUBS = {
     "omegaconf": ("DictConfig",),  # an annotation
     "tensordict": ("TensorDict",),  # an annotation
     "verl.trainer.config": ("AlgoConfig",),  # an isinstance check
@@ -37,7 +37,7 @@ VERL_MODULES = (
     "verl.utils.torch_functional",
     "verl.trainer.ppo.core_algos",
     "verl.utils.experimental.torch_functional",
-    # Its kernels are Triton for a GPU and are imported by the call: on a CPU verl's own cannot run.
+    # verl imports its Triton kernels in the call, so the module loads on a CPU, but its function does not run.
     "verl.utils.kernel.linear_cross_entropy",
 )
 
@@ -49,11 +49,11 @@ OPENRLHF_PACKAGES = (
     "openrlhf.trainer.ray",
     "openrlhf.utils",
 )
-OPENRLHF_STAND_INS = {
+OPENRLHF_STUBS = {
     "deepspeed": (),  # set_z3_leaf_modules, for ZeRO-3
     "ray": (),  # remote calls between workers
-    "openrlhf.trainer.ray.launcher": ("RayActorGroup",),  # an annotation; brings ray and deepspeed
-    # actor.py: LoRA, and packing over a ring of GPUs (its module needs flash_attn).
+    "openrlhf.trainer.ray.launcher": ("RayActorGroup",),  # an annotation; imports ray and deepspeed
+    # actor.py: LoRA, and ring attention (which needs flash_attn).
     "peft": ("LoraConfig", "TaskType", "get_peft_model"),
     "peft.tuners": (),
     "peft.tuners.lora": ("LoraLayer",),
@@ -67,9 +67,9 @@ OPENRLHF_MODULES = (
 )
 
 
-def _stand_in(name: str, classes: tuple[str, ...]) -> ModuleType:
+def _stub(name: str, classes: tuple[str, ...]) -> ModuleType:
     module = ModuleType(name)
-    # transformers looks for deepspeed and peft by their spec, and then for their version: not there.
+    # transformers looks up the spec of deepspeed and peft, then their version, which does not exist.
     module.__spec__ = ModuleSpec(name, None)
     for each in classes:
         setattr(module, each, type(each, (), {}))
@@ -77,40 +77,40 @@ def _stand_in(name: str, classes: tuple[str, ...]) -> ModuleType:
 
 
 def _package(name: str) -> ModuleType:
-    """A package of the wheel whose own __init__ is not run."""
+    """A package of the wheel, without running its __init__."""
     package = ModuleType(name)
     package.__path__ = [str(FOLDER.joinpath(*name.split(".")))]
     return package
 
 
 @contextlib.contextmanager
-def _loading(host: str, packages, stand_ins):
-    """`sys.modules` with the packages and stand-ins; as it was at the end, but for what others imported."""
-    if not (FOLDER / host).is_dir():
-        pytest.skip(f"{FOLDER.name}/{host} is missing; `make test` unpacks it there")
+def _loading(package: str, packages, stubs):
+    """Adds the packages and stubs to `sys.modules`, and removes them and the package's modules afterwards."""
+    if not (FOLDER / package).is_dir():
+        pytest.skip(f"{FOLDER.name}/{package} is missing; `make test` unpacks it there")
     before = dict(sys.modules)
     try:
         sys.modules.update({name: _package(name) for name in packages})
-        sys.modules.update({name: _stand_in(name, names) for name, names in stand_ins.items()})
+        sys.modules.update({name: _stub(name, names) for name, names in stubs.items()})
         yield
     finally:
-        roots = {host, *(name.split(".")[0] for name in stand_ins)}
+        roots = {package, *(name.split(".")[0] for name in stubs)}
         for name in set(sys.modules) - set(before):
             if name.split(".")[0] in roots:
                 del sys.modules[name]
         sys.modules.update(before)
 
 
-def _loaded(host: str) -> dict[str, ModuleType]:
-    return {n: m for n, m in sys.modules.items() if n == host or n.startswith(host + ".")}
+def _loaded(package: str) -> dict[str, ModuleType]:
+    return {n: m for n, m in sys.modules.items() if n == package or n.startswith(package + ".")}
 
 
 @functools.cache
 def verl() -> dict[str, ModuleType]:
-    """verl's modules by name; skips where the wheel is not unpacked. None stays in `sys.modules`."""
-    with _loading("verl", VERL_PACKAGES, VERL_STAND_INS):
+    """verl's modules by name; skips the test if the wheel is not unpacked. `sys.modules` is unchanged."""
+    with _loading("verl", VERL_PACKAGES, VERL_STUBS):
         groupwise = importlib.import_module("verl.utils.groupwise")
-        for name in ("as_torch_index", "group_mean_std"):  # what verl.utils exports to core_algos
+        for name in ("as_torch_index", "group_mean_std"):  # core_algos imports them from verl.utils
             setattr(sys.modules["verl.utils"], name, getattr(groupwise, name))
         for name in VERL_MODULES:
             importlib.import_module(name)
@@ -119,8 +119,8 @@ def verl() -> dict[str, ModuleType]:
 
 @functools.cache
 def openrlhf() -> dict[str, ModuleType]:
-    """OpenRLHF's modules by name; skips where the wheel is not unpacked. None stays in `sys.modules`."""
-    with _loading("openrlhf", OPENRLHF_PACKAGES, OPENRLHF_STAND_INS):
+    """OpenRLHF's modules by name; skips the test if the wheel is not unpacked. `sys.modules` is unchanged."""
+    with _loading("openrlhf", OPENRLHF_PACKAGES, OPENRLHF_STUBS):
         for name in OPENRLHF_MODULES:
             importlib.import_module(name)
         return _loaded("openrlhf")
@@ -128,7 +128,7 @@ def openrlhf() -> dict[str, ModuleType]:
 
 @contextlib.contextmanager
 def installed(modules: dict[str, ModuleType]):
-    """`import host` finds these modules, and importlib.metadata the host's version."""
+    """Makes `import` find these modules, and importlib.metadata their version, until the block ends."""
     with pytest.MonkeyPatch.context() as patch:
         for name, module in modules.items():
             patch.setitem(sys.modules, name, module)

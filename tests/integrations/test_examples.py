@@ -1,4 +1,4 @@
-"""The scripts of examples/ run as they stand, on one core, and do what they say."""
+"""The scripts in examples/ run unmodified on one core, and their printed figures meet a bar."""
 
 import os
 import re
@@ -13,7 +13,7 @@ EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 
 
 def run(name: str, folder: Path) -> str:
-    """What the script prints, run in an empty folder with nothing but this package on the path."""
+    """The output of the script, run in an empty folder with only this package on PYTHONPATH."""
     result = subprocess.run(
         [sys.executable, str(ROOT / "examples" / f"{name}.py")],
         cwd=folder,
@@ -41,7 +41,7 @@ def verl_gae(text):
     (difference,) = figures(r"largest difference ([\d.e+-]+)", text)
     (speedup,) = figures(r"ms: (\d+) x", text)
     assert difference < 1e-5
-    assert speedup > 2  # about 40 on an idle core; a busy machine may be anything
+    assert speedup > 2  # about 40 on an idle core; lower on a busy machine
 
 
 def ppo_loop(text):
@@ -59,7 +59,7 @@ def reward_model(text):
 def trl_grpo(text):
     ((before, after),) = re.findall(r"reward ([\d.]+) -> ([\d.]+)", text)
     assert float(after) > float(before) + 0.3
-    assert "runs linear_logprob, backend " in text  # the report of what was patched
+    assert "runs linear_logprob, backend " in text  # from the report of the patch
     (calls,) = figures(r"ChunkedLogProbFunction.apply: (\d+) calls", text)
     assert calls >= 40
 

@@ -10,7 +10,7 @@ import torch
 
 import fastrlhf
 from fastrlhf import cli, doctor, extras
-from fastrlhf.integrations import _hosts
+from fastrlhf.integrations import _versions
 from fastrlhf.ops import _backend, _library
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -151,7 +151,7 @@ def test_flash_attention_is_looked_for(capsys, monkeypatch):
 
 def test_trainers_are_found_without_importing_them(capsys, monkeypatch):
     versions = {"trl": "1.16.4", "transformers": "4.0.0", "openrlhf": "0.11.2"}
-    monkeypatch.setattr(_hosts, "installed", versions.get)
+    monkeypatch.setattr(_versions, "installed", versions.get)
     for name in ("trl", "openrlhf", "verl"):
         monkeypatch.setitem(sys.modules, name, None)  # importing one would raise
     found = report_of(capsys)["integrations"]
@@ -161,5 +161,7 @@ def test_trainers_are_found_without_importing_them(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 0  # an untested version is no broken install
     text = " ".join(capsys.readouterr().out.split())
     assert "trl 1.16.4 (in the tested range 1.16)" in text
-    assert f"transformers 4.0.0 (OUTSIDE the tested range {_hosts.TESTED['transformers']})" in text
+    assert (
+        f"transformers 4.0.0 (OUTSIDE the tested range {_versions.TESTED['transformers']})" in text
+    )
     assert "verl not installed" in text

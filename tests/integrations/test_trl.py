@@ -1,18 +1,22 @@
-"""TRL patched computes what TRL computes: function by function against fp64."""
+"""The TRL integration: each replaced function against TRL's own, values and gradients, in fp64."""
 
 import importlib
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 trl = pytest.importorskip("trl")
 
 from trl.trainer import utils  # noqa: E402
 from trl.trainer.reward_trainer import RewardTrainer  # noqa: E402
 
-from _support import hosts  # noqa: E402
+from _support import small_llama  # noqa: E402
+from _support.patched import assert_no_worse, outputs_and_gradients  # noqa: E402
 from fastrlhf.integrations import trl as integration  # noqa: E402
-from fastrlhf.integrations._patch import HostMoved  # noqa: E402
+from fastrlhf.integrations._common import pairwise_loss  # noqa: E402
+from fastrlhf.integrations._targets import PatchError  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOGPROB, ENTROPY = (
@@ -36,33 +40,25 @@ def logits_and_index(dtype, shape=(8, 32, 91), scale=4.0, strided=False):
     logits = logits[:, :-1] if strided else logits
     index = torch.randint(0, shape[-1], shape[:-1])
     row_mask = torch.rand(shape[:-1]) < 0.7
-    row_mask[0] = False  # a row of nothing but padding
+    row_mask[0] = False  # a sequence of padding only
     return logits, index, row_mask
 
 
 def with_gradients(function, *inputs):
-    """(outputs..., gradients of the float inputs...) under one fixed upstream gradient."""
-    inputs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
-    outputs = function(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    torch.manual_seed(2)
-    upstream = [torch.randn(x.shape, dtype=torch.float64) for x in outputs]
-    total = sum(
-        (x.double() * g).sum() for x, g in zip(outputs, upstream, strict=True) if x.requires_grad
-    )
-    total.backward()
-    return [x.detach() for x in outputs] + [x.grad for x in inputs if x.is_floating_point()]
+    """[outputs..., gradients of the float inputs...] for one fixed upstream gradient."""
+    trained = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    return outputs_and_gradients(function, *trained)
 
 
 def compare(name, call, *inputs):
-    """`call` patched and unpatched, both against the host's own in fp64; the op must have run."""
+    """`call` patched and unpatched, both against TRL's in fp64. The op must have served it once."""
     theirs = with_gradients(call, *inputs)
     truth = with_gradients(call, *(x.double() if x.is_floating_point() else x for x in inputs))
     with integration.patch() as patched:
         ours = with_gradients(call, *inputs)
     assert patched.calls == {name: 1}
     assert patched.fallbacks == {}
-    hosts.assert_no_worse(ours, theirs, truth)
+    assert_no_worse(ours, theirs, truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,7 +88,7 @@ def test_both_in_one_pass(dtype, masked, differentiable):
     compare(BOTH, lambda x: utils.selective_log_softmax_and_entropy(x, index, **options), logits)
 
 
-def test_backward_in_place_is_asked_for():
+def test_inplace_backward_overwrites_the_logits():
     logits, index, _ = logits_and_index(torch.float32)
     before = logits.clone()
     for inplace in (False, True):
@@ -119,7 +115,7 @@ def test_a_last_stride_other_than_one():
         ("one axis", lambda x, i: utils.entropy_from_logits(x[0, 0])),
     ],
 )
-def test_what_no_op_serves_runs_trls_own(reason, call):
+def test_unsupported_calls_run_trls_function(reason, call):
     logits, index, _ = logits_and_index(torch.float32)
 
     def outcome():
@@ -132,8 +128,8 @@ def test_what_no_op_serves_runs_trls_own(reason, call):
     with integration.patch() as patched:
         ours = outcome()
     assert torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs
-    ((_, said),) = patched.fallbacks
-    assert reason in said
+    ((_, logged),) = patched.fallbacks
+    assert reason in logged
     assert patched.calls == {}
 
 
@@ -177,11 +173,11 @@ def test_chunked_head(dtype, biased, extras, temperature, softcap, scale):
     with integration.patch() as patched:
         ours = with_gradients(call, *floats)
     assert patched.calls == {HEAD: 1}
-    hosts.assert_no_worse(ours, theirs, truth)
+    assert_no_worse(ours, theirs, truth)
 
 
 def test_chunked_head_under_autocast():
-    """TRL's default trains so: fp32 weights, the head's GEMM in bf16. Ours stays at least as exact."""
+    """TRL's default: fp32 weights with the head's GEMM in bf16. Ours is at least as accurate."""
     *floats, targets = head_inputs(torch.float32, True)
 
     def call(*parts):
@@ -198,10 +194,25 @@ def test_chunked_head_under_autocast():
     )
     with integration.patch():
         ours = with_gradients(call, *floats)
-    hosts.assert_no_worse(ours, theirs, truth)
+    assert_no_worse(ours, theirs, truth)
 
 
-def test_chunked_head_knows_the_first_choice():
+def test_chunked_head_statistics_with_the_reference_backend():
+    *floats, targets = head_inputs(torch.float32, True)
+    outputs = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+    def call(*parts):
+        out = utils._ChunkedLogProbFunction.apply(*parts, targets, 0.7, 32, 5.0, 0.5, outputs)
+        return (*out[:4], out[4].float())
+
+    originals = with_gradients(call, *floats)
+    with integration.patch(backend="reference") as patched:
+        ours = with_gradients(call, *floats)
+    assert patched.calls == {HEAD: 1}
+    torch.testing.assert_close(ours, originals, rtol=1e-4, atol=1e-5)
+
+
+def test_chunked_head_reports_the_top_1():
     hidden, weight, bias, targets = head_inputs(torch.float32, True)
     best = (hidden @ weight.T + bias).argmax(-1)
     targets[::2] = best[::2]
@@ -231,16 +242,16 @@ def test_chunked_head_falls_back(reason, changes):
     assert [(a is None) or torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)] == [
         True
     ] * 5
-    ((name, said),) = patched.fallbacks
+    ((name, logged),) = patched.fallbacks
     assert name == HEAD
-    assert reason in said
+    assert reason in logged
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
 @pytest.mark.parametrize("counted", [0.0, 0.3, 1.0])
 def test_fused_head_of_a_model(temperature, counted):
-    """The forward the trainers call: masked labels are skipped, a batch without any gives zeros."""
-    model = hosts.causal_lm()
+    """The forward that the trainers call. Ignored labels are skipped; a batch of ignored labels gives zeros."""
+    model = small_llama.causal_lm()
     utils.add_fused_lm_head(model, temperature, outputs=("log_probs", "entropy", "is_top1"))
     torch.manual_seed(5)
     ids = torch.randint(0, model.config.vocab_size, (3, 11))
@@ -257,8 +268,8 @@ def test_fused_head_of_a_model(temperature, counted):
     with integration.patch() as patched:
         ours = run()
     assert patched.calls[HEAD] == 1
-    for mine, host in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, host, rtol=1e-5, atol=1e-6)
+    for mine, original in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, original, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -268,17 +279,17 @@ def test_pairwise_loss(dtype, with_margin):
     scores = [(3 * torch.randn(9)).to(dtype) for _ in range(2)]
     margin = torch.rand(9).to(dtype) if with_margin else torch.zeros(9, dtype=dtype)
 
-    def host(chosen, rejected):
+    def original(chosen, rejected):
         return -torch.nn.functional.logsigmoid(chosen - rejected - margin.to(chosen.dtype)).mean()
 
     def ours(chosen, rejected):
-        return integration.pairwise_loss(chosen, rejected, margin).to(dtype)
+        return pairwise_loss(chosen, rejected, margin).to(dtype)
 
-    truth = with_gradients(host, *(x.double() for x in scores))
-    hosts.assert_no_worse(with_gradients(ours, *scores), with_gradients(host, *scores), truth)
+    truth = with_gradients(original, *(x.double() for x in scores))
+    assert_no_worse(with_gradients(ours, *scores), with_gradients(original, *scores), truth)
 
 
-def test_every_copy_is_patched_and_put_back():
+def test_every_reference_is_replaced_and_restored():
     from trl.experimental.cpo import cpo_trainer
     from trl.kernels import ChunkedLogProbFunction
 
@@ -292,7 +303,7 @@ def test_every_copy_is_patched_and_put_back():
     )
     with integration.patch():
         assert cpo_trainer.selective_log_softmax is utils.selective_log_softmax is not before[0]
-        # A trainer that TRL's lazy modules load only now takes the replacement from its home.
+        # A module that TRL loads lazily, here while patched, imports the replacement.
         late = importlib.import_module("trl.experimental.orpo.orpo_trainer")
         assert late.selective_log_softmax is utils.selective_log_softmax
     after = (
@@ -308,9 +319,58 @@ def test_every_copy_is_patched_and_put_back():
     assert "apply" not in vars(ChunkedLogProbFunction)
 
 
-def test_what_has_moved_is_named(monkeypatch):
+def test_a_missing_function_is_named(monkeypatch):
     before = utils.selective_log_softmax
     monkeypatch.delattr(utils, "entropy_from_logits")
-    with pytest.raises(HostMoved, match="trl 1.* has no trl.trainer.utils.entropy_from_logits"):
+    with pytest.raises(PatchError, match="trl 1.* has no trl.trainer.utils.entropy_from_logits"):
         integration.patch()
     assert utils.selective_log_softmax is before
+
+
+# ---- calls that TRL's own trainers do not make ----
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_logits_that_are_a_dtensor(mesh):
+    logits, index = (
+        distribute_tensor(x, mesh, [Replicate()])
+        for x in (torch.randn(2, 5, 11), torch.randint(0, 11, (2, 5)))
+    )
+
+    def run():
+        logprob = utils.selective_log_softmax(logits, index)
+        return logprob.full_tensor(), utils.entropy_from_logits(logits).full_tensor()
+
+    expected = run()
+    with integration.patch() as patched:
+        torch.testing.assert_close(run(), expected, rtol=0, atol=0)
+    assert {reason for _, reason in patched.fallbacks} == {"logits is a DTensor"}
+
+
+def test_a_head_that_zero_3_gathers():
+    """Under ZeRO-3 TRL gathers the weight again for its backward; a weight that ours saved would be empty by then."""
+    hidden, weight = torch.randn(3, 4), torch.randn(11, 4)
+    weight.ds_id = 0
+    with integration.patch() as patched:
+        with pytest.raises(ValueError, match="targets must be in"):
+            utils._ChunkedLogProbFunction.apply(
+                hidden, weight + 0, None, torch.tensor([0, 1, -100]), 1.0, 32
+            )
+        try:
+            utils._ChunkedLogProbFunction.apply(hidden, weight, None, torch.arange(3), 1.0, 32)
+        except ImportError:  # TRL's function imports deepspeed here
+            pass
+    assert [reason for _, reason in patched.fallbacks] == [
+        "the output head's weight is sharded (DTensor or ZeRO-3)"
+    ]
+
+
+def test_inplace_backward_must_be_a_bool():
+    with pytest.raises(TypeError, match="trl.patch: inplace_backward must be a bool; got str"):
+        integration.patch(inplace_backward="yes")

@@ -1,4 +1,4 @@
-"""transformers patched computes what it computes, for many architectures, without building the logits."""
+"""The transformers integration: many architectures keep their loss and gradients without computing the logits."""
 
 import pickle
 import threading
@@ -7,13 +7,14 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers.loss import loss_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from _support import hosts
+from _support.patched import assert_no_worse
 from fastrlhf.integrations import transformers as integration
 from fastrlhf.integrations._lazy_logits import LazyLogits
-from fastrlhf.integrations._patch import HostMoved
+from fastrlhf.integrations._targets import PatchError
 from fastrlhf.ops import _backend
 
 LOSS = "transformers.loss.loss_utils.ForCausalLMLoss"
@@ -31,7 +32,7 @@ SMALL = {
     "eos_token_id": 1,
 }
 GPT = {"vocab_size": 67, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
-# Class, configuration: what its forward does between the head and the loss differs.
+# Class and configuration. The models differ in what their forward does between the head and the loss.
 ZOO = {
     "llama": ("LlamaForCausalLM", SMALL),
     "llama tied": ("LlamaForCausalLM", {**SMALL, "tie_word_embeddings": True}),
@@ -51,13 +52,13 @@ ZOO = {
         {"vocab_size": 67, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2,
          "num_attention_heads": 2},
     ),
-    "t5, a loss of its own": (
+    "t5 own loss": (
         "T5ForConditionalGeneration",
         {"vocab_size": 67, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2,
          "decoder_start_token_id": 0, "pad_token_id": 0},
     ),
 }  # fmt: skip
-OWN_LOSS = {"t5, a loss of its own"}
+OWN_LOSS = {"t5 own loss"}
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +73,8 @@ def build(name, seed=0, **changes):
     model_class = getattr(transformers, kind)
     model = model_class(model_class.config_class(**{**sizes, **changes}))
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)  # logits large enough for a cap to bend
-    return model.eval()  # no dropout; gradients stay on
+        nn.init.normal_(parameter, std=0.3)  # large logits, so that a soft-cap matters
+    return model.eval()  # no dropout; gradients stay enabled
 
 
 def batch(model, seed=1, shape=(3, 9)):
@@ -84,9 +85,9 @@ def batch(model, seed=1, shape=(3, 9)):
 
 
 def step(model, inputs):
-    """[loss, the gradient of all parameters, flat] of one training step.
+    """[loss, the gradients of all parameters as one vector] of one training step.
 
-    Flat, because a key bias has a gradient of next to nothing, made of the rounding of all others.
+    One vector, because the gradient of a key bias is rounding error alone.
     """
     model.zero_grad()
     loss = model(**inputs).loss
@@ -107,7 +108,7 @@ def test_every_architecture_keeps_its_loss(name, options):
     inputs = {**batch(model, shape=(8, 33)), **options}
     theirs = step(model, inputs)
     exact = build(name).double()
-    # transformers takes the loss in fp32 whatever the model: fp64 from its logits.
+    # transformers computes the loss in fp32 for every model, so the truth is computed from its fp64 logits.
     truth = step_in_fp64(exact, inputs) if name not in OWN_LOSS | {"mixtral aux loss"} else None
     before = _backend.calls.copy()
     with integration.patch() as patched:
@@ -119,10 +120,10 @@ def test_every_architecture_keeps_its_loss(name, options):
     assert patched.calls[CALL] == 1
     assert patched.fallbacks == {}
     if truth is None:
-        for mine, host in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(mine, host, rtol=2e-5, atol=2e-6)
+        for mine, original in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, original, rtol=2e-5, atol=2e-6)
     else:
-        hosts.assert_no_worse(ours, theirs, truth)
+        assert_no_worse(ours, theirs, truth)
 
 
 def step_in_fp64(model, inputs):
@@ -143,7 +144,7 @@ def test_16_bit_models(dtype):
     truth = step_in_fp64(build("gemma2 soft-cap").to(dtype).double(), inputs)
     with integration.patch():
         ours = step(model, inputs)
-    hosts.assert_no_worse(ours, theirs, truth)
+    assert_no_worse(ours, theirs, truth)
 
 
 def test_under_autocast():
@@ -155,8 +156,8 @@ def test_under_autocast():
             ours = step(model, inputs)
             out = model(**inputs)
     assert out.logits.dtype == torch.bfloat16
-    assert out.logits.tensor().dtype == torch.bfloat16  # also when it is read outside
-    hosts.assert_no_worse(ours, theirs, step_in_fp64(build("llama").double(), inputs))
+    assert out.logits.tensor().dtype == torch.bfloat16  # also when it is read outside autocast
+    assert_no_worse(ours, theirs, step_in_fp64(build("llama").double(), inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -190,7 +191,7 @@ def test_loss_from_logits(dtype, options, shifted):
     with integration.patch() as patched:
         ours = run(logits)
     assert patched.calls[LOSS] == 1
-    hosts.assert_no_worse(ours, theirs, exact(logits.double()))
+    assert_no_worse(ours, theirs, exact(logits.double()))
 
 
 @pytest.mark.parametrize("from_hidden", [False, True])
@@ -202,14 +203,14 @@ def test_a_batch_without_targets(from_hidden):
         if not from_hidden:
             model.lm_head.register_forward_hook(lambda *_: None)
         ours = step(model, inputs)
-    for mine, host in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, host, equal_nan=True)
+    for mine, original in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, original, equal_nan=True)
 
 
-# ---- the logits that are not built ----
+# ---- lazy logits ----
 
 
-def test_logits_are_built_when_they_are_read():
+def test_logits_are_computed_when_they_are_read():
     model = build("gemma2 soft-cap")
     inputs = batch(model)
     expected = model(**inputs).logits
@@ -223,9 +224,9 @@ def test_logits_are_built_when_they_are_read():
         assert torch.equal(out.logits[:, -1] + 1, expected[:, -1] + 1)
         assert torch.equal(out.logits % 2, expected % 2)
         assert torch.equal(out.logits // 2, expected // 2)
-        saved = pickle.dumps(model(**inputs).logits)  # of outputs that nobody has read
+        saved = pickle.dumps(model(**inputs).logits)  # logits that were not read before
         assert b"fastrlhf" not in saved and torch.equal(pickle.loads(saved), expected)
-        out.logits.sum().backward()  # with their graph
+        out.logits.sum().backward()  # with their autograd graph
         ours = model.lm_head.weight.grad.clone()
         model.zero_grad()
         expected.sum().backward()
@@ -242,7 +243,7 @@ CHAINS = {
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_what_is_written_down_is_what_would_be_built(chain):
+def test_recorded_operations_give_the_same_logits(chain):
     torch.manual_seed(0)
     head = nn.Linear(8, 31)
     hidden = torch.randn(5, 8)
@@ -254,7 +255,7 @@ def test_what_is_written_down_is_what_would_be_built(chain):
     expected = CHAINS[chain](head(hidden))
     torch.testing.assert_close(z / temperature, expected)
     assert torch.equal(lazy.tensor(), expected)
-    assert lazy.linear_loss_inputs() is None  # from now on the tensor counts: it may be written to
+    assert lazy.linear_loss_inputs() is None  # the tensor may be written to from now on
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ def test_what_is_written_down_is_what_would_be_built(chain):
         lambda x: nn.functional.pad(x, (0, 1)),
     ],
 )
-def test_anything_else_builds_the_logits(step):
+def test_other_operations_compute_the_logits(step):
     torch.manual_seed(0)
     head = nn.Linear(8, 31)
     hidden = torch.randn(5, 8)
@@ -283,7 +284,7 @@ def test_anything_else_builds_the_logits(step):
 
 
 def test_a_model_that_writes_into_its_logits_keeps_its_loss(monkeypatch):
-    """As models do that forbid tokens: the written logits count, not the unwritten product."""
+    """Some models mask tokens in place: the loss must see the modified logits."""
     model = build("llama")
     inputs = batch(model)
 
@@ -302,11 +303,11 @@ def test_a_model_that_writes_into_its_logits_keeps_its_loss(monkeypatch):
     with integration.patch() as patched:
         ours = step(model, inputs)
     assert patched.calls[CALL] == 1
-    for mine, host in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, host, rtol=2e-5, atol=2e-6)
+    for mine, original in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, original, rtol=2e-5, atol=2e-6)
 
 
-def test_logits_read_after_an_optimizer_step_are_refused():
+def test_reading_logits_after_an_optimizer_step_is_an_error():
     model = build("llama")
     with integration.patch():
         out = model(**batch(model))
@@ -316,7 +317,7 @@ def test_logits_read_after_an_optimizer_step_are_refused():
             out.logits.argmax(-1)
 
 
-def test_evaluation_builds_the_logits():
+def test_evaluation_computes_the_logits():
     model = build("llama")
     inputs = batch(model)
     expected = model(**inputs)
@@ -329,7 +330,7 @@ def test_evaluation_builds_the_logits():
 
 
 class Adapter(nn.Linear):
-    """Stands for a LoRA layer around the head."""
+    """Like a LoRA layer around the head."""
 
     def forward(self, x):
         return super().forward(x) + x.sum(-1, keepdim=True)
@@ -364,17 +365,17 @@ def test_other_heads_keep_their_logits(change, reason, caplog):
         step(model, inputs)
         assert isinstance(model(**inputs).logits, torch.Tensor)
     assert patched.calls == {LOSS: 3}
-    ((name, said),) = patched.fallbacks
-    assert (name, patched.fallbacks[name, said]) == (CALL, 3)
-    assert reason in said
+    ((name, logged),) = patched.fallbacks
+    assert (name, patched.fallbacks[name, logged]) == (CALL, 3)
+    assert reason in logged
     assert sum(reason in r.getMessage() for r in caplog.records) == 1
-    for mine, host in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, host, rtol=2e-5, atol=2e-6)
+    for mine, original in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, original, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(("layers", "fused"), [(["q_proj"], 1), (["q_proj", "lm_head"], 0)])
 def test_lora(layers, fused):
-    """LoRA of the layers below gains as any model does; LoRA of the head keeps its logits."""
+    """LoRA below the head is served; LoRA on the head keeps its logits."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=layers, r=2))
     inputs = batch(model)
@@ -383,11 +384,11 @@ def test_lora(layers, fused):
         ours = step(model, inputs)
     assert patched.calls.get(CALL, 0) == fused
     assert len(patched.fallbacks) == 1 - fused
-    for mine, host in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, host, rtol=2e-5, atol=2e-6)
+    for mine, original in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, original, rtol=2e-5, atol=2e-6)
 
 
-def test_threads_do_not_meet_in_the_head():
+def test_another_thread_gets_tensors_from_the_same_head():
     model = build("llama")
     inputs = batch(model)
     with torch.no_grad():
@@ -412,7 +413,7 @@ def test_threads_do_not_meet_in_the_head():
     assert "forward" not in vars(model.lm_head)
 
 
-def test_undone_without_a_trace():
+def test_everything_is_restored():
     forward = transformers.PreTrainedModel
     before = (loss_utils.ForCausalLMLoss, dict(loss_utils.LOSS_MAPPING))
     assert "__call__" not in vars(forward)
@@ -435,11 +436,56 @@ def test_compiled_models_keep_their_loss():
     theirs = step(model, inputs)
     with integration.patch():
         ours = step(torch.compile(model, backend="eager"), inputs)
-    for mine, host in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, host, rtol=2e-5, atol=2e-6)
+    for mine, original in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, original, rtol=2e-5, atol=2e-6)
 
 
-def test_a_moved_function_is_named(monkeypatch):
+def test_a_missing_function_is_named(monkeypatch):
     monkeypatch.delattr(loss_utils, "ForCausalLMLoss")
-    with pytest.raises(HostMoved, match="has no transformers.loss.loss_utils.ForCausalLMLoss"):
+    with pytest.raises(PatchError, match="has no transformers.loss.loss_utils.ForCausalLMLoss"):
         integration.patch()
+
+
+# ---- other ways to call a model ----
+
+
+def test_labels_passed_by_position():
+    model = build("llama")
+    inputs = batch(model)
+    expected = step(model, inputs)
+    with integration.patch() as patched:
+        model.zero_grad()
+        loss = model(inputs["input_ids"], None, None, None, None, inputs["labels"]).loss
+        loss.backward()
+    assert patched.calls[CALL] == 1
+    torch.testing.assert_close([loss.detach(), flat_gradient(model)], expected)
+
+
+def test_global_module_hooks_see_the_logits():
+    model = build("llama")
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, _, out: seen.append(type(out)) if module is model.lm_head else None
+    )
+    try:
+        with integration.patch():
+            step(model, batch(model))
+    finally:
+        hook.remove()
+    assert seen == [torch.Tensor]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_compiled_in_place_is_compiled_once(whole):
+    model, counter = build("llama"), CompileCounter()
+    torch._dynamo.reset()
+    if whole:
+        model.compile(backend=counter)
+    else:
+        model.forward = torch.compile(model.forward, backend=counter)
+    with integration.patch() as patched:
+        for _ in range(3):
+            step(model, batch(model))
+    torch._dynamo.reset()
+    assert counter.frame_count == 1
+    assert patched.fallbacks == {(CALL, "torch.compile traces the model"): 3}

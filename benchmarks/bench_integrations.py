@@ -1,10 +1,10 @@
-"""Host functions before and after `fastrlhf.integrations`: time, extra memory, error against fp64.
+"""Functions of trl, transformers, verl and openrlhf, original and replaced: time, extra memory, error against fp64.
 
-    python benchmarks/bench_hosts.py --host trl [--only selective] [--out FILE.json]
+    python benchmarks/bench_integrations.py --package trl [--only selective] [--out FILE.json]
 
-A row compares a host's own function with its replacement on the same tensors, in turns, in one run. The Trainer row is
-two processes that train the same model for some steps, for the peak of what torch's allocator held and of the resident
-set. verl and OpenRLHF are loaded as tests/_support/unpacked.py does.
+A row times the original function and its replacement in turns, in one process, on the same tensors. The Trainer row
+runs each variant in its own process, which trains the same model for some steps, and reports the peaks of torch's
+allocator and of the resident set. tests/_support/unpacked.py loads verl and OpenRLHF.
 Shapes: B sequences, T tokens, V vocabulary, H hidden.
 """
 
@@ -23,37 +23,39 @@ import torch
 
 import harness
 
-ONLY = ""  # functions whose name starts so are measured
+ONLY = ""  # prefix of the names of the functions to measure
 WIDTHS = {"B": 8, "T": 256, "V": 32000}
 
 
 def errors(function, truth, inputs, upstream):
-    """Largest error of the outputs and of the gradients of float inputs, each over the truth's largest."""
+    """The largest error of each output and each gradient of a float input, over the largest true value."""
     found = []
     for call, cast in ((function, lambda x: x), (truth, torch.Tensor.double)):
-        mine = [
+        arguments = [
             cast(x).detach().clone().requires_grad_() if x.is_floating_point() else x
             for x in inputs
         ]
-        out = call(*mine)
+        out = call(*arguments)
         out = out if isinstance(out, tuple) else (out,)
         outputs = [x for x in out if x is not None and x.requires_grad]
         (sum((x.double() * upstream).sum() for x in outputs)).backward()
-        found.append([x.detach() for x in outputs] + [x.grad for x in mine if x.grad is not None])
+        found.append(
+            [x.detach() for x in outputs] + [x.grad for x in arguments if x.grad is not None]
+        )
     pairs = zip(*found, strict=True)
     return [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs]
 
 
-def compare(name, ours, theirs, truth, inputs, device, seconds, **facts):
-    """One row per direction: forward alone, and forward with backward."""
+def compare(name, ours, original, truth, inputs, device, seconds, **facts):
+    """Two rows: forward alone, and forward with backward."""
     if not name.startswith(ONLY):
         return
     torch.manual_seed(0)
     upstream = torch.randn(inputs[0].shape[:-1], device=device)
-    mine = errors(ours, truth, inputs, upstream)
-    host = errors(theirs, truth, inputs, upstream)
+    our_errors = errors(ours, truth, inputs, upstream)
+    original_errors = errors(original, truth, inputs, upstream)
     eps = torch.finfo(inputs[0].dtype).eps
-    ratio = max(a / max(b, eps) for a, b in zip(mine, host, strict=True))
+    ratio = max(a / max(b, eps) for a, b in zip(our_errors, original_errors, strict=True))
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
 
     def forward(function):
@@ -69,8 +71,8 @@ def compare(name, ours, theirs, truth, inputs, device, seconds, **facts):
 
         return step
 
-    for direction, made in (("forward", forward), ("forward+backward", full)):
-        functions = {"host": made(theirs), "fastrlhf": made(ours)}
+    for direction, bind in (("forward", forward), ("forward+backward", full)):
+        functions = {"original": bind(original), "fastrlhf": bind(ours)}
         taken = harness.times(functions, device, seconds)
         seconds_of = {k: statistics.median(v) for k, v in taken.items()}
         held = {k: harness.peak_bytes(f, device) for k, f in functions.items()}
@@ -80,15 +82,15 @@ def compare(name, ours, theirs, truth, inputs, device, seconds, **facts):
             **facts,
             "dtype": str(inputs[0].dtype)[6:],
             "ms": {k: v * 1e3 for k, v in seconds_of.items()},
-            "times_faster": seconds_of["host"] / seconds_of["fastrlhf"],
+            "times_faster": seconds_of["original"] / seconds_of["fastrlhf"],
             "extra_bytes": held,
-            "times_less_memory": held["host"] / max(held["fastrlhf"], 1),
+            "times_less_memory": held["original"] / max(held["fastrlhf"], 1),
             "error_ratio": ratio,
         }
 
 
 def unpatched(function, patched):
-    """A replaced function as the host has it, whatever it calls: ours stay in place but step aside."""
+    """`function` with the original functions of the package, while the replacements stay in place."""
 
     def call(*arguments):
         with patched.suspended():
@@ -106,7 +108,7 @@ def trl_rows(device, dtype, seconds, sizes):
     torch.manual_seed(0)
     logits = (2 * torch.randn(shape, device=device)).to(dtype)
     index = torch.randint(shape[-1], shape[:-1], device=device)
-    facts = {"host": "trl", "shape": list(shape)}
+    facts = {"package": "trl", "shape": list(shape)}
     calls = {
         "selective_log_softmax": (logits, index),
         "entropy_from_logits": (logits,),
@@ -117,15 +119,17 @@ def trl_rows(device, dtype, seconds, sizes):
         with integration.patch(inplace_backward=inplace) as patched:
             for name, inputs in functions.items():
                 ours = getattr(utils, name)
-                theirs = unpatched(ours, patched)
+                original = unpatched(ours, patched)
                 label = f"{name}, in-place backward" if inplace else name
-                yield from compare(label, ours, theirs, theirs, inputs, device, seconds, **facts)
+                yield from compare(
+                    label, ours, original, original, inputs, device, seconds, **facts
+                )
     del logits, inputs, calls, in_place, functions
     rows, width = sizes["B"] * sizes["T"] // 2, 256
     hidden = torch.randn(rows, width, device=device, dtype=dtype)
     weight = (torch.randn(shape[-1], width, device=device) / width**0.5).to(dtype)
     targets = index.flatten()[:rows]
-    facts = {"host": "trl", "shape": [rows, width, shape[-1]]}
+    facts = {"package": "trl", "shape": [rows, width, shape[-1]]}
 
     def truth(h, w):
         logp = (h @ w.T).log_softmax(-1)
@@ -146,7 +150,7 @@ def trl_rows(device, dtype, seconds, sizes):
 
 
 def train(patched: bool, device: str, sizes: dict, steps: int) -> dict:
-    """Some steps of transformers' Trainer on a 2-layer Llama: seconds of a step and peaks of memory."""
+    """`steps` steps of transformers' Trainer on a 2-layer Llama: seconds per step and peaks of memory."""
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
     from fastrlhf.integrations import transformers as integration
@@ -190,39 +194,42 @@ def train(patched: bool, device: str, sizes: dict, steps: int) -> dict:
 
 
 def transformers_rows(device, dtype, seconds, sizes):
-    """A training step of the plain Trainer, each variant in a process of its own."""
+    """A training step of the plain Trainer, each variant in its own process."""
     steps = 3
-    made = {}
-    for name in ("host", "fastrlhf"):
+    runs = {}
+    for name in ("original", "fastrlhf"):
         arguments = ["--train", name, "--device", device, "--steps", str(steps)]
         arguments += [f"--{key}={value}" for key, value in sizes.items()]
         done = subprocess.run(
             [sys.executable, __file__, *arguments], capture_output=True, text=True, check=True
         )
-        made[name] = json.loads(done.stdout.splitlines()[-1])
-    host, ours = made["host"], made["fastrlhf"]
+        runs[name] = json.loads(done.stdout.splitlines()[-1])
+    original, ours = runs["original"], runs["fastrlhf"]
     yield {
-        "host": "transformers",
+        "package": "transformers",
         "function": "Trainer step, 2-layer Llama, H 256",
         "direction": "forward+backward",
         "shape": [sizes["B"], sizes["T"], sizes["V"]],
         "dtype": "float32",
-        "ms": {k: v["seconds"] * 1e3 for k, v in made.items()},
-        "times_faster": host["seconds"] / ours["seconds"],
-        "peak_bytes": {k: v["peak_bytes"] for k, v in made.items()},
-        "peak_over_hosts": ours["peak_bytes"] / host["peak_bytes"],
-        "resident_bytes": {k: v["resident_bytes"] for k, v in made.items()},
-        "loss_difference": abs(ours["loss"] - host["loss"]),
+        "ms": {k: v["seconds"] * 1e3 for k, v in runs.items()},
+        "times_faster": original["seconds"] / ours["seconds"],
+        "peak_bytes": {k: v["peak_bytes"] for k, v in runs.items()},
+        "peak_over_original": ours["peak_bytes"] / original["peak_bytes"],
+        "resident_bytes": {k: v["resident_bytes"] for k, v in runs.items()},
+        "loss_difference": abs(ours["loss"] - original["loss"]),
     }
 
 
-def gae_rows(host, module, name, attribute, device, seconds, masks):
-    """A GAE function on [512, 1024] fp32 steps, for each of `masks`; no gradients flow through it."""
+def gae_rows(package, module, name, attribute, device, seconds, masks):
+    """A GAE function, which has no gradients, on [512, 1024] fp32 steps for each of `masks`."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    import unpacked
+    from _support import unpacked
 
-    integration = importlib.import_module(f"fastrlhf.integrations.{host}")
-    with unpacked.installed(getattr(unpacked, host)()) as modules, integration.patch() as patched:
+    integration = importlib.import_module(f"fastrlhf.integrations.{package}")
+    with (
+        unpacked.installed(getattr(unpacked, package)()) as modules,
+        integration.patch() as patched,
+    ):
         torch.manual_seed(0)
         rewards, values = torch.randn(2, 512, 1024, device=device).unbind()
         lengths = torch.randint(512, 1025, (512, 1), device=device)
@@ -234,42 +241,44 @@ def gae_rows(host, module, name, attribute, device, seconds, masks):
             def ours(arguments=arguments):
                 return attribute(modules[module])(*arguments)
 
-            def theirs(arguments=arguments):
+            def original(arguments=arguments):
                 with patched.suspended():
                     return attribute(modules[module])(*arguments)
 
             doubles = [
                 x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments
             ]
-            truth = theirs(doubles)
-            far = [
+            truth = original(doubles)
+            relative_errors = [
                 max(
                     ((a - b).abs().max() / b.abs().max()).item()
                     for a, b in zip(x, truth, strict=True)
                 )
-                for x in (ours(), theirs())
+                for x in (ours(), original())
             ]
-            taken = harness.times({"host": theirs, "fastrlhf": ours}, device, seconds)
+            taken = harness.times({"original": original, "fastrlhf": ours}, device, seconds)
             seconds_of = {k: statistics.median(v) for k, v in taken.items()}
             held = {
-                k: harness.peak_bytes(f, device) for k, f in (("host", theirs), ("fastrlhf", ours))
+                k: harness.peak_bytes(f, device)
+                for k, f in (("original", original), ("fastrlhf", ours))
             }
             yield {
                 "function": f"{name}, {label}",
                 "direction": "forward",
-                "host": host,
+                "package": package,
                 "shape": [512, 1024],
                 "dtype": "float32",
                 "ms": {k: v * 1e3 for k, v in seconds_of.items()},
-                "times_faster": seconds_of["host"] / seconds_of["fastrlhf"],
+                "times_faster": seconds_of["original"] / seconds_of["fastrlhf"],
                 "extra_bytes": held,
-                "times_less_memory": held["host"] / max(held["fastrlhf"], 1),
-                "error_ratio": far[0] / max(far[1], torch.finfo(torch.float32).eps),
+                "times_less_memory": held["original"] / max(held["fastrlhf"], 1),
+                "error_ratio": relative_errors[0]
+                / max(relative_errors[1], torch.finfo(torch.float32).eps),
             }
 
 
 def verl_rows(device, dtype, seconds, sizes):
-    """verl's GAE with the int64 response mask of its trainer."""
+    """verl's GAE with an int64 response mask, as in its trainer."""
     yield from gae_rows(
         "verl",
         "verl.trainer.ppo.core_algos",
@@ -282,7 +291,7 @@ def verl_rows(device, dtype, seconds, sizes):
 
 
 def openrlhf_rows(device, dtype, seconds, sizes):
-    """OpenRLHF's GAE with its bool action mask, and without one."""
+    """OpenRLHF's GAE with a bool action mask, and without a mask."""
     yield from gae_rows(
         "openrlhf",
         "openrlhf.trainer.ppo_utils.experience_maker",
@@ -307,44 +316,48 @@ ROWS = {
 
 def line(row: dict) -> str:
     ms = row["ms"]
-    text = f"{row['host']} {row['function']} {row['shape']} {row['dtype']} {row['direction']}: "
-    text += f"{ms['host']:.1f} -> {ms['fastrlhf']:.1f} ms ({row['times_faster']:.1f}x)"
+    text = f"{row['package']} {row['function']} {row['shape']} {row['dtype']} {row['direction']}: "
+    text += f"{ms['original']:.1f} -> {ms['fastrlhf']:.1f} ms ({row['times_faster']:.1f}x)"
     if "extra_bytes" in row:
         mib = {k: v / 2**20 for k, v in row["extra_bytes"].items()}
-        text += f", extra {mib['host']:.1f} -> {mib['fastrlhf']:.1f} MiB"
+        text += f", extra {mib['original']:.1f} -> {mib['fastrlhf']:.1f} MiB"
         return (
             text + f" ({row['times_less_memory']:.1f}x less), error ratio {row['error_ratio']:.2f}"
         )
     mib = {k: v / 2**20 for k, v in row["peak_bytes"].items()}
-    text += f", peak {mib['host']:.0f} -> {mib['fastrlhf']:.0f} MiB ({row['peak_over_hosts']:.2f}x)"
+    text += f", peak {mib['original']:.0f} -> {mib['fastrlhf']:.0f} MiB ({row['peak_over_original']:.2f}x)"
     resident = {k: v / 2**20 for k, v in row["resident_bytes"].items()}
-    return text + f", resident +{resident['host']:.0f} -> +{resident['fastrlhf']:.0f} MiB"
+    return text + f", resident +{resident['original']:.0f} -> +{resident['fastrlhf']:.0f} MiB"
 
 
 def save(path: Path, device: str, rows: list[dict]) -> None:
-    """Write the rows, and keep those of other functions that the file holds already."""
-    key = lambda row: (row["host"], row["function"], row["direction"], row["dtype"])  # noqa: E731
+    """Writes the rows; rows of other functions in the file stay."""
+    key = lambda row: (row["package"], row["function"], row["direction"], row["dtype"])  # noqa: E731
     kept = json.loads(path.read_text())["rows"] if path.is_file() else []
     merged = {key(row): row for row in [*kept, *rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = {"machine": harness.machine(device), "rows": list(merged.values())}
-    path.write_text(json.dumps(made, indent=1) + "\n")
+    document = {"machine": harness.machine(device), "rows": list(merged.values())}
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def main() -> None:
     global ONLY
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--host", choices=ROWS, action="append", help="default: all")
+    parser.add_argument("--package", choices=ROWS, action="append", help="default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each comparison")
+    parser.add_argument("--seconds", type=float, default=3.0, help="per comparison")
     for key, value in WIDTHS.items():
         parser.add_argument(f"--{key}", type=int, default=value)
-    parser.add_argument("--only", default="", help="functions whose name starts so")
     parser.add_argument(
-        "--out", type=Path, help="write the rows there as JSON, beside those of others"
+        "--only", default="", help="prefix of the names of the functions to measure"
     )
-    parser.add_argument("--train", choices=("host", "fastrlhf"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="JSON file that the rows are written to; rows of other functions in it stay",
+    )
+    parser.add_argument("--train", choices=("original", "fastrlhf"), help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     ONLY = args.only
@@ -353,9 +366,9 @@ def main() -> None:
         print(json.dumps(train(args.train == "fastrlhf", args.device, sizes, args.steps)))
         return
     rows = []
-    for host in args.host or ROWS:
+    for package in args.package or ROWS:
         dtype = getattr(torch, args.dtype)
-        for row in ROWS[host](args.device, dtype, args.seconds, sizes):
+        for row in ROWS[package](args.device, dtype, args.seconds, sizes):
             print(line(row), flush=True)
             rows.append(row)
             if args.out:

@@ -1,4 +1,4 @@
-"""TRL's trainers, patched and not, from one seed: the same curve, and proof that the op ran."""
+"""TRL's trainers, patched and unpatched from one seed: the same loss curve, served by the op."""
 
 import warnings
 
@@ -10,7 +10,8 @@ trl = pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
 from trl.trainer.reward_trainer import RewardTrainer  # noqa: E402
 
-from _support import hosts  # noqa: E402
+from _support import small_llama  # noqa: E402
+from _support.patched import losses  # noqa: E402
 from fastrlhf.integrations import trl as integration  # noqa: E402
 
 HEAD = "trl.kernels.chunked_logprob.ChunkedLogProbFunction.apply"
@@ -33,7 +34,7 @@ STEPS = {
 
 
 def length_reward(completions, **_):
-    """Shorter completions that say "cat" are better."""
+    """Higher for short completions and for the word "cat"."""
     return [2.0 * ("cat" in text) - 0.1 * len(text.split()) for text in completions]
 
 
@@ -49,15 +50,15 @@ def sampled(trainer_class, config_class, out, **extra):
         beta=0.1,
         **extra,
     )
-    rows = Dataset.from_dict({"prompt": hosts.sentences(40, low=2, high=6)})
-    folder = str(out / "model")  # the reference model is loaded from where the model was
-    hosts.causal_lm().save_pretrained(folder)
+    rows = Dataset.from_dict({"prompt": small_llama.sentences(40, low=2, high=6)})
+    folder = str(out / "model")  # TRL loads the reference model from the same folder
+    small_llama.causal_lm().save_pretrained(folder)
     return trainer_class(
         model=folder,
         reward_funcs=length_reward,
         args=config,
         train_dataset=rows,
-        processing_class=hosts.tokenizer(),
+        processing_class=small_llama.tokenizer(),
     )
 
 
@@ -66,7 +67,7 @@ def grpo(out):
 
 
 def grpo_with_fp32_head(out):
-    """TRL casts the head's own weight, and gives it fp32 hidden states outside of autocast."""
+    """TRL casts the head's weight and gives it fp32 hidden states outside autocast."""
     return sampled(
         trl.GRPOTrainer, trl.GRPOConfig, out, num_iterations=2, cast_lm_head_to_fp32=True
     )
@@ -77,19 +78,19 @@ def rloo(out):
 
 
 def preferences():
-    chosen, rejected = hosts.sentences(80, seed=2), hosts.sentences(80, seed=3)
+    chosen, rejected = small_llama.sentences(80, seed=2), small_llama.sentences(80, seed=3)
     return {"chosen": [" cat " + x for x in chosen], "rejected": [" " + x for x in rejected]}
 
 
 def dpo(out):
     config = trl.DPOConfig(**QUIET, **STEPS, output_dir=str(out), per_device_train_batch_size=4)
-    rows = {"prompt": hosts.sentences(80, seed=1), **preferences()}
+    rows = {"prompt": small_llama.sentences(80, seed=1), **preferences()}
     return trl.DPOTrainer(
-        model=hosts.causal_lm(),
-        ref_model=hosts.causal_lm(),
+        model=small_llama.causal_lm(),
+        ref_model=small_llama.causal_lm(),
         args=config,
         train_dataset=Dataset.from_dict(rows),
-        processing_class=hosts.tokenizer(),
+        processing_class=small_llama.tokenizer(),
     )
 
 
@@ -102,24 +103,24 @@ def reward(out):
         center_rewards_coefficient=0.01,
     )
     return RewardTrainer(
-        model=hosts.scorer(),
+        model=small_llama.reward_model(),
         args=config,
         train_dataset=Dataset.from_dict(preferences()),
-        processing_class=hosts.tokenizer(),
+        processing_class=small_llama.tokenizer(),
     )
 
 
 def sft(out):
     config = trl.SFTConfig(**QUIET, **STEPS, output_dir=str(out), per_device_train_batch_size=4)
     return trl.SFTTrainer(
-        model=hosts.causal_lm(),
+        model=small_llama.causal_lm(),
         args=config,
-        train_dataset=Dataset.from_dict({"text": hosts.sentences(80)}),
-        processing_class=hosts.tokenizer(),
+        train_dataset=Dataset.from_dict({"text": small_llama.sentences(80)}),
+        processing_class=small_llama.tokenizer(),
     )
 
 
-# What AdamW makes of the last bits of 20 steps' gradients; a wrong term moves the curve by 1e-2 and more.
+# AdamW amplifies rounding differences over 20 steps to about this size. A wrong term changes the curve by > 1e-2.
 TOLERANCE = 2e-4
 
 
@@ -144,16 +145,16 @@ def test_training_run_keeps_its_curve(make, function, op_calls, tmp_path):
             fused.train()
     assert patched.calls[function] >= op_calls
     assert patched.fallbacks == {}
-    ours, theirs = hosts.losses(fused), hosts.losses(plain)
+    ours, theirs = losses(fused), losses(plain)
     assert len(ours) == len(theirs) == 20
-    assert max(theirs) - min(theirs) > 10 * TOLERANCE  # the run moves
+    assert max(theirs) - min(theirs) > 10 * TOLERANCE  # the loss changes during the run
     assert ours == pytest.approx(theirs, abs=TOLERANCE)
     skipped = {"epoch", "step", "total_flos"}
-    for mine, host in zip(fused.state.log_history, plain.state.log_history, strict=True):
-        assert mine.keys() == host.keys()
-        timed = {k for k in host if "time" in k or "per_second" in k or "runtime" in k}
-        for key in host.keys() - skipped - timed:
-            assert mine[key] == pytest.approx(host[key], rel=1e-2, abs=1e-3), key
+    for mine, original in zip(fused.state.log_history, plain.state.log_history, strict=True):
+        assert mine.keys() == original.keys()
+        timed = {k for k in original if "time" in k or "per_second" in k or "runtime" in k}
+        for key in original.keys() - skipped - timed:
+            assert mine[key] == pytest.approx(original[key], rel=1e-2, abs=1e-3), key
 
 
 def test_beside_the_patch_of_transformers(tmp_path):
@@ -166,12 +167,12 @@ def test_beside_the_patch_of_transformers(tmp_path):
         ours.train()
     assert patched.calls[HEAD] == 20
     assert below.fallbacks == {}
-    assert hosts.losses(ours) == pytest.approx(hosts.losses(theirs), abs=TOLERANCE)
+    assert losses(ours) == pytest.approx(losses(theirs), abs=TOLERANCE)
 
 
 def bf16_trainer(out, cast):
-    """GRPO on a bf16 model with logits of some size, TRL's flag set or not."""
-    model = hosts.causal_lm().bfloat16()
+    """GRPO on a bf16 model with large logits, with or without TRL's flag."""
+    model = small_llama.causal_lm().bfloat16()
     with torch.no_grad():
         model.lm_head.weight.mul_(50)
     config = trl.GRPOConfig(
@@ -186,8 +187,8 @@ def bf16_trainer(out, cast):
         model=model,
         reward_funcs=length_reward,
         args=config,
-        train_dataset=Dataset.from_dict({"prompt": hosts.sentences(4)}),
-        processing_class=hosts.tokenizer(),
+        train_dataset=Dataset.from_dict({"prompt": small_llama.sentences(4)}),
+        processing_class=small_llama.tokenizer(),
     ).model
 
 
@@ -200,10 +201,10 @@ def scored(model):
     return out.log_probs.detach(), out.entropy.detach(), model.lm_head.weight.grad
 
 
-def test_the_fp32_heads_log_probs_without_its_cast(tmp_path):
-    """Patched, a bf16 head has the log-probs of TRL's cast_lm_head_to_fp32; with the flag set they stay TRL's.
+def test_a_bf16_head_has_the_log_probs_of_the_fp32_head(tmp_path):
+    """Patched, a bf16 head has the log-probs of TRL's cast_lm_head_to_fp32, with and without the flag.
 
-    A product of two bf16 numbers is exact in fp32: logits differ by the order of their sums alone.
+    A product of two bf16 numbers is exact in fp32, so logits differ in their summation order only.
     """
     plain, cast = bf16_trainer(tmp_path, False), bf16_trainer(tmp_path, True)
     assert (plain.lm_head.weight.dtype, cast.lm_head.weight.dtype) == (
@@ -218,7 +219,7 @@ def test_the_fp32_heads_log_probs_without_its_cast(tmp_path):
         for values, expected in zip(mine[:2], theirs[:2], strict=True):
             assert values.dtype == torch.float32
             torch.testing.assert_close(values, expected, rtol=1e-6, atol=4e-6)
-    assert (rounded[0].float() - theirs[0]).abs().max() > 1e-3  # what the flag is for
+    assert (rounded[0].float() - theirs[0]).abs().max() > 1e-3  # the error that the flag avoids
     assert plain.lm_head.weight.dtype == ours[2].dtype == torch.bfloat16
     torch.testing.assert_close(ours[2].float(), theirs[2], rtol=2**-8, atol=1e-5)
     torch.testing.assert_close(ours_cast[2], theirs[2], rtol=1e-5, atol=1e-5)

@@ -1,7 +1,7 @@
-"""OpenRLHF patched computes what OpenRLHF computes, on its own modules: each function against fp64.
+"""The OpenRLHF integration: each replaced function against OpenRLHF's own, values and gradients, in fp64.
 
-tests/_support/unpacked.py says how they are loaded and what could not be. `compute_entropy` is compiled by OpenRLHF;
-here its own code runs uncompiled, which spares the minutes of a code generator.
+tests/_support/unpacked.py loads OpenRLHF's modules. OpenRLHF compiles `compute_entropy`; here it runs uncompiled, which
+saves minutes of compilation.
 B sequences, A actions, N tokens, V vocabulary.
 """
 
@@ -10,10 +10,10 @@ import warnings
 import pytest
 import torch
 
-from _support import hosts, unpacked
-from _support.patched import compare, each, numbers, ragged, randint, randn
+from _support import small_llama, unpacked
+from _support.patched import compare, each, outputs_and_gradients, ragged, randint, randn
 from fastrlhf.integrations import openrlhf as integration
-from fastrlhf.integrations._patch import HostMoved
+from fastrlhf.integrations._targets import PatchError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STEP_DTYPES = (torch.float32, torch.float64)
@@ -43,7 +43,7 @@ def against(name, call, *inputs, **options):
 @pytest.mark.parametrize("shape", [(1, 1), (300,), (5, 60)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_from_logits(openrlhf, dtype, shape, temperature):
-    """Divides the logits in place, as OpenRLHF does: both see the scaled ones afterwards."""
+    """The logits are divided by the temperature in place, as by OpenRLHF."""
     logits = randn(*shape, 307, seed=1, dtype=dtype, scale=4.0, train=True)
     labels = randint(307, shape, seed=2)
     scaled = []
@@ -67,10 +67,10 @@ def test_compute_entropy(openrlhf, dtype, shape):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_actor(openrlhf, temperature):
-    """OpenRLHF's own Actor around a tiny model: log-probs of actions, entropy, every gradient."""
-    model = hosts.causal_lm()
+    """OpenRLHF's Actor with a tiny model: log-probs of actions, entropy, every gradient."""
+    model = small_llama.causal_lm()
     actor = openrlhf["openrlhf.models.actor"].Actor(model, temperature=temperature)
-    actor.packing_samples = False  # set where it loads a model by its name
+    actor.packing_samples = False  # OpenRLHF sets it when it loads a model by name
     ids = randint(model.config.vocab_size, (3, 12), seed=1)
     attention, actions = ragged(2, 3, 12).long(), ragged(3, 3, 6)
 
@@ -93,8 +93,8 @@ def test_actor(openrlhf, temperature):
         f"{UTILS}.log_probs_from_logits": 1,
         f"{UTILS}.compute_entropy": 1,
     }
-    for mine, host in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, host, rtol=1e-5, atol=1e-6)
+    for mine, original in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, original, rtol=1e-5, atol=1e-6)
 
 
 # ---- advantages ----
@@ -106,7 +106,7 @@ def test_actor(openrlhf, temperature):
 @each_step_dtype
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.97, 0.8), (0.9, 0.0)])
 def test_get_advantages_and_returns(openrlhf, seed, holes, mask_dtype, dtype, gamma, lam):
-    """Masked actions count as steps of reward and value 0, and have advantages: OpenRLHF's way."""
+    """In OpenRLHF masked actions are steps with reward 0 and value 0, and get advantages."""
     mask = None if mask_dtype is None else ragged(seed, 7, 53, holes=holes).to(mask_dtype)
     values, rewards = (randn(7, 53, seed=10 * seed + i, dtype=dtype) for i in range(2))
     function = openrlhf[MAKER].RemoteExperienceMaker.get_advantages_and_returns
@@ -123,11 +123,11 @@ def test_get_advantages_and_returns(openrlhf, seed, holes, mask_dtype, dtype, ga
         masked = mask.to(v.dtype) if floats else mask
         return maker.get_advantages_and_returns(None, v, r, masked, gamma, lam)
 
-    against(GAE, patched_call, values, rewards, host=call, truth=call)
+    against(GAE, patched_call, values, rewards, original=call, truth=call)
 
 
 def test_masked_actions_are_not_skipped(openrlhf):
-    """What tells OpenRLHF's GAE from verl's: the value after a masked action is 0."""
+    """The difference from verl's GAE: the value of a masked action is 0."""
     values, rewards = torch.tensor([[1.0, 2.0, 4.0]]), torch.zeros(1, 3)
     mask = torch.tensor([[True, False, True]])
     with integration.patch():
@@ -155,7 +155,7 @@ BATCHES = [{}, {"dp_size": 2, "batch_num_tokens": 500}]
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, None])
 def test_policy_loss(openrlhf, dtype, clip, dual_clip, batch, mask_dtype):
-    """All that it returns: the loss, its gradient, clip ratio, ppo_kl, and None twice."""
+    """Everything it returns: the loss, its gradient, clip ratio, ppo_kl, and None twice."""
     if mask_dtype is None and batch:
         pytest.skip("OpenRLHF fails on batch_num_tokens without a mask")
     *tensors, masks = stacked(dtype)
@@ -204,7 +204,7 @@ def test_pairwise_loss(openrlhf, dtype, with_margin, shape):
 
 
 def test_losses_of_no_token(openrlhf):
-    """Not a number, as OpenRLHF has it."""
+    """NaN, as from OpenRLHF."""
     new, old, advantages, _ = (x[0] for x in stacked(torch.float32))
     none = torch.zeros(8, 40, dtype=torch.bool)
     with integration.patch():
@@ -224,13 +224,13 @@ UNSERVED = {
     "mean over sequences": lambda m, x: m.ValueLoss(0.2, token_level_loss=False)(*x),
     "clip_eps is not above 0": lambda m, x: m.ValueLoss(0.0)(*x),
     "require grad": lambda m, x: m.ValueLoss(0.2)(x[1], x[1], x[0], x[3]),
-    "other numbers than 0 and 1": lambda m, x: m.ValueLoss(0.2)(*x[:3], 0.5 * x[3]),
+    "with other numbers than 0 and 1": lambda m, x: m.ValueLoss(0.2)(*x[:3], 0.5 * x[3]),
     "another shape or device": lambda m, x: m.PairWiseLoss()(x[0], x[1][:1]),
 }
 
 
 @pytest.mark.parametrize("reason", UNSERVED)
-def test_what_no_op_serves_runs_openrlhfs_own(openrlhf, reason):
+def test_unsupported_calls_run_openrlhfs_function(openrlhf, reason):
     *tensors, masks = stacked(torch.float32)
     new = tensors[0][0].detach().requires_grad_()
     inputs = (new, tensors[1][0], tensors[2][0], masks[0])
@@ -246,14 +246,14 @@ def test_what_no_op_serves_runs_openrlhfs_own(openrlhf, reason):
     assert all(map(torch.equal, ours, theirs))
     assert len(ours) == len(theirs)
     assert patched.calls == {}
-    ((_, said),) = patched.fallbacks
-    assert reason in said
+    ((_, logged),) = patched.fallbacks
+    assert reason in logged
 
 
 # ---- the patch itself ----
 
 
-def test_every_copy_is_patched_and_put_back(openrlhf):
+def test_every_reference_is_replaced_and_restored(openrlhf):
     actor, utils = openrlhf["openrlhf.models.actor"], openrlhf[UTILS]
     losses = openrlhf[LOSS]
     classes = (losses.PolicyLoss, losses.ValueLoss, losses.PairWiseLoss)
@@ -275,23 +275,25 @@ def test_every_copy_is_patched_and_put_back(openrlhf):
             assert not any(a is b for a, b in zip(state(), before, strict=True))
             assert actor.compute_entropy is utils.compute_entropy
             assert sum(" runs " in line for line in patched.report) == 6
-            assert sum(" is left alone: " in line for line in patched.report) == 3
+            assert sum(" is left unchanged: " in line for line in patched.report) == 3
     assert all(a is b for a, b in zip(state(), before, strict=True))
 
 
-def test_a_loss_made_before_gains(openrlhf):
+def test_an_existing_loss_object_is_served(openrlhf):
     loss = openrlhf[LOSS].PairWiseLoss()
     scores = randn(5, seed=1), randn(5, seed=2)
-    theirs = numbers(loss, *scores)
+    theirs = outputs_and_gradients(loss, *scores)
     with integration.patch() as patched:
-        ours = numbers(loss, *scores)
+        ours = outputs_and_gradients(loss, *scores)
     assert patched.calls == {f"{LOSS}.PairWiseLoss.forward": 1}
     torch.testing.assert_close(ours, theirs)
 
 
-def test_a_function_that_moved_is_named(openrlhf, monkeypatch):
+def test_a_missing_function_is_named(openrlhf, monkeypatch):
     own = openrlhf[UTILS].compute_entropy
     monkeypatch.delattr(openrlhf[LOSS], "ValueLoss")
-    with pytest.raises(HostMoved, match=r"openrlhf 0\.11\.2 has no openrlhf.models.loss.ValueLoss"):
+    with pytest.raises(
+        PatchError, match=r"openrlhf 0\.11\.2 has no openrlhf.models.loss.ValueLoss"
+    ):
         integration.patch()
     assert openrlhf[UTILS].compute_entropy is own

@@ -109,7 +109,7 @@ bench: install $(VENV)/.stamp-test
 	$(PY) benchmarks/run.py $(ARGS)
 
 bench-readme: $(VENV)/.stamp-deps
-	$(PY) benchmarks/readme.py $(ARGS)
+	$(PY) benchmarks/performance.py $(ARGS)
 
 # Reads machine code; benchmarks/walks.py has the rule. ARGS="--only triton --loops" names the loops.
 budgets: $(VENV)/.stamp-deps

@@ -1,4 +1,4 @@
-"""Compiles the GPU kernels on machines without a GPU: CUDA through nvcc, Triton through triton.compile."""
+"""Compile the GPU kernels without a GPU: CUDA with nvcc, Triton with triton.compile."""
 
 import fcntl
 import hashlib
@@ -13,7 +13,7 @@ TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
 def nvcc(source: Path, out: Path, *flags: str) -> subprocess.CompletedProcess:
-    """Runs nvcc over a file of csrc/cuda as the extension's build does; `flags` say what comes out."""
+    """Run nvcc on a file of csrc/cuda with the flags of the extension's build; `flags` select the output."""
     import torch
 
     include = Path(torch.__file__).parent / "include"
@@ -25,14 +25,14 @@ def nvcc(source: Path, out: Path, *flags: str) -> subprocess.CompletedProcess:
 class Compiled(NamedTuple):
     ptx: Path
     cubin: Path
-    report: str  # what nvcc and ptxas -v said
+    report: str  # stderr of nvcc and ptxas -v
 
 
 def compiled(source: Path, arch: str) -> Compiled:
-    """A file of csrc/cuda for an architecture ("90"), compiled once for the same text, also by several processes.
+    """A file of csrc/cuda compiled for an architecture ("90"), cached under build/aot by a hash of its inputs.
 
-    token_loss.cu takes 40 s an architecture, and three tests look at it. Kept under build/aot by the hash of what
-    went into it. RuntimeError: what the compilers said.
+    The cache is safe for concurrent processes. token_loss.cu takes 40 s per architecture, and three tests read it.
+    RuntimeError: the compiler's message.
     """
     headers = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh"))
     version = subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout
@@ -48,18 +48,17 @@ def compiled(source: Path, arch: str) -> Compiled:
                 (source, ptx, "-ptx", f"-arch=compute_{arch}"),
                 (ptx, cubin, "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v"),
             )
-            said = ""
+            output = ""
             for step in steps:
                 done = nvcc(*step)
                 if done.returncode != 0:
-                    raise RuntimeError(f"{source.name}: nvcc says\n{done.stderr[-3000:]}")
-                said += done.stderr
-            report.write_text(said)
+                    raise RuntimeError(f"{source.name}: nvcc failed:\n{done.stderr[-3000:]}")
+                output += done.stderr
+            report.write_text(output)
     return Compiled(ptx, cubin, report.read_text())
 
 
-# Types of the arguments of Triton kernels. What is not named here: a pointer to the accumulator's type, an i64 stride,
-# an i32.
+# Argument types of the Triton kernels. Other arguments are pointers to the accumulator type, i64 strides, or i32.
 NAMED = {
     **dict.fromkeys(("cu_seqlens_ptr", "cu_groups_ptr"), "*i32"),
     **dict.fromkeys(("targets_ptr", "ranks_ptr"), "*i64"),
@@ -76,7 +75,7 @@ IN_THE_DTYPE = {
 
 
 def type_of(name: str, dtype: str) -> str:
-    """`dtype`: of the tensors, or "fp32->bf16" where the kernel writes `out` in another one."""
+    """`dtype` of the tensors, or e.g. "fp32->bf16" if the kernel writes `out` in another dtype."""
     dtype, _, of_out = dtype.partition("->")
     if name == "out_ptr" and of_out:
         return "*" + of_out
@@ -89,7 +88,7 @@ def type_of(name: str, dtype: str) -> str:
 
 
 def kernels_of(module: str) -> dict:
-    """The Triton kernels of kernels/<module>.py. Not where TRITON_INTERPRET is set: they do not compile there."""
+    """The Triton kernels of kernels/<module>.py. TRITON_INTERPRET must be unset, else they cannot be compiled."""
     found = vars(importlib.import_module(f"fastrlhf.kernels.{module}"))
     return {name: kernel for name, kernel in found.items() if name.endswith("_kernel")}
 
@@ -97,9 +96,9 @@ def kernels_of(module: str) -> dict:
 def triton_kernel(kernel, constants: dict, dtype: str, target: tuple, aligned=()):
     """A compiled Triton kernel.
 
-    `constants`: its constexpr arguments (ACC by name), strides that are 1, and options of the compiler. `target`:
-    (backend, architecture, warp size). `aligned`: arguments that are multiples of 16, as the launcher would find; the
-    kernel may refuse to be told.
+    `constants`: constexpr arguments (ACC by name), strides equal to 1, and compiler options. `target`: (backend,
+    architecture, warp size). `aligned`: arguments that are multiples of 16, which the launcher would detect; ignored
+    where the kernel sets do_not_specialize_on_alignment.
     """
     import triton
     import triton.language as tl

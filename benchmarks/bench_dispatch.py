@@ -1,11 +1,10 @@
-"""What a call keeps the host busy: each op on tensors so small that nothing else is left.
+"""Dispatch overhead of a call: each op on tensors so small that only Python, autograd and the dispatcher count.
 
     python benchmarks/bench_dispatch.py
 
-A ratio is thread CPU time over that of F.cross_entropy forward + backward on [8, 50] in the same
-process, rounds in turns: a machine that slows down slows both. Per-row outputs get
-`.backward(g)` with a ready g. The backend is "cpu": a GPU backend's checks, autograd and metrics are the
-same, its launches are not in here.
+A ratio is the thread CPU time of a call over that of F.cross_entropy forward + backward on [8, 50], sampled
+round-robin in one process. Outputs of shape [N] get `.backward(g)` with a g made beforehand. The backend is "cpu":
+checks, autograd and metrics of the GPU backends are the same; kernel launches are not included.
 """
 
 import json
@@ -20,7 +19,7 @@ from torch.nn import functional
 import fastrlhf
 
 ROWS, VOCAB, WIDTH = 8, 50, 16
-# The most that each is to cost; tests/ops/test_host_path.py holds them to it.
+# Upper bounds, checked by tests/ops/test_host_path.py.
 TARGETS = {
     "gae": 0.85,
     "kl_gae": 0.85,
@@ -36,7 +35,7 @@ TARGETS = {
 
 
 def calls():
-    """Name -> one call, forward and backward but for the ops of constants and "ppo_loss forward"."""
+    """Name -> one call: forward and backward, or forward only for ops without gradients and "ppo_loss forward"."""
     torch.manual_seed(0)
     draw = lambda *shape: torch.randn(shape)  # noqa: E731
     leaf = lambda *shape: torch.randn(shape, requires_grad=True)  # noqa: E731
@@ -84,10 +83,10 @@ def calls():
 
 
 def ratios(rounds=20, warm=12, samples=6):
-    """Name -> ratio to F.cross_entropy, and the microseconds of that one.
+    """(Name -> ratio to F.cross_entropy, microseconds of F.cross_entropy).
 
-    The median over rounds of the ratio of medians: whoever else ran on this core has left its caches
-    cold, so that the first calls of a round are not counted.
+    A ratio is the median over rounds of the ratio of medians. Each round discards its first `warm` calls, since
+    other processes on the core leave cold caches.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -117,16 +116,18 @@ def _seconds(call, each=3):
 
 
 def show(console_print=print):
-    """Measures, prints, and returns the ratios by name."""
+    """Measure and print the ratios; return them by name."""
     found, base = ratios()
-    console_print(f"host: F.cross_entropy forward + backward on [{ROWS}, {VOCAB}] {base:.1f} us")
+    console_print(
+        f"dispatch: F.cross_entropy forward + backward on [{ROWS}, {VOCAB}] takes {base:.1f} us; ratios to it:"
+    )
     for name, ratio in found.items():
-        console_print(f"{name:>20} {ratio:5.2f} of it (target: at most {TARGETS[name]:.2f})")
+        console_print(f"{name:>20} {ratio:5.2f} (at most {TARGETS[name]:.2f})")
     return found
 
 
 def alone(console_print=print):
-    """`show` in a process of its own: torch.compile's workers and threads that still spin would be in the ratios."""
+    """`show` in a new process, without the workers of torch.compile and spinning threads of this one."""
     done = subprocess.run(
         [sys.executable, __file__, "--json"], stdout=subprocess.PIPE, text=True, check=True
     )

@@ -1,7 +1,7 @@
-"""The linear ops: log-probs, cross entropy and policy losses from hidden states, logits by chunks.
+"""The linear ops: log-prob, cross entropy and policy loss from hidden states, with logits chunk by chunk.
 
-The yardsticks are bare matrix products: the logits of the rows that count, of 16-bit operands on a GPU also
-with fp32 logits, and for a loss with its gradients three products of that size.
+The yardsticks are bare matrix products over the unmasked rows: the logits (for 16-bit operands on a GPU also with
+fp32 logits), and three products of that size for a loss with its gradients.
 """
 
 import torch
@@ -26,7 +26,7 @@ def _linear(case: Case, device: str) -> Problem:
         "weight": weight,
         "targets": torch.randint(v, (n,), generator=generator, device=device),
     }
-    # The mean log-prob of random targets; near it the ratio lies on both sides of the clip.
+    # -11 is about the mean log-prob of random targets, so ratios fall on both sides of the clip.
     rows = {"old_logprob": draw(n) - 11, "advantages": draw(n)}
     count = n
     if case.sizes["masked"]:
@@ -36,7 +36,7 @@ def _linear(case: Case, device: str) -> Problem:
         args |= {**rows, "clip": 2.0}
     if case.op == "linear_token_loss":
         args |= {"loss_fn": _policy_gradient, "per_token": {"advantages": rows["advantages"]}}
-    knows_loss = case.op != "linear_logprob"
+    has_loss = case.op != "linear_logprob"
     product = 2 * count * h * v
     one, wide, three = _products(hidden[:count], weight)
     yardsticks = {"gemm": Yardstick(one, flops=product)}
@@ -49,22 +49,22 @@ def _linear(case: Case, device: str) -> Problem:
         forward_bytes=(n + v) * h * hidden.element_size() + 4 * n,
         backward_bytes=2 * (n + v) * h * hidden.element_size(),
         forward_flops=product,
-        backward_flops=(2 if knows_loss else 3) * product,
-        floor_note="2*N*H*V FLOP forward; backward 6*N*H*V (logits again, dX, dW), or 4*N*H*V where "
-        "the op knows its loss; N: rows that count",
+        backward_flops=(2 if has_loss else 3) * product,
+        roofline_note="2*N*H*V FLOP forward; backward 6*N*H*V (logits again, dX, dW), or 4*N*H*V if the op "
+        "computes the loss; N: unmasked rows",
         seconds=3.0,
-        ones=knows_loss,  # as loss.backward() asks, where the gradients of the forward stay as they are
-        # Plain heads beside every row once, which is where all rows count.
+        ones=has_loss,  # as in loss.backward(), which returns the gradients of the forward unscaled
+        # Plain heads are timed once, in the case without a mask.
         peers=getattr(peers, case.op)(hidden, side_by_side=count == n),
         variants=_variants(case.op, args, count) if case.sizes["variants"] else {},
         yardsticks=yardsticks,
-        full_yardsticks={"three_gemms": Yardstick(three, flops=3 * product)} if knows_loss else {},
+        full_yardsticks={"three_gemms": Yardstick(three, flops=3 * product)} if has_loss else {},
     )
 
 
 def _products(x, weight):
-    """The bare GEMMs: one with logits of the operands' type, one with fp32 logits of 16-bit operands (None
-    where torch has none), and the three of an update."""
+    """The bare GEMMs (x: [N, H], weight: [V, H]): logits in the operands' dtype; fp32 logits of 16-bit operands
+    (None on a CPU, where torch has no such product); the three products of an update."""
     (n, _), v = x.shape, len(weight)
     logits = torch.empty(n, v, dtype=x.dtype, device=x.device)
 
@@ -86,10 +86,10 @@ def _products(x, weight):
 
 
 def _variants(op, args, count):
-    """Other ways to call ours; with Triton's row kernels the GEMMs would be the same."""
+    """Other ways to call ours, on CUDA and CPU only: the GEMMs do not depend on the row kernels."""
     found = {"compact": with_options(workspace="compact")}
     if "mask" in args:
-        found["rows taken by the caller"] = _rows_taken
+        found["rows selected by the caller"] = _rows_selected
         found["num_rows"] = with_options(num_rows=count)
     elif op == "linear_ppo_loss":
         found["dW added to fp32"] = _accumulating(args["weight"])
@@ -104,8 +104,8 @@ def _not_on_triton(make):
     return lambda op: None if op.keywords["backend"] == "triton" else make(op)
 
 
-def _rows_taken(op):
-    """The caller's way with a mask: the rows that count, taken before the call, which on a GPU waits once."""
+def _rows_selected(op):
+    """Without a mask: the caller selects the unmasked rows, which costs a host sync on a GPU."""
 
     def call(mask, **args):
         index = mask.nonzero().squeeze(1)
@@ -116,7 +116,7 @@ def _rows_taken(op):
 
 
 def _accumulating(weight):
-    """A micro-batch whose dW the forward adds to an fp32 gradient; what it holds before is not cleared."""
+    """A micro-batch whose forward adds dW to an fp32 gradient. The clearing is not timed."""
     into = []
 
     def make(op):

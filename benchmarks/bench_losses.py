@@ -1,4 +1,4 @@
-"""ppo_loss with values and entropy, and ranking_loss: loss and gradients."""
+"""ppo_loss with values and entropy, and ranking_loss: losses and their gradients."""
 
 import torch
 
@@ -31,7 +31,7 @@ def ppo_loss(case: Case, device: str) -> Problem:
         wrt=("logprob", "values", "entropy"),
         forward_bytes=tokens * (7 * 4 + 1),
         backward_bytes=tokens * 3 * 4,
-        floor_note="seven fp32 inputs and the mask read once, three gradients written once",
+        roofline_note="seven fp32 inputs and the mask read once, three gradients written once",
         compiled=True,
     )
 
@@ -48,7 +48,7 @@ def ranking_loss(case: Case, device: str) -> Problem:
         wrt=("scores",),
         forward_bytes=prompts * k * (4 + 8),
         backward_bytes=prompts * k * 4,
-        floor_note="scores and ranks read once, one gradient written once",
+        roofline_note="scores and ranks read once, one gradient written once",
     )
 
 

@@ -1,4 +1,4 @@
-"""kl_reward, gae, kl_gae, masked_whiten over ragged sequences, padded with a mask or packed."""
+"""kl_reward, gae, kl_gae and masked_whiten on ragged sequences, padded with a mask or packed."""
 
 import torch
 
@@ -7,7 +7,7 @@ import peers
 from cases import Case
 from harness import Problem, Provider, Yardstick
 
-# fp32 tensors that an op reads at the tokens that count, and that it writes, padding with them.
+# Number of fp32 tensors that an op reads (unmasked tokens only) and writes (padding too).
 READS = {"kl_reward": 2, "gae": 2, "kl_gae": 3, "masked_whiten": 1}
 WRITES = {"kl_reward": 2, "gae": 2, "kl_gae": 4, "masked_whiten": 1}
 LOOPS = {"gae": peers.python_loop_gae, "kl_gae": peers.python_loop_kl_gae}
@@ -44,7 +44,7 @@ def _sequences(case: Case, device: str) -> Problem:
         args["score"] = torch.randn(b, generator=generator, device=device)
     written, read = args[next(iter(args))].numel(), int(lengths.sum())
     yardsticks = {}
-    if case.op == "kl_gae":  # what the fusion costs over its last part
+    if case.op == "kl_gae":  # the cost of the fusion over gae alone
         rewards, values = draw(), args["values"]
         yardsticks["gae"] = Yardstick(
             lambda: fastrlhf.gae(rewards, values, whiten=bool(whiten), **layout)
@@ -54,9 +54,9 @@ def _sequences(case: Case, device: str) -> Problem:
         {**args, **layout},
         forward_bytes=4 * (READS[case.op] * read + WRITES[case.op] * written)
         + (0 if packed else written),
-        # Whitening takes no bytes more: what it passes again may have stayed on the chip.
-        floor_note="each fp32 input read once where the mask is set, each output written once",
-        # A loop of T steps would be unrolled, for minutes; packed sequences are no fixed shape.
+        # Whitening adds no bytes: its second pass may read from the chip.
+        roofline_note="each fp32 input read once where the mask is set, each output written once",
+        # torch.compile unrolls the loop over T steps for minutes; packed sequences have dynamic shapes.
         compiled=case.op in ("kl_reward", "masked_whiten"),
         peers={"python loop": Provider(LOOPS[case.op])} if case.op in LOOPS and not packed else {},
         yardsticks=yardsticks,

@@ -1,4 +1,4 @@
-"""token_logprob: one read of the logits forward, one read and one write backward."""
+"""token_logprob: the forward reads the logits once, the backward reads and writes them once."""
 
 import torch
 
@@ -14,7 +14,7 @@ def token_logprob(case: Case, device: str) -> Problem:
     logits = (2 * torch.randn(n, v, generator=generator, device=device)).to(dtype)
     targets = torch.randint(v, (n,), generator=generator, device=device)
     size, outputs = logits.element_size(), 4 * (1 + entropy)
-    # Beside the outputs: what the backward needs of a row (max, sum, E[z]), and nothing of size N*V.
+    # Outputs and saved row statistics (row_max, shifted_lse, shifted_mean); nothing of size N*V.
     extra = 64 * n + 2**16
     return Problem(
         "token_logprob",
@@ -26,8 +26,8 @@ def token_logprob(case: Case, device: str) -> Problem:
         wrt=("logits",),
         forward_bytes=n * v * size + n * (8 + outputs),
         backward_bytes=2 * n * v * size + n * (8 + outputs),
-        floor_note="forward reads N*V, backward reads and writes N*V",
-        # eager's 50 ms and the others' turns; entropy is the same kernel
+        roofline_note="forward reads N*V, backward reads and writes N*V",
+        # Covers 50 ms of eager and the other providers; with entropy the kernel is the same.
         seconds=1.5 if entropy else 3.0,
         compiled=not entropy,
         backward_alone=True,
@@ -38,7 +38,7 @@ def token_logprob(case: Case, device: str) -> Problem:
             "return_entropy": bool(entropy),
         },
         yardsticks={
-            "read_floor": Yardstick(lambda: logits.detach().sum(), bytes=n * v * size),
+            "read": Yardstick(lambda: logits.detach().sum(), bytes=n * v * size),
         },
         peak_limits={
             "forward": extra,

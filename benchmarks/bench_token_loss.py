@@ -1,7 +1,6 @@
-"""token_loss, forward and backward: one read and one write of the logits in all.
+"""token_loss, the clipped policy loss or the cross entropy: one read and one write of the logits in total.
 
-The clipped policy loss, or the cross entropy. The upstream gradient is that of `loss.sum()`, ones: the mean
-is folded into `scale`.
+The upstream gradient is ones, as of `loss.sum()`; `scale` = 1 / N makes it a mean.
 """
 
 import torch
@@ -29,7 +28,7 @@ def token_loss(case: Case, device: str) -> Problem:
     args = {"logits": logits, "targets": targets, "scale": 1 / n}
     policy = case.sizes.get("policy", 1)
     if policy:
-        # One advantage a sequence, as of a group of samples: some peers know no other.
+        # One advantage per sequence: some peers support nothing else.
         sequences = peers.SEQUENCES if n % peers.SEQUENCES == 0 else 1
         args["advantages"] = draw(sequences).repeat_interleave(n // sequences)
         args["old_logprob"] = logprob + 0.1 * draw(n)
@@ -43,17 +42,17 @@ def token_loss(case: Case, device: str) -> Problem:
         wrt=("logits",),
         forward_bytes=n * v * size + n * (8 + 8 + policy * (4 + 4)),
         backward_bytes=n * v * size,
-        floor_note="N*V read once and written once",
+        roofline_note="N*V read once and written once",
         ones=True,
         rows=rows,
         peers=peers.token_loss(logits, policy),
-        # On a CPU the gradient that is written over the logits is the same kernel.
+        # On a CPU the in-place gradient runs the same kernel.
         variants={"in place": in_place} if device == "cuda" else {},
     )
 
 
 def chunks(logits, targets):
-    """256 rows at a time: fp32 copies of all logits might not fit."""
+    """256 rows at a time, since an fp32 copy of all logits might not fit."""
     return zip(logits.split(256), targets.split(256), strict=True)
 
 

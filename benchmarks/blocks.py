@@ -1,8 +1,8 @@
-"""An experiment: linear_logprob's forward by blocks of rows x vocabulary whose fp32 logits stay in the L2 cache.
+"""Experiment: linear_logprob's forward in row x vocabulary blocks whose fp32 logits stay in L2.
 
-Plain torch around our own row kernels: each block's product, its part of the rows' statistics, and the merge.
-The op itself goes by chunks of whole rows, whose logits pass through memory; this is timed beside it. A block
-is a whole number of waves: so many tiles of the GEMM as the GPU has SMs, once or twice.
+The op itself uses chunks of whole rows, whose logits go through memory; this variant is timed next to it. Plain torch
+around our row kernels: the product of a block, the partial row statistics of its columns, and their merge. A block
+is one or two full waves: as many GEMM tiles as the GPU has SMs, or twice as many.
 """
 
 import torch
@@ -12,11 +12,11 @@ from fastrlhf.ops._gemms import gemms_for
 from fastrlhf.ops._rows import RowKernels, local_targets, whole_rows
 from harness import Provider
 
-TILE = (128, 256)  # rows and columns of an output tile of cuBLAS's 16-bit kernels on sm_90
+TILE = (128, 256)  # rows, columns of the output tile of cuBLAS's 16-bit kernels on sm_90
 WAVES = (1, 2)
-FILL = 0.95  # of the L2 cache may a block's logits and hidden states take; the weight passes through it
-IDLE = 1.1  # times as many waves as full ones would be
-CPU_LIMITS = (4, 2**20)  # a dry run's: small shapes, so that several blocks of them are walked
+FILL = 0.95  # share of L2 for the logits and hidden states of a block; the weight streams through
+IDLE = 1.1  # limit on the waves of a walk over N x V, relative to the fewest possible
+CPU_LIMITS = (4, 2**20)  # of a dry run, small enough that tiny shapes need several blocks
 
 
 def device_limits(device: torch.device) -> tuple[int, int]:
@@ -28,11 +28,11 @@ def device_limits(device: torch.device) -> tuple[int, int]:
 
 
 def shapes(sms: int, l2: int, sizes: tuple[int, int, int]) -> list[tuple[int, int]]:
-    """(rows, columns) of a block for each of WAVES, at N, H, V; none where L2 holds none.
+    """(rows, columns) of a block for each of WAVES; fewer if no block fits into L2. `sizes`: N, H, V.
 
-    Of all blocks that are so many waves, those whose logits stay in L2 beside their 16-bit hidden states, which
-    the next columns read again, and that walk N x V in about as few waves as there can be; of these the one with
-    the most rows: the weight is read once for each block of rows.
+    A candidate fits its logits into L2 together with its 16-bit hidden states, which the next columns read again,
+    and covers N x V in about the fewest waves. Of these take the one with the most rows, since every block of rows
+    reads the weight once.
     """
     n, h, v = sizes
     least = -(-n // TILE[0]) * -(-v // TILE[1]) / sms
@@ -58,7 +58,7 @@ def shapes(sms: int, l2: int, sizes: tuple[int, int, int]) -> list[tuple[int, in
 
 
 def cuts(total: int, size: int) -> list[slice]:
-    """[0, total) in slices of `size` and a last one of what is left: whole waves, unlike equal parts."""
+    """[0, total) in slices of `size`, the last one shorter. Equal parts would not be full waves."""
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
@@ -66,7 +66,7 @@ def cuts(total: int, size: int) -> list[slice]:
 def logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, shape: tuple[int, int], backend: str
 ) -> Tensor:
-    """log-prob [N] of targets, by blocks of `shape`."""
+    """log-prob [N] of targets, in blocks of `shape` = (rows, columns)."""
     gemms, kernels = gemms_for(hidden, weight), RowKernels(backend, 1.0, 0.0)
     weight, columns = gemms.operand(weight), cuts(len(weight), shape[1])
     size = min(shape[0], len(hidden)) * min(shape[1], len(weight))
@@ -85,7 +85,7 @@ def logprob(
 
 
 def variant(shape: tuple[int, int]):
-    """Ours made by blocks: forward only."""
+    """A forward-only variant of linear_logprob that uses blocks of `shape`."""
 
     def make(op):
         def call(hidden, weight, targets):

@@ -1,12 +1,19 @@
-"""Instructions a logit of the kernels that walk rows of logits, on sm_90, without a GPU: `make budgets`.
+"""Instructions per logit of the row kernels on sm_90, counted in machine code without a GPU: `make budgets`.
 
     python benchmarks/budgets.py [--only TEXT] [--loops] [--json]
 
-A row of the table is a kernel, a dtype (a->b: b is the gradient's) and a kind of row: V = 128256 at a 16-byte boundary,
-V = 50257 off it. It says what a warp issues per logit over all loops that walk the row (benchmarks/walks.py has the
-rule), exponentials, other MUFU and rare blocks among it, and what the row costs outside those loops; 16-byte loads in
-flight, registers, shared memory and how many blocks reside on a multiprocessor. tests/kernels/test_budgets.py
-holds the kernels to the budgets that are written here.
+A line of the table is a kernel, a dtype (a->b: the gradient has dtype b) and a kind of row: V = 128256 with rows at
+16-byte boundaries, or V = 50257 with misaligned rows. tests/kernels/test_budgets.py checks the kernels against the
+budgets in this file. The columns:
+
+    instr             instructions that a warp issues per logit, over all loops over the row (rule: walks.py)
+    ex2, MUFU, rare   of these: exponentials, other special functions, instructions in blocks that a pass can bypass
+    rest              instructions per logit outside those loops
+    loads             16-byte global loads in flight per thread
+    regs, threads     registers per thread, threads per block
+    shared            bytes of shared memory per block
+    blocks/SM         resident blocks per multiprocessor, "of" the number that the kernel plans for
+    spill             bytes of stack and local memory per thread
 """
 
 import argparse
@@ -24,15 +31,15 @@ from cubin import Function, functions, resident_blocks
 from sass import SassError
 from walks import Division, Phase
 
-ROWS = ((128256, True), (50257, False))  # V, and whether each row begins at a 16-byte boundary
-MISALIGNED_MORE = 3  # instructions a logit that a misaligned row may cost on top of its budget
+ROWS = ((128256, True), (50257, False))  # V, whether rows start at 16-byte boundaries
+MISALIGNED_MORE = 3  # instructions per logit added to the budget of a misaligned row
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 CXX = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float"}
 NARROW = "fp32->bf16"  # the 16-bit operand of the next GEMM
 SM_90 = ("cuda", 90, 32)
 
 
-# Instructions a logit of an aligned row: kernel -> dtype -> budget. Where there is none, TODAY below bounds the kernel.
+# Instructions per logit of an aligned row: kernel -> dtype -> budget. Kernels without a budget are bounded by TODAY.
 BUDGETS = {
     "token_logprob forward": {"bf16": 6, "fp16": 6, "fp32": 6},
     "token_logprob forward + entropy": {"bf16": 8, "fp16": 8, "fp32": 8},
@@ -53,9 +60,8 @@ BUDGETS = {
     "triton token_loss statistics": {"bf16": 7, NARROW: 6.5},
     "triton token_loss statistics + entropy": {NARROW: 10},
 }
-LOADS_IN_FLIGHT = (
-    4  # at least, of 16 bytes a thread, in CUDA kernels that walk an aligned row in global memory
-)
+# Lower bound on the 16-byte loads in flight per thread, for CUDA kernels that read aligned rows from global memory.
+LOADS_IN_FLIGHT = 4
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,10 @@ class Kernel:
     """One compiled variant of a kernel."""
 
     label: str
-    dtype: str  # of the logits, or "a->b": and of their gradient
+    dtype: str  # of the logits, or "a->b": logits a, gradient b
     source: str  # under csrc/cuda, or kernels/
     name: str  # template instance, or Triton function
-    # Of the threads that share a row, and the groups in which each copies its part: what counts.
+    # (threads per row, copy stages) -> the phases that count
     phases: Callable[[int, int], dict[str, Phase]]
     constants: dict | None = None  # Triton's
 
@@ -84,19 +90,22 @@ class Kernel:
 
     @property
     def mufu_budget(self) -> float | None:
-        """Of a soft-cap: of a logit, and of the largest logit of a lane's part of a tile, whose tanh is the base."""
+        """With a soft-cap: 3 per logit, and 2 per lane and tile for the tanh of its largest logit."""
         if not self.budget or "soft-cap" not in self.label:
             return None
         return 3 + 2 * self.size / (16 * source_number("softmax_row.cuh", r"kTileVectors = (\d+);"))
 
 
-# ---- token_loss on chip
+# ---- shared-memory plan of token_loss
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What plan_row of csrc/cuda/token_loss.cu chooses: blocks a row, bytes of dynamic shared memory each, and how many
-    blocks it counts on a multiprocessor to hold; and in how many groups the kernel copies a block's share."""
+    """The choice of plan_row in csrc/cuda/token_loss.cu.
+
+    blocks: per row. bytes: dynamic shared memory per block. resident: planned blocks per multiprocessor. stages: groups
+    of copies for a block's share of the row.
+    """
 
     blocks: int
     bytes: int
@@ -113,7 +122,7 @@ def source_number(file: str, pattern: str) -> int:
 
 
 def plan_row(width: int, size: int, static: int, wanted: int) -> Plan:
-    """As few blocks a row as leave room for the wanted number of blocks a multiprocessor, else for one fewer."""
+    """The fewest blocks per row that let `wanted` blocks reside on a multiprocessor; else try one fewer."""
     most = source_number("cluster.cuh", r"kMaxCluster = (\d+);")
     of_system = source_number("token_loss.cu", r"of_system = (\d+);")
     vectors = source_number("softmax_row.cuh", r"kTileVectors = (\d+);")
@@ -131,7 +140,7 @@ def plan_row(width: int, size: int, static: int, wanted: int) -> Plan:
                 stage = -(-each // (warps * source_number("token_loss.cu", r"kStages = (\d+);")))
                 return Plan(blocks, needed, resident, -(-each // (stage * warps)))
             blocks *= 2
-    raise ValueError(f"a row of {width} logits does not fit on chip")
+    raise ValueError(f"a row of {width} logits does not fit into shared memory")
 
 
 # ---- the table
@@ -146,11 +155,11 @@ def gradient(division: Division, ex2: int = 1, far: bool = False) -> dict[str, P
 
 
 def cuda_kernels() -> list[Kernel]:
-    # A warp reduces tiles; the loop around them, which merges what waits in shared memory, runs once in 256 tiles.
+    # A warp reduces tiles. The outer loop, which merges the results in shared memory, runs once per 256 tiles.
     def forward(ex2):
         return lambda lanes, stages: statistics(Division(lanes, True, pieces=1), ex2, far=True)
 
-    # Rows enough for a block each.
+    # One block per row.
     def backward(ex2):
         return lambda lanes, stages: gradient(Division(lanes), ex2, far=True)
 
@@ -200,7 +209,7 @@ def triton_kernels() -> list[Kernel]:
     plain, entropy = walk | {"HAS_ENTROPY": False}, walk | {"HAS_ENTROPY": True}
     back = row | {"HAS_G": True, "BLOCK": 4096, "num_warps": 4}
     g, h = back | {"HAS_H": False}, back | {"HAS_H": True}
-    # token_loss as the op calls it, and as the linear losses do.
+    # token_loss as called by the op, and by the linear losses.
     terms = dict.fromkeys(("HAS_ADVANTAGES", "HAS_OLD", "HAS_SCALE", "WITH_SLOPE"), True)
     terms |= walk | {"BLOCK": 1024, "WITH_GRAD": True}
     loss = terms | {"WITH_LOSS": True, "HAS_H": False, "WITH_ENTROPY": False}
@@ -240,8 +249,8 @@ def triton_kernels() -> list[Kernel]:
     ]
 
 
-# What kernels take that do not keep their budget yet, or have none: (label, dtype) -> aligned, misaligned; None where
-# the budget is kept. An entry goes when both are; where there is no budget, the numbers follow what the kernel takes.
+# Current cost of kernels that exceed their budget or have none: (label, dtype) -> (aligned, misaligned), None where the
+# budget holds. Remove an entry when both hold. Without a budget, update the numbers when the kernel changes.
 TODAY = {
     ("token_logprob backward, soft-cap", "bf16"): (13.1, None),
     ("token_loss gradient, soft-cap", "bf16"): (13.09, None),
@@ -260,7 +269,7 @@ TODAY = {
 }
 
 
-# ---- compiled
+# ---- compilation
 
 
 def compile_cuda(source: str) -> dict[str, Function]:
@@ -269,7 +278,7 @@ def compile_cuda(source: str) -> dict[str, Function]:
 
 
 def compile_triton(kernel: Kernel, aligned: bool, folder: Path) -> Function:
-    """The variant that a launch with such rows compiles: sizes and strides are multiples of 16, or V is not."""
+    """The variant that a launch compiles: for aligned rows V and the strides are multiples of 16."""
     function = kernels_of(kernel.source.removesuffix(".py"))[kernel.name]
     names = [p.name for p in function.params]
     multiples = {n for n in names if n.endswith("_ptr") or n in ("N", "inner", "inner_out")}
@@ -284,7 +293,7 @@ def compile_triton(kernel: Kernel, aligned: bool, folder: Path) -> Function:
 
 
 def measure(only: str = "") -> list[dict]:
-    """The table's rows as dictionaries; `figure` holds the loops."""
+    """The lines of the table as dictionaries; `figure` holds the loops."""
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder, cubins = Path(name), {}
@@ -345,7 +354,7 @@ def row_of(kernel: Kernel, function: Function, width: int, aligned: bool) -> dic
     }
 
 
-# ---- shown
+# ---- output
 
 
 def table(rows: list[dict]) -> list[str]:
@@ -366,19 +375,19 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def loops(figure: walks.Figure) -> list[str]:
-    """Every walker: where it is, its share, what a pass takes and costs."""
+    """One line per walker: address, share of the row, logits and cost of a pass."""
     merged: dict = {}
     for phase, logits, w in figure.parts:
         key = (phase, w.address)
         merged[key] = (merged.get(key, (0, None))[0] + logits, w)
     used = [walker_line(phase, f"{logits} logits", w) for (phase, _), (logits, w) in merged.items()]
-    return used + [walker_line(w.phase, "not used by such a row", w) for w in figure.unused]
+    return used + [walker_line(w.phase, "not used by this row", w) for w in figure.unused]
 
 
 def walker_line(phase: str, share: str, w: walks.Walker) -> str:
     return (
-        f"    {phase} at {w.address:#x}: {share}; {w.take} a thread and pass, {w.way.count} instructions"
-        f" ({w.way.count / w.take:.2f} a logit; {w.rare} in rare blocks, {w.uniform} uniform),"
+        f"    {phase} at {w.address:#x}: {share}; {w.take} per thread and pass, {w.way.count} instructions"
+        f" ({w.way.count / w.take:.2f} per logit; {w.rare} in rare blocks, {w.uniform} uniform),"
         f" ex2 {w.ex2}, MUFU {w.mufu}"
         + ", conditional" * w.partial
         + ", misaligned rows" * (w.misaligned or w.singles)
@@ -388,8 +397,10 @@ def walker_line(phase: str, share: str, w: walks.Walker) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="rows whose kernel and dtype hold this text")
-    parser.add_argument("--loops", action="store_true", help="name every loop that counts")
+    parser.add_argument(
+        "--only", default="", help="only lines whose kernel and dtype contain this text"
+    )
+    parser.add_argument("--loops", action="store_true", help="list every loop that counts")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
     args = parser.parse_args()
     rows = measure(args.only)
@@ -397,7 +408,8 @@ def main() -> int:
         print(json.dumps([{k: v for k, v in r.items() if k != "figure"} for r in rows]))
         return 0
     lines = table(rows)
-    print("V = 128256: rows at a 16-byte boundary; V = 50257: rows off it. sm_90.")
+    print("sm_90. V = 128256: rows at 16-byte boundaries; V = 50257: misaligned rows.")
+    print(__doc__.partition("The columns:\n\n")[2])
     print(lines[0])
     for r, line in zip(rows, lines[1:], strict=True):
         print(line)

@@ -1,14 +1,14 @@
-"""Shapes as data: what each op is timed at.
+"""The shapes at which each op is timed.
 
-N tokens, V vocabulary, H hidden, B sequences, T steps, P prompts of K completions. CPU shapes finish in
-seconds on two cores; GPU shapes are those at which other projects publish their kernels.
+N tokens, V vocabulary, H hidden size, B sequences, T steps, P prompts with K completions each. CPU shapes take
+seconds on two cores. GPU shapes are those for which other projects publish figures.
 """
 
 from typing import NamedTuple
 
 
 class Case(NamedTuple):
-    """One shape of one op; `sizes` go to the op's maker in its bench_*.py."""
+    """One shape of one op. The maker in bench_<op>.py turns `sizes` into tensors."""
 
     op: str
     name: str
@@ -29,7 +29,7 @@ def _heads(op: str, rows: list[tuple[str, int, int, str]], entropy: bool = False
 
 
 def _cross_entropy(*rows: tuple[str, int, int, str]) -> list[Case]:
-    """token_loss without advantages: the negative log-likelihood."""
+    """token_loss without advantages, i.e. the negative log-likelihood."""
     return [
         case._replace(name=f"{case.name}, cross entropy", sizes={**case.sizes, "policy": 0})
         for case in _heads("token_loss", list(rows))
@@ -43,7 +43,7 @@ def _linear(
     frozen: int = 0,
     variants: int = 0,
 ) -> list[Case]:
-    """`masked`: percent of the rows; `variants`: whether other ways to call ours are timed as well."""
+    """`masked`: percent of the rows; `frozen`: 1 = no gradients; `variants`: 1 = also time other ways to call ours."""
     note = f", {masked} % masked" * bool(masked) + ", no gradient" * frozen
     more = {"masked": masked, "frozen": frozen, "variants": variants}
     return [
@@ -93,7 +93,7 @@ CPU = [
     Case("pack", "1M lengths", "int64", {"n": 1_000_000, "max_tokens": 16384}),
 ]
 
-# What `make gpu-quick` times, the most telling first: it starts none that would not end in time.
+# The cases of `make gpu-quick`, most important first: cases that would start too late are left out.
 GPU_QUICK = [
     *_heads("token_logprob", [("Llama-3", 8192, 128256, "bfloat16")]),
     *_heads("token_loss", [("Llama-3", 8192, 128256, "bfloat16")]),
@@ -146,16 +146,16 @@ GPU_REST = [
 GPU = [*GPU_QUICK, *GPU_REST]
 LISTS = {"cpu": CPU, "gpu": GPU, "gpu-quick": GPU_QUICK, "gpu-rest": GPU_REST}
 
-# `--quick` caps every size at this, to see the harness run; its numbers mean nothing.
+# Caps of `run.py --quick` and `pytest --size tiny`, which only show that the benchmarks run.
 QUICK = {"N": 64, "V": 4096, "H": 64, "B": 16, "T": 64, "P": 32, "K": 4, "n": 10_000}
-# Few rows, whose number Triton takes for one of the same kind: what compiles serves the whole size.
+# Few rows. Their divisibility is that of the full size, so Triton compiles the same kernels.
 WARM_UP = {"N": 64, "H": 512, "B": 16, "P": 32}
-# On a CPU errors are measured at these caps in fp64, with the same V, H and K.
+# Caps of the fp64 gate on a CPU. V, H and K keep their full size.
 GATE = {"N": 32, "B": 8, "P": 32, "n": 2_000}
 
 
 def capped(case: Case, caps: dict[str, int]) -> Case:
-    """The same case, no size above its cap."""
+    """The same case with every size limited to its cap."""
     sizes = {key: min(size, caps.get(key, size)) for key, size in case.sizes.items()}
     name = case.name if sizes == case.sizes else f"capped {case.name}"
     return case._replace(name=name, sizes=sizes)

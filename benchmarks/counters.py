@@ -1,10 +1,10 @@
-"""Hardware counters of the row kernels, by Nsight Compute: `make gpu-quick` runs this where ncu starts.
+"""Hardware counters of the row kernels from Nsight Compute; `make gpu-quick` runs this if ncu works.
 
     python benchmarks/counters.py --out counters.json
 
-Each of our backends runs token_logprob (without and with entropy) and token_loss at the first sizes of the
-quick list, forward and backward. Written per kernel launch: time, bytes of DRAM, instructions and their number
-a logit, warps, registers. The clocks are left alone.
+Each GPU backend runs token_logprob (without and with entropy) and token_loss, forward and backward, at the first
+sizes of the quick list. Per kernel launch it writes time, DRAM bytes, instructions, instructions per logit, active
+warps and registers. ncu does not lock the clocks.
 """
 
 import argparse
@@ -27,16 +27,16 @@ METRICS = {
     "launch__registers_per_thread": "registers",
 }
 KERNELS = "regex:token_(logprob|loss)"
-LAUNCHES = 40  # at most
+LAUNCHES = 40  # limit on profiled launches
 
 
 def calls(quick: bool) -> None:
-    """What is profiled. Each call is warmed up first, with the profiler off."""
+    """The profiled program. Each call runs once with the profiler off before it is profiled."""
     import torch
-    from run import makers
 
     import harness
     from cases import GPU_QUICK, QUICK, capped
+    from registry import makers
 
     made, seen = makers(), set()
     for case in GPU_QUICK:
@@ -48,7 +48,7 @@ def calls(quick: bool) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         problem = harness.prepare(made[case.op](case, device))
         for name, provider in harness.providers(problem, compiled=False).items():
-            if not provider.ours or provider.lay_out is not None:  # in place: the same kernels
+            if not provider.ours or provider.lay_out is not None:  # in place runs the same kernels
                 continue
             step = harness.step(problem, provider, "forward+backward")
             step()
@@ -62,7 +62,7 @@ def calls(quick: bool) -> None:
 
 
 def logits() -> int:
-    """N * V of what is profiled: the same in each case."""
+    """N * V of the profiled cases, the same in all."""
     from cases import GPU_QUICK
 
     sizes = next(case.sizes for case in GPU_QUICK if case.op == "token_logprob")
@@ -77,7 +77,7 @@ def command(script: str = __file__) -> list[str]:
 
 
 def parsed(text: str, count: int) -> list[dict]:
-    """Rows of ncu's CSV, which stands behind what the program printed: a line of names, one of units."""
+    """Rows of ncu's CSV output: after the program's own lines, a line of names, a line of units, the launches."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     if len(lines) < 3:
         return []
@@ -92,7 +92,7 @@ def parsed(text: str, count: int) -> list[dict]:
                 row[name] = number(cells[metric])
                 if unit[metric] not in ("", "%"):
                     row[f"{name}_unit"] = unit[metric]
-        if isinstance(row.get("instructions"), float):  # a warp's instruction is one of 32 threads
+        if isinstance(row.get("instructions"), float):  # counted per warp of 32 threads
             row["instructions_a_logit"] = 32 * row["instructions"] / count
         rows.append(row)
     return rows
@@ -108,14 +108,14 @@ def number(cell: str) -> float | str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--calls", action="store_true", help="be the program that ncu watches")
+    parser.add_argument("--calls", action="store_true", help="run the program that ncu profiles")
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
     arguments = parser.parse_args()
     if arguments.calls:
         calls(arguments.quick)
         return 0
     if arguments.out is None:
-        parser.error("--out is missing")
+        parser.error("--out is required")
     if shutil.which("ncu") is None:
         sys.exit("ncu is not on PATH")
     done = subprocess.run(command(), capture_output=True, text=True, check=False)
@@ -123,7 +123,7 @@ def main() -> int:
     print(done.stdout[-2000:], done.stderr[-2000:])
     arguments.out.write_text(json.dumps({"logits": logits(), "launches": rows}, indent=1) + "\n")
     if not rows:
-        sys.exit(f"ncu gave no row; its exit status was {done.returncode}")
+        sys.exit(f"ncu printed no rows; exit status {done.returncode}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Reads a cubin without a GPU: its kernels' code, registers, shared memory, and how many blocks reside on sm_90."""
+"""Read a cubin without a GPU: code, registers and shared memory of its kernels, and their occupancy on sm_90."""
 
 import re
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sass import Code, SassError, parse
 
-SYSTEM_SHARED = 1024  # bytes of shared memory that the system keeps in each block, sm_90
+SYSTEM_SHARED = 1024  # bytes of shared memory per block that CUDA reserves on sm_90
 
 
 def cuobjdump() -> str:
@@ -21,14 +21,14 @@ def cuobjdump() -> str:
 
 @dataclass(frozen=True)
 class Function:
-    """One kernel of a cubin. `shared`: static bytes, without those that the system keeps."""
+    """One kernel of a cubin. `shared`: static bytes without the reserved ones."""
 
     name: str  # demangled, without arguments: "token_logprob_fwd_kernel<float, false>"
-    sass: str  # of cuobjdump --dump-sass
+    sass: str  # output of cuobjdump --dump-sass
     registers: int
     shared: int
     threads: int | None  # of __launch_bounds__
-    spills: int  # bytes of stack and local memory a thread
+    spills: int  # bytes of stack and local memory per thread
 
     @cached_property
     def code(self) -> Code:
@@ -36,7 +36,7 @@ class Function:
 
 
 def functions(cubin: Path, pattern: str = "") -> dict[str, Function]:
-    """The kernels of a cubin by name, those that `pattern` finds."""
+    """Name -> kernel, for the kernels of a cubin whose name matches `pattern`."""
 
     def dump(what):
         command = [cuobjdump(), what, str(cubin)]
@@ -52,7 +52,7 @@ def functions(cubin: Path, pattern: str = "") -> dict[str, Function]:
             continue
         used = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", usage[mangled.strip()])}
         shared = used["SHARED"]
-        # From CUDA 13 on the section of a kernel for sm_90 begins behind the system's bytes and counts them.
+        # Since CUDA 13 the shared section of an sm_90 kernel includes the reserved bytes.
         if ".nv.shared.reserved.0" in sections and shared >= SYSTEM_SHARED:
             shared -= SYSTEM_SHARED
         found[name] = Function(
@@ -67,10 +67,10 @@ def functions(cubin: Path, pattern: str = "") -> dict[str, Function]:
 
 
 def plain_name(mangled: str) -> str:
-    """The name of a kernel with its template arguments, without namespaces and arguments."""
+    """Kernel name with template arguments, without namespaces and parameters."""
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     if tool is None:
-        raise SassError("c++filt or cu++filt is needed to read the names of kernels")
+        raise SassError("c++filt or cu++filt is needed to demangle kernel names")
     text = subprocess.run([tool, mangled], capture_output=True, text=True, check=True).stdout
     text = re.sub(r"\((?:\w+::)*\w+\)(?=\d)", "", text)  # (rl::Cap)1: the type of an enumerator
     found = re.search(
@@ -80,7 +80,7 @@ def plain_name(mangled: str) -> str:
 
 
 def elf_sections(data: bytes) -> dict[str, bytes]:
-    """Name -> bytes of the sections of a 64-bit little-endian ELF file (empty for .bss-like ones)."""
+    """Section name -> bytes of a 64-bit little-endian ELF file (empty for .bss-like sections)."""
     table, size, count, names = (
         struct.unpack_from("<Q", data, 40)[0],
         *struct.unpack_from("<HHH", data, 58),
@@ -95,7 +95,7 @@ def elf_sections(data: bytes) -> dict[str, bytes]:
 
 
 def launch_bounds(info: bytes) -> int | None:
-    """Threads of a block from EIATTR_MAX_THREADS (or REQNTID) in a kernel's .nv.info section."""
+    """Threads per block from EIATTR_MAX_THREADS or REQNTID in a kernel's .nv.info section; None if absent."""
     at = 0
     while at + 4 <= len(info):
         form, attribute, size = struct.unpack_from("<BBH", info, at)
@@ -110,11 +110,11 @@ def launch_bounds(info: bytes) -> int | None:
 
 
 def resident_blocks(registers: int, threads: int, shared: int) -> int:
-    """Blocks that one multiprocessor of sm_90 holds at once. `shared`: static and dynamic bytes of a block.
+    """Resident blocks per multiprocessor on sm_90. `shared`: static and dynamic bytes of a block.
 
-    64 K registers, given to a warp in steps of 256, 4 schedulers with a quarter each; 2048 threads; 32 blocks; 228 KB
-    of shared memory, given in steps of 128 bytes, 1 KB a block for the system. (CUDA C++ programming guide, compute
-    capability 9.0; CUDA occupancy calculator.)
+    Limits: 64 K registers, allocated per warp in units of 256, a quarter for each of 4 schedulers; 2048 threads; 32
+    blocks; 228 KB of shared memory in units of 128 bytes, with 1 KB per block reserved. Source: CUDA C++ programming
+    guide, compute capability 9.0; CUDA occupancy calculator.
     """
     warps = -(-threads // 32)
     a_warp = -(-registers * 32 // 256) * 256

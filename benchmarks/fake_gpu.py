@@ -1,12 +1,11 @@
-"""A GPU that is not there: what CUDA's plan of an op would launch, move and hold, seen on CPU or meta tensors.
+"""A fake CUDA device: runs the CUDA path of an op on CPU or meta tensors and counts what it would do.
 
-Inside `FakeGpu` every tensor says that it lies on a GPU, so that the ops take the way that they take there, with
-nothing in them changed. A dispatch mode sees each tensor operation: it computes it where the tensors really lie (on the
-CPU with right results; on meta with shapes alone), and adds up bytes, launches, host syncs and live memory. Products of
-16-bit operands with fp32 results, which only a GPU has, are made here in fp32. Streams are clocks: two uses of a memory
-that no wait puts in order are a race.
+Inside `FakeGpu` every tensor reports a CUDA device, so the unmodified ops take their CUDA path. A dispatch mode
+intercepts each tensor operation, runs it on the real device (CPU: correct results; meta: shapes only), and counts
+bytes, launches, host syncs and live memory. Products of 16-bit operands with fp32 results, which only CUDA has, are
+computed in fp32. Streams carry vector clocks: two unordered uses of a storage, one of them a write, are a race.
 
-Bytes are those that must move at least once: an operation reads each of its operands and writes each of its results.
+Bytes are the minimum traffic: an operation reads each operand once and writes each result once.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ from torch.utils._pytree import tree_flatten
 from fastrlhf.ops import _backend, _gemms, _register
 
 DEVICE = torch.device("cuda", 0)
-# Shared memory of the eight blocks of a cluster on sm_90: a row of logits that is no larger is read once.
+# Shared memory of a cluster of eight blocks on sm_90. A row of logits that fits is read once.
 ON_CHIP = 8 * 227 * 1024
 
 _aten = torch.ops.aten
@@ -44,12 +43,13 @@ _PLAIN_GEMMS = {
 }
 _WIDE_GEMMS = {_aten.mm.dtype, _aten.mm.dtype_out, _aten.addmm.dtype, _aten.addmm.dtype_out}
 _ALLOCATES = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
-_FILLS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}  # of a shape
+# Read only the shape of their operand.
+_FILLS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 # Write their first argument without reading it.
 _OVERWRITES = {"copy_", "fill_", "zero_", "index_copy_", "index_put_", "scatter_"}
-# What our ops write without reading it.
+# Arguments of our ops that are written without being read.
 _RESULTS = {"out", "dlogits", "logprob", "entropy", "grad_logprob"}
-_PICKS = {"index_select", "index", "gather"}  # read of the first argument as much as they write
+_PICKS = {"index_select", "index", "gather"}  # read as many bytes of argument 0 as they write
 _SYNCS = {
     "item",
     "_local_scalar_dense",
@@ -59,24 +59,23 @@ _SYNCS = {
     "equal",
     "_unique2",
 }
-# Reads an upstream gradient of 1, and leaves the rest alone.
+# With an upstream gradient of ones they return after reading it.
 _LOOKS_ONLY = {"token_loss_bwd_"}
-# Two reads of a row that does not fit on the chip, or whose soft-cap or dtype has the rare kernel.
+# Read a row twice if it does not fit into shared memory, or if its soft-cap or dtype takes the general kernel.
 _READS_A_ROW_TWICE = {"token_loss_rows_", "token_loss_fwd_"}
 
 
 class Race(AssertionError):
-    """Two uses of a memory, one of them a write, that no wait puts in order."""
+    """Two unordered uses of a storage, at least one of them a write."""
 
 
 class FakeGpu(contextlib.AbstractContextManager):
     """Args:
-    vocab, width: V and H, by which tensors are told apart: [V, H] is a weight, [.., V] logits, [.., H] hidden
-        states; anything else belongs to rows.
-    meta: whether the tensors are on meta; else on the CPU.
-    counted, carrying: on meta tensors, how many rows a mask counts, and how many `pack` finds.
-    capturing: whether the current stream is said to be under capture, where a host sync is an error.
-    adds_in_place: whether a GEMM of 16-bit operands may add to an fp32 tensor; older torch refuses.
+    vocab, width: V and H. They classify tensors: [V, H] weight, [.., V] logits, [.., H] hidden states, else rows.
+    meta: the tensors are on meta; else on the CPU.
+    counted, carrying: on meta tensors, the number of unmasked rows, and of rows that `pack` finds.
+    capturing: the current stream reports a capture, during which a host sync is an error.
+    adds_in_place: a GEMM of 16-bit operands can accumulate into an fp32 tensor; older torch cannot.
     """
 
     def __init__(
@@ -97,20 +96,20 @@ class FakeGpu(contextlib.AbstractContextManager):
         self.streams = [Stream(self, 0)]
         self.host, self.current = {}, self.streams[0]
         self._live: dict[int, _Memory] = {}
-        self._early: list[str] = []  # memory that was given back while another stream might use it
+        self._early: list[str] = []  # storages freed while another stream might still use them
         self.reset()
 
     def reset(self) -> None:
-        """Begins the sums anew; memory that is live stays live."""
-        self.read, self.written = Counter(), Counter()  # by kind, beside the GEMMs
-        # GEMMs by the kind of their result: the rows of each; bytes, read where added to, and written.
+        """Reset the counters; live memory stays live."""
+        self.read, self.written = Counter(), Counter()  # by kind, outside the GEMMs
+        # GEMMs by kind of result: the rows of each; bytes written, and read where they accumulate.
         self.gemm_rows: dict[str, list[int]] = {}
         self.gemm_moved = Counter()
         self.passes: list[tuple[str, str, int, int]] = []  # operation, kind, bytes read and written
-        self.where: list[tuple[str, int]] = []  # each launch: operation, number of its stream
+        self.where: list[tuple[str, int]] = []  # per launch: operation, stream number
         self.syncs = self.largest = 0
-        self.copies = 0  # operands that cuBLAS could not read as they lie
-        self.row_bytes: set[int] = set()  # from one row of logits or dlogits to the next
+        self.copies = 0  # operands whose strides cuBLAS cannot take
+        self.row_bytes: set[int] = set()  # row strides of logits and dlogits
         live = Counter()
         for memory in self._live.values():
             live[memory.kind] += memory.size
@@ -130,15 +129,15 @@ class FakeGpu(contextlib.AbstractContextManager):
         self._open.enter_context(on_cuda)
         self._open.enter_context(streams)
         self._open.enter_context(mock.patch.dict(_gemms.SideStream._streams, clear=True))
-        # What a real GPU has been asked counts no more; meta tensors could not be asked.
+        # Replaces the result of the probe, which cannot run on meta tensors.
         probed = {(DEVICE, x): self.adds_in_place for x in (torch.bfloat16, torch.float16)}
         self._open.enter_context(mock.patch.dict(_gemms._adds_in_place, probed, clear=True))
-        # An op in Python calls its body at once, as it does where no mode is on.
+        # Ops call their Python body directly, as they do when no dispatch mode is active.
         at_once = mock.patch.object(_register, "_nobody_looks", lambda *arguments: True)
         self._open.enter_context(at_once)
         on_device = self._open.enter_context(_OnDevice(self.lies_on))
         self._open.enter_context(_Recorder(self))
-        # The engine runs the nodes of autograd without a TorchFunctionMode.
+        # The autograd engine runs backward nodes without the active TorchFunctionMode.
         node_apply = BackwardCFunction.apply
 
         def apply(node, *grads):
@@ -167,7 +166,7 @@ class FakeGpu(contextlib.AbstractContextManager):
         finally:
             self.current = before
 
-    # ---- what the recorder reports -----------------------------------------------------------------
+    # ---- called by the recorder -----------------------------------------------------------------------
 
     def kind(self, x: Tensor) -> str:
         shape = tuple(x.shape)
@@ -180,11 +179,11 @@ class FakeGpu(contextlib.AbstractContextManager):
         return "hidden" if len(shape) > 1 and shape[-1] == self.width else "rows"
 
     def _is_vocab(self, size: int) -> bool:
-        """V, or V in memory whose row stride is a multiple of 16."""
+        """True for V, and for V padded to a row stride that is a multiple of 16."""
         return size in (self.vocab, -(-self.vocab // 16) * 16)
 
     def launch(self, name: str, reads: list, writes: list) -> None:
-        """An operation on (tensor, bytes) pairs."""
+        """Record an operation; `reads`, `writes`: (tensor, bytes) pairs."""
         stream = self.current
         self.where.append((name, stream.number))
         stream.catch_up(self.host)
@@ -195,7 +194,7 @@ class FakeGpu(contextlib.AbstractContextManager):
             self._memory(x).use(name, stream, True)
 
     def move(self, name: str, reads: list, writes: list) -> None:
-        """The bytes of an operation that is not a GEMM."""
+        """Record an operation that is not a GEMM, with its bytes."""
         self.launch(name, reads, writes)
         per_kind = {}
         for which, pairs in enumerate((reads, writes)):
@@ -240,7 +239,7 @@ class FakeGpu(contextlib.AbstractContextManager):
         storage = x.untyped_storage()
         key = storage._cdata
         if key not in self._live:
-            size = storage.nbytes() if fresh else 0  # an operand was there before
+            size = storage.nbytes() if fresh else 0  # operands are not counted
             memory = _Memory(self.kind(x), size, self.current if fresh else None)
             self._live[key] = memory
             weakref.finalize(storage, self._freed, key).atexit = False
@@ -253,7 +252,7 @@ class FakeGpu(contextlib.AbstractContextManager):
     def _freed(self, key: int) -> None:
         memory = self._live.pop(key)
         self.live[memory.kind] -= memory.size
-        # Whoever asks for memory on its stream next may get it at once.
+        # The allocator may reuse the memory at once for work on its home stream.
         if memory.home is not None:
             memory.home.catch_up(self.host)
             if early := memory.unordered(memory.home, writes=True):
@@ -261,22 +260,22 @@ class FakeGpu(contextlib.AbstractContextManager):
                     f"a {memory.kind} tensor is freed on {memory.home} while {early}"
                 )
 
-    # ---- sums --------------------------------------------------------------------------------------
+    # ---- totals ------------------------------------------------------------------------------------
 
     def bytes_a_logit(self, rows: int) -> float:
-        """Of rows x V logits: what the first GEMM writes, and what other operations move but for dW, dX and the
-        operands. Reads by the second and third GEMM do not count.
+        """Bytes per logit of rows x V: the write of the first GEMM and the traffic outside the GEMMs, except
+        operands, dX and dW. Reads by the second and third GEMM do not count.
         """
         beside = sum(self.read[k] + self.written[k] for k in ("logits", "rows"))
         return (beside + self.gemm_moved["logits"]) / (rows * self.vocab)
 
     def passes_over(self, kind: str) -> list[tuple[str, int, int]]:
-        """(operation, bytes read, bytes written), beside the GEMMs."""
+        """(operation, bytes read, bytes written) outside the GEMMs."""
         return [(name, read, written) for name, of, read, written in self.passes if of == kind]
 
 
 class Stream:
-    """What torch.cuda.Stream and its events are to the ops; `clock` knows of each stream what it has waited for."""
+    """Stands for torch.cuda.Stream and its events. `clock`: vector clock, i.e. the time of each stream it has seen."""
 
     def __init__(self, gpu: FakeGpu, number: int):
         self.gpu, self.number, self.clock = gpu, number, Counter()
@@ -301,7 +300,7 @@ class Stream:
 
 
 class _Memory:
-    """A storage: who has used it when, and the stream that it was made on (None: before)."""
+    """A storage: its last uses, and the stream that allocated it (None: it existed before)."""
 
     def __init__(self, kind: str, size: int, home: Stream | None):
         self.kind, self.size, self.home = kind, size, home
@@ -309,7 +308,7 @@ class _Memory:
         self.readers: dict[int, tuple[int, str]] = {}
 
     def unordered(self, stream: Stream, writes: bool) -> str:
-        """What `stream` has not waited for, and must have: writes; for a write, reads too."""
+        """A use that `stream` must wait for but has not: an earlier write, or before a write also a read."""
         before = [] if self.wrote is None else [self.wrote]
         if writes:
             before += [(number, time, who) for number, (time, who) in self.readers.items()]
@@ -335,7 +334,7 @@ def _merge(clock, other) -> None:
 
 
 class _OnDevice(TorchFunctionMode):
-    """Every tensor says that it is on the GPU; what is made there is made on `lies_on`."""
+    """Tensors report the CUDA device; allocations on it go to `lies_on`."""
 
     def __init__(self, lies_on: torch.device):
         super().__init__()
@@ -344,7 +343,7 @@ class _OnDevice(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in _ANSWERS:
             return _ANSWERS[func]
-        if func is Tensor.data_ptr and args[0].is_meta:  # far apart, where meta says 0
+        if func is Tensor.data_ptr and args[0].is_meta:  # unique addresses instead of 0
             x = args[0]
             return (x.untyped_storage()._cdata << 32) + x.storage_offset() * x.element_size()
         kwargs = kwargs or {}
@@ -395,7 +394,7 @@ class _Recorder(TorchDispatchMode):
         if name in _PICKS:
             reads[0] = (reads[0][0], nbytes(outputs[0]))
         if name in ("index_copy_", "index_put_", "scatter_"):
-            # As much as its last tensor holds.
+            # They write as many bytes as their last argument holds.
             writes = [(written[0], nbytes(given[-1][1]))]
         if name in _LOOKS_ONLY:
             reads, writes = reads[1:], [(x, 0) for x, _ in writes]
@@ -444,7 +443,7 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def _check_wide(self, a, b, total, out, dtype):
-        """What CUDA's kernel asks for."""
+        """The preconditions of the CUDA kernel."""
         assert a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16), (a.dtype, b.dtype)
         assert dtype == torch.float32, dtype
         assert total is None or total.dtype in (dtype, a.dtype), total.dtype
@@ -454,7 +453,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def nbytes(x: Tensor) -> int:
-    """Of its distinct elements."""
+    """Bytes of the distinct elements (strides of 0 count once)."""
     if not x.numel():
         return 0
     steps = zip(x.shape, x.stride(), strict=True)
@@ -462,7 +461,7 @@ def nbytes(x: Tensor) -> int:
 
 
 def _blas_reads(x: Tensor) -> bool:
-    """Whether a GEMM takes the matrix as it lies: one stride is 1, the other steps over a row or column."""
+    """True if cuBLAS takes the matrix as it is: one stride is 1 and the other spans a whole row or column."""
     (rows, columns), (down, along) = x.shape, x.stride()
     if x.is_contiguous():
         return True
@@ -470,7 +469,7 @@ def _blas_reads(x: Tensor) -> bool:
 
 
 def _arguments(func, args, kwargs):
-    """(argument of the schema, tensor), lists taken apart."""
+    """(schema argument, tensor) pairs; tensor lists are flattened."""
     for i, argument in enumerate(func._schema.arguments):
         value = kwargs.get(argument.name) if i >= len(args) else args[i]
         for x in value if isinstance(value, (list, tuple)) else (value,):
@@ -491,6 +490,6 @@ def _by_name(func, args, kwargs) -> dict:
 
 
 def _twice(logits, softcap, **others) -> bool:
-    """Whether a row pass with gradients reads a row twice: csrc/cuda/token_loss.cu says when."""
+    """True if the row pass with gradients reads a row twice; the conditions are those of csrc/cuda/token_loss.cu."""
     fits = logits.shape[-1] * logits.element_size() <= ON_CHIP
     return logits.dtype == torch.float64 or softcap > 64 or not fits

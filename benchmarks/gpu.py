@@ -1,18 +1,18 @@
-"""Everything that only a CUDA machine can show, without a network: `make gpu-quick` and `make gpu`.
+"""All checks that need a CUDA machine, without a network: `make gpu-quick` and `make gpu`.
 
     python benchmarks/gpu.py [--quick] [--out build/gpu] [--only part ...] [--plan]
-    python benchmarks/gpu.py --keep build/gpu/results.json     # the timings into benchmarks/results/
+    python benchmarks/gpu.py --keep build/gpu/results.json     # copy the timings into benchmarks/results/
+    python benchmarks/gpu.py --quick --tiny --device cpu       # dry run on a machine without a GPU
 
-Quick, within 150 seconds: build (beside it Triton compiles), timings alone on the machine, hardware counters
-where ncu starts, a marked part of the op tests on both GPU backends, and whether a GEMM has the same bits in
-chunks of another length. The whole, within 590 seconds, begins with that; then the whole test suite,
-compute-sanitizer over every CUDA op, the quickstart pipeline in bf16 on the varlen flash path, the other
-benchmarks, and updates of a 1B Llama (`make bench-update` gives these as long as they take). A part that fails
-or runs out of time does not stop the next one; the exit status is 1 if any did. OUT/results.json holds every
-part's outcome and what it found; it is written anew, in one piece, after each part. The parts' own files are in
-build/gpu-work.
+--quick, at most 150 seconds: build the extension while Triton compiles; time the ops with the GPU idle otherwise;
+read hardware counters if ncu works; run the op tests marked `gpu_quick`; check whether a GEMM is bitwise identical
+in chunks of other lengths. Without --quick, at most 590 seconds, these parts come first; then the whole test suite,
+compute-sanitizer over every CUDA op, the quickstart pipeline in bf16 on the varlen flash path, the remaining
+benchmarks, and updates of a 1B Llama (`make bench-update` runs these without a time limit).
 
-`--device cpu --tiny` goes the same way on a machine without a GPU, on the CPU kernels and tiny shapes.
+A part that fails or runs out of time does not stop the next one; the exit status is 1 if any failed.
+OUT/results.json holds the outcome and findings of every part and is rewritten atomically after each. Logs and other
+files of the parts are in build/gpu-work.
 """
 
 import argparse
@@ -36,8 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "gpu-work"
 RESULTS = ROOT / "benchmarks" / "results"
 BUDGET, QUICK_BUDGET = 590, 150  # seconds for all groups
-SLACK = 10  # times as long may a dry run take: its machine has fewer cores, and other work
-# Whose kernels Triton compiles while nvcc builds, a process each.
+SLACK = 10  # factor on the time limits of a dry run, whose machine has fewer cores and other work
+# Ops whose Triton kernels compile while nvcc builds, one process per group.
 WARM_UPS = (
     ("token_logprob",),
     ("token_loss",),
@@ -47,28 +47,28 @@ WARM_UPS = (
 )
 SHARDS = 6  # processes of the test suite
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-TAIL = 3000  # characters of a log that go into the results
-_running: set[subprocess.Popen] = set()  # each leads a session, which no signal to this one reaches
+TAIL = 3000  # characters of a failed part's log that go into the results
+_running: set[subprocess.Popen] = set()  # each leads its own session, so a signal must be forwarded
 
 
 @dataclass
 class Part:
-    """One command. Parts of a group run at once, groups one after the other."""
+    """One command. The parts of a group run concurrently, the groups in order."""
 
     name: str
     command: list[str]
     limit: float  # seconds
     group: int = 0
-    reserve: float = 0.0  # of the run's seconds, that the groups before it leave
+    reserve: float = 0.0  # seconds of the budget that earlier groups leave to it
     env: dict[str, str] = field(default_factory=dict)
     skip: str = ""  # why it cannot run here
-    optional: bool = False  # a failure is told, and is none of the run
-    # What else to keep of a part that ended; an exception fails the part.
+    optional: bool = False  # a failure counts as skipped
+    # Findings of the finished part; an exception fails the part.
     collect: Callable[[], dict] | None = None
 
 
 def shards(files: list[Path], count: int = SHARDS) -> list[list[Path]]:
-    """Test files in `count` heaps of about the same size, the largest files first."""
+    """Split test files into `count` shards of about equal bytes, largest files first."""
     heaps: list[list[Path]] = [[] for _ in range(min(count, len(files)))]
     sizes = [0] * len(heaps)
     for file in sorted(files, key=lambda f: (-f.stat().st_size, f.name)):
@@ -79,7 +79,7 @@ def shards(files: list[Path], count: int = SHARDS) -> list[list[Path]]:
 
 
 def junit(path: Path) -> Callable[[], dict]:
-    """Counts and the names of what failed, from pytest's report."""
+    """Counts and failed tests from a JUnit report."""
 
     def collect() -> dict:
         suite = ElementTree.parse(path).getroot().find("testsuite")
@@ -104,7 +104,7 @@ def document(path: Path) -> Callable[[], dict]:
 
 
 def quickstart(run: Path, out: Path) -> Callable[[], dict]:
-    """The demo's figures, and that it ran where and how this part says."""
+    """The figures of the demo's report, after a check of its device, precision and attention."""
 
     def collect() -> dict:
         report = json.loads((run / "report.json").read_text())
@@ -120,36 +120,44 @@ def quickstart(run: Path, out: Path) -> Callable[[], dict]:
 
 
 def op_tests() -> list[Path]:
-    """The files whose tests take a backend."""
+    """Test files that are parametrized over backends."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [file for file in files if "each_backend(" in file.read_text()]
 
 
 def present_arch() -> dict[str, str]:
-    """The environment that builds for the GPU here alone; empty where the driver does not tell."""
+    """Environment that builds for this machine's GPU only; empty if nvidia-smi does not report one."""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+        printed = subprocess.run(
+            query, capture_output=True, text=True, check=True, timeout=20
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
-    archs = sorted(set(re.findall(r"^\d+\.\d+$", told, re.MULTILINE)))
+    archs = sorted(set(re.findall(r"^\d+\.\d+$", printed, re.MULTILINE)))
     return {"TORCH_CUDA_ARCH_LIST": ";".join(archs)} if archs else {}
 
 
+def has_gpu() -> bool:
+    import torch  # seconds, which --plan and --keep do not need
+
+    return torch.cuda.is_available()
+
+
 def quick_parts(work: Path, device: str = "cuda", tiny: bool = False) -> list[Part]:
-    """What `make gpu-quick` runs."""
+    """The parts of `make gpu-quick`."""
     python, on_gpu = sys.executable, device == "cuda"
     slack = SLACK if tiny else 1
     bench = [python, "benchmarks/run.py", "--device", device, "--list", "gpu-quick"]
     bench += ["--quick"] * tiny
     build = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
-    no_build = "" if on_gpu else "a dry run takes the extension that is there"
+    no_build = "" if on_gpu else "a dry run uses the existing extension"
     found = [Part("build", build, 60, env=present_arch() if on_gpu else {}, skip=no_build)]
     for i, ops in enumerate(WARM_UPS):
         found.append(Part(f"compile-{i}", [*bench, "--warm-up", *ops], 60 * slack))
     times, counters = work / "bench-quick.json", work / "counters.json"
     clock = ["--no-compile", "--pace", "0.01" if tiny else "0.1"]
-    found.append(  # alone: nothing else may use the GPU
+    found.append(  # in a group of its own, with the GPU to itself
         Part(
             "bench-quick",
             [*bench, *clock, "--out", str(times)],
@@ -172,11 +180,11 @@ def quick_parts(work: Path, device: str = "cuda", tiny: bool = False) -> list[Pa
             collect=document(counters),
         )
     )
-    bits = work / "gemm_bits.json"
-    ask = [python, "benchmarks/gemm_bits.py", "--device", device, "--out", str(bits)]
+    bits = work / "gemm_bitwise.json"
+    ask = [python, "benchmarks/gemm_bitwise.py", "--device", device, "--out", str(bits)]
     ask += ["--tiny"] * tiny
-    # No clock runs beside it: the tests may.
-    found.append(Part("gemm-bits", ask, 40 * slack, group=3, collect=document(bits)))
+    # Not timed, so it may run beside the tests.
+    found.append(Part("gemm-bitwise", ask, 40 * slack, group=3, collect=document(bits)))
     report = work / "tests-quick.xml"
     select = [python, "-m", "pytest", "-q", "-m", "gpu_quick", *map(str, op_tests())]
     select.append("--continue-on-collection-errors")  # a file that needs an absent package
@@ -191,7 +199,7 @@ def quick_parts(work: Path, device: str = "cuda", tiny: bool = False) -> list[Pa
 
 
 def parts(out: Path, work: Path) -> list[Part]:
-    """What `make gpu` runs: the quick parts first."""
+    """The parts of `make gpu`: the quick ones first."""
     python = sys.executable
     sanitizer = shutil.which("compute-sanitizer")
     run = ROOT / "build" / "gpu-quickstart"
@@ -204,9 +212,8 @@ def parts(out: Path, work: Path) -> list[Part]:
         found.append(Part(f"tests-{i}", command, 230, group=4, collect=junit(report)))
     for tool in TOOLS:
         command = [sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
-        if (
-            tool == "initcheck"
-        ):  # torch's own kernels read what nobody wrote; ours, in namespace rl, must not
+        if tool == "initcheck":
+            # torch's own kernels read uninitialized memory; check ours, in namespace rl, only.
             command += ["--kernel-name", "kernel_substring=_ZN2rl"]
         found.append(
             Part(
@@ -235,22 +242,22 @@ def parts(out: Path, work: Path) -> list[Part]:
 
 
 def run_part(part: Part, work: Path, left: float) -> dict:
-    """Runs one part to its end or its limit, and says how it went. Its files are in `work`."""
+    """Run a part until it ends or reaches its limit; return its outcome. Its files are in `work`."""
     outcome = {"name": part.name, "command": part.command, "limit_s": min(part.limit, left)}
     if part.skip:
         return {**outcome, "status": "skipped", "reason": part.skip, "seconds": 0.0}
     if left <= 0:
-        return {**outcome, "status": "failed", "reason": "no time was left", "seconds": 0.0}
+        return {**outcome, "status": "failed", "reason": "no time left", "seconds": 0.0}
     log, start = work / f"{part.name}.log", time.perf_counter()
     env = {**os.environ, "FASTRLHF_BUILD": "cuda", **part.env}
-    # Peers may lie on the caller's path.
+    # Third-party providers may be on the caller's path.
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
-    # Nothing new starts in what is then left, so that tests and timings end with their report.
+    # After this, tests and benchmarks start nothing new, so that they still write their reports.
     env["FASTRLHF_UNTIL"] = str(time.time() + 0.85 * outcome["limit_s"])
     status, reason = "failed", ""
     try:
         with log.open("w") as stream, (work / f"{part.name}.err").open("w") as errors:
-            # A session of its own, so that its children end with it.
+            # A new session, so that its children can be killed with it.
             process = subprocess.Popen(
                 part.command,
                 cwd=ROOT,
@@ -291,7 +298,7 @@ def run_part(part: Part, work: Path, left: float) -> dict:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends what is left of the process and its children."""
+    """Kill the process and its children."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -300,21 +307,21 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _stop(number: int, frame) -> None:
-    """On a signal: ends every part, so that none outlives this process."""
+    """Signal handler: kill every part, so that none outlives this process."""
     for process in tuple(_running):
-        os.killpg(process.pid, signal.SIGKILL)  # its thread, which waits for it, tells the results
+        os.killpg(process.pid, signal.SIGKILL)  # the waiting thread records the outcome
     raise SystemExit(128 + number)
 
 
 def run(todo: list[Part], out: Path, budget: float = BUDGET, work: Path | None = None) -> int:
-    """Runs every part, group by group, and writes OUT/results.json after each; 1 if a part failed."""
+    """Run the parts group by group and write OUT/results.json after each. Returns 1 if one failed."""
     work = out if work is None else work
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     start, outcomes, lock = time.perf_counter(), {}, threading.Lock()
     failed: list[str] = []
 
-    def told(part: Part, left: float) -> None:
+    def run_and_record(part: Part, left: float) -> None:
         outcome = run_part(part, work, left)
         with lock:
             outcomes[part.name] = outcome
@@ -343,18 +350,18 @@ def run(todo: list[Part], out: Path, budget: float = BUDGET, work: Path | None =
         later = sum(reserved(todo, later) for later in groups if later > group)
         left = budget - later - (time.perf_counter() - start)
         with ThreadPoolExecutor(len(together)) as pool:
-            list(pool.map(lambda part, left=left: told(part, left), together))
+            list(pool.map(lambda part, left=left: run_and_record(part, left), together))
     print(f"{len(failed)} of {len(outcomes)} parts failed; {out / 'results.json'}")
     return 1 if failed else 0
 
 
 def reserved(todo: list[Part], group: int) -> float:
-    """The seconds that the groups before `group` leave to it."""
+    """Seconds that earlier groups leave to `group`."""
     return max(part.reserve for part in todo if part.group == group)
 
 
 def keep(path: Path, folder: Path = RESULTS) -> Path:
-    """Writes the timings of a results.json as a results file of benchmarks/, with the commit they measured."""
+    """Write the timings of a results.json to benchmarks/results/, with the measured commit."""
     try:
         parts = json.loads(path.read_text())["parts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -370,25 +377,25 @@ def keep(path: Path, folder: Path = RESULTS) -> Path:
         kept["rows"] = kept["rows"] + more["rows"]
         kept["not_run"] = kept["not_run"] + more["not_run"]
     kept["whole"] = len(documents) == 2 and not kept["not_run"]
-    for name, key in (("gemm-bits", "gemm_bits"), ("bench-update", "updates")):
+    for name, key in (("gemm-bitwise", "gemm_bitwise"), ("bench-update", "updates")):
         if found.get(name):
             kept[key] = found[name]
     name = f"{slug(kept['machine']['name'])}-{kept['date']}"
     target, number = folder / f"{name}.json", 1
     while target.exists() and json.loads(target.read_text()).get("commit") != kept["commit"]:
-        number += 1  # another commit's results stay
+        number += 1  # keep the results of other commits
         target = folder / f"{name}-{number}.json"
     target.write_text(json.dumps(kept, indent=1) + "\n")
     return target
 
 
 def slug(name: str) -> str:
-    """The machine's name as a file's."""
+    """A machine's name as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def commit() -> str:
-    """Of the checkout, with a plus where it has changes."""
+    """The commit of the checkout, with a plus if it has changes."""
     git = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     return subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -396,23 +403,23 @@ def commit() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu")
-    parser.add_argument("--quick", action="store_true", help="the parts of make gpu-quick alone")
+    parser.add_argument("--quick", action="store_true", help="only the parts of make gpu-quick")
     parser.add_argument(
-        "--only", nargs="+", help="parts by name, or by its first word (tests, bench)"
+        "--only", nargs="+", help="parts by name or by its first word (tests, bench)"
     )
     parser.add_argument("--plan", action="store_true", help="print the parts and run nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, a dry run")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, for a dry run")
     parser.add_argument(
         "--keep",
         type=Path,
         metavar="RESULTS",
-        help="keep its timings in benchmarks/results/; runs nothing",
+        help="copy its timings to benchmarks/results/; run nothing",
     )
     arguments = parser.parse_args()
     if arguments.keep:
         try:
-            print(f"wrote {keep(arguments.keep)}; now: make bench-readme")
+            print(f"wrote {keep(arguments.keep)}; now run: make bench-readme")
         except ValueError as error:
             print(f"gpu.py --keep: {error}", file=sys.stderr)
             return 1
@@ -436,6 +443,12 @@ def main() -> int:
                 f"{part.group} {part.name:<20} <= {part.limit:.0f} s  {' '.join(part.command)}{note}"
             )
         return 0
+    if arguments.device == "cuda" and not has_gpu():
+        print(
+            "gpu.py: no CUDA device that torch can use; a dry run takes --quick --tiny --device cpu",
+            file=sys.stderr,
+        )
+        return 1
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     budget = QUICK_BUDGET if arguments.quick else BUDGET

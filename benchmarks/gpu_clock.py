@@ -1,9 +1,9 @@
-"""Time on a GPU, three ways: the device's, the host's, and a replayed graph's.
+"""GPU clocks: device time between events, device time of a replayed CUDA graph, host time.
 
-A call that moves less than the L2 cache holds is timed by a CUDA graph of many calls, each on buffers of its
-own which together exceed the cache: a replay on one set of buffers measures the cache, and events around a
-call measure the host where it takes longer than the device. A larger call is timed between events, with the
-cache overwritten before it.
+A call whose arguments fit into the L2 cache is captured many times into one CUDA graph. Successive calls of the
+graph rotate over copies of the arguments that together exceed the cache; replaying a single set of buffers would
+measure the cache, and events around a call of microseconds would measure its launch. A larger call is timed between
+two events, with the cache overwritten before it.
 """
 
 import gc
@@ -17,11 +17,11 @@ from torch import Tensor
 import harness
 from harness import Problem, Provider
 
-CALLS = 64  # of a graph, where the host can capture them in CAPTURE_SECONDS
+CALLS = 64  # per graph, if the host captures them within CAPTURE_SECONDS
 MAX_CALLS = 512
 CAPTURE_SECONDS = 0.5
 HOST_SECONDS = 0.02
-SLOW = 0.1  # seconds: a longer call is timed once, and not as a graph
+SLOW = 0.1  # seconds; a longer call is timed once and not captured
 
 
 def cache_bytes() -> int:
@@ -29,12 +29,12 @@ def cache_bytes() -> int:
 
 
 def set_bytes(args: dict) -> int:
-    """Bytes of a set of arguments: its tensors."""
+    """Bytes of the tensors in a set of arguments."""
     return sum(x.numel() * x.element_size() for x in args.values() if isinstance(x, Tensor))
 
 
 def buffer_sets(args: dict, cache: int) -> int:
-    """How many copies of the arguments together hold twice the cache; 1 where one does."""
+    """Number of copies of the arguments that together hold twice the cache; 1 if one set does."""
     return -(-2 * cache // max(set_bytes(args), 1))
 
 
@@ -52,7 +52,7 @@ def copies(args: dict, count: int) -> list[dict]:
 
 
 def host_seconds(step: Callable, device_seconds: float) -> float:
-    """What a call keeps the CPU busy: enqueued without waiting, few enough calls for the queue."""
+    """Host time of a call: enqueue calls without waiting, few enough not to fill the launch queue."""
     count = min(50, max(1, int(HOST_SECONDS / max(device_seconds, 1e-6))))
     taken = []
     for _ in range(1 if device_seconds > SLOW else 3):
@@ -66,10 +66,7 @@ def host_seconds(step: Callable, device_seconds: float) -> float:
 
 
 def waits(step: Callable) -> str:
-    """Why a call cannot be captured: where it makes the host wait for the device. Empty: nowhere.
-
-    Asked before a capture, for one that fails leaves the allocator in a state that no call ends.
-    """
+    """The host sync that prevents a capture, or "". Checked first: a failed capture breaks torch's allocator."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -82,9 +79,9 @@ def waits(step: Callable) -> str:
 
 
 class Replay:
-    """A CUDA graph of `calls` calls, in turns on each set of arguments.
+    """A CUDA graph of `calls` calls that rotate over `sets` of arguments.
 
-    What the calls return is kept, so that none writes where another did.
+    The graph keeps every result, so that no call overwrites the output of another.
     """
 
     def __init__(
@@ -92,13 +89,13 @@ class Replay:
     ):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # a backward runs on the stream of its forward
+        with torch.cuda.stream(stream):  # autograd runs a backward on the stream of its forward
             steps = [harness.step(problem, provider, direction, args) for args in sets]
             steps[0]()
         torch.cuda.synchronize()
         self.graph, self.calls, self.steps = torch.cuda.CUDAGraph(), calls, steps
-        # torch.cuda.graph collects all garbage before each capture, which takes 0.1 s. Here none is collected
-        # during it, for what it freed might be another graph.
+        # Unlike torch.cuda.graph, do not collect garbage before a capture (0.1 s each). Nor during it: that could
+        # free another graph.
         gc.disable()
         try:
             with torch.cuda.stream(stream):
@@ -115,6 +112,29 @@ class Replay:
         self.graph.replay()
 
 
+def capture(
+    problem: Problem,
+    provider: Provider,
+    direction: str,
+    step: Callable,
+    seconds: float,
+    host: float,
+) -> Replay | str:
+    """The call as a graph, or the reason why it has none. `seconds`, `host`: its device and host time."""
+    if seconds > SLOW:
+        return f"a call takes longer than {SLOW} s"
+    if reason := waits(step):
+        return reason
+    wanted = buffer_sets(problem.args, cache_bytes())
+    most = min(MAX_CALLS, max(1, int(CAPTURE_SECONDS / max(host, 1e-6))))
+    sets = copies(problem.args, min(wanted, most))
+    calls = max(len(sets), min(CALLS, most)) if wanted > 1 else 1
+    try:
+        return Replay(problem, provider, direction, sets, calls)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:300]
+
+
 def measure(
     problem: Problem,
     found: dict[str, Provider],
@@ -122,40 +142,30 @@ def measure(
     direction: str,
     seconds: float,
 ) -> dict[str, dict]:
-    """Per provider: median_ms of the device and how it was taken, graph_ms, host_ms, peak_bytes, beyond_bytes.
+    """Provider -> median_ms (device time), timed_by, events_ms, graph_ms, host_ms, peak_bytes, beyond_bytes.
 
-    What cannot be captured has no graph_ms, and `no_graph` says why; its median_ms is then between events.
+    A call that cannot be captured has `no_graph`, the reason, instead of graph_ms; its median_ms is between events.
     """
     events = harness.times(steps, "cuda", seconds, slow=SLOW)
-    wanted, rows = buffer_sets(problem.args, cache_bytes()), {}
+    small, rows = buffer_sets(problem.args, cache_bytes()) > 1, {}
     replays: dict[str, Replay] = {}
     graphs: dict[str, list[float]] = {}
     for name, provider in found.items():
         took = statistics.median(events[name])
-        row = rows[name] = {"timed_by": "events", "events_ms": 1e3 * took}
-        row["host_ms"] = 1e3 * host_seconds(steps[name], took)
+        host = host_seconds(steps[name], took)
+        row = rows[name] = {"timed_by": "events", "events_ms": 1e3 * took, "host_ms": 1e3 * host}
         row |= harness.memory(steps[name], "cuda")
-        if took > SLOW:
-            row["no_graph"] = f"a call takes longer than {SLOW} s"
+        replay = capture(problem, provider, direction, steps[name], took, host)
+        if isinstance(replay, str):
+            row["no_graph"] = replay
             continue
-        if reason := waits(steps[name]):
-            row["no_graph"] = reason
-            continue
-        most = min(MAX_CALLS, max(1, int(1e3 * CAPTURE_SECONDS / max(row["host_ms"], 1e-3))))
-        sets = copies(problem.args, min(wanted, most))
-        calls = max(len(sets), min(CALLS, most)) if wanted > 1 else 1
-        try:
-            replay = Replay(problem, provider, direction, sets, calls)
-        except Exception as error:
-            row["no_graph"] = f"{type(error).__name__}: {error}"[:300]
-            continue
-        row["buffer_sets"] = len(sets)
-        if wanted > 1:
+        row["buffer_sets"] = len(replay.steps)
+        if small:
             replays[name] = replay
-        else:  # one at a time: each holds as much memory as the call
+        else:  # one graph at a time: each holds as much memory as the call
             graphs[name] = [harness.sample(replay, "cuda", cold=True) for _ in range(3)]
-            del replay
-    # The overwriting of the cache before a replay keeps the device busy until the graph is there.
+        del replay
+    # The flush before a replay also keeps the device busy until the host has launched the graph.
     graphs |= harness.times(replays, "cuda", seconds)
     for name, row in rows.items():
         samples = events[name]
@@ -169,3 +179,68 @@ def measure(
                     row["in_cache"] = True
         row |= harness.quantiles(samples)
     return rows
+
+
+# ---- pytest-benchmark
+
+
+class EventTimer:
+    """A timer for pytest-benchmark that reads the device clock, in seconds per call.
+
+    The first reading after `restart` is 0 and does not wait for the device, so the target is enqueued behind the
+    flush. Later readings are relative to it: elapsed_time is a float32 in milliseconds, which resolves a
+    microsecond only within seconds of its start event. Restart it before each round.
+    """
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self, calls: int = 1) -> None:
+        """`calls`: calls per round, by which readings are divided."""
+        self._calls, self._start = calls, None
+
+    def __call__(self) -> float:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        if self._start is None:
+            self._start = event
+            return 0.0
+        event.synchronize()
+        return self._start.elapsed_time(event) / 1e3 / self._calls
+
+
+def run_rounds(
+    benchmark,
+    timer: EventTimer,
+    problem: Problem,
+    provider: Provider,
+    direction: str,
+    seconds: float,
+    least: int = 5,
+) -> dict:
+    """Run the rounds of a pytest-benchmark fixture whose timer is `timer`: at least `least`, for about `seconds`.
+
+    Returns timed_by ("graph" or "events"), host_ms, and per case buffer_sets or no_graph.
+    """
+    step = harness.step(problem, provider, direction)
+    step()
+    took = harness.sample(step, "cuda", cold=True)
+    host = host_seconds(step, took)
+    target, calls, found = step, 1, {"timed_by": "events", "host_ms": 1e3 * host}
+    if buffer_sets(problem.args, cache_bytes()) > 1:
+        replay = capture(problem, provider, direction, step, took, host)
+        if isinstance(replay, str):
+            found["no_graph"] = replay
+        else:
+            target, calls = replay, replay.calls
+            found |= {"timed_by": "graph", "buffer_sets": len(replay.steps)}
+            if len(replay.steps) * set_bytes(problem.args) < cache_bytes():
+                found["in_cache"] = True
+
+    def setup() -> None:
+        harness.flush("cuda")
+        timer.restart(calls)
+
+    rounds = max(least, min(500, int(seconds / max(took * calls, 1e-3))))
+    benchmark.pedantic(target, setup=setup, rounds=rounds, iterations=1, warmup_rounds=1)
+    return found

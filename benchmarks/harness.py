@@ -1,10 +1,11 @@
-"""Problems, their providers, the correctness gate and timing: what is the same for every op.
+"""Problems, providers, the correctness gate and timing: the parts that every op shares.
 
-A number is only given where the result is right: each provider's values and gradients are compared with
-the reference in fp64, and must be within twice eager's own error. Providers take turns sample by sample,
-so that a machine that slows down slows all of them. The yardsticks of a problem (a plain read of its
-input, say) take turns with them, and are not compared with anything; those that do known work are
-ceilings of the floor (`floor.py`), as the machine's own copy and matrix product are.
+The gate runs before the clock. It compares values and gradients of each provider with the fp64 reference; the
+bar is twice the error of eager PyTorch. A provider that fails gets no time.
+
+Samples are interleaved round-robin over the providers, so a machine that slows down slows all of them. The
+yardsticks of a problem (e.g. a plain read of its input) are interleaved too and have no gate. A yardstick with a
+known amount of work also raises the ceilings of the roofline (`roofline.py`).
 """
 
 import functools
@@ -19,37 +20,38 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 import fastrlhf
 from fastrlhf import reference
 from fastrlhf.ops import _backend, _library
 
-SHORT = 0.01  # seconds: a shorter call is warmed up by WARM calls before each sample
+SHORT = 0.01  # seconds; on a CPU, WARM untimed calls precede each sample of a shorter call
 WARM = 3
-LONG = 1.0  # seconds
+LONG = 1.0  # seconds; a slower round of all providers is sampled 3 times instead of 5
 
 
 @dataclass
 class Provider:
-    """An implementation of an op, called with the op's arguments by name.
+    """An implementation of an op, called with the keyword arguments of the op.
 
-    One that needs another layout, or that writes over its inputs, has arguments of its own: `lay_out`
-    makes them from the op's, once and untimed. What it gives is compared after `read`.
+    Set `lay_out` if it needs another layout or overwrites its inputs: it converts the arguments once, untimed.
+    Set `read` to convert the results back before the gate compares them.
     """
 
     call: Callable
     ours: bool = False
-    forward_only: bool = False  # it has no backward
+    forward_only: bool = False
     lay_out: Callable[[dict], dict] | None = None
-    gives: tuple[int, ...] | None = None  # which of the op's outputs; None: all
-    wrt: tuple[str, ...] | None = None  # whose gradients autograd gives; None: the problem's
-    # (its outputs and gradients) -> those that `gives` and the problem's gradients, in the op's layout
+    gives: tuple[int, ...] | None = None  # indices of the op's outputs that it returns; None: all
+    wrt: tuple[str, ...] | None = None  # arguments that autograd differentiates; None: problem.wrt
+    # [outputs, gradients] of the provider -> [outputs in `gives`, problem gradients] in the op's layout
     read: Callable[[list[Tensor]], list[Tensor]] | None = None
-    within: Callable[[], AbstractContextManager] = nullcontext  # around forward and backward
+    within: Callable[[], AbstractContextManager] = nullcontext  # entered for forward and backward
 
     def arguments(self, args: dict, wrt: tuple[str, ...]) -> dict:
-        """`args`, or the provider's own made from them, with gradients for those named in `wrt`."""
+        """`args`, or a converted copy whose tensors named in `wrt` require grad."""
         if self.lay_out is None:
             return args
         plain = {k: v.detach() if isinstance(v, Tensor) else v for k, v in args.items()}
@@ -62,7 +64,7 @@ class Provider:
 
 @dataclass
 class Yardstick:
-    """Work that is timed beside a problem. With `bytes` or `flops` it is a ceiling of the machine."""
+    """Reference work timed next to a problem. With `bytes` or `flops` it also counts as a ceiling."""
 
     call: Callable[[], object]
     bytes: int = 0
@@ -71,39 +73,39 @@ class Yardstick:
 
 @dataclass
 class Problem:
-    """One op at one shape: its keyword arguments, and the bytes and FLOPs its definition must move."""
+    """One op at one shape: keyword arguments, and the bytes and FLOPs that any implementation needs."""
 
     op: str
     args: dict
-    wrt: tuple[str, ...] = ()  # arguments that want gradients
-    # What no implementation can go below: each input that counts read once, each output written once.
+    wrt: tuple[str, ...] = ()  # arguments that require grad
+    # Lower bounds: each unmasked input is read once, each output is written once.
     forward_bytes: int = 0
     backward_bytes: int = 0
     forward_flops: int = 0
     backward_flops: int = 0
-    floor_note: str = ""
-    seconds: float = 2.0  # to spend on each direction, all providers together
-    compiled: bool = False  # torch.compile can take the eager definition whole, in seconds
-    backward_alone: bool = False  # the backward is work of its own, and timed on its own
-    peers: dict[str, Provider] = field(default_factory=dict)  # other people's
-    # Name -> another way to call ours, made from the op on one backend; None: not on that one.
+    roofline_note: str = ""
+    seconds: float = 2.0  # time budget of a direction, shared by all providers
+    compiled: bool = False  # torch.compile(fullgraph=True) takes the eager definition in seconds
+    backward_alone: bool = False  # also time the backward on its own
+    peers: dict[str, Provider] = field(default_factory=dict)  # third-party implementations
+    # Name -> (op bound to a backend) -> another way to call it, or None on that backend.
     variants: dict[str, Callable[[Callable], Provider | None]] = field(default_factory=dict)
     yardsticks: dict[str, Yardstick] = field(default_factory=dict)
-    full_yardsticks: dict[str, Yardstick] = field(default_factory=dict)  # beside forward+backward
-    # Direction -> bytes that our backends may hold at the peak of a call, its outputs with them.
+    full_yardsticks: dict[str, Yardstick] = field(default_factory=dict)  # of forward+backward
+    # Direction -> limit on the peak bytes of a call on our backends, outputs included.
     peak_limits: dict[str, int] = field(default_factory=dict)
-    ones: bool = False  # upstream gradients of ones, as of a sum; else random
-    # Rows of the op -> its arguments for these alone, where each row depends on nothing else.
+    ones: bool = False  # upstream gradients are ones (as after .sum()) instead of random
+    # Row indices -> the arguments of these rows, for ops whose rows are independent.
     rows: Callable[[Tensor], dict] | None = None
     upstream: list[Tensor] = field(default_factory=list)
-    raised: dict[str, str] = field(default_factory=dict)  # provider -> what stopped it at the gate
-    # Provider -> the largest errors against fp64 that the gate saw: "error" of the first output,
-    # "gradient_errors" by argument.
+    # Filled by the gate. `raised`: provider -> exception. `seen`: provider -> largest errors against fp64, as
+    # "error" (of the first output) and "gradient_errors" (by argument).
+    raised: dict[str, str] = field(default_factory=dict)
     seen: dict[str, dict] = field(default_factory=dict)
 
 
 def prepare(problem: Problem) -> Problem:
-    """Mark what wants gradients and draw the upstream gradients, the same for every provider."""
+    """Set requires_grad and draw the upstream gradients that all providers share."""
     for name in problem.wrt:
         problem.args[name].requires_grad_()
     if problem.wrt and not problem.ones:
@@ -118,7 +120,7 @@ def prepare(problem: Problem) -> Problem:
 
 
 def tensors(out) -> list[Tensor]:
-    """The tensors that a call returned, without the metrics."""
+    """The tensors of a result; metrics are dropped."""
     return [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
 
 
@@ -130,7 +132,7 @@ def gradients(
     at=None,
     wrt: tuple[str, ...] | None = None,
 ) -> list[Tensor]:
-    """Of the outputs that have any, in `wrt` (the problem's); `at`: the rows that `args` is about."""
+    """Gradients of the differentiable outputs in `wrt` (default: problem.wrt). `at`: rows that `args` holds."""
     outputs = [o for o in outputs if o.requires_grad]
     if problem.ones:
         upstream = [torch.ones_like(o) for o in outputs]
@@ -142,7 +144,7 @@ def gradients(
 
 
 def directions(problem: Problem) -> dict[str, tuple[int, int]]:
-    """Direction -> the bytes and FLOPs of its floor."""
+    """Direction -> (bytes, FLOPs) of its roofline."""
     found = {"forward": (problem.forward_bytes, problem.forward_flops)}
     if problem.backward_alone:
         found["backward"] = (problem.backward_bytes, problem.backward_flops)
@@ -153,7 +155,7 @@ def directions(problem: Problem) -> dict[str, tuple[int, int]]:
 
 
 def step(problem: Problem, provider: Provider, direction: str, args: dict | None = None):
-    """A function without arguments that runs one direction of `provider` on `args` (the problem's)."""
+    """A closure that runs one direction of `provider` on `args` (default: problem.args)."""
     args = provider.arguments(problem.args if args is None else args, problem.wrt)
     if direction == "forward":
 
@@ -180,10 +182,12 @@ def step(problem: Problem, provider: Provider, direction: str, args: dict | None
 
 
 def providers(problem: Problem, compiled: bool) -> dict[str, Provider]:
-    """Name -> provider: eager, torch.compile of it, the peers, and ours on each backend here."""
+    """Name -> provider: eager, torch.compile(eager), peers, and our op on each available backend."""
     eager = getattr(reference, problem.op)
     found = {"eager": Provider(eager)}
     if compiled and problem.compiled:
+        # Allows repeated backward calls on one graph (the direction "backward").
+        torch._functorch.config.donated_buffer = False
         found["torch.compile"] = Provider(torch.compile(eager, fullgraph=True, dynamic=False))
     found |= problem.peers
     op = getattr(fastrlhf, problem.op)
@@ -202,12 +206,12 @@ def providers(problem: Problem, compiled: bool) -> dict[str, Provider]:
 
 
 def with_options(**more) -> Callable[[Callable], Provider]:
-    """A variant: ours with more arguments."""
+    """A variant: our op with extra arguments."""
     return lambda op: Provider(functools.partial(op, **more), ours=True)
 
 
 def written_over(name: str, **more) -> Callable[[Callable], Provider]:
-    """A variant: ours with more arguments, which writes over the argument `name`."""
+    """A variant: our op with extra arguments; it overwrites the argument `name`."""
 
     def make(op):
         call = _on_a_view(functools.partial(op, **more), name)
@@ -217,17 +221,17 @@ def written_over(name: str, **more) -> Callable[[Callable], Provider]:
 
 
 def copy_of(name: str) -> Callable[[dict], dict]:
-    """A layout with its own copy of one argument, for a provider that writes over it."""
+    """A `lay_out` that copies one argument, for a provider that overwrites it."""
     return lambda args: {**args, name: args[name].clone()}
 
 
 def _on_a_view(call: Callable, name: str) -> Callable:
-    """Autograd lets nobody write over a leaf; a view of it may be."""
+    """Autograd forbids in-place writes to a leaf that requires grad, but allows them on a view of it."""
     return lambda **args: call(**{**args, name: args[name].view_as(args[name])})
 
 
 def doubled(args: dict, wrt: tuple[str, ...]) -> dict:
-    """The arguments in fp64: the truth's."""
+    """The arguments in fp64, for the reference result."""
     return {
         k: v.detach().double().requires_grad_(k in wrt)
         if isinstance(v, Tensor) and v.is_floating_point()
@@ -240,10 +244,11 @@ SAMPLED_ROWS = 32
 
 
 def errors(problem: Problem, found: dict[str, Provider]) -> dict[str, float]:
-    """Per provider, eager first, the largest error against fp64, as a share of what is allowed (1 = the bar).
+    """Provider -> largest error against fp64 over the bar, 2 * (error of eager) + atol; above 1 it is wrong.
 
-    A call that raises, a result of another shape and one that is not finite are infinitely wrong. Where
-    rows are independent (`problem.rows`) the truth is that of SAMPLED_ROWS rows.
+    `found` starts with "eager", which sets the bar. An exception, a wrong shape and a non-finite value count as
+    inf. For ops with independent rows (`problem.rows`) values are compared on SAMPLED_ROWS rows; shapes and
+    finiteness are checked on all.
     """
     eager, at, args = getattr(reference, problem.op), None, problem.args
     rows = len(next(iter(args.values())))
@@ -257,8 +262,8 @@ def errors(problem: Problem, found: dict[str, Provider]) -> dict[str, float]:
     if problem.wrt:
         truth += gradients(problem, truth, args, at=at)
     truth = [t.detach() for t in truth]
-    # The floor of the bar is a few roundings of the largest value, in the type it is returned in.
-    floors = [8 * torch.finfo(torch.float32).eps * t.abs().max().clamp(min=1).item() for t in truth]
+    # A few fp32 roundings of the largest value.
+    atols = [8 * torch.finfo(torch.float32).eps * t.abs().max().clamp(min=1).item() for t in truth]
     bars, shares = {}, {}
     for name, provider in found.items():
         given = list(range(outputs) if provider.gives is None else provider.gives)
@@ -274,20 +279,20 @@ def errors(problem: Problem, found: dict[str, Provider]) -> dict[str, float]:
             shares[name] = math.inf
             continue
         if name == "eager":
-            bars = {i: 2 * e + floors[i] for i, e in zip(given, measured, strict=True)}
+            bars = {i: 2 * e + atols[i] for i, e in zip(given, measured, strict=True)}
         shares[name] = max(e / bars[i] for i, e in zip(given, measured, strict=True))
     return shares
 
 
 def _named(problem: Problem, measured: dict[int, float], outputs: int) -> dict:
-    """What a row says of the errors: place among outputs and gradients -> error, as `Problem.seen` has them."""
+    """Errors by index (outputs, then gradients) -> the entry of `Problem.seen`."""
     seen = {"error": measured[0]} if 0 in measured else {}
     grads = {problem.wrt[i - outputs]: e for i, e in measured.items() if i >= outputs}
     return seen | ({"gradient_errors": grads} if grads else {})
 
 
 def _results(problem: Problem, provider: Provider) -> list[Tensor]:
-    """Outputs and gradients of one call, in the op's layout."""
+    """[outputs, gradients] of one call in the op's layout."""
     args = provider.arguments(problem.args, problem.wrt)
     with provider.within():
         results = tensors(provider.call(**args))
@@ -300,26 +305,26 @@ def _results(problem: Problem, provider: Provider) -> list[Tensor]:
 def _distances(
     results: list[Tensor], truth: list[Tensor], at: Tensor | None, rows: int
 ) -> list[float]:
-    """Largest distance of each result from its truth; ValueError where a shape or a value forbids one.
+    """Largest absolute error of each result. ValueError: wrong shape, or a value that is not finite.
 
-    With `at` the truth is that of these rows, of `rows` that a result has.
+    With `at`, `truth` holds only these rows of the `rows` that a result must have.
     """
     shapes = [tuple(r.shape) for r in results]
     expected = [tuple(t.shape) if at is None else (rows, *t.shape[1:]) for t in truth]
     if shapes != expected:
-        raise ValueError(f"it gives the shapes {shapes}; expected {expected}")
+        raise ValueError(f"got the shapes {shapes}; expected {expected}")
     sampled = results if at is None else [r[at] for r in results]
     for result in results:
         if not torch.isfinite(result).all():
-            raise ValueError("it gives values that are not finite")
+            raise ValueError("some values are not finite")
     return [(r.double() - t).abs().max().item() for r, t in zip(sampled, truth, strict=True)]
 
 
-_flush: dict[str, Tensor] = {}  # device -> more bytes than its caches hold
+_flush: dict[str, Tensor] = {}  # device -> a buffer larger than its caches
 
 
 def flush(device: str) -> None:
-    """Puts other data into the caches: on a GPU by writing, on a CPU by reading (no line is left dirty)."""
+    """Evict the caches: on a GPU by writing the buffer, on a CPU by reading it (which leaves no dirty lines)."""
     if device not in _flush:
         size = 2**28 if device == "cuda" else max(2 * cache_bytes(), 2**26)
         _flush[device] = torch.zeros(size // 4, dtype=torch.float32, device=device)
@@ -330,7 +335,7 @@ def flush(device: str) -> None:
 
 
 def cache_bytes() -> int:
-    """The CPU's last cache, as the system knows it; 0 where it does not."""
+    """Size of the CPU's last-level cache; 0 if the system does not report it."""
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()
@@ -340,7 +345,7 @@ def cache_bytes() -> int:
 
 
 def sample(function: Callable, device: str, cold: bool = False) -> float:
-    """Seconds of one call; on a GPU between events. `cold`: nothing of it is in the caches."""
+    """Seconds of one call, on a GPU between two events. `cold`: evict the caches first."""
     if cold:
         flush(device)
     if device == "cpu":
@@ -362,12 +367,11 @@ def times(
     cold: bool | None = None,
     slow: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Samples per provider, in turns, until `seconds` are spent; at least 5 each (3 where a turn takes
-    longer than LONG), at most 500. A provider whose first call takes longer than `slow` keeps that sample.
+    """Samples per function, interleaved, until `seconds` are spent: at least 5 (3 if a round takes longer than
+    LONG), at most 500. A function whose first call takes longer than `slow` is sampled once.
 
-    `cold`: whether the caches are emptied before each sample; by default on a GPU. On a CPU a short call is
-    made a few times more, untimed, before it is timed: what the provider before it left in the caches and in
-    the allocator is not its cost.
+    `cold`: evict the caches before each sample (default: on a GPU only). On a CPU, a short call runs WARM times
+    untimed before each sample, so that it does not pay for the cache and allocator state of the previous function.
     """
     cold = device != "cpu" if cold is None else cold
     again, turn_seconds = set(), 0.0
@@ -397,7 +401,7 @@ def times(
 
 
 def peak_bytes(function: Callable, device: str) -> int:
-    """Bytes that torch's allocator handed out and had not got back, at the peak of one call."""
+    """Peak bytes that a call allocates through torch's allocator."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -405,18 +409,19 @@ def peak_bytes(function: Callable, device: str) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile prints two lines
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
     held = peak = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
-            held += event.nbytes()  # negative where memory is given back
+            held += event.nbytes()  # negative for a free
             peak = max(peak, held)
     return peak
 
 
 def returned_bytes(result) -> int:
-    """Bytes of the tensors that a step returned, each memory once."""
+    """Bytes of the tensors that a step returned; a shared storage counts once."""
     storages = {}
     for x in result if isinstance(result, tuple) else (result,):
         for tensor in x if isinstance(x, (list, tuple)) else (x,):
@@ -427,14 +432,14 @@ def returned_bytes(result) -> int:
 
 
 def memory(function: Callable, device: str) -> dict[str, int]:
-    """`peak_bytes` of a step, and `beyond_bytes`: what of it is not in the tensors that it returns."""
+    """`peak_bytes` of a step, and `beyond_bytes`: the part that is not in the returned tensors."""
     kept = []
     peak = peak_bytes(lambda: kept.append(function()), device)
     return {"peak_bytes": peak, "beyond_bytes": max(0, peak - returned_bytes(kept.pop()))}
 
 
 def quantiles(samples: list[float]) -> dict[str, float]:
-    """Median, 20 % and 80 % of samples, in milliseconds."""
+    """Median, 20th and 80th percentile of the samples, in milliseconds."""
     ordered = sorted(samples)
     pick = lambda q: ordered[round(q * (len(ordered) - 1))] * 1e3  # noqa: E731
     median = statistics.median(ordered) * 1e3
@@ -444,17 +449,17 @@ def quantiles(samples: list[float]) -> dict[str, float]:
 def cold_times(
     functions: dict[str, Callable], taken: dict[str, list[float]], seconds: float
 ) -> dict[str, list[float]]:
-    """On a CPU, samples of the calls that `taken` found SHORT, with their data out of the caches.
+    """Cold-cache samples, on a CPU, of the calls that `taken` shows to be SHORT.
 
-    What a short call moves may fit into the last cache, where it is not bound by memory: its share of
-    a floor made of memory bandwidth is that of the cold call.
+    The data of a short call may fit into the last-level cache, where memory bandwidth does not bound it. Its
+    fraction of the roofline is therefore computed from the cold call.
     """
     short = {n: f for n, f in functions.items() if statistics.median(taken[n]) < SHORT}
     return times(short, "cpu", seconds, cold=True)
 
 
 def plain(value):
-    """`value` as JSON can hold it: NaN and infinity are null."""
+    """`value` with NaN and infinity as None, which JSON can hold."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -463,7 +468,7 @@ def plain(value):
 
 
 def machine(device: str) -> dict:
-    """What a reader needs to know of the machine and the software."""
+    """Hardware and software versions, for the header of a results file."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -1,10 +1,9 @@
-"""What others run for the same op: torch, TRL, Liger, cut-cross-entropy and quack where they import, and the
-Python loop.
+"""Third-party implementations of our ops: torch, TRL, Liger, cut-cross-entropy, quack, and a Python loop.
 
-Each takes our op's arguments and gives our op's tensors, or has a layout of its own (`Provider.lay_out`).
-TRL's are called as its trainers call them, and on a CPU once more on fp32 logits where the logits are 16-bit,
-because there it computes in the type that it is given.
-B sequences, T steps, N tokens, V vocabulary, H hidden.
+Each provider takes the arguments of our op and returns its tensors, or converts the layout (`Provider.lay_out`).
+TRL's functions are called as its trainers call them. On a CPU they compute in the dtype of the logits, so for
+16-bit logits they are also timed on `logits.float()`.
+B sequences, T steps, N tokens, V vocabulary, H hidden size.
 """
 
 import contextlib
@@ -19,11 +18,11 @@ from fastrlhf import reference
 from harness import Provider, copy_of
 
 PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
-_missing: dict[str, str] = {}  # "module.name" -> why it cannot be called here
+_missing: dict[str, str] = {}  # "module.name" -> import error
 
 
 def available() -> dict[str, str]:
-    """Package -> its version or "not installed"; function -> why it could not be imported."""
+    """Package -> version or "not installed"; function -> import error."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -34,7 +33,7 @@ def available() -> dict[str, str]:
 
 
 def _import(module: str, name: str):
-    """The function, or None; a peer that breaks at its import must not stop the others."""
+    """The function, or None if its import raises anything: a broken peer must not stop the others."""
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:
@@ -47,7 +46,7 @@ def _runs_triton(tensor) -> bool:
 
 
 def python_loop_gae(rewards, values, *, mask, gamma=1.0, lam=0.95, whiten=False):
-    """GAE step by step over [B, T], as TRL, verl and OpenRLHF run it. For masks without holes."""
+    """GAE as a Python loop over T on [B, T], as in TRL, verl and OpenRLHF. Masks must have no holes."""
     rewards, values = rewards * mask, values * mask
     last, steps = 0.0, rewards.shape[1]
     advantages = [None] * steps
@@ -66,7 +65,7 @@ def python_loop_gae(rewards, values, *, mask, gamma=1.0, lam=0.95, whiten=False)
 
 
 def python_loop_kl_gae(logprob, ref_logprob, score, values, *, beta, mask, **options):
-    """KL rewards with the score on the last token, then the loop. For masks without holes."""
+    """KL rewards with the score on the last token, then the loop. Masks must have no holes."""
     kl = (logprob - ref_logprob) * mask
     rewards = -beta * kl
     rows = torch.arange(mask.shape[0], device=mask.device)
@@ -81,7 +80,7 @@ def _cross_entropy(logits, targets, *, return_entropy):
 
 
 def _trl(logits, upcast):
-    # On a GPU its trainers take the kernel, whose import needs less than theirs.
+    # On a GPU the trainers call the kernel; importing it needs fewer packages than importing them.
     home = "trl.kernels" if logits.device.type == "cuda" else "trl.trainer.utils"
     with_entropy = _import(home, "selective_log_softmax_and_entropy")
     alone = _import(home, "selective_log_softmax") if home == "trl.trainer.utils" else with_entropy
@@ -97,11 +96,11 @@ def _trl(logits, upcast):
     return Provider(token_logprob)
 
 
-SEQUENCES = 8  # that Liger's layout has; where N is not a multiple of it, one
+SEQUENCES = 8  # B of Liger's [B, T + 1, V] layout; 1 if N is not a multiple of it
 
 
 def _with_a_row_between(logits):
-    """[N, V] -> [B, T + 1, V]: Liger scores T targets with the logits of T + 1 positions."""
+    """[N, V] -> [B, T + 1, V]: Liger takes logits at T + 1 positions for T targets."""
     sequences = SEQUENCES if len(logits) % SEQUENCES == 0 else 1
     return F.pad(logits.view(sequences, -1, logits.shape[-1]), (0, 0, 0, 1))
 
@@ -128,7 +127,7 @@ def _only(found):
 
 
 def token_logprob(logits, return_entropy):
-    """Name -> provider, of those that can be called here and give what is asked for."""
+    """Name -> provider that can run here and returns the requested outputs."""
     found = {} if return_entropy else {"F.cross_entropy": Provider(_cross_entropy)}
     found["TRL"] = _trl(logits, upcast=False)
     if logits.dtype != torch.float32 and logits.device.type == "cpu":
@@ -139,7 +138,7 @@ def token_logprob(logits, return_entropy):
 
 
 def _liger_grpo():
-    """Written over the logits, which is how Liger's trainer calls it; one advantage a sequence."""
+    """In place over the logits, as Liger's trainer calls it; one advantage per sequence."""
     function = _import("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
     if function is None:
         return None
@@ -151,7 +150,7 @@ def _liger_grpo():
             "logits": logits,
             "targets": rows(args["targets"]),
             "old_logprob": rows(args["old_logprob"]),
-            # `scale` is no argument of its: the advantage takes it.
+            # It has no `scale`; fold it into the advantages.
             "advantages": args["scale"] * rows(args["advantages"])[:, 0].contiguous(),
         }
 
@@ -168,9 +167,9 @@ def _liger_grpo():
 
 
 def _mean_alone(call):
-    """A cross entropy that gives the mean over rows, which is our sum at scale 1 / N: compared by its gradient.
+    """A cross entropy that returns the mean over rows, our sum at scale 1 / N. The gate compares its gradient.
 
-    `call(logits, targets)` writes over the logits, or may.
+    `call(logits, targets)` may overwrite the logits.
     """
     return Provider(
         lambda logits, targets, scale: call(logits, targets),
@@ -194,7 +193,7 @@ def _quack_cross_entropy():
 
 
 def token_loss(logits, policy):
-    """The clipped policy loss with the op's clip, or (`policy` false) the cross entropy."""
+    """The clipped policy loss, or the cross entropy if `policy` is 0."""
     on_gpu = _runs_triton(logits)
     if policy:
         return _only({"Liger, in place": _liger_grpo() if on_gpu else None})
@@ -208,10 +207,10 @@ def token_loss(logits, policy):
 
 
 def _heads(hidden):
-    """Name -> a function (hidden, weight, targets) -> log-prob of each row, without its logits."""
+    """Name -> function (hidden [N, H], weight [V, H], targets [N]) -> log-prob [N], without whole logits."""
     found = {}
     chunked = _import("trl.kernels", "ChunkedLogProbFunction")
-    if chunked is not None:  # with the chunk of 32,768 words that TRL's trainers set
+    if chunked is not None:  # 32768 columns per chunk, as TRL's trainers set
         found["TRL"] = lambda hidden, weight, targets: chunked.apply(
             hidden, weight, None, targets, 1.0, 32768
         )[0]
@@ -224,7 +223,7 @@ def _heads(hidden):
         )
     home = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
     scaled = _import(home, "LigerFusedLinearScaledCrossEntropyFunction")
-    if scaled is not None:  # its CuTe kernels, which need a package of NVIDIA's
+    if scaled is not None:  # CuTe kernels, which need an NVIDIA package
         found["Liger CuTe"] = lambda hidden, weight, targets: -scaled.apply(hidden, weight, targets)
     portable = _import(home, "_FusedLinearPPOFallbackFunction")
     if portable is not None:
@@ -236,7 +235,7 @@ def _heads(hidden):
 
 @contextlib.contextmanager
 def tf32():
-    """fp32 products on the tensor cores, operands rounded to TF32: on a GPU."""
+    """fp32 products on tensor cores with operands rounded to TF32 (GPU only)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -246,10 +245,10 @@ def tf32():
 
 
 def plain_heads(hidden):
-    """Name -> (head, what it runs within): the head in plain PyTorch on whole logits.
+    """Name -> (head in plain PyTorch on whole logits, its context manager).
 
-    Of 16-bit operands: the product in their type, and its logits cast; or, as an `fp32_lm_head` flag has it,
-    both operands cast.
+    16-bit operands: either multiply in their dtype and cast the logits to fp32, or cast both operands first (as an
+    `fp32_lm_head` flag does).
     """
 
     def whole(hidden, weight, targets):
@@ -268,7 +267,7 @@ def plain_heads(hidden):
 
 
 def linear_logprob(hidden, side_by_side=True):
-    """Other heads; `side_by_side`: of 16-bit operands the plain ones, too."""
+    """Third-party heads; with `side_by_side`, for 16-bit operands also the plain PyTorch heads."""
     found = {name: Provider(call) for name, call in _heads(hidden).items()}
     if side_by_side and hidden.dtype.itemsize == 2:
         for name, (head, within) in plain_heads(hidden).items():
@@ -277,7 +276,7 @@ def linear_logprob(hidden, side_by_side=True):
 
 
 def linear_cross_entropy(hidden, side_by_side=True):
-    """torch's own fused head, which torch has from 2.13 on, Liger's and quack's."""
+    """F.linear_cross_entropy (torch >= 2.13), Liger and quack."""
     found = {}
     if hasattr(F, "linear_cross_entropy"):
         chunking = torch.nn.LinearCrossEntropyOptions()
@@ -297,7 +296,7 @@ def linear_cross_entropy(hidden, side_by_side=True):
 
 
 def linear_ppo_loss(hidden, side_by_side=True):
-    """The loss in plain PyTorch on the heads of others and, `side_by_side`, on the plain ones."""
+    """The loss in plain PyTorch on third-party heads; with `side_by_side` also on the plain PyTorch heads."""
     found = {}
     for name, (head, within) in (plain_heads(hidden) if side_by_side else {}).items():
         found[name] = Provider(_with_ppo_loss(head), within=within)

@@ -1,26 +1,28 @@
-"""Time the ops of fastrlhf against eager PyTorch on this machine, and write what was measured.
+"""Time the ops of fastrlhf against eager PyTorch on this machine, and write a results file.
 
     python benchmarks/run.py [op ...] [--no-compile] [--quick] [--device cpu|cuda] [--out file.json]
 
-Each row: median, p20 and p80 of a call, how many times as fast as each other provider, bytes and FLOPs by
-the stated formula, the fraction of the floor (memory bandwidth or matrix product, as measured in this run,
-whichever takes longer), peak memory and what of it is beyond the returned tensors, the largest error of the
-first output and of each gradient against fp64, the largest as a share of its bar, and the backend that ran.
-On a GPU median_ms is the device's time, beside host_ms and graph_ms (`gpu_clock.py`); on a CPU `cold_ms` is
-that of a short call whose data are out of the caches, and the fraction of the floor is its.
+A row holds:
+    median_ms, p20_ms, p80_ms     time of a call; on a GPU device time (`gpu_clock.py`), with host_ms and graph_ms
+    cold_ms                       on a CPU, a short call with its data out of the caches
+    times_as_fast_as              speedup over each other provider
+    bytes, flops                  minimum work, by the formula in roofline_note
+    roofline_ms                   max(bytes / bandwidth, flops / GEMM rate), both measured in this run
+    fraction_of_roofline          roofline_ms / cold_ms if there is one, else roofline_ms / median_ms
+    peak_bytes, beyond_bytes      peak memory of a call; the part that is not in the returned tensors
+    error, gradient_errors        largest errors against fp64; error_share_of_bar: the largest over its bar
 
-Where the environment holds FASTRLHF_UNTIL (seconds since 1970) no case starts after it, and the file is written
-after each case: a run that is killed leaves what it has measured.
+The gate comes first: a wrong result gets no median_ms, and `ungated` gives the reason. The time of a third-party
+provider that fails the gate is kept apart as `ungated_ms`. The exit status is 1 if a result of ours is wrong, if
+one of our calls exceeds its memory limit, or if a row is faster than its roofline, which is then wrong itself.
 
-A result that is wrong gets no number: the row says in `ungated` why, and the time of another's stands in
-`ungated_ms`. The exit status is 1 where it is ours, where we hold too much memory, and where a row is faster
-than its floor, for then the floor is none.
+If FASTRLHF_UNTIL (seconds since the epoch) is set, no case starts after it, and the file is rewritten after each
+case, so a run that is killed keeps its results.
 """
 
 import argparse
 import datetime
 import gc
-import importlib
 import json
 import os
 import shutil
@@ -30,61 +32,33 @@ import time
 from pathlib import Path
 
 import bench_dispatch
-import numpy as np
+import bench_pack
 import torch
-import torch._functorch.config
 from rich.console import Console
 from rich.table import Table
 
 import gpu_clock
 import peers
-from cases import CPU, GATE, GPU, LISTS, QUICK, WARM_UP, capped
-from floor import Ceilings, measure_floor
+from cases import CPU, GPU, LISTS, QUICK, WARM_UP, capped
 from gpu import slug
-from harness import (
-    cold_times,
-    directions,
-    errors,
-    machine,
-    memory,
-    plain,
-    prepare,
-    providers,
-    quantiles,
-    step,
-    times,
-)
+from harness import cold_times, directions, machine, memory, plain, quantiles, step, times
+from registry import gated, makers
+from roofline import Ceilings, measure_roofline
 
-MODULES = (
-    "bench_token_logprob",
-    "bench_token_loss",
-    "bench_linear_logprob",
-    "bench_sequence_ops",
-    "bench_losses",
-)
 RESULTS = Path(__file__).resolve().parent / "results"
-
-
 MEMORY = ("peak_bytes", "beyond_bytes")
-NOISE = 1.1  # a share of the floor above this is a wrong floor
+NOISE = 1.1  # a larger fraction of the roofline means that the roofline is wrong
 
 
-def bench_op(case, make, device, floor, compiled, pace=1.0, at_size=None):
-    """Rows of one case: each provider, forward, backward where asked for, and both together.
-
-    On a GPU the gate compares at the timed size (`at_size`), on a CPU at that of GATE. `pace` shortens the
-    time spent.
-    """
+def bench_op(case, make, device, roofline, compiled, pace=1.0, at_size=None):
+    """Rows of one case: every provider in every direction. `at_size`: see registry.gated. `pace` scales the time."""
     if compiled:
         torch._dynamo.reset()
-    ceilings = Ceilings.of(floor, case.dtype)
-    at_size = device == "cuda" if at_size is None else at_size
-    problem = prepare(make(case, device))
-    gate = problem if at_size else prepare(make(capped(case, GATE), device))
-    found = providers(problem, compiled)
-    shares = errors(gate, found if at_size else providers(gate, compiled))
-    reasons = ungated(shares, gate.raised)
-    # The time of a wrong result of ours is nobody's business; another's is kept apart from the others.
+    ceilings = Ceilings.of(roofline, case.dtype)
+    checked = gated(case, make, device, compiled, at_size)
+    problem, found, gate = checked.problem, checked.providers, checked.gate
+    shares, reasons = checked.shares, checked.rejected
+    # A wrong third-party result is still timed, as `ungated_ms`; a wrong one of ours is not.
     runs = {
         n: p for n, p in found.items() if n not in gate.raised and (shares[n] <= 1 or not p.ours)
     }
@@ -101,7 +75,7 @@ def bench_op(case, make, device, floor, compiled, pace=1.0, at_size=None):
         for name, seconds in beside.items():
             ceilings.raise_to(yardsticks[name], seconds)
         right = {name: m["median_ms"] for name, m in measured.items() if name not in reasons}
-        floor_ms = ceilings.floor_ms(moved, flops)
+        roofline_ms = ceilings.roofline_ms(moved, flops)
         for name, provider in found.items():
             if direction != "forward" and provider.forward_only:
                 continue
@@ -115,8 +89,8 @@ def bench_op(case, make, device, floor, compiled, pace=1.0, at_size=None):
                 "error_share_of_bar": shares[name],
                 "bytes": moved,
                 "flops": flops,
-                "floor_ms": floor_ms,
-                "floor": problem.floor_note,
+                "roofline_ms": roofline_ms,
+                "roofline_note": problem.roofline_note,
                 **gate.seen.get(name, {}),
             }
             if name in gate.raised or name in stopped:
@@ -129,7 +103,7 @@ def bench_op(case, make, device, floor, compiled, pace=1.0, at_size=None):
             elif name in measured:
                 row |= measured[name]
                 if not row.get("in_cache"):
-                    row["fraction_of_floor"] = floor_ms / row.get("cold_ms", row["median_ms"])
+                    row["fraction_of_roofline"] = roofline_ms / row.get("cold_ms", row["median_ms"])
                 row["times_as_fast_as"] = {
                     other: ms / row["median_ms"] for other, ms in right.items() if other != name
                 }
@@ -141,19 +115,8 @@ def bench_op(case, make, device, floor, compiled, pace=1.0, at_size=None):
     return rows
 
 
-def ungated(shares, raised):
-    """Provider -> why its result is not taken for right, of those whose is not."""
-    found = {}
-    for name, share in shares.items():
-        if name in raised:
-            found[name] = raised[name]
-        elif not share <= 1:
-            found[name] = f"its error is {share:.3g} of the bar"
-    return found
-
-
 def started(problem, timed, direction):
-    """(Provider -> its step, run once; provider -> the error that it gave instead)."""
+    """(Provider -> its step after a first run, provider -> the error of that run)."""
     steps, stopped = {}, {}
     for name, provider in timed.items():
         try:
@@ -166,10 +129,10 @@ def started(problem, timed, direction):
 
 
 def measure_direction(problem, timed, steps, direction, yardsticks, device, seconds):
-    """(Provider -> what to say of its times and memory, yardstick -> seconds), in turns."""
+    """(Provider -> times and memory, yardstick -> seconds), sampled round-robin."""
     work = {name: y.call for name, y in yardsticks.items()}
     if device == "cuda":
-        # One that is no ceiling is a small op of ours, which events do not time: it has rows of its own.
+        # The other yardsticks are small ops of ours, too short for events; they have rows of their own.
         work = {n: call for n, call in work.items() if yardsticks[n].bytes or yardsticks[n].flops}
         measured = gpu_clock.measure(problem, timed, steps, direction, seconds)
         beside = times(work, device, seconds / 4) if work else {}
@@ -185,26 +148,21 @@ def measure_direction(problem, timed, steps, direction, yardsticks, device, seco
 
 
 def stopped(case, error):
-    """The row of a case that could not be timed at all."""
+    """The row of a case that failed as a whole."""
     row = {"op": case.op, "case": case.name, "dtype": case.dtype, "direction": "all"}
     row |= {"provider": "all", "ours": True, "error_share_of_bar": float("inf")}
     return row | {"raised": f"{type(error).__name__}: {error}"}
 
 
-def bench_pack(case):
-    """The sequence packer, C++ against its Python reference at a hundredth of the size."""
-    from fastrlhf.train import packing
-
-    lengths = np.random.default_rng(0).integers(1, 2049, case.sizes["n"])
-    few, budget = lengths[: max(len(lengths) // 100, 1)], case.sizes["max_tokens"]
-    expected = packing.pack_reference(few, budget, 1)
-    same = [b.tolist() for b in packing.pack(few, budget)] == [b.tolist() for b in expected]
+def pack_rows(case):
+    """The row of the sequence packer."""
+    provider, call, reason = bench_pack.problem(case)
     row = {"op": "pack", "case": case.name, "dtype": "int64", "direction": "forward"}
-    row |= {"provider": "cpu" if packing._C else "reference", "ours": True}
-    row |= {"error_share_of_bar": 0.0 if same else float("inf")}
-    if same:
-        row |= quantiles(times({"pack": lambda: packing.pack(lengths, budget)}, "cpu", 2.0)["pack"])
-    return [row]
+    row |= {"provider": provider, "ours": True}
+    row |= {"error_share_of_bar": float("inf") if reason else 0.0}
+    if reason:
+        return [row | {"raised": reason}]
+    return [row | quantiles(times({"pack": call}, "cpu", 2.0)["pack"])]
 
 
 def show(console, rows):
@@ -215,10 +173,10 @@ def show(console, rows):
         "provider",
         "median ms",
         "host ms",
-        "x eager",
-        "of floor",
+        "speedup over eager",
+        "of roofline",
         "peak MB",
-        "error",
+        "error / bar",
     )
     for row in rows:
         right = "median_ms" in row
@@ -232,7 +190,7 @@ def show(console, rows):
             f"{row['median_ms']:.3f}" if right else verdict(row),
             f"{host:.3f}" if host else "",
             f"{times_eager:.2f}" if times_eager else "",
-            f"{row['fraction_of_floor']:.0%}" if "fraction_of_floor" in row else "",
+            f"{row['fraction_of_roofline']:.0%}" if "fraction_of_roofline" in row else "",
             f"{row['peak_bytes'] / 1e6:.2f}" if "peak_bytes" in row else "",
             f"{row['error_share_of_bar']:.2f}",
         )
@@ -240,24 +198,24 @@ def show(console, rows):
 
 
 def failures(rows, quick=False):
-    """What makes the run a failure, one line each: a wrong result of ours, too much memory, a wrong floor."""
+    """Reasons for exit status 1, a line each: a wrong result of ours, too much memory, a wrong roofline."""
     lines = []
     for row in rows:
         what = f"{row['op']} {row['case']} {row['direction']} {row['provider']}"
         if row["ours"] and "median_ms" not in row:
-            error = row.get("raised", f"error {row['error_share_of_bar']:.2f} of the bar")
+            error = row.get("raised", f"error is {row['error_share_of_bar']:.2f} times the bar")
             lines.append(f"WRONG: {what}: {error}")
         if row.get("peak_bytes", 0) > row.get("peak_limit_bytes", float("inf")):
             limit = row["peak_limit_bytes"]
             lines.append(f"MEMORY: {what}: {row['peak_bytes']} bytes, allowed {limit}")
-        if row.get("fraction_of_floor", 0) > NOISE and not quick:  # of tiny shapes means nothing
-            share = row["fraction_of_floor"]
-            lines.append(f"FLOOR: {what}: {share:.0%} of a floor that is therefore none")
+        if row.get("fraction_of_roofline", 0) > NOISE and not quick:  # meaningless for tiny shapes
+            share = row["fraction_of_roofline"]
+            lines.append(f"ROOFLINE: {what}: {share:.0%} of the roofline, which is therefore wrong")
     return lines
 
 
 def scratch(out):
-    """A fresh file beside `out`, which takes its place in whole; OSError before anything is measured."""
+    """A temporary file next to `out`, renamed to it at the end. OSError if it cannot be created."""
     if out.is_dir():
         raise IsADirectoryError(21, "expected a file, got a directory", str(out))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -268,17 +226,25 @@ def scratch(out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("ops", nargs="*", help="which ops; none given: all")
+    parser.add_argument("ops", nargs="*", help="ops to time; default: all")
     parser.add_argument(
-        "--no-compile", action="store_true", help="leave out torch.compile of eager"
+        "--no-compile", action="store_true", help="do not time torch.compile(eager)"
     )
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: does the harness run")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny shapes, to see the harness run; the numbers mean nothing",
+    )
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[0])
-    parser.add_argument("--list", choices=LISTS, help="which cases; default: all of the device")
-    parser.add_argument("--pace", type=float, default=1.0, help="share of the usual time a case")
+    parser.add_argument("--list", choices=LISTS, help="list of cases; default: all of the device")
     parser.add_argument(
-        "--warm-up", action="store_true", help="run each provider once on few rows, time nothing"
+        "--pace", type=float, default=1.0, help="factor on the time spent on a case"
+    )
+    parser.add_argument(
+        "--warm-up",
+        action="store_true",
+        help="compile: run each provider once on few rows; times nothing",
     )
     parser.add_argument(
         "--out", type=Path, help="default: benchmarks/results/<machine>-<date>.json"
@@ -312,56 +278,44 @@ def main():
         unfinished.unlink(missing_ok=True)
 
 
-def makers():
-    """Op -> what makes its problems."""
-    found = {}
-    for module in MODULES:
-        found |= importlib.import_module(module).PROBLEMS
-    return found
-
-
 def warm_up(cases, device, quick):
-    """Runs every provider of every case once on few rows: Triton compiles, nothing is timed."""
+    """Run every provider of every case once on few rows, so that Triton compiles. Times nothing."""
     made = makers()
     for case in cases:
         case = capped(case, QUICK if quick else WARM_UP)
         if case.op == "pack":
             continue
         try:
-            problem = prepare(made[case.op](case, device))
-            shares = errors(problem, providers(problem, compiled=False))
-            reasons = ungated(shares, problem.raised)
-            print(f"{case.op} {case.name}: {len(shares)} providers", reasons or "")
-        except Exception as error:  # the run that follows will say so of the whole case
+            checked = gated(case, made[case.op], device, compiled=False, at_size=True)
+            print(f"{case.op} {case.name}: {len(checked.shares)} providers", checked.rejected or "")
+        except Exception as error:  # the timed run reports it
             print(f"{case.op} {case.name}: {type(error).__name__}: {error}")
     return 0
 
 
 def measure(arguments, cases, facts, date, unfinished, out=None):
-    """Times the cases, prints them, writes the document to `unfinished` if given; the exit status."""
+    """Time the cases, print them, write the results to `unfinished` if given. Returns the exit status."""
     console, start = Console(width=150), time.perf_counter()
-    # The backward is timed on one graph again and again, which inductor would otherwise forbid.
-    torch._functorch.config.donated_buffer = False
     until = float(os.environ.get("FASTRLHF_UNTIL") or "inf")
-    floor = measure_floor(arguments.device, arguments.quick, min(1.0, arguments.pace))
-    rates = ", ".join(f"{name} {rate:.3g}" for name, rate in floor.items())
+    roofline = measure_roofline(arguments.device, arguments.quick, min(1.0, arguments.pace))
+    rates = ", ".join(f"{name} {rate:.3g}" for name, rate in roofline.items())
     console.print(f"{facts['name']}, {facts['threads']} threads, torch {facts['torch']}: {rates}")
     if facts["load_average"] > 0.5:
         load = facts["load_average"]
         console.print(
-            f"load average {load:.1f}: other work is running, do not trust or commit this"
+            f"load average {load:.1f}: other processes are running; do not commit these results"
         )
     command = " ".join(["python", "benchmarks/run.py", *sys.argv[1:]])
     document = {"date": date, "device": arguments.device, "command": command}
     document |= {"quick": arguments.quick, "list": arguments.list or arguments.device}
-    # Only a whole list of cases can say which backend is the fastest: tests/ops/test_dispatch.py.
-    document["cold"] = True  # short calls have cold_ms, and their share of the floor is its
+    document["cold"] = True  # fractions of the roofline are those of cold calls
+    # tests/ops/test_dispatch.py takes the order of the backends from whole runs only.
     document["whole"] = not (arguments.ops or arguments.list or arguments.quick)
-    document |= {"seconds": 0.0, "machine": facts, "peers": {}, "floor": floor}
+    document |= {"seconds": 0.0, "machine": facts, "peers": {}, "roofline": roofline}
     document |= {"not_run": [], "rows": []}
     rows, made = document["rows"], makers()
     if arguments.device == "cuda":
-        gc.freeze()  # what the imports made is not looked through again between cases
+        gc.freeze()  # gc.collect() between cases skips the objects of the imports
 
     def write(path):
         document["seconds"] = round(time.perf_counter() - start, 1)
@@ -374,16 +328,16 @@ def measure(arguments, cases, facts, date, unfinished, out=None):
             continue
         case = capped(case, QUICK) if arguments.quick else case
         if case.op == "pack":
-            new = bench_pack(case)
+            new = pack_rows(case)
         else:
             compiled = not arguments.no_compile
             options = {"at_size": True} if arguments.list else {}
             try:
                 make = made[case.op]
                 new = bench_op(
-                    case, make, arguments.device, floor, compiled, arguments.pace, **options
+                    case, make, arguments.device, roofline, compiled, arguments.pace, **options
                 )
-            except Exception as error:  # the other cases are still worth their numbers
+            except Exception as error:  # go on with the other cases
                 new = [stopped(case, error)]
         if arguments.device == "cuda":
             gc.collect()
@@ -399,9 +353,9 @@ def measure(arguments, cases, facts, date, unfinished, out=None):
 
     show(console, rows)
     for missing in document["not_run"]:
-        console.print(f"NOT RUN, no time was left: {missing}", soft_wrap=True)
+        console.print(f"NOT RUN, no time left: {missing}", soft_wrap=True)
     if document["whole"]:
-        document["host_ratios"] = bench_dispatch.alone(console.print)
+        document["dispatch_ratios"] = bench_dispatch.alone(console.print)
     if unfinished is not None:
         write(unfinished)
     lines = failures(rows, arguments.quick)
@@ -411,7 +365,7 @@ def measure(arguments, cases, facts, date, unfinished, out=None):
 
 
 def verdict(row):
-    """What stands in the place of a time."""
+    """Printed in place of a time."""
     return "WRONG" if row["ours"] else "ungated"
 
 

@@ -1,12 +1,11 @@
-"""Reads the machine code of NVIDIA GPUs: control flow, loops, instructions on a way.
+"""Parse SASS, the machine code of NVIDIA GPUs: control flow, loops, instructions on a path.
 
-`Code` cuts a function into basic blocks and finds its loops: a loop is the natural loop of its back edges in the
-control-flow graph, so a block that the assembler puts behind the function still belongs to the loop that it returns to,
-and a block in the middle that never returns does not. Blocks that only a `BRA.DIV` reaches (a warp whose threads have
-come apart) are left out.
+`Code` splits a function into basic blocks and finds its natural loops in the control-flow graph. A block that the
+assembler placed after the function therefore belongs to the loop that it branches back to, and a block in the middle
+that never branches back does not. Blocks that only a `BRA.DIV` reaches (a diverged warp) are ignored.
 
-What is counted is what a warp issues: instructions whose predicate is off count, as do those of the uniform datapath
-(they take the same issue slots); NOPs do not. A call counts its callee.
+Counts are instructions that a warp issues. Predicated-off instructions and those of the uniform datapath count, since
+they take issue slots; NOPs do not. A call counts its callee.
 """
 
 import re
@@ -20,16 +19,16 @@ UNREADABLE = {
     "BRX": "an indirect branch",
     "JMX": "an indirect branch",
     "BRXU": "an indirect branch",
-    "UBLKCP": "a bulk copy, whose bytes the instruction does not tell",
-    "UTMALDG": "a tensor copy, whose bytes the instruction does not tell",
+    "UBLKCP": "a bulk copy, whose size is not in the instruction",
+    "UTMALDG": "a tensor copy, whose size is not in the instruction",
 }
 
 
-SHORT = 4  # instructions of a way around a block that make it one that may be skipped
+SHORT = 4  # a block can be skipped if the path around it has at most this many instructions
 
 
 class SassError(ValueError):
-    """The code holds something that this reader cannot count."""
+    """The code contains something that cannot be counted."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Instruction:
 
     @property
     def conditional(self) -> bool:
-        """Control may pass on to the next instruction."""
+        """True if control may fall through to the next instruction."""
         on = self.predicate not in ("", "PT", "UPT")
         if self.name == "BRA":
             return on or "," in self.operands or bool({"DIV", "CONV"} & set(self.modifiers))
@@ -62,7 +61,7 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Bytes that a thread moves by this load or store; LDGSTS: by the copy."""
+        """Bytes per thread of a load, store or LDGSTS copy."""
         for word, size in (("128", 16), ("64", 8), ("U16", 2), ("S16", 2), ("U8", 1), ("S8", 1)):
             if word in self.modifiers:
                 return size
@@ -70,7 +69,7 @@ class Instruction:
 
 
 def parse(text: str) -> list[Instruction]:
-    """The instructions of one function from lines of cuobjdump --dump-sass."""
+    """The instructions of one function in the output of cuobjdump --dump-sass."""
     found = []
     for line in text.splitlines():
         match = LINE.match(line)
@@ -81,12 +80,12 @@ def parse(text: str) -> list[Instruction]:
 
 
 def is_uniform(i: Instruction) -> bool:
-    """Of the uniform datapath."""
+    """True for the uniform datapath."""
     return i.name[0] == "U" or i.name in ("R2UR", "VOTEU", "S2UR")
 
 
 def shifts(instructions: list[Instruction]) -> int:
-    """Instructions that move data by a distance known at run time."""
+    """Number of shifts and permutations by a register."""
     count = 0
     for i in instructions:
         words = [w.strip() for w in i.operands.split(",")]
@@ -96,7 +95,7 @@ def shifts(instructions: list[Instruction]) -> int:
 
 
 def loads_in_flight(instructions: list[Instruction]) -> int:
-    """16-byte loads from global memory that a pass issues before it needs what one of them brings; copies all count."""
+    """16-byte global loads that a pass issues before it uses the result of one; all LDGSTS copies count."""
     most = 0
     starts = [n for n, i in enumerate(instructions) if i.name == "LDG" and i.bytes == 16]
     for start in starts:
@@ -115,16 +114,16 @@ def loads_in_flight(instructions: list[Instruction]) -> int:
 
 @dataclass(frozen=True)
 class Way:
-    """What one pass through a loop, or one run of a function, issues."""
+    """The instructions that one pass through a loop, or one run of a function, issues."""
 
     instructions: list[Instruction]
-    count: int  # of them, callees included
-    end: int  # the last block
+    count: int  # of instructions, callees included
+    end: int  # last block
 
 
 @dataclass
 class Loop:
-    """Blocks of a natural loop; `own` without those of the loops inside it."""
+    """A natural loop. `own`: its blocks without those of inner loops."""
 
     header: int
     body: set[int]
@@ -155,7 +154,7 @@ class Code:
     # ---- graph
 
     def _flow(self, n: int, barriers: dict[str, frozenset[int]]) -> list[int]:
-        """Instructions that may follow instruction n; `barriers`: where each convergence barrier leads."""
+        """Indices of possible successors of instruction n. `barriers`: targets of each convergence barrier."""
         i = self.instructions[n]
         following = [n + 1] if n + 1 < len(self.instructions) else []
         if i.name in NO_SUCCESSOR:
@@ -172,7 +171,7 @@ class Code:
         return following
 
     def _instruction_graph(self) -> list[list[int]]:
-        """Successors of each reachable instruction. A BSYNC goes where the BSSYs that reach it say."""
+        """Successors of each reachable instruction. A BSYNC goes to the targets of the BSSYs that reach it."""
         graph: list[list[int]] = [[] for _ in self.instructions]
         state: list[dict | None] = [None] * len(graph)
         state[0] = {}
@@ -198,7 +197,7 @@ class Code:
         return graph
 
     def _cut(self) -> None:
-        """Basic blocks, numbered by their first instruction; only reachable ones."""
+        """Find the reachable basic blocks, keyed by the index of their first instruction."""
         graph, reached = self.successors_of, self.reached
         entries = Counter(m for n, to in enumerate(graph) if reached[n] for m in to)
         leaders = {0}
@@ -225,7 +224,7 @@ class Code:
                 self.previous[t].append(b)
 
     def _dominate(self) -> None:
-        """Blocks in reverse post-order, and the dominators of each."""
+        """Order the blocks in reverse post-order and compute their dominators."""
         order, seen, stack = [], {0}, [(0, iter(self.next[0]))]
         while stack:
             block, rest = stack[-1]
@@ -253,7 +252,7 @@ class Code:
 
     @cached_property
     def loops(self) -> list[Loop]:
-        """Natural loops, outer ones first; loops of one header are one."""
+        """Natural loops, outer ones first; loops with the same header are merged."""
         place = {b: n for n, b in enumerate(self.order)}
         found: dict[int, Loop] = {}
         for b in self.order:
@@ -269,7 +268,7 @@ class Code:
                             work += self.previous[n]
                 elif place[h] <= place[b]:
                     raise SassError(
-                        f"{self.blocks[h][0].address:#x}: a loop of two entries, no natural loop"
+                        f"{self.blocks[h][0].address:#x}: a loop with two entries is not a natural loop"
                     )
         ordered = sorted(found.values(), key=lambda loop: -len(loop.body))
         for n, loop in enumerate(ordered):
@@ -280,8 +279,8 @@ class Code:
         return ordered
 
     def once(self, rank) -> Loop:
-        """The function outside its loops, as a loop that runs once: from the entry to the exit where the way ends that
-        `rank` wants most (see `path`)."""
+        """The code outside all loops, as a loop that runs once: from the entry to the exit of the path that `rank`
+        prefers (see `path`)."""
         ends = {b for b in self.order if not self.next[b]}
         whole = Loop(0, set(self.order), ends, [loop for loop in self.loops if loop.outer is None])
         whole.latches = {self.longest(whole, rank).end}
@@ -307,22 +306,21 @@ class Code:
         return len(seen)
 
     def sure(self, loop: Loop) -> list[int]:
-        """Blocks that every pass of the loop comes through, in their order."""
+        """Blocks on every pass of the loop, in order."""
         common = set.intersection(*(self.dominators[latch] for latch in loop.latches))
         return [b for b in self.order if b in common & loop.body]
 
     def path(self, loop: Loop, rank) -> "Way":
-        """A way from the loop's header to a latch; inner loops are passed over and cost nothing.
+        """The preferred path from the loop's header to a latch. Inner loops are stepped over at no cost.
 
-        `rank`: block -> (shun, want). Of all ways the one with the fewest instructions of blocks to shun, then with the
-        most that is wanted, then with the fewest instructions that it could pass by, then the longest: where a branch
-        has two sides, the longer one counts. A block can be passed by if a way around it of at most SHORT instructions
-        joins the two blocks that it lies between and that every pass comes through.
+        `rank`: block -> (shun, want). Minimize instructions in shunned blocks, then maximize `want`, then minimize
+        instructions in skippable blocks, then maximize length, so that the longer side of a branch counts. A block is
+        skippable if a path around it of at most SHORT instructions connects the mandatory blocks before and after it.
         """
         return self._search(loop, rank, self._skippable(loop))
 
     def longest(self, loop: Loop, rank) -> "Way":
-        """The same, but the longest way: nothing is passed by."""
+        """As `path`, with no block skipped."""
         return self._search(loop, rank, set())
 
     def _search(self, loop: Loop, rank, skippable: set[int]) -> "Way":
@@ -357,7 +355,7 @@ class Code:
         )
 
     def _nodes(self, loop: Loop) -> list[int]:
-        """Blocks of the loop, an inner loop as its header alone, each behind those that lead to it."""
+        """Blocks of the loop in topological order; an inner loop is represented by its header."""
         inside = set().union(*(inner.body - {inner.header} for inner in loop.inner), set())
         return [b for b in self.order if b in loop.body - inside]
 
@@ -369,7 +367,7 @@ class Code:
                     yield entry.get(t, t)
 
     def _skippable(self, loop: Loop) -> set[int]:
-        """Blocks that a pass may go around by a short way."""
+        """Blocks that a short path bypasses."""
         entry = {b: inner.header for inner in loop.inner for b in inner.body}
         sure, nodes = self.sure(loop), self._nodes(loop)
         found = set()

@@ -1,14 +1,14 @@
-"""What CUDA's plan of the linear ops moves, holds and waits for, beside a budget, without a GPU.
+"""Memory traffic, peak memory, launches and host syncs of the linear ops on CUDA, against budgets, without a GPU.
 
-Runs each op forward and backward on meta tensors at full size inside `FakeGpu` (fake_gpu.py says what is counted) and
-prints measured / budget; exits with 1 where something is over. `make traffic`; tests/kernels/test_traffic.py
-holds the table.
+Runs each op forward and backward on full-size meta tensors inside `FakeGpu` (see fake_gpu.py for what is counted) and
+prints measured / budget. The exit status is 1 if a budget is exceeded. `make traffic`; tests/kernels/test_traffic.py
+checks the table.
 
-Columns: bytes a logit of the R rows that count: what the first GEMM writes and everything beside the GEMMs, but for
-operands, dX and dW. dW: bytes an element, in GEMMs (in fp32 4 for the first, 8 for each that adds) and beside them (6
-for the final cast). dX: beside the GEMMs. Workspace: memory for logits and dlogits, MiB. Beyond: the most memory that
-is live at a time, without operands and returned gradients, GB. Largest: the largest tensor that is made (dW in fp32).
-Launches: of any kind. Syncs: how often the host waits.
+Columns: B/logit: bytes per logit of the unmasked rows, i.e. the write of the first GEMM and all traffic outside the
+GEMMs except operands, dX and dW. dW GEMMs B: bytes per element of dW inside GEMMs (fp32: 4 for the first, 8 for each
+that accumulates). dW B, dX B: bytes per element outside GEMMs (6 for the final cast of dW). workspace MiB: peak memory
+of logits and dlogits. beyond GB: peak live memory without operands and returned gradients. largest GB: the largest
+allocation (dW in fp32). launches: GEMMs and all other operations. syncs: host waits for the device.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class Found(NamedTuple):
 
 
 class Case(NamedTuple):
-    """`rows`: that count, of N. `loss`: called with a `Problem` and options. `budget`: no field may be above it."""
+    """`rows`: unmasked rows of N. `loss`: called with a `Problem` and `options`. `budget`: upper bounds."""
 
     name: str
     loss: Callable
@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
 
 class Problem:
-    """N rows on meta."""
+    """Arguments with N rows on the meta device."""
 
     def __init__(self, case: Case, n: int, h: int, v: int):
         options = {"dtype": case.dtype, "device": "meta", "requires_grad": case.backward}
@@ -117,7 +117,7 @@ CASES = [
     Case(
         "linear_ppo_loss into fp32", _ppo, Found(10.01, 16, 0, 6, 1536, 3.0, 1.08, 28, 0), into=True
     ),
-    # Adding the bias reads and writes the logits once more, its gradient reads dlogits.
+    # Adding the bias reads and writes the logits again; its gradient reads dlogits.
     Case("linear_ppo_loss, bias", _ppo, Found(20.02, 12, 6, 6, 1536, 3.0, 2.11, 44, 0), bias=True),
     # In fp32 dlogits overwrite the logits.
     Case(
@@ -178,15 +178,15 @@ def measure(case: Case, n: int = N, h: int = H, v: int = V) -> Found:
             out.backward(torch.empty_like(out))
     gradients = [x.grad for x in (problem.hidden, problem.weight) if x.grad is not None]
     returned = sum(x.numel() * x.element_size() for x in gradients)
-    a_row = [
+    outside = [
         sum(size for _, *both in gpu.passes_over(kind) for size in both)
         for kind in ("weight", "hidden")
     ]
     return Found(
         gpu.bytes_a_logit(case.rows),
         gpu.gemm_moved["weight"] / (v * h),
-        a_row[0] / (v * h),
-        a_row[1] / (n * h),
+        outside[0] / (v * h),
+        outside[1] / (n * h),
         gpu.peak_of["logits"] / MIB,
         (gpu.peak - returned) / GB,
         gpu.largest / GB,
@@ -196,7 +196,7 @@ def measure(case: Case, n: int = N, h: int = H, v: int = V) -> Found:
 
 
 def over(found: Found, budget: Found) -> list[str]:
-    """The fields above their budget."""
+    """The fields that exceed their budget."""
     pairs = zip(Found._fields, found, budget, strict=True)
     return [
         f"{name}: {is_:.4g}, {allowed:g} allowed" for name, is_, allowed in pairs if is_ > allowed
@@ -209,7 +209,7 @@ def _cell(value) -> str:
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
     only = parser.parse_args(arguments).only
     titles = (
         "B/logit",
@@ -222,7 +222,7 @@ def main(arguments=None) -> int:
         "launches",
         "syncs",
     )
-    print(f"{N} x {H} x {V}: measured / budget; bf16 where nothing else is said\n")
+    print(f"{N} x {H} x {V}: measured / budget; bf16 unless noted\n")
     print("| op | " + " | ".join(titles) + " |\n|---|" + "---|" * len(titles))
     bad = []
     for case in CASES:

@@ -1,24 +1,23 @@
-"""A whole PPO update of a ~1B Llama, with four heads side by side: time, peak memory, the largest batch that fits.
+"""Time, peak memory and largest batch of a whole PPO update of a 1B Llama, with four heads side by side.
 
     python benchmarks/update.py --out update.json [--tiny] [--device cpu|cuda] [--dtype bfloat16|float32]
 
-The model is random, built from a config: trunk with gradient checkpointing in bf16, tied embeddings, rows of
-2048 tokens. An update is forward, loss, backward, clipping of the gradient's norm and a step of AdamW. The
-heads get the same hidden states:
+The model is random, built from a config: bf16 with gradient checkpointing, tied embeddings, sequences of 2048
+tokens. An update is forward, loss, backward, gradient-norm clipping and an AdamW step. The heads take the same
+hidden states:
 
-    linear_ppo_loss   hidden states -> loss, logits by chunks in fp32
-    token_loss        16-bit logits by the model's own product -> loss, its gradient written over the logits
-    bf16 head         16-bit logits, cast to fp32, log-softmax and loss in plain PyTorch
-    fp32 head         the same with both operands of the product cast to fp32, as an fp32_lm_head flag has it
+    linear_ppo_loss   hidden states -> loss; fp32 logits chunk by chunk
+    token_loss        16-bit logits of a plain matrix product -> loss; the gradient overwrites the logits
+    bf16 head         16-bit logits cast to fp32, log-softmax and loss in plain PyTorch
+    fp32 head         as the bf16 head, with both operands of the product cast to fp32 (an fp32_lm_head flag)
 
-"trunk alone" (no head, no loss) is what they have in common. First the gate: loss and gradients of a small
-batch against the fp32 head's; a head that fails it gets no time, and the exit status is 1, as where an update
-breaks off. A head whose update does not fit says so in its row. The largest batch is looked for by doubling,
-then by halving the gap to within an eighth. --tiny: a model and batches of some hundred tokens, which a CPU
-runs in seconds.
+"trunk alone" has neither head nor loss and gives the shared cost. The gate compares loss and gradients of a small
+batch with those of the fp32 head. A head that fails gets no time. The exit status is 1 if a head fails the gate or
+an update raises. Running out of memory is a result. The search for the largest batch doubles, then bisects to
+within an eighth. --tiny: a model and batches of a few hundred tokens, seconds on a CPU.
 
-Where the environment holds FASTRLHF_UNTIL (seconds since 1970) nothing starts that would not end before it; the
-file is written anew after each row.
+If FASTRLHF_UNTIL (seconds since the epoch) is set, nothing starts that would not finish before it. The file is
+rewritten after each row.
 """
 
 import argparse
@@ -44,7 +43,7 @@ from fastrlhf import reference
 from harness import machine, peak_bytes, plain
 
 CLIP = 0.2
-NOISE = 0.05  # of the old log-probs: the ratios are 1 +- 0.05, so that few tokens lie near the clip
+NOISE = 0.05  # on the old log-probs: ratios are 1 +- 0.05, far from the clip at 1 +- 0.2
 
 
 @dataclass
@@ -54,10 +53,8 @@ class Setup:
     config: dict
     row: int  # tokens of a sequence
     gate: int  # tokens of the gate's batch
-    tokens: dict[
-        int, int
-    ]  # of a timed batch -> updates that are timed, after one that is not if several
-    most: int  # tokens of the largest batch that is tried
+    tokens: dict[int, int]  # of a timed batch -> timed updates; several follow a warm-up
+    most: int  # tokens of the largest batch to try
 
     def model(self, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
         torch.manual_seed(0)
@@ -70,7 +67,7 @@ class Setup:
         with torch.device(device):
             model = LlamaForCausalLM(config).to(dtype)
         model.train()
-        # The first name is transformers' from 5.24 on.
+        # transformers >= 5.24 has the first name.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         next(getattr(model, name) for name in names if hasattr(model, name))(
             {"use_reentrant": False}
@@ -110,7 +107,7 @@ TINY = Setup(
 
 @dataclass
 class Batch:
-    """[B, T] tokens, the targets of each position, and what PPO wants to know of them."""
+    """tokens, targets, old_logprob, advantages, each [B, T]."""
 
     tokens: Tensor
     targets: Tensor
@@ -119,7 +116,7 @@ class Batch:
 
     @classmethod
     def draw(cls, count: int, setup: Setup, device: str) -> "Batch":
-        """`count` tokens, at least one row. The old policy knows nothing: -log V, with noise."""
+        """`count` tokens, at least one sequence. The old policy is uniform: log-prob -log V, plus noise."""
         vocab = setup.config["vocab_size"]
         generator = torch.Generator(device).manual_seed(count)
         shape = max(count // setup.row, 1), setup.row
@@ -133,7 +130,7 @@ class Batch:
 
     @torch.no_grad()
     def of(self, model: LlamaForCausalLM) -> "Batch":
-        """The same with the model itself as the old policy, with noise: no ratio is far from 1."""
+        """The same batch with the model itself, plus noise, as the old policy: all ratios are near 1."""
         hidden = model.model(self.tokens, use_cache=False).last_hidden_state
         logits = F.linear(hidden.float(), model.lm_head.weight.float())
         logprob = logits.log_softmax(-1).gather(-1, self.targets.unsqueeze(-1)).squeeze(-1)
@@ -187,19 +184,19 @@ TRUNK = "trunk alone"
 
 
 def exact(head: str, dtype: torch.dtype) -> bool:
-    """Whether the head's logits are fp32's."""
+    """True if the head computes logits in fp32."""
     if head == "token_loss":
-        return dtype == torch.float32  # its logits are the model's
+        return dtype == torch.float32  # its logits have the dtype of the model
     return head != "bf16 head"
 
 
 def bars(head: str, dtype: torch.dtype) -> dict[str, float]:
-    """Largest distances from the fp32 head that rounding explains; those of gradients relative to their norm.
+    """Largest distances from the fp32 head that rounding explains; gradients: relative to their norm.
 
-    Exact heads: the order of fp32 sums, and in bf16 the gradients of the two roundings that it tips over, and
-    of an attention whose backward adds in any order. Else a logit of size 4 is rounded by up to 2^-7, which
-    moves a ratio near 1 as much, and the mean over the tokens by less than a quarter of it; each bf16 gradient
-    (2^-9) is rounded again in every layer.
+    Exact heads differ by the order of fp32 sums; in bf16 that flips a rounding of dX and dW, and the backward of
+    attention adds in no fixed order. For the others, rounding a logit of size 4 to bf16 is off by up to 2^-7. A
+    ratio near 1 moves by as much, the mean over tokens by less than a quarter of it. Every layer rounds its bf16
+    gradient (2^-9) again.
     """
     if exact(head, dtype):
         gradients = 1e-2 if dtype == torch.bfloat16 else 1e-4
@@ -208,7 +205,7 @@ def bars(head: str, dtype: torch.dtype) -> dict[str, float]:
 
 
 def forward(model: LlamaForCausalLM, head: Head | None, batch: Batch) -> Tensor:
-    """The loss; without a head something that has gradients."""
+    """The loss; without a head, a scalar that reaches every trunk parameter."""
     hidden = model.model(batch.tokens, use_cache=False).last_hidden_state
     if head is None:
         return hidden.mean(dtype=torch.float32)
@@ -216,33 +213,34 @@ def forward(model: LlamaForCausalLM, head: Head | None, batch: Batch) -> Tensor:
 
 
 def gate(model: LlamaForCausalLM, setup: Setup) -> dict[str, dict]:
-    """Head -> loss, gradient norm, distances from the fp32 head and their bars; `wrong` where one is passed."""
+    """Head -> loss, gradient_norm, distance (from the fp32 head), bars, and `wrong` if a distance exceeds its bar."""
     batch = Batch.draw(setup.gate, setup, str(model.device)).of(model)
     loss, truth = _gradients(model, HEADS[TRUTH], batch)
     found = {}
     for name, head in HEADS.items():
         try:
             own_loss, own = _gradients(model, head, batch)
-        except Exception as error:  # the others are still worth their numbers
+        except Exception as error:  # go on with the other heads
             model.zero_grad(set_to_none=True)
             found[name] = {"wrong": f"{type(error).__name__}: {error}"}
             continue
-        away = {part: _distance(own[part], truth[part]) for part in truth} | {
-            "loss": abs(own_loss - loss)
-        }
+        distance = {part: _distance(own[part], truth[part]) for part in truth}
+        distance["loss"] = abs(own_loss - loss)
         norm = math.hypot(*(_norm(grads) for grads in own.values()))
-        found[name] = {"loss": own_loss, "gradient_norm": norm, "distance": away}
+        found[name] = {"loss": own_loss, "gradient_norm": norm, "distance": distance}
         found[name]["bars"] = most = bars(name, model.dtype)
-        passed = [
-            f"{part} is {away[part]:.3g} away" for part in most if not away[part] <= most[part]
+        wrong = [
+            f"distance of the {part} is {distance[part]:.3g}, allowed {most[part]:.3g}"
+            for part in most
+            if not distance[part] <= most[part]  # NaN too
         ]
-        if passed:
-            found[name]["wrong"] = ", ".join(passed)
+        if wrong:
+            found[name]["wrong"] = ", ".join(wrong)
     return found
 
 
 def _gradients(model, head, batch) -> tuple[float, dict[str, list[Tensor]]]:
-    """(loss, the gradients of the head's weight, which is the embedding's as well, and of the trunk)."""
+    """(loss, gradients of "head", the weight that it shares with the embedding, and of "trunk")."""
     loss = forward(model, head, batch)
     loss.backward()
     parts: dict[str, list[Tensor]] = {"head": [], "trunk": []}
@@ -262,15 +260,15 @@ def _distance(grads: list[Tensor], truth: list[Tensor]) -> float:
 
 
 class Runner:
-    """Updates of one model, each head in turn; remembers what fitted and how long it took."""
+    """Runs updates of one model with any head; records which batches fit, and their speed."""
 
     def __init__(self, model: LlamaForCausalLM, setup: Setup, until: float = math.inf):
         self.model, self.setup, self.until = model, setup, until
         self.device = model.device.type
         fused = self.device == "cuda"
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=fused)
-        self.fitted: dict[tuple[str, int], bool | None] = {}  # None: another error
-        self.rate: dict[str, float] = {}  # head -> seconds a token, of its largest batch so far
+        self.fitted: dict[tuple[str, int], bool | None] = {}  # None: it raised something else
+        self.rate: dict[str, float] = {}  # head -> seconds per token of its latest batch
 
     def update(self, head: Head | None, batch: Batch) -> None:
         forward(self.model, head, batch).backward()
@@ -279,16 +277,15 @@ class Runner:
         self.optimizer.zero_grad(set_to_none=True)
 
     def row(self, name: str, tokens: int, updates: int) -> dict:
-        """Time and memory of `updates` updates; `fits`: False where memory ran out; `raised`: another error."""
+        """Time and memory of `updates` updates; `fits` is False if memory ran out, `raised` is another error."""
         row = {"head": name, "tokens": tokens}
         if self.late(name, tokens, updates + (updates > 1)):
             return row | {"not_run": "no time was left"}
         measured, raised = None, ""
         try:
             measured = self._measured(HEADS.get(name), tokens, updates)
-        except (
-            Exception
-        ) as error:  # its text alone: the error holds the frames, and these the tensors
+        except Exception as error:
+            # Keep only the text: the exception holds the frames, and the frames hold the tensors.
             raised = "" if _out_of_memory(error) else f"{type(error).__name__}: {error}"
         if measured is None:
             self.optimizer.zero_grad(set_to_none=True)
@@ -302,7 +299,7 @@ class Runner:
         return row | {"fits": True, "tokens_per_s": tokens / measured["seconds"]} | measured
 
     def late(self, name: str, tokens: int, updates: int) -> bool:
-        """Whether so many updates would probably not end before `until`."""
+        """True if `updates` updates would probably not finish before `until`."""
         rate = self.rate.get(name, max(self.rate.values(), default=0.0))
         return time.time() + 1.2 * rate * tokens * updates > self.until
 
@@ -328,7 +325,7 @@ class Runner:
         return found | {"beyond_bytes": peak_bytes(lambda: self.update(head, batch), "cpu")}
 
     def fits(self, name: str, tokens: int) -> bool | None:
-        """Whether one update does; None: there is no time left to see, or it broke off."""
+        """Whether one update fits; None if no time is left to try, or if it raised."""
         if (name, tokens) not in self.fitted and "not_run" in self.row(name, tokens, 1):
             return None
         return self.fitted[name, tokens]
@@ -339,9 +336,9 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def largest(fits: Callable[[int], bool | None], first: int, most: int, row: int) -> dict:
-    """The largest batch that fits: doubling from `first` up to `most`, then halving the gap to an eighth.
+    """The largest batch that fits, in tokens: double from `first` up to `most`, then bisect to within an eighth.
 
-    {"tokens": the largest that fitted, "does_not_fit": the least that did not, "untried": where time ended}.
+    {"tokens": largest that fits, "does_not_fit": smallest that does not, "untried": size at which time ran out}.
     """
     good, bad, count = 0, None, first
     while count <= most and bad is None:
@@ -360,7 +357,7 @@ def largest(fits: Callable[[int], bool | None], first: int, most: int, row: int)
 
 
 def bench(setup: Setup, device: str, dtype: torch.dtype, write: Callable[[dict], None]) -> int:
-    """Gate, timings, largest batches; `write` gets the document after each. 1 where a head is wrong."""
+    """Gate, timings, largest batches; `write` receives the document after each. Returns the exit status."""
     model = setup.model(device, dtype)
     document = {
         "date": datetime.date.today().isoformat(),
@@ -371,35 +368,59 @@ def bench(setup: Setup, device: str, dtype: torch.dtype, write: Callable[[dict],
     document |= {"machine": machine(device), "model": {**setup.config, "parameters": count}}
     document |= {"row": setup.row, "gate": gate(model, setup), "rows": [], "largest": {}}
     write(document)
+    print(LEGEND, flush=True)
+    print("\ngate", flush=True)
     for name, found in document["gate"].items():
-        print(
-            f"gate {name:<16} {found.get('wrong') or 'right'} {found.get('distance', '')}",
-            flush=True,
-        )
+        print(gate_line(name, found), flush=True)
     right = [name for name, found in document["gate"].items() if "wrong" not in found]
     runner = Runner(model, setup, float(os.environ.get("FASTRLHF_UNTIL") or "inf"))
+    print(f"\n{COLUMNS}", flush=True)
     for tokens, updates in setup.tokens.items():
         for name in (TRUNK, *(n for n in HEADS if n in right)):
             document["rows"].append(row := runner.row(name, tokens, updates))
-            print(told(row), flush=True)
+            print(row_line(row), flush=True)
             write(document)
+    print("\nlargest batch", flush=True)
     for name in (n for n in HEADS if n in right):
         found = largest(
             lambda n, name=name: runner.fits(name, n), min(setup.tokens), setup.most, setup.row
         )
         document["largest"][name] = found
-        print(f"largest batch {name:<16} {found}", flush=True)
+        print(largest_line(name, found), flush=True)
         write(document)
     broken = [row for row in document["rows"] if "raised" in row]
     return int(len(right) < len(HEADS) or bool(broken))
 
 
-def told(row: dict) -> str:
-    start = f"{row['tokens']:>8} tokens {row['head']:<16}"
+LEGEND = """\
+gate: distance of the loss (absolute) and of the gradients (relative, 2-norm) from those of the fp32 head
+s: median time of an update; tokens/s: tokens of the batch over it
+peak MB: most memory that torch's allocator held; beyond MB: without what was held before the update (weights,
+    optimizer state), and on a CPU the only one that is measured
+largest batch: tokens of the largest batch that fits, and of the smallest that does not"""
+COLUMNS = f"{'tokens':>8} {'head':<16} {'s':>9} {'tokens/s':>10} {'peak MB':>9} {'beyond MB':>9}"
+
+
+def gate_line(name: str, found: dict) -> str:
+    distances = ", ".join(f"{part} {x:.2g}" for part, x in found.get("distance", {}).items())
+    return f"{name:<16} {found.get('wrong') or 'passed'}" + f" ({distances})" * bool(distances)
+
+
+def row_line(row: dict) -> str:
+    start = f"{row['tokens']:>8} {row['head']:<16}"
     if not row.get("fits"):
         return f"{start} {row.get('not_run') or row.get('raised') or 'does not fit'}"
-    memory = row.get("peak_bytes", row["beyond_bytes"]) / 1e6
-    return f"{start} {row['seconds']:9.3f} s {row['tokens_per_s']:10.0f} tokens/s {memory:8.0f} MB"
+    peak = f"{row['peak_bytes'] / 1e6:9.0f}" if "peak_bytes" in row else f"{'-':>9}"
+    beyond = row["beyond_bytes"] / 1e6
+    return f"{start} {row['seconds']:9.3f} {row['tokens_per_s']:10.0f} {peak} {beyond:9.0f}"
+
+
+def largest_line(name: str, found: dict) -> str:
+    if found["does_not_fit"] is not None:
+        end = f"{found['does_not_fit']} do not fit"
+    else:
+        end = "no larger batch was tried" + ", no time left" * ("untried" in found)
+    return f"{name:<16} {found['tokens']:>8} tokens; {end}"
 
 
 def main() -> int:
@@ -410,7 +431,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a tiny model and few tokens")
     parser.add_argument("--out", type=Path, default=Path("build/gpu/update.json"))
     arguments = parser.parse_args()
-    # Read when CUDA first allocates: batches of growing size would else leave holes.
+    # Read at the first CUDA allocation. Without it, batches of growing size fragment the memory.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if arguments.out.is_dir():
         parser.error(f"--out {arguments.out}: expected a file, got a directory")

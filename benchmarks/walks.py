@@ -1,33 +1,33 @@
-"""Instructions a logit: what the loops that walk a row of logits issue, weighted by their share of the row.
+"""Instructions per logit: the instructions of the loops over a row of logits, weighted by their share of the row.
 
-A **walker** is a loop (or straight code) that moves logits: from global memory (LDG), into shared memory (LDGSTS), from
-the shared memory that such copies filled (LDS), or back to global memory (STG). What one pass of it takes a thread
-follows from the bytes of its loads and stores: 16 bytes are 8 logits of 16 bits or 4 of 32. A gradient may be stored
-in another size than its logits have. Accesses of another size
-under the opposite predicate are another way to the same logits. Where a pass holds fewer exponentials than its loads
-would need (misaligned rows are read by overlapping vectors), the exponentials say how many logits it takes.
+A **walker** is a loop, or straight code, that moves logits: from global memory (LDG), into shared memory (LDGSTS),
+from shared memory that such copies filled (LDS), or to global memory (STG). The sizes of its loads and stores give the
+logits per thread and pass: 16 bytes are 8 logits of 16 bits or 4 of 32. A gradient may have another size than its
+logits. Accesses of another size under the opposite predicate are an alternative for the same logits. If a pass has
+fewer exponentials than its loads need (misaligned rows are read by overlapping vectors), the exponentials give the
+number of logits.
 
-The walkers of a kernel fall into **phases**, each of which walks the whole row: `copy` (LDGSTS alone), `maximum` (loads
-and no exponential), `statistics` (loads and exponentials), `gradient` (loads, exponentials and stores), `scaling` (the
-same without exponentials). `zero` (stores alone: rows without a gradient) is not counted, nor is a phase that the table
-leaves out.
+Walkers belong to **phases**, each of which covers the whole row: `copy` (LDGSTS only), `maximum` (loads, no
+exponentials), `statistics` (loads and exponentials), `gradient` (loads, exponentials, stores), `scaling` (loads and
+stores). `zero` (stores only: rows without a gradient) and phases that the table omits are not counted.
 
-**Cost of a pass**: the longest way through it, though without single elements where it can do without them. Of two
-sides of a branch the longer one counts; blocks that a pass may go around (a rescaling where the maximum moved) count
-and are reported as `rare`; an inner loop is a walker of its own. A loop around walkers (the stages of a copy) costs the
-way that goes around what it can, as often as it runs.
+**Cost of a pass**: the longest path through it, without single-element blocks where these can be avoided. The longer
+side of a branch counts. Blocks that a pass can bypass (a rescaling when the maximum moves) count and are reported as
+`rare`. An inner loop is a walker of its own. A loop around walkers (the stages of a copy) costs its path outside them,
+times its trip count.
 
-**Shares.** Within a phase the walker with the largest pass takes all whole passes that a row has, the next one of the
-rest, and so on; code whose accesses are conditional (a masked last tile) takes a pass that is not full and pays for a
-whole one. What no vector covers is left to walkers of single elements. How a row is divided is said by the kernel's
-`Division`. Two walkers that could take the same share are alternatives if neither can come after the other, and the
-dearer one counts; if one can, both count. Walkers of misaligned rows are told by their shifts of data (SHF.W, PRMT by a
-register, overlapping loads) or by single elements, many a pass, beside walkers that move vectors; a row that is aligned
-does not use them, and one that is not uses no others where there are such. A kernel may have walkers of its own for
-**far** rows, whose logits are so large that the common way loses digits; where its `Phase` says so, those with one
-multiplication more a logit than the others are left out, and those that compare and take no exponentials. Code outside
-all walkers (a row's beginning and end, and loops around walkers that run once a row) is reported as `rest` and is in no
-budget.
+**Shares.** Within a phase, the walker with the largest pass takes as many full passes as the row has, the next one
+takes full passes of the rest, and so on. Code with conditional accesses (a masked last tile) takes a partial pass and
+pays for a full one. What no vector covers goes to walkers of single elements. The kernel's `Division` says how its
+threads divide a row. If two walkers could take the same share and neither can follow the other, they are alternatives
+and the more expensive one counts; otherwise both count.
+
+Walkers for misaligned rows are recognized by shifts (SHF.W, PRMT by a register, overlapping loads) or by many single
+elements per pass next to walkers that move vectors. Aligned rows do not use them; misaligned rows use nothing else if
+there are any. A kernel may have separate walkers for **far** rows, whose logits are so large that the common code
+loses digits. If its `Phase` says so, walkers with one more multiplication per logit than the others, and those with
+comparisons but no exponentials, are left out. Code outside all walkers (begin and end of a row, and loops around
+walkers that run once per row) is reported as `rest` and has no budget.
 """
 
 from collections import Counter
@@ -43,31 +43,31 @@ GLOBAL_LOADS, COPIES, SHARED_LOADS, STORES = "LDG", "LDGSTS", "LDS", "STG"
 class Division:
     """How a kernel divides a row of V logits.
 
-    `lanes`: threads that share a row. Tiles: a pass of `unit` threads takes consecutive logits, and the row is divided
-    by passes. Otherwise 16-byte vectors are dealt to the lanes in turn. `pieces`: how often a loop around the walkers
-    runs in a row (None: there is none); vectors are dealt anew in each.
+    `lanes`: threads per row. With `tiles`, a pass of `unit` threads takes consecutive logits, and the row is divided
+    into passes. Otherwise 16-byte vectors are assigned to the lanes cyclically. `pieces`: trip count of a loop around
+    the walkers (None: no such loop); the assignment restarts in each iteration.
     """
 
     lanes: int
     tiles: bool = False
     unit: int = 32
     pieces: int | None = None
-    # The last tile of a row where no loop with conditional accesses takes it. "padded": it is filled up and taken as a
-    # whole one. "guarded": of two loops that take as much a pass, the dearer one takes it and nothing else.
+    # The last tile, if no loop with conditional accesses takes it. "padded": processed as a full tile. "guarded": of
+    # two loops with equal passes, the more expensive one takes the last tile and nothing else.
     last: str = ""
-    # The whole code outside loops is a walker: a thread takes what it loads there and ends.
+    # The code outside all loops is one walker: a thread processes what it loads there and exits.
     straight: bool = False
 
 
 @dataclass(frozen=True)
 class Phase:
-    ex2: int  # exponentials that a logit needs
+    ex2: int  # exponentials per logit
     division: Division
     far: bool = False  # the kernel has walkers for far rows
 
 
 def logits_moved(instructions: list[Instruction], kind: str, size: int, least: int) -> int:
-    """Logits of `size` bytes that a pass moves by instructions `kind` of at least `least` bytes."""
+    """Logits of `size` bytes that a pass moves with instructions `kind` of at least `least` bytes."""
     of: dict[str, Counter] = {}
     for i in instructions:
         if i.name == kind and i.bytes >= least:
@@ -82,7 +82,7 @@ def logits_moved(instructions: list[Instruction], kind: str, size: int, least: i
 
 
 def rank_of(code: Code, loop: Loop, moved: Callable) -> Callable:
-    """For Code.path: the way that moves most logits is wanted, and single elements are shunned beside vectors."""
+    """`rank` for Code.path: prefer the path that moves most logits; shun single elements where vectors exist."""
     wide = {b: sum(moved(code.blocks[b], 2).values()) for b in loop.own}
     vectors = any(wide.values())
 
@@ -99,12 +99,12 @@ class Walker:
     way: Way
     size: int
     phase: str
-    take: int  # logits a thread and pass
+    take: int  # logits per thread and pass
     rare: int
-    partial: bool  # may take fewer than `take`
+    partial: bool  # may process fewer than `take`
     narrow: bool  # single elements from or to global memory
     misaligned: bool
-    singles: bool  # nothing but single elements, many a pass
+    singles: bool  # only single elements, many per pass
     address: int
 
     @property
@@ -121,7 +121,7 @@ class Walker:
 
     @property
     def products(self) -> float:
-        """Multiplications a logit, beside those that also add."""
+        """Multiplications per logit, without fused multiply-adds."""
         return sum(i.name in ("FMUL", "DMUL") for i in self.way.instructions) / self.take
 
     @property
@@ -136,14 +136,14 @@ def exponentials(way: Way) -> int:
 def walker(
     code: Code, loop: Loop, size: int, phases: dict[str, Phase], on_chip: bool, stored: int
 ) -> Walker | None:
-    """The loop as a walker of logits of `size` bytes, `stored` once written, or None where it moves none."""
+    """The loop as a walker of logits of `size` bytes (`stored` bytes in the gradient); None if it moves none."""
     sizes = dict.fromkeys((GLOBAL_LOADS, COPIES, SHARED_LOADS), size) | {STORES: stored}
     kinds = {GLOBAL_LOADS: size, COPIES: 4, STORES: stored} | (
         {SHARED_LOADS: size} if on_chip else {}
     )
 
     def moved(instructions, least=0):
-        """Logits by kind, in accesses of `least` logits or more."""
+        """Logits by kind of instruction, in accesses of at least `least` logits."""
         return {
             k: logits_moved(instructions, k, sizes[k], max(kinds[k], least * sizes[k]))
             for k in kinds
@@ -155,7 +155,7 @@ def walker(
     if not any(of.values()):
         return None
     from_vectors = logits_moved(way.instructions, SHARED_LOADS, size, 16) if on_chip else 0
-    if from_vectors:  # and what else is read there are a block's sums
+    if from_vectors:  # other reads of shared memory are partial sums of a block
         of[SHARED_LOADS] = from_vectors
     wide = moved(way.instructions, 2)
     loads = max(of.get(k, 0) for k in (GLOBAL_LOADS, COPIES, SHARED_LOADS))
@@ -167,26 +167,26 @@ def walker(
         phase, take = "copy", of[COPIES]
     else:
         phase = "statistics" if found else "maximum"
-        # A block's sums also lie in shared memory: they are not read by vectors.
+        # Partial sums of a block are also in shared memory, but are not read by vectors.
         if not found and not of[GLOBAL_LOADS] and not from_vectors:
             return None
     ex2 = phases[phase].ex2 if phase in phases else 0
     if found < ex2 * take:
-        # Vectors that overlap, or shared memory that holds no logits (the partial sums of a block).
+        # Overlapping vectors, or shared memory without logits (partial sums of a block).
         if of.get(SHARED_LOADS) and (found < ex2 * 16 // size or not any(wide.values())):
             return None
         granule = 16 // size if any(wide.values()) else 1
         less = found // ex2 // granule * granule
         if less == 0:
             raise SassError(
-                f"loop at {code.blocks[loop.header][0].address:#x} ({phase}) moves {take} logits a"
-                f" pass with {found} exponentials, and a logit needs {ex2}"
+                f"loop at {code.blocks[loop.header][0].address:#x} ({phase}) moves {take} logits per"
+                f" pass with {found} exponentials; a logit needs {ex2}"
             )
         overlapping, take = True, less
     sure, least = set(code.sure(loop)), dict(kinds)
     if from_vectors:
         least[SHARED_LOADS] = 16
-    if phase != "copy":  # copies beside reads of shared memory are those of a later pass
+    if phase != "copy":  # copies next to reads of shared memory prefetch a later pass
         del least[COPIES]
     access = [
         (b, i)
@@ -195,7 +195,7 @@ def walker(
         if i.name in least and i.bytes >= least[i.name]
     ]
     vectors = any(wide.values())
-    # What shared memory holds is always read by vectors.
+    # Logits in shared memory are always read by vectors.
     from_global = any(v for k, v in wide.items() if k != SHARED_LOADS)
     stores_singles = of[STORES] > 0 and not wide[STORES]
     return Walker(
@@ -215,24 +215,26 @@ def walker(
 
 @dataclass
 class Figure:
-    """Per logit of one row: issued instructions, and of them exponentials and other MUFU."""
+    """Per logit of one row: issued instructions, of which exponentials and other MUFU."""
 
     instructions: float = 0.0
     ex2: float = 0.0
     mufu: float = 0.0
-    rare: float = 0.0  # of the instructions, those in blocks that a pass may go around
-    uniform: float = 0.0  # of the instructions, those of the uniform datapath
+    rare: float = 0.0  # instructions in blocks that a pass can bypass
+    uniform: float = 0.0  # instructions of the uniform datapath
     parts: list[tuple[str, float, Walker]] = field(default_factory=list)  # phase, logits, walker
-    unused: list[Walker] = field(default_factory=list)  # of the phases, by such a row
+    unused: list[Walker] = field(
+        default_factory=list
+    )  # walkers of the phases that this row does not use
 
     @property
     def in_flight(self) -> int:
-        """16-byte loads in flight in the walker that takes most of the row from global memory."""
+        """16-byte loads in flight in the walker that reads most of the row from global memory."""
         shares = [(logits, w.in_flight) for _, logits, w in self.parts if w.in_flight]
         return max(shares, default=(0, 0))[1]
 
     def add(self, w: Walker, phase: str, passes: float, logits: float, width: int) -> None:
-        """`passes`: of single threads, over the row."""
+        """`passes`: total over the threads of the row."""
         for name, count in (
             ("instructions", w.way.count),
             ("ex2", w.ex2),
@@ -258,10 +260,9 @@ def walkers(code: Code, size: int, phases: dict[str, Phase], stored: int) -> lis
 
 
 def straight_vectors(code: Code, size: int) -> list[Loop]:
-    """Code outside all loops that loads a vector of logits or more (a last tile), as loops of one pass.
+    """Code outside all loops that loads at least a vector of logits (e.g. a last tile), as loops with one pass.
 
-    Such a pass is the block with the loads and all that is reached through it alone, up to the next block that every
-    run comes through.
+    A pass is the block with the loads and all blocks that it dominates, up to the next block that every run executes.
     """
     sure = code.sure(code.once(lambda b: (False, 0)))
     inside = set().union(*(loop.body for loop in code.loops), set())
@@ -283,7 +284,7 @@ def straight_vectors(code: Code, size: int) -> list[Loop]:
 
 
 def follows(code: Code, first: Loop, second: Loop) -> bool:
-    """Control can come from one loop to the other without leaving an outer loop that holds both."""
+    """True if control can reach `second` from `first` without leaving an outer loop of both."""
     around = first.outer.body if first.outer is not None and second.outer is first.outer else None
     seen, work = set(), [t for b in first.body for t in code.next[b] if t not in first.body]
     while work:
@@ -297,7 +298,7 @@ def follows(code: Code, first: Loop, second: Loop) -> bool:
 
 
 def chosen(code: Code, group: list[Walker]) -> list[Walker]:
-    """Of walkers that could take the same share: all that can follow each other, or the dearest."""
+    """Of walkers that could take the same share: all that can follow each other, else the most expensive."""
     in_turn = [
         w
         for w in group
@@ -310,7 +311,7 @@ def chosen(code: Code, group: list[Walker]) -> list[Walker]:
 
 
 def candidates(found: list[Walker], phase: str, far: bool, aligned: bool) -> list[Walker]:
-    """The walkers of a phase that a row of this alignment uses."""
+    """The walkers of a phase that a row with this alignment uses."""
     of = [w for w in found if w.phase == phase]
     if far and phase in ("maximum", "scaling"):
         return []
@@ -326,7 +327,7 @@ def candidates(found: list[Walker], phase: str, far: bool, aligned: bool) -> lis
 
 
 def by_take(group: list[Walker]) -> list[list[Walker]]:
-    """Groups of walkers that could take the same share, the largest pass first, vectors before single elements."""
+    """Groups of walkers that could take the same share: vectors first, then single elements, by descending pass."""
     keys = sorted({(w.narrow, -w.take, w.partial) for w in group})
     return [[w for w in group if (w.narrow, -w.take, w.partial) == key] for key in keys]
 
@@ -339,9 +340,9 @@ def count_row(
     aligned: bool = True,
     stored: int | None = None,
 ) -> Figure:
-    """The figure of one row of `width` logits of `size` bytes over the phases named.
+    """The figure of one row of `width` logits of `size` bytes over `phases`.
 
-    `stored`: bytes of a logit's gradient, where they are not `size`.
+    `stored`: bytes per element of the gradient (default: `size`).
     """
     found = walkers(code, size, phases, stored or size)
     figure = Figure()
@@ -378,7 +379,7 @@ def share_by_tiles(code, figure, phase, group, width, division):
             rest -= logits
     used = [w for of, _, w in figure.parts if of == phase]
     share_of_loops_around(code, figure, phase, used, width, division)
-    # A head and a tail of less than a vector each may be left to code outside the loops.
+    # Less than a vector at each end may be left to code outside the loops.
     if rest >= 16 // group[0].size:
         raise SassError(f"{phase}: no loop takes the last {rest} of {width} logits")
 
@@ -398,7 +399,7 @@ def share_by_vectors(code, figure, phase, group, width, division):
             for w in chosen(code, same):
                 figure.add(w, phase, passes * count, passes * same[0].take * count, width)
             rest -= passes * same[0].take
-        for w in around:  # once a piece, whatever is left to it
+        for w in around:  # once per piece, for the rest
             figure.add(w, phase, count, rest * count, width)
             rest -= min(rest, w.take)
         if rest:
@@ -408,7 +409,7 @@ def share_by_vectors(code, figure, phase, group, width, division):
 
 
 def share_of_loops_around(code, figure, phase, used, width, division, counted=()):
-    """Adds what loops around walkers cost themselves, at every depth, where they run more than once a row."""
+    """Add the own cost of loops around walkers, at every depth, if they run more than once per row."""
     around, work = {}, [w.loop.outer for w in used]
     while work:
         loop = work.pop()
@@ -416,9 +417,9 @@ def share_of_loops_around(code, figure, phase, used, width, division, counted=()
             around[id(loop)] = loop
             work.append(loop.outer)
     if around and division.pieces is None:
-        raise SassError(f"{phase}: a loop around the walkers; how often it runs is not said")
+        raise SassError(f"{phase}: a loop around the walkers has no trip count (Division.pieces)")
     for loop in around.values():
-        # A loop that moves logits itself is a walker, whose passes were counted.
+        # A loop that moves logits is a walker itself, and counted as one.
         is_walker = any(loop is w.loop for w in used) or any(loop is c for c in counted)
         if division.pieces > 1 and not is_walker:
             way = code.path(loop, lambda b: (False, 0))
@@ -428,9 +429,9 @@ def share_of_loops_around(code, figure, phase, used, width, division, counted=()
 def count_rest(
     code: Code, figure: Figure, phases: dict[str, Phase], threads: int, width: int
 ) -> float:
-    """Instructions a logit outside the walkers, in `threads` threads a row.
+    """Instructions per logit outside the walkers, with `threads` threads per row.
 
-    A loop around a walker that runs once is among it. Loops that move no logits (a block's sums) are left out.
+    Includes loops around walkers that run once. Excludes loops that move no logits (reductions within a block).
     """
 
     def plain(block):

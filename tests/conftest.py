@@ -62,11 +62,12 @@ def harness(monkeypatch):
         "bench_linear_logprob",
         "blocks",
         "cases",
-        "floor",
-        "gemm_bits",
+        "gemm_bitwise",
+        "roofline",
         "gpu_clock",
         "harness",
         "peers",
+        "registry",
         "run",
     ):
         sys.modules.pop(name, None)

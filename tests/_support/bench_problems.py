@@ -1,4 +1,4 @@
-"""Small problems of benchmarks/, for the tests of it; `harness` is the fixture of that name."""
+"""Small problems for the tests of benchmarks/. `harness` is the fixture of that name."""
 
 import importlib
 from pathlib import Path

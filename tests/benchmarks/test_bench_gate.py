@@ -1,5 +1,6 @@
-"""The gate before the benchmarks' clock: a wrong result gets no number, whatever is wrong with it."""
+"""The correctness gate of the benchmarks: a wrong result gets no time."""
 
+import importlib
 import re
 
 import pytest
@@ -70,15 +71,15 @@ def test_wrong_provider_gets_no_number(harness, monkeypatch):
         wrong = lambda **args: 2 * found["eager"].call(**args)  # noqa: E731
         return {**found, "broken": module.Provider(wrong)}
 
-    monkeypatch.setattr(run, "providers", with_broken)
-    floor = {"copy_bytes_per_s": 1e10, "gemm_float32_flop_per_s": 1e11}
+    monkeypatch.setattr(module, "providers", with_broken)
+    roofline = {"copy_bytes_per_s": 1e10, "gemm_float32_flop_per_s": 1e11}
     make = lambda *args: problem_with_little_time(bench_losses.ranking_loss(*args))  # noqa: E731
-    rows = run.bench_op(case, make, "cpu", floor, compiled=False)
+    rows = run.bench_op(case, make, "cpu", roofline, compiled=False)
     timed = {row["provider"] for row in rows if "median_ms" in row}
     assert "broken" not in timed and "eager" in timed
-    # Its time is kept apart, with the reason; no other row is compared with it.
+    # Its time is kept apart, with the reason; no speedup refers to it.
     (broken,) = [r for r in rows if (r["provider"], r["direction"]) == ("broken", "forward")]
-    assert broken["ungated_ms"] > 0 and "of the bar" in broken["ungated"]
+    assert broken["ungated_ms"] > 0 and "times the bar" in broken["ungated"]
     assert all("broken" not in row.get("times_as_fast_as", {}) for row in rows)
 
 
@@ -92,23 +93,25 @@ def result_of(*shape, value=0.0):
         (result_of(8, value=float("nan")), "not finite"),
         (result_of(8, value=float("inf")), "not finite"),
         (result_of(7), r"the shapes \[\(7,\)\]; expected \[\(8,\)\]"),
-        (result_of(), r"the shapes \[\(\)\]"),  # what would broadcast
+        (result_of(), r"the shapes \[\(\)\]"),  # would broadcast
         (result_of(8, 1), "shapes"),
     ],
 )
 def test_the_gate_refuses_nan_and_other_shapes(harness, result, reason):
-    module, cases, _, run = harness
+    module, cases, _, _ = harness
     _, make = token_problem(harness)
     problem = module.prepare(make(cases.Case("token_logprob", "t", "float32", SIZES), "cpu"))
     found = {"eager": module.providers(problem, compiled=False)["eager"]}
     found["peer"] = module.Provider(result, forward_only=True)
     shares = module.errors(problem, found)
     assert shares["peer"] == float("inf") and shares["eager"] <= 1
-    assert re.search(reason, run.ungated(shares, problem.raised)["peer"])
+    assert re.search(
+        reason, importlib.import_module("registry").rejected(shares, problem.raised)["peer"]
+    )
 
 
-def test_the_gate_samples_rows_of_independent_ones_and_looks_at_all(harness, monkeypatch):
-    """The truth is that of SAMPLED_ROWS rows; a NaN or a wrong count elsewhere shows all the same."""
+def test_the_gate_samples_independent_rows_and_checks_shapes_and_nan_on_all(harness, monkeypatch):
+    """Values are compared on SAMPLED_ROWS rows; a NaN or a wrong shape elsewhere is found as well."""
     module, cases, _, _ = harness
     _, make = token_problem(harness)
     monkeypatch.setattr(module, "SAMPLED_ROWS", 3)
@@ -134,7 +137,7 @@ def test_the_gate_samples_rows_of_independent_ones_and_looks_at_all(harness, mon
     assert shares["cpu" if "cpu" in shares else "eager"] <= 1
 
 
-def test_a_provider_that_writes_over_its_inputs_has_its_own(harness):
+def test_a_provider_that_overwrites_its_inputs_gets_a_copy(harness):
     module, cases, _, _ = harness
     _, make = token_problem(harness)
     problem = module.prepare(make(cases.Case("token_logprob", "t", "float32", SIZES), "cpu"))
@@ -151,7 +154,7 @@ def test_a_provider_that_writes_over_its_inputs_has_its_own(harness):
     assert torch.equal(problem.args["logits"], before)
 
 
-def test_peers_that_do_not_import_are_told_and_stop_nothing(harness, monkeypatch):
+def test_peers_that_fail_to_import_are_reported_and_skipped(harness, monkeypatch):
     import peers
 
     monkeypatch.setattr(peers, "_runs_triton", lambda tensor: True)
@@ -164,13 +167,13 @@ def test_peers_that_do_not_import_are_told_and_stop_nothing(harness, monkeypatch
     assert set(peers.token_logprob(logits, False)) == {"F.cross_entropy"}
     assert set(peers.token_loss(logits, 0)) == {"F.cross_entropy"}
     assert peers.token_loss(logits, 1) == {} and peers.linear_logprob(logits) == {}
-    told = peers.available()
-    assert "broken" in told["liger_kernel.ops.grpo_loss.fused_selective_log_softmax"]
-    assert set(peers.PACKAGES) <= set(told)
+    found = peers.available()
+    assert "broken" in found["liger_kernel.ops.grpo_loss.fused_selective_log_softmax"]
+    assert set(peers.PACKAGES) <= set(found)
 
 
 def test_the_layout_of_ligers_functions(harness):
-    """T targets under T + 1 positions; the values stand where ours do."""
+    """T targets for T + 1 positions; the first T hold our values."""
     import peers
 
     logits = torch.arange(16 * 3.0).view(16, 3)

@@ -1,4 +1,4 @@
-"""benchmarks/update.py on a tiny model: every head's update is right, and a wrong one is seen."""
+"""benchmarks/update.py on a tiny model: every head gives the right update, and the gate rejects a wrong one."""
 
 import dataclasses
 import json
@@ -38,7 +38,16 @@ def run(update, monkeypatch, tmp_path, *more):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_every_head_makes_the_same_update(update, monkeypatch, tmp_path, dtype, capsys):
     status, document = run(update, monkeypatch, tmp_path, "--dtype", dtype)
-    assert status == 0, capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    # Every column and word of the output is explained before the first line that has it.
+    legend, _, rest = printed.partition("\ngate\n")
+    for word in ("gate:", "s:", "tokens/s:", "peak MB:", "beyond MB:", "largest batch:"):
+        assert word in legend
+    assert update.COLUMNS in rest and "{" not in printed
+    assert [x.split()[0] for x in rest.splitlines() if x.endswith("tried")] == [
+        name.split()[0] for name in update.HEADS
+    ]
     assert set(document["gate"]) == set(update.HEADS) and document["dtype"] == dtype
     norms = {found["gradient_norm"] for found in document["gate"].values()}
     assert max(norms) > 0 and max(norms) / min(norms) < 1.01
@@ -69,7 +78,7 @@ def test_a_wrong_head_fails_the_run_and_gets_no_time(update, monkeypatch, tmp_pa
     monkeypatch.setitem(update.HEADS, name, WRONG[what](update.HEADS[name]))
     status, document = run(update, monkeypatch, tmp_path)
     assert status == 1 and [n for n, f in document["gate"].items() if "wrong" in f] == [name]
-    assert "away" in document["gate"][name]["wrong"]
+    assert "distance" in document["gate"][name]["wrong"]
     ran = {r["head"] for r in document["rows"]}
     assert ran == {update.TRUNK, *update.HEADS} - {name} and name not in document["largest"]
 

@@ -1,4 +1,4 @@
-"""The benchmarks: they run, every op has a case, times and floors mean what they say."""
+"""The harness: every op has a case; gate, times, memory and roofline are right; results files are written."""
 
 import contextlib
 import dataclasses
@@ -52,7 +52,7 @@ def test_an_out_that_cannot_be_written_stops_before_the_measurements(
     harness, monkeypatch, tmp_path, capsys
 ):
     _, _, _, run = harness
-    monkeypatch.setattr(run, "measure_floor", lambda *_: pytest.fail("it measured"))
+    monkeypatch.setattr(run, "measure_roofline", lambda *_: pytest.fail("it measured"))
     (tmp_path / "file").touch()
     for out in (tmp_path, tmp_path / "file" / "r.json"):
         with pytest.raises(SystemExit) as stopped:
@@ -107,7 +107,7 @@ def test_peak_bytes_counts_what_is_held_at_once(harness):
 
 
 def test_our_token_logprob_holds_o_of_n_and_eager_does_not(harness):
-    """The limit is one that eager breaks, so that it can be broken."""
+    """Eager exceeds the limit, so the limit can fail."""
     case, make = token_problem(harness)
     problem = harness[0].prepare(make(case, "cpu"))
     found = harness[0].providers(problem, compiled=False)
@@ -122,16 +122,16 @@ def test_our_token_logprob_holds_o_of_n_and_eager_does_not(harness):
 
 
 def test_rows_of_a_case(harness):
-    """Every direction, the yardstick, ratios to every other provider."""
+    """Every direction, the yardstick, and the speedup over every other provider."""
     case, make = token_problem(harness)
-    floor = {"copy_bytes_per_s": 1e10, "gemm_float32_flop_per_s": 1e11}
+    roofline = {"copy_bytes_per_s": 1e10, "gemm_float32_flop_per_s": 1e11}
     quick = lambda *args: problem_with_little_time(make(*args))  # noqa: E731
-    rows = harness[3].bench_op(case, quick, "cpu", floor, compiled=False)
+    rows = harness[3].bench_op(case, quick, "cpu", roofline, compiled=False)
     assert {r["direction"] for r in rows} == {"forward", "backward", "forward+backward"}
     names = {r["provider"] for r in rows}
     assert {"eager", "F.cross_entropy"} <= names
     for row in rows:
-        assert ("read_floor_ms" in row) == (row["direction"] == "forward")
+        assert ("read_ms" in row) == (row["direction"] == "forward")
         assert set(row["times_as_fast_as"]) == names - {row["provider"]}
         assert row["peak_bytes"] > 0
     assert harness[3].failures(rows) == []
@@ -145,23 +145,23 @@ def linear_problem(harness, op="linear_logprob", dtype="bfloat16", **sizes):
 
 @pytest.mark.parametrize("op", ["linear_logprob", "linear_ppo_loss"])
 def test_the_bf16_and_the_fp32_head_beside_ours(harness, op):
-    """Every row has its error and its memory; the bf16 head's error is what keeps it out of the comparison."""
+    """Every row has an error and its memory. The bf16 head fails the gate by its error."""
     case, make = linear_problem(harness, op)
     quick = lambda *args: problem_with_little_time(make(*args))  # noqa: E731
-    floor = {"copy_bytes_per_s": 1e10, "gemm_float32_flop_per_s": 1e13}
-    rows = harness[3].bench_op(case, quick, "cpu", floor, compiled=False)
+    roofline = {"copy_bytes_per_s": 1e10, "gemm_float32_flop_per_s": 1e13}
+    rows = harness[3].bench_op(case, quick, "cpu", roofline, compiled=False)
     assert harness[3].failures(rows, quick=True) == []
     (rounded, cast, ours) = (
         next(r for r in rows if r["provider"] == name and r["direction"] == "forward+backward")
         for name in ("bf16 head", "fp32 head", "cpu")
     )
-    assert rounded["ungated_ms"] > 0 and "of the bar" in rounded["ungated"]
+    assert rounded["ungated_ms"] > 0 and "times the bar" in rounded["ungated"]
     assert ours["median_ms"] > 0 and cast["median_ms"] > 0
     assert rounded["error"] > 10 * max(ours["error"], cast["error"])
     for row in (rounded, cast, ours):
         assert row["gradient_errors"].keys() == {"hidden", "weight"}
         assert 0 <= row["beyond_bytes"] < row["peak_bytes"]
-    # Whole fp32 logits and their gradient against one chunk; linear_logprob keeps a small one for its backward.
+    # Ours holds one chunk, the fp32 head whole logits and their gradient. linear_logprob keeps small logits.
     assert op == "linear_logprob" or ours["beyond_bytes"] < 0.8 * cast["beyond_bytes"]
 
 
@@ -177,8 +177,8 @@ def test_heads_of_fp32_operands_need_no_cast(harness):
     assert torch.get_float32_matmul_precision() == before
 
 
-def test_what_a_provider_runs_within_is_around_its_backward_too(harness):
-    """As TF32 must be: the products of the backward are the larger part."""
+def test_the_context_of_a_provider_covers_its_backward(harness):
+    """TF32 must cover the products of the backward, which are the larger part."""
     module, seen = harness[0], []
 
     @contextlib.contextmanager
@@ -222,7 +222,7 @@ def variants_of(harness, op, **sizes):
     [
         ("linear_logprob", {}, {"compact", "blocks of 128x1024"}),
         ("linear_ppo_loss", {}, {"compact", "dW added to fp32"}),
-        ("linear_ppo_loss", {"masked": 60}, {"compact", "rows taken by the caller", "num_rows"}),
+        ("linear_ppo_loss", {"masked": 60}, {"compact", "rows selected by the caller", "num_rows"}),
     ],
 )
 def test_other_ways_to_call_the_heads_are_gated(harness, op, sizes, names):
@@ -234,7 +234,7 @@ def test_other_ways_to_call_the_heads_are_gated(harness, op, sizes, names):
 
 
 def test_a_dw_that_is_added_wrong_is_seen(harness, monkeypatch):
-    """What the forward adds to the fp32 gradient is compared, not what autograd gives."""
+    """The gate compares what the forward adds to the fp32 gradient, not the result of autograd."""
     module = harness[0]
     problem, found = variants_of(harness, "linear_ppo_loss")
     right = found["dW added to fp32"]
@@ -273,11 +273,13 @@ def test_the_forward_by_blocks_is_the_ops(harness, shape):
 
 
 @pytest.mark.parametrize("what", ["length", "repeat", None])
-def test_a_product_with_other_bits_in_another_shape_is_seen(harness, monkeypatch, tmp_path, what):
-    module, calls = importlib.import_module("gemm_bits"), []
+def test_a_product_that_differs_bitwise_in_another_shape_is_reported(
+    harness, monkeypatch, tmp_path, what
+):
+    module, calls = importlib.import_module("gemm_bitwise"), []
 
     def product(x, weight):
-        # Of small whole numbers: exact, so that the machine's own GEMM has no say.
+        # Small integers are exact in any GEMM.
         out = x.float().round() @ (8 * weight.float()).round().t()
         calls.append(len(x))
         if (what == "length" and len(x) == 25) or (what == "repeat" and len(calls) == 2):
@@ -285,7 +287,7 @@ def test_a_product_with_other_bits_in_another_shape_is_seen(harness, monkeypatch
         return out
 
     monkeypatch.setattr(module, "product", product)
-    out = tmp_path / "bits.json"
+    out = tmp_path / "bitwise.json"
     monkeypatch.setattr("sys.argv", ["x", "--tiny", "--device", "cpu", "--out", str(out)])
     assert module.main() == (what == "repeat")
     document = json.loads(out.read_text())
@@ -320,12 +322,12 @@ def test_python_loop_gives_the_ops_result(harness, op):
 
 @pytest.mark.parametrize(("seconds", "warm", "turns"), [(0.5, 2, 5), (2.0, 1, 3)])
 def test_providers_take_turns_and_short_calls_warm_up(harness, monkeypatch, seconds, warm, turns):
-    """A turn of over a second is taken three times, and its long calls are not warmed up twice."""
+    """A round of over a second is sampled three times, and its long call is warmed up once."""
     order = []
     took = {"short": 0.001, "long": seconds}
 
     def sample(function, device, cold):
-        assert not cold  # a GPU's are
+        assert not cold  # cold is the default on a GPU only
         function()
         order.append("timed")
         return took[order[-2]]
@@ -345,7 +347,7 @@ def test_a_call_slower_than_slow_keeps_its_first_sample(harness, monkeypatch):
     assert taken == {"a": [0.1] * 5, "b": [0.5]}
 
 
-def test_cold_samples_of_short_calls_are_taken_with_the_caches_read_over(harness, monkeypatch):
+def test_cold_samples_of_short_calls_evict_the_caches_first(harness, monkeypatch):
     module, flushed = harness[0], []
     monkeypatch.setattr(module, "flush", flushed.append)
     taken = {"short": [0.001], "long": [1.0]}
@@ -362,21 +364,24 @@ def test_flush_reads_more_than_the_last_cache(harness):
 
 
 def test_the_best_rate_that_was_seen_is_the_ceiling(harness):
-    """A plain read, or the bare product of the same shape, may be faster than the large copy and product."""
-    module = importlib.import_module("floor")
-    floor = {"copy_bytes_per_s": 10.0, "read_bytes_per_s": 20.0, "gemm_float32_flop_per_s": 100.0}
-    ceilings = module.Ceilings.of(floor, "float32")
-    assert ceilings.floor_ms(40, 0) == 2e3 and ceilings.floor_ms(40, 300) == 3e3
+    """A plain read, or a bare product of the same shape, may be faster than the large copy and product."""
+    module = importlib.import_module("roofline")
+    roofline = {
+        "copy_bytes_per_s": 10.0,
+        "read_bytes_per_s": 20.0,
+        "gemm_float32_flop_per_s": 100.0,
+    }
+    ceilings = module.Ceilings.of(roofline, "float32")
+    assert ceilings.roofline_ms(40, 0) == 2e3 and ceilings.roofline_ms(40, 300) == 3e3
     ceilings.raise_to(harness[0].Yardstick(None, flops=900), 3.0)
     ceilings.raise_to(harness[0].Yardstick(None, bytes=90), 3.0)
-    ceilings.raise_to(
-        harness[0].Yardstick(None, bytes=1, flops=1), 3.0
-    )  # a slower one lowers nothing
-    assert ceilings.floor_ms(60, 0) == 2e3 and ceilings.floor_ms(0, 300) == 1e3
+    # A slower yardstick does not lower them.
+    ceilings.raise_to(harness[0].Yardstick(None, bytes=1, flops=1), 3.0)
+    assert ceilings.roofline_ms(60, 0) == 2e3 and ceilings.roofline_ms(0, 300) == 1e3
 
 
 def faked_times(harness, monkeypatch, **seconds):
-    """`sample` gives these by name, `cold` ones after "cold_"; a provider's step and a yardstick are named."""
+    """Make `sample` return these seconds by the name of the function, with the prefix "cold_" for cold samples."""
     module = harness[0]
     step = module.step
 
@@ -392,46 +397,46 @@ def faked_times(harness, monkeypatch, **seconds):
     monkeypatch.setattr(module, "sample", sample)
 
 
-def test_a_share_of_the_floor_is_that_of_the_cold_call_and_of_the_best_ceiling(
+def test_a_share_of_the_roofline_is_that_of_the_cold_call_and_of_the_best_ceiling(
     harness, monkeypatch
 ):
-    """In the cache a call is 4 times as fast as its floor; the yardstick's read is twice as fast as the copy."""
+    """Warm, the call is faster than its roofline. The yardstick reads twice as fast as the copy."""
     case, make = token_problem(harness)
     size = 4 * SIZES["N"] * SIZES["V"]
-    copy = size / 8e-3  # a copy takes 8 ms for as much
+    copy = size / 8e-3  # bytes per second: a copy of as many bytes takes 8 ms
     faked_times(harness, monkeypatch, eager=2e-3, other=2e-3, cold_eager=5e-3, cold_other=5e-3)
 
     def with_named_yardstick(*args):
         problem = make(*args)
         read = lambda: None  # noqa: E731
         read.__name__ = "eager"  # 2 ms
-        problem.yardsticks = {"read_floor": harness[0].Yardstick(read, bytes=size // 2)}
+        problem.yardsticks = {"read": harness[0].Yardstick(read, bytes=size // 2)}
         return problem
 
-    floor = {"copy_bytes_per_s": copy, "gemm_float32_flop_per_s": 1e11}
-    rows = harness[3].bench_op(case, with_named_yardstick, "cpu", floor, compiled=False)
+    roofline = {"copy_bytes_per_s": copy, "gemm_float32_flop_per_s": 1e11}
+    rows = harness[3].bench_op(case, with_named_yardstick, "cpu", roofline, compiled=False)
     row = next(r for r in rows if (r["provider"], r["direction"]) == ("eager", "forward"))
     assert (row["median_ms"], row["cold_ms"]) == (2.0, 5.0)
-    assert row["floor_ms"] == pytest.approx(4.0, rel=1e-2)  # not 8
-    assert row["fraction_of_floor"] == pytest.approx(0.8, rel=1e-2)
+    assert row["roofline_ms"] == pytest.approx(4.0, rel=1e-2)  # not 8
+    assert row["fraction_of_roofline"] == pytest.approx(0.8, rel=1e-2)
     forward = [r for r in rows if r["direction"] == "forward"]
-    assert not [x for x in harness[3].failures(forward) if x.startswith("FLOOR")]
+    assert not [x for x in harness[3].failures(forward) if x.startswith("ROOFLINE")]
 
 
-def test_faster_than_the_floor_fails_the_run(harness):
+def test_faster_than_the_roofline_fails_the_run(harness):
     run = harness[3]
     row = {"op": "gae", "case": "c", "direction": "forward", "provider": "cpu", "ours": True}
-    row |= {"median_ms": 1.0, "fraction_of_floor": run.NOISE}
+    row |= {"median_ms": 1.0, "fraction_of_roofline": run.NOISE}
     assert run.failures([row]) == []
-    (line,) = run.failures([{**row, "fraction_of_floor": run.NOISE + 0.01}])
-    assert line.startswith("FLOOR: gae c forward cpu: 111%")
-    assert run.failures([{**row, "fraction_of_floor": 9.0}], quick=True) == []
+    (line,) = run.failures([{**row, "fraction_of_roofline": run.NOISE + 0.01}])
+    assert line.startswith("ROOFLINE: gae c forward cpu: 111%")
+    assert run.failures([{**row, "fraction_of_roofline": 9.0}], quick=True) == []
 
 
 @pytest.mark.parametrize("op", ["kl_reward", "gae", "kl_gae", "masked_whiten"])
 @pytest.mark.parametrize("packed", [0, 1])
-def test_floor_of_a_sequence_counts_what_must_move(harness, op, packed):
-    """Inputs where the mask is set, outputs and mask everywhere, whitening no pass more."""
+def test_roofline_of_a_sequence_counts_what_must_move(harness, op, packed):
+    """Unmasked inputs, all outputs and the mask; whitening adds no pass."""
     made = importlib.import_module("bench_sequence_ops").PROBLEMS[op]
     sizes = {"B": 5, "T": 40, "packed": packed, "whiten": 1}
     problem = made(harness[1].Case(op, "t", "float32", sizes), "cpu")
@@ -449,8 +454,8 @@ def test_json_has_null_for_nan(harness):
     assert harness[0].plain(value) == {"a": [None, 1.0, [None]], "b": {"c": None}, "d": "x"}
 
 
-def test_committed_rows_stand_below_their_floor(harness):
-    """But those of the CPU file from before short calls were timed cold, of which README says what they are."""
+def test_committed_rows_are_not_faster_than_their_roofline(harness):
+    """Except in the CPU file that predates cold timing, which docs/performance.md explains."""
     run, old = harness[3], "amd-epyc-2026-11-26.json"
     files = sorted((BENCHMARKS / "results").glob("*.json"))
     assert files
@@ -458,10 +463,10 @@ def test_committed_rows_stand_below_their_floor(harness):
         document = json.loads(path.read_text())
         assert document.get("cold") or document["device"] == "cuda" or path.name == old
         if path.name != old:
-            assert [x for x in run.failures(document["rows"]) if x.startswith("FLOOR")] == []
+            assert [x for x in run.failures(document["rows"]) if x.startswith("ROOFLINE")] == []
 
 
-def test_what_no_time_is_left_for_is_told(harness, monkeypatch, tmp_path, capsys):
+def test_cases_without_time_left_are_listed(harness, monkeypatch, tmp_path, capsys):
     """The file is written after each case, so that a run that is killed leaves what it measured."""
     _, cases, _, run = harness
     listed = [c for c in cases.CPU if c.op in ("masked_whiten", "kl_reward", "ranking_loss")]
@@ -486,7 +491,7 @@ def test_what_no_time_is_left_for_is_told(harness, monkeypatch, tmp_path, capsys
     clock = [0.0]
     monkeypatch.setattr(run, "bench_op", bench_op)
     monkeypatch.setattr(run.time, "time", lambda: clock[-1])
-    monkeypatch.setattr(run, "measure_floor", lambda *_: {"copy_bytes_per_s": 1.0})
+    monkeypatch.setattr(run, "measure_roofline", lambda *_: {"copy_bytes_per_s": 1.0})
     monkeypatch.setenv("FASTRLHF_UNTIL", "50")
     arguments = ["--device", "cpu", "--list", "gpu-quick", "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["run.py", *arguments])
@@ -498,9 +503,7 @@ def test_what_no_time_is_left_for_is_told(harness, monkeypatch, tmp_path, capsys
     assert document["whole"] is False and "NOT RUN" in capsys.readouterr().out
 
 
-def test_warming_up_runs_every_provider_on_few_rows_and_stops_for_nobody(
-    harness, monkeypatch, capsys
-):
+def test_warming_up_runs_every_provider_on_few_rows_past_failures(harness, monkeypatch, capsys):
     module, cases, _, run = harness
     sizes = []
     made = run.makers()
@@ -518,9 +521,9 @@ def test_warming_up_runs_every_provider_on_few_rows_and_stops_for_nobody(
     arguments = ["--warm-up", "--list", "gpu-quick", "--quick", "--device", "cpu"]
     monkeypatch.setattr("sys.argv", ["run.py", *arguments, "gae", "masked_whiten"])
     assert run.main() == 0
-    told = capsys.readouterr().out
-    assert "gae capped padded 512x4096: MemoryError: too big" in told
-    assert "masked_whiten capped padded 512x4096: 2 providers" in told
+    printed = capsys.readouterr().out
+    assert "gae capped padded 512x4096: MemoryError: too big" in printed
+    assert "masked_whiten capped padded 512x4096: 2 providers" in printed
     assert all(s["B"] <= cases.WARM_UP["B"] for s in sizes) and len(sizes) == 3
 
 

@@ -1,7 +1,7 @@
-"""GPU times without a GPU: torch.cuda's clock, streams and graphs are replaced by ones that count.
+"""GPU timing without a GPU: torch.cuda's events, streams and graphs are replaced by fakes.
 
-The device of these tests is a clock: a call of a provider takes as long as its name says, a flush of the
-caches takes FLUSH, and only what stands between two events is timed.
+The fake device is a clock. A call of a provider advances it by a given time, a flush of the caches by FLUSH, and
+events read it.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-MODULES = ("bench_losses", "cases", "floor", "gpu_clock", "harness", "peers", "run")
+MODULES = ("bench_losses", "cases", "gpu_clock", "harness", "peers", "registry", "roofline", "run")
 CACHE, FLUSH = 2**20, 1.0
 
 
 @pytest.fixture
 def device(monkeypatch):
-    """The device: its clock, what was captured, and the modules of benchmarks/ on top of it."""
+    """The fake device: clock, captured graphs, and the modules of benchmarks/ that run on it."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import bench_losses
     import run
@@ -51,7 +51,7 @@ def device(monkeypatch):
             state.graphs.append(self)
 
         def capture_begin(self):
-            assert state.stream is not None, "a capture needs a stream of its own"
+            assert state.stream is not None, "a capture needs a side stream"
             state.capturing = self
 
         def capture_end(self):
@@ -99,7 +99,7 @@ def device(monkeypatch):
         state.now += FLUSH
 
     def work(seconds):
-        """What a kernel does: it takes time, or becomes a part of the graph that is captured."""
+        """A kernel: advances the clock, or becomes part of the graph under capture."""
         if state.capturing is not None:
             state.capturing.seconds += seconds
         else:
@@ -136,13 +136,13 @@ def measure(device, problem, found):
 
 
 def test_a_small_call_is_timed_by_a_graph_over_more_than_the_cache(device):
-    """Buffers of its own for each call until twice the cache is passed; the time is one call's."""
+    """Calls rotate over buffers of twice the cache; the time is that of one call."""
     problem, seen = problem_of(device, CACHE // 4), []
     row = measure(device, problem, {"ours": provider(device, 20e-6, seen)})["ours"]
     captured = [at for capturing, at in seen if capturing]
     assert len(captured) == device.clock.CALLS and len(set(captured)) == 8
     assert 8 * device.clock.set_bytes(problem.args) == 2 * CACHE
-    assert captured[:8] == captured[8:16]  # in turns
+    assert captured[:8] == captured[8:16]  # rotating
     assert row["timed_by"] == "graph" and row["buffer_sets"] == 8
     for key in ("median_ms", "graph_ms", "events_ms"):
         assert row[key] == pytest.approx(0.02)
@@ -156,11 +156,11 @@ def test_a_large_call_is_timed_between_events_with_the_cache_overwritten(device)
     assert row["timed_by"] == "events" and row["median_ms"] == pytest.approx(3.0)
     assert row["buffer_sets"] == 1 and row["graph_ms"] == pytest.approx(3.0)
     assert sum(capturing for capturing, _ in seen) == 1
-    # Each sample has its flush, outside of what is timed.
+    # Each sample has its flush, which is not timed.
     assert device.now > FLUSH * row["samples"]
 
 
-def test_the_outputs_of_a_graph_are_kept_so_that_none_is_written_over(device):
+def test_a_graph_keeps_its_outputs_so_that_none_is_overwritten(device):
     problem = problem_of(device, CACHE // 4)
     sets = device.clock.copies(problem.args, 3)
     call = provider(device, 1e-6)
@@ -177,7 +177,7 @@ def test_copies_keep_gradients_and_what_is_no_tensor(device):
 
 
 def test_a_call_that_waits_for_the_device_is_not_captured(device):
-    """A capture that fails would leave the allocator in a state that nothing ends."""
+    """A failed capture would break the allocator for the rest of the process."""
     problem = problem_of(device, CACHE // 4)
     found = {"waits": provider(device, 1e-3, syncs=True), "ours": provider(device, 1e-3)}
     rows = measure(device, problem, found)
@@ -187,7 +187,7 @@ def test_a_call_that_waits_for_the_device_is_not_captured(device):
     assert len(device.graphs) == 1
 
 
-def test_a_capture_that_fails_stops_nobody_else(device):
+def test_a_failed_capture_does_not_stop_the_others(device):
     def call(x):
         if device.capturing is not None:
             raise RuntimeError("operation not permitted")
@@ -206,7 +206,7 @@ def test_a_very_slow_call_is_timed_once(device):
     slow = 1.5 * device.clock.SLOW
     row = measure(device, problem, {"eager": provider(device, slow, seen)})["eager"]
     assert row["samples"] == 1 and row["median_ms"] == pytest.approx(1e3 * slow)
-    assert len(seen) == 3 and row["peak_bytes"] == 7  # its sample, the host's time and its memory
+    assert len(seen) == 3 and row["peak_bytes"] == 7  # one sample, host time, memory
 
 
 def test_few_tiny_buffers_stay_in_the_cache_and_the_row_says_so(device, monkeypatch):
@@ -217,7 +217,7 @@ def test_few_tiny_buffers_stay_in_the_cache_and_the_row_says_so(device, monkeypa
 
 
 def test_rows_of_an_op_on_a_gpu(device):
-    """The same code path as on a GPU, from the case to the rows, with forward, backward and gradients."""
+    """The code path of a GPU from the case to the rows, with forward, backward and gradients."""
     case = device.cases.Case("ppo_loss", "t", "float32", {"B": 16, "T": 64})
 
     def make(case, on):
@@ -226,8 +226,8 @@ def test_rows_of_an_op_on_a_gpu(device):
         problem.seconds = 0.0
         return problem
 
-    floor = {"copy_bytes_per_s": 1e12, "gemm_float32_flop_per_s": 1e12}
-    found = device.run.providers
+    roofline = {"copy_bytes_per_s": 1e12, "gemm_float32_flop_per_s": 1e12}
+    found = device.harness.providers
 
     def timed(call):
         def run(**args):
@@ -240,10 +240,88 @@ def test_rows_of_an_op_on_a_gpu(device):
         these = found(problem, compiled)
         return {n: device.harness.Provider(timed(p.call), ours=p.ours) for n, p in these.items()}
 
-    device.run.providers = with_time
-    rows = device.run.bench_op(case, make, "cuda", floor, compiled=False)
+    device.harness.providers = with_time
+    rows = device.run.bench_op(case, make, "cuda", roofline, compiled=False)
     assert {r["direction"] for r in rows} == {"forward", "forward+backward"}
     for row in rows:
         assert row["timed_by"] == "graph" and row["median_ms"] == pytest.approx(0.05)
-        assert row["fraction_of_floor"] == pytest.approx(row["floor_ms"] / 0.05)
+        assert row["fraction_of_roofline"] == pytest.approx(row["roofline_ms"] / 0.05)
         assert row["error_share_of_bar"] <= 1 and row["host_ms"] > 0 and "cold_ms" not in row
+
+
+def fixture_of(timer):
+    """A real fixture of pytest-benchmark, outside a session."""
+    fixture = pytest.importorskip("pytest_benchmark.fixture")
+    from pytest_benchmark.utils import NameWrapper
+
+    collected = []
+    node = types.SimpleNamespace(name="n", nodeid="n")
+    options = dict.fromkeys(("precision", "confidence", "warmup", "cprofile", "cprofile_loops"))
+    benchmark = fixture.BenchmarkFixture(
+        node,
+        timer=NameWrapper(timer),
+        disable_gc=False,
+        min_rounds=5,
+        min_time=0,
+        max_time=1,
+        warmup_iterations=0,
+        calibration_precision=1,
+        add_stats=collected.append,
+        logger=None,
+        warner=None,
+        disabled=False,
+        cprofile_dump=None,
+        **options,
+    )
+    return benchmark, collected
+
+
+def rounds_of(device, problem, provider_, **more):
+    timer = device.clock.EventTimer()
+    benchmark, collected = fixture_of(timer)
+    found = device.clock.run_rounds(benchmark, timer, problem, provider_, "forward", **more)
+    (metadata,) = collected
+    return found, metadata.stats.data
+
+
+def test_pytest_benchmark_times_a_small_call_by_replays(device):
+    """The time is that of one call of the graph, without the flush that precedes each round."""
+    problem, seen = problem_of(device, CACHE // 4), []
+    found, times = rounds_of(device, problem, provider(device, 20e-6, seen), seconds=0.0)
+    assert found["timed_by"] == "graph" and found["buffer_sets"] == 8 and "in_cache" not in found
+    assert times == [pytest.approx(20e-6)] * 5
+    (graph,) = device.graphs
+    assert graph.replays == 6  # the first round is a warm-up
+    assert len({at for capturing, at in seen if capturing}) == 8
+
+
+def test_pytest_benchmark_times_a_large_call_between_events(device):
+    problem, seen = problem_of(device, 2 * CACHE), []
+    found, times = rounds_of(device, problem, provider(device, 3e-3, seen), seconds=0.03, least=2)
+    assert found["timed_by"] == "events" and device.graphs == []
+    assert times == [pytest.approx(3e-3)] * 10  # as many as fill the time
+
+
+def test_pytest_benchmark_says_why_a_small_call_has_no_graph(device):
+    problem = problem_of(device, CACHE // 4)
+    found, times = rounds_of(device, problem, provider(device, 1e-3, syncs=True), seconds=0.0)
+    assert found["no_graph"] == "called a synchronizing CUDA operation"
+    assert found["timed_by"] == "events" and times == [pytest.approx(1e-3)] * 5
+
+
+def test_the_timer_does_not_lose_microseconds_after_an_hour(device):
+    """elapsed_time is a float32 in which 20 us vanish next to an hour, hence the restart before each round."""
+    event = torch.cuda.Event
+    exact = event.elapsed_time
+    event.elapsed_time = lambda self, other: torch.tensor(exact(self, other)).float().item()
+    device.now = 3600.0
+    timer = device.clock.EventTimer()
+    assert timer() == 0.0
+    device.now += 3600.0
+    before = timer()
+    device.now += 20e-6
+    assert timer() - before == 0.0  # lost
+    timer.restart()
+    before = timer()
+    device.now += 20e-6
+    assert timer() - before == pytest.approx(20e-6, rel=1e-3)

@@ -1,5 +1,5 @@
-"""`make gpu` and `make gpu-quick` without a GPU: every part has its turn, whatever became of the others, and
-the results say so; the dry run goes the quick way on the CPU."""
+"""The driver of `make gpu` and `make gpu-quick` without a GPU: every part runs, whatever the others do, and the
+results record it; a dry run of the quick parts on a CPU."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,7 +76,7 @@ def test_a_part_that_hangs_is_ended_with_its_children(gpu, tmp_path):
 def test_a_signal_ends_the_parts_too(tmp_path, number):
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     code = (
-        "import pathlib, sys; sys.path.insert(0, 'benchmarks'); import gpu\n"
+        "import pathlib, sys; sys.path.insert(0, 'benchmarks'); import gpu; gpu.has_gpu = lambda: True\n"
         f"gpu.quick_parts = lambda *_: [gpu.Part('long', [sys.executable, '-c', {child!r}], 50)]\n"
         f"gpu.WORK = pathlib.Path({str(tmp_path)!r})\n"
         f"sys.argv[1:] = ['--quick', '--out', {str(tmp_path)!r}]\n"
@@ -92,6 +93,16 @@ def test_a_signal_ends_the_parts_too(tmp_path, number):
     assert results(tmp_path)[1]["long"]["reason"] == "exit status -9"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("arguments", [["--quick"], [], ["--quick", "--only", "bench"]])
+def test_without_a_gpu_it_refuses_before_the_first_part(tmp_path, arguments):
+    command = [sys.executable, "benchmarks/gpu.py", "--out", str(tmp_path / "out"), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "" and not (tmp_path / "out").exists()
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("gpu.py: no CUDA device") and "--quick --tiny --device cpu" in line
+
+
 def test_only_needs_a_name():
     command = [sys.executable, "benchmarks/gpu.py", "--plan", "--only"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -104,11 +115,11 @@ def test_no_part_outlives_the_budget(gpu, tmp_path):
     assert gpu.run(todo, tmp_path, budget=1.0) == 1
     _, parts = results(tmp_path)
     assert parts["long"]["seconds"] < 10
-    assert parts["late"]["reason"] == "no time was left"
+    assert parts["late"]["reason"] == "no time left"
 
 
 def test_parts_of_a_group_run_at_once(gpu, tmp_path):
-    """Each waits for the other's file."""
+    """Each part waits for a file of the other."""
     code = (
         "import sys, time, pathlib\n"
         f"here = pathlib.Path({str(tmp_path)!r})\n"
@@ -127,7 +138,7 @@ def test_environment_of_a_part(gpu, tmp_path, monkeypatch):
     code = "import os; print(os.environ['FASTRLHF_BUILD'], os.environ['MORE'], os.environ['PYTHONPATH'])"
     gpu.run([gpu.Part("env", python(code), 20, env={"MORE": "1"})], tmp_path)
     assert (tmp_path / "env.log").read_text().split() == ["cuda", "1", str(ROOT)]
-    monkeypatch.setenv("PYTHONPATH", "/peers")  # which may lie there
+    monkeypatch.setenv("PYTHONPATH", "/peers")  # third-party providers
     gpu.run([gpu.Part("env", python(code), 20, env={"MORE": "1"})], tmp_path)
     assert (tmp_path / "env.log").read_text().split()[2] == f"{ROOT}{os.pathsep}/peers"
 
@@ -191,7 +202,7 @@ def test_the_plan_holds_what_it_must(gpu, tmp_path):
     todo = gpu.parts(tmp_path, tmp_path)
     by_name = {part.name: part for part in todo}
     assert {"build", "doctor", "quickstart", "bench-quick", "bench-rest"} <= set(by_name)
-    assert {"gemm-bits", "bench-update"} <= set(by_name)
+    assert {"gemm-bitwise", "bench-update"} <= set(by_name)
     quick = [part.name for part in gpu.quick_parts(tmp_path)]
     assert [part.name for part in todo][: len(quick)] == quick  # they come first
     assert {
@@ -206,7 +217,7 @@ def test_the_plan_holds_what_it_must(gpu, tmp_path):
         if arg.endswith(".py")
     ]
     assert sorted(files) == sorted(map(str, (ROOT / "tests").rglob("test_*.py")))
-    # Whatever measures has the GPU to itself, after the build.
+    # Parts that measure have the GPU to themselves, after the build.
     for name in ("bench-quick", "counters", "bench-rest", "bench-update"):
         assert [p.name for p in todo if p.group == by_name[name].group] == [name]
     beside_build = [p.name for p in todo if p.group <= by_name["build"].group]
@@ -223,8 +234,8 @@ def longest(todo):
     return sum(max(p.limit for p in todo if p.group == g) for g in groups)
 
 
-def test_the_budgets_leave_every_part_its_turn(gpu, tmp_path):
-    """nvcc took 20 s for one architecture; should the build take longer, the later parts keep their reserve."""
+def test_the_budgets_leave_time_for_every_part(gpu, tmp_path):
+    """nvcc takes 20 s for one architecture. If the build takes longer, the later parts keep their reserve."""
     assert gpu.QUICK_BUDGET <= 150 and gpu.BUDGET < 600
     quick = gpu.quick_parts(tmp_path)
     limits = {part.name: part.limit for part in quick}
@@ -262,7 +273,7 @@ def test_every_quick_op_is_compiled_beside_the_build(gpu, monkeypatch):
 
 
 def test_results_are_written_after_each_part_and_in_one_piece(gpu, tmp_path):
-    """The last part sees what the ones before it left, while it is still running."""
+    """A running part reads the results of the earlier ones."""
     peek = (
         f"import json; d = json.load(open({str(tmp_path / 'results.json')!r})); print(d['not_run'])"
     )
@@ -294,7 +305,7 @@ def test_a_part_that_is_killed_leaves_what_it_wrote(gpu, tmp_path):
     assert found["found"] == [1] and found["reason"] == "still running after 2 s"
 
 
-def test_an_optional_part_that_fails_is_told_and_fails_nothing(gpu, tmp_path):
+def test_an_optional_part_that_fails_counts_as_skipped(gpu, tmp_path):
     part = gpu.Part("counters", python("raise SystemExit('no counters')"), 20, optional=True)
     assert gpu.run([part], tmp_path) == 0
     document, parts = results(tmp_path)
@@ -319,7 +330,7 @@ def test_tests_that_would_start_too_late_are_skipped_so_that_the_report_is_writt
     assert run.returncode == 0
     with pytest.raises(ValueError, match="no test ran"):
         gpu.junit(report)()
-    text = report.read_text().replace('tests="2"', 'tests="3"')  # as if one had run before
+    text = report.read_text().replace('tests="2"', 'tests="3"')  # as if one had run
     report.write_text(text)
     assert gpu.junit(report)()["out_of_time"] == 2
 
@@ -337,8 +348,8 @@ def test_the_marked_part_is_the_gpu_backends_without_what_compiles(tmp_path):
 
 
 def test_build_is_for_the_gpu_that_is_here(gpu, monkeypatch, tmp_path):
-    told = lambda *args, **more: subprocess.CompletedProcess(args, 0, "9.0\n9.0\n", "")  # noqa: E731
-    monkeypatch.setattr(gpu.subprocess, "run", told)
+    query = lambda *args, **more: subprocess.CompletedProcess(args, 0, "9.0\n9.0\n", "")  # noqa: E731
+    monkeypatch.setattr(gpu.subprocess, "run", query)
     assert gpu.present_arch() == {"TORCH_CUDA_ARCH_LIST": "9.0"}
     assert gpu.quick_parts(tmp_path)[0].env == {"TORCH_CUDA_ARCH_LIST": "9.0"}
 
@@ -346,7 +357,7 @@ def test_build_is_for_the_gpu_that_is_here(gpu, monkeypatch, tmp_path):
         raise FileNotFoundError("nvidia-smi")
 
     monkeypatch.setattr(gpu.subprocess, "run", missing)
-    assert gpu.present_arch() == {}  # then for all
+    assert gpu.present_arch() == {}  # builds for all architectures
 
 
 def bench_document(rows, **more):
@@ -368,7 +379,7 @@ def test_timings_are_kept_as_a_results_file_with_their_commit(gpu, tmp_path, mon
     target = gpu.keep(path, tmp_path)
     kept = json.loads(target.read_text())
     assert target.name == "nvidia-h200-2026-01-02.json"
-    assert kept["updates"] == {"largest": {}} and "gemm_bits" not in kept
+    assert kept["updates"] == {"largest": {}} and "gemm_bitwise" not in kept
     assert kept["whole"] and [r["op"] for r in kept["rows"]] == ["gae", "kl_gae"]
     path.write_text(json.dumps({"parts": [{"name": "build"}]}))
     with pytest.raises(ValueError, match="no timings"):
@@ -397,7 +408,7 @@ def test_counters_are_read_from_what_ncu_prints(gpu):
 
 
 def the_ways_to_call_the_heads(rows):
-    """What the targets of the linear ops are read from: every row is there, gated, with its memory and error."""
+    """Every row that the targets of the linear ops refer to exists, passed the gate, and has memory and error."""
     named = {
         (row["op"], row["provider"], "masked" in row["case"])
         for row in rows
@@ -408,7 +419,7 @@ def the_ways_to_call_the_heads(rows):
         (update, "cpu, compact", False),
         (update, "cpu, dW added to fp32", False),
         (update, "cpu", True),
-        (update, "cpu, rows taken by the caller", True),
+        (update, "cpu, rows selected by the caller", True),
         (update, "cpu, num_rows", True),
         ("linear_logprob", "cpu, compact", False),
     } <= named
@@ -426,8 +437,8 @@ def the_ways_to_call_the_heads(rows):
             }
 
 
-def test_the_dry_run_goes_the_whole_quick_way_on_the_cpu(gpu, tmp_path):
-    """Every case of the GPU's list through gate, clock and files, on tiny shapes: no typo costs GPU time."""
+def test_the_dry_run_covers_the_quick_parts_on_the_cpu(gpu, tmp_path):
+    """Every case of the GPU list, at tiny shapes, through gate, clock and results files."""
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--quick", "--tiny"]
     command += ["--device", "cpu", "--out", str(out), "--only", "bench", "build", "gemm"]
@@ -442,9 +453,9 @@ def test_the_dry_run_goes_the_whole_quick_way_on_the_cpu(gpu, tmp_path):
 
     ran = {(row["op"], row["case"].removeprefix("capped ")) for row in found["rows"]}
     assert ran == {(case.op, case.name) for case in cases.GPU_QUICK}
-    assert not [row for row in found["rows"] if row["direction"] == "all"], "a case broke off"
+    assert not [row for row in found["rows"] if row["direction"] == "all"], "a case failed"
     the_ways_to_call_the_heads(found["rows"])
-    bits = parts["gemm-bits"]["found"]
+    bits = parts["gemm-bitwise"]["found"]
     assert bits["rows"][0] == {**bits["rows"][0], "what": "the same product again", "equal": True}
     assert {row["what"] for row in bits["rows"][1:]} == {"chunk", "one product", "block"}
     assert {row.get("preset") for row in bits["rows"]} == {None, "fast", "compact"}
@@ -480,8 +491,8 @@ def test_plan_and_only_from_the_command_line(tmp_path):
     assert wrong.returncode == 2 and "no part is called nothing" in wrong.stderr
 
 
-def test_the_sanitizers_program_calls_every_op():
-    """On the CPU kernels: the program itself is in order."""
+def test_the_program_for_the_sanitizer_calls_every_op():
+    """On the CPU kernels, to check the program itself."""
     import fastrlhf
     from fastrlhf.ops import _backend
 

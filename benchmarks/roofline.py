@@ -1,4 +1,4 @@
-"""The floor of a problem: its bytes and FLOPs at the best rates that this machine has shown in this run."""
+"""The roofline of a problem: minimum bytes and FLOPs at the highest rates measured in this run."""
 
 import functools
 import statistics
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from harness import Yardstick, times
 
-LOGITS = (8192, 4096, 128256)  # N, H, V of the head whose logits GEMM is a ceiling on a GPU
+LOGITS = (8192, 4096, 128256)  # N, H, V of the logits GEMM that is also timed on a GPU
 
 
-def measure_floor(device: str, quick: bool = False, seconds: float = 1.0) -> dict[str, float]:
-    """This machine's own limits: bytes/s of a large copy and a large read, FLOP/s of large matrix products."""
+def measure_roofline(device: str, quick: bool = False, seconds: float = 1.0) -> dict[str, float]:
+    """Ceilings of this machine: bytes/s of a large copy and a large read, FLOP/s of large matrix products."""
     size, n, head = (2**26, 2048, None) if device == "cpu" else (2**29, 8192, LOGITS)
     if quick:
         size, n, seconds = 2**20, 256, min(seconds, 0.05)
@@ -50,22 +50,23 @@ def measure_floor(device: str, quick: bool = False, seconds: float = 1.0) -> dic
 
 @dataclass
 class Ceilings:
-    """The rates that a floor is computed from: the best that this machine has shown."""
+    """The rates of a roofline: the highest that this machine reached."""
 
     bytes_per_s: float
     flop_per_s: float
 
     @classmethod
-    def of(cls, floor: dict[str, float], dtype: str) -> "Ceilings":
-        """Of what `measure_floor` found. A product in fp16 runs as fast as one in bf16."""
+    def of(cls, roofline: dict[str, float], dtype: str) -> "Ceilings":
+        """From the result of `measure_roofline`. fp16 uses the GEMM rate of bf16."""
         dtype = "bfloat16" if dtype == "float16" else dtype
-        gemm = floor.get(f"gemm_{dtype}_flop_per_s", floor["gemm_float32_flop_per_s"])
-        return cls(max(floor["copy_bytes_per_s"], floor.get("read_bytes_per_s", 0.0)), gemm)
+        gemm = roofline.get(f"gemm_{dtype}_flop_per_s", roofline["gemm_float32_flop_per_s"])
+        return cls(max(roofline["copy_bytes_per_s"], roofline.get("read_bytes_per_s", 0.0)), gemm)
 
     def raise_to(self, yardstick: Yardstick, seconds: float) -> None:
-        """A yardstick that did its work faster than the large copy or product is the better ceiling."""
+        """Raise the ceilings to the rates of a yardstick where these are higher."""
         self.bytes_per_s = max(self.bytes_per_s, yardstick.bytes / seconds)
         self.flop_per_s = max(self.flop_per_s, yardstick.flops / seconds)
 
-    def floor_ms(self, moved: int, flops: int) -> float:
+    def roofline_ms(self, moved: int, flops: int) -> float:
+        """max(bytes / bandwidth, FLOPs / rate), in milliseconds."""
         return 1e3 * max(moved / self.bytes_per_s, flops / self.flop_per_s)

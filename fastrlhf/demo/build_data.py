@@ -1,19 +1,19 @@
-"""Rebuild fastrlhf/demo/data from its public sources, byte for byte.
+"""Rebuild fastrlhf/demo/data from its public sources; the result is byte-identical.
 
     python -m fastrlhf.demo.build_data --e2e DIR --rankme DIR --novels DIR --speeches DIR --out DIR
 
-Each DIR holds files made from a public repository (SOURCE.md, written beside the data, names the
-repository, the commit and the licence of each):
+Each input DIR holds files that were made from a public repository. SOURCE.md, which is written beside the
+data, names the repository, commit and licence of each.
 
 * ``--e2e``: ``sft_train.jsonl.gz``, ``sft_valid.jsonl.gz``, ``test.jsonl.gz`` with rows
   ``{"mr": "name[..], eatType[..]", "ref": "human sentence"}``;
 * ``--rankme``: ``rankings_k3.jsonl.gz`` with rows ``{"mr", "criterion", "setup", "rater",
   "items": [{"system", "text", "score"}, ...]}``;
-* ``--novels``: one ``<Author>_<Title>_<year>.txt.gz`` a book;
+* ``--novels``: one file ``<Author>_<Title>_<year>.txt.gz`` for each book;
 * ``--speeches`` (optional): ``inaugural.jsonl.gz`` with rows ``{"id", "text"}``. Without it the
-  pretraining text holds novels alone and differs from the shipped one.
+  pretraining text holds only novels and differs from the shipped one.
 
-What is dropped and what is changed is counted in SOURCE.md. Splits are by *delexicalised* record.
+SOURCE.md also counts the rows that are dropped or changed. Splits are by *delexicalised* record.
 """
 
 import argparse
@@ -29,7 +29,9 @@ from pathlib import Path
 from fastrlhf.demo import restaurants
 
 MAX_REFERENCES = 8  # references kept for a training record; dev and test keep all
-DEV_FROM_TRAIN = 0.06  # share of E2E training records moved to dev, which else knows two foods only
+DEV_FROM_TRAIN = (
+    0.06  # share of E2E training records moved to dev; E2E's dev records have only two foods
+)
 
 TRAIN_BOOKS = (
     "Barclay_Postern_1911",
@@ -47,14 +49,14 @@ TRAIN_BOOKS = (
     "Wcollins_Woman_1860",
     "Woolf_Night_1919",
 )
-# (book, first character after cleaning, characters): other authors than the training books'.
+# (book, first character after cleaning, number of characters). No author wrote a training book.
 DEV_BOOKS = (("Corelli_Innocent_1914", 100_000, 25_000), ("Kipling_Light_1891", 100_000, 25_000))
 TEST_BOOKS = (
     ("Braddon_Audley_1862", 100_000, 46_000),
     ("Chesterton_Innocence_1911", 100_000, 46_000),
     ("Gaskell_Wives_1865", 100_000, 46_000),
 )
-SPEECH_YEARS = range(1933, 2010)  # spoken in plain modern English
+SPEECH_YEARS = range(1933, 2010)  # modern English
 DEV_SPEECHES = ("1961-Kennedy",)
 TEST_SPEECHES = ("1981-Reagan",)
 
@@ -77,7 +79,7 @@ def _open_lines(path: Path):
 
 def _write_gz(path: Path, data: bytes) -> None:
     buffer = io.BytesIO()
-    # No time stamp and no file name in the header: the same input gives the same bytes.
+    # No time stamp and no file name in the header, so that the bytes depend on `data` alone.
     with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, compresslevel=9, mtime=0) as f:
         f.write(data)
     path.write_bytes(buffer.getvalue())
@@ -93,19 +95,20 @@ def _tidy(text: str) -> str:
 
 
 class Demonstrations:
-    """Reads E2E rows, delexicalises them and counts what is dropped and why."""
+    """Delexicalises E2E rows and counts those it drops, by reason."""
 
     def __init__(self, names: set[str]):
         self.counts: collections.Counter = collections.Counter()
-        self._leaks = [restaurants._pattern(n) for n in sorted(names)]
+        self._leaks = [restaurants.mention_pattern(n) for n in sorted(names)]
 
     def row(self, record: dict[str, str], text: str, split: str) -> dict | None:
+        """The demonstration row of a record and its sentence, or None if it is dropped."""
         name, near = record["name"], record.get("near")
         delexicalised = restaurants.delexicalise(_tidy(text), name, near)
         if delexicalised is None:
             self.counts[split, "name not found"] += 1
             return None
-        folded = restaurants._fold(delexicalised)
+        folded = restaurants.fold(delexicalised)
         if any(p.search(folded) for p in self._leaks):
             self.counts[split, "another venue's name left"] += 1
             return None
@@ -120,7 +123,7 @@ class Demonstrations:
 
 
 def build_demonstrations(e2e: Path, rankme_prompts: set[str], counts: dict) -> dict[str, list]:
-    """The three demonstration splits; no prompt (delexicalised record) is in two of them."""
+    """Rows of the three demonstration splits; no prompt (delexicalised record) is in two of them."""
     raw: dict[str, list] = {}
     for split, file in (("train", "sft_train"), ("dev", "sft_valid"), ("test", "test")):
         raw[split] = []
@@ -138,7 +141,7 @@ def build_demonstrations(e2e: Path, rankme_prompts: set[str], counts: dict) -> d
             row = reader.row(record, text, split)
             if row is not None:
                 groups[split][row["prompt"]].append(row)
-    # Held-out sides first: what they hold may not be trained on.
+    # Held-out splits take precedence: a record that is in one of them is removed from the others.
     for prompt in rankme_prompts & set(groups["test"]):
         counts["test: rows left out, record is RankME's"] += len(groups["test"].pop(prompt))
     held = set(groups["test"]) | rankme_prompts
@@ -153,8 +156,8 @@ def build_demonstrations(e2e: Path, rankme_prompts: set[str], counts: dict) -> d
     out = {}
     for split, by_prompt in groups.items():
         out[split] = []
-        # Hash order: any first n prompts are a fair sample of the split. References of one record
-        # stay together, which halves the file.
+        # In hash order, any first n prompts are a random sample of the split. The references of a record are
+        # adjacent, which halves the compressed file.
         for prompt in sorted(by_prompt, key=_key):
             rows = list({r["completion"]: r for r in by_prompt[prompt]}.values())
             counts[f"{split}: repeated sentences of a record"] += len(by_prompt[prompt]) - len(rows)
@@ -171,7 +174,7 @@ def build_demonstrations(e2e: Path, rankme_prompts: set[str], counts: dict) -> d
 
 
 def build_rankings(rankme: Path, counts: dict) -> list[dict]:
-    """One row a rater, record and criterion; the higher score has the better (lower) rank."""
+    """One row for each rater, record and criterion. The highest score gets rank 1."""
     rows = []
     for line in _open_lines(rankme / "rankings_k3.jsonl.gz"):
         source = json.loads(line)
@@ -210,7 +213,7 @@ _ASCII = str.maketrans(
 
 
 def clean_text(text: str, counts: dict | None = None) -> list[str]:
-    """Paragraphs of plain prose: unwrapped lines, plain quotes, no headings, no slurs."""
+    """Split a book into paragraphs: lines unwrapped, quotes and dashes in ASCII, headings and slurs removed."""
     text = unicodedata.normalize("NFC", text).translate(_ASCII)
     lines = [line.strip() for line in text.splitlines()]
     width = sorted(map(len, filter(None, lines)))[int(0.9 * sum(map(bool, lines)))]
@@ -246,7 +249,7 @@ def clean_text(text: str, counts: dict | None = None) -> list[str]:
 
 
 def build_text(novels: Path, speeches: Path | None, counts: dict) -> dict[str, str]:
-    """Training, dev and test text; one paragraph a line, documents separated by a blank line."""
+    """Training, dev and test text: one paragraph per line, documents separated by a blank line."""
 
     def book(name: str) -> str:
         return "\n".join(clean_text("".join(_open_lines(novels / f"{name}.txt.gz")), counts))
@@ -277,7 +280,7 @@ def build_text(novels: Path, speeches: Path | None, counts: dict) -> dict[str, s
 
 
 def write_source(out: Path, counts: dict[str, int]) -> None:
-    """SOURCE.md: the prose of the shipped one, with the tables of files and counts made anew."""
+    """Write SOURCE.md: the prose of the shipped one with new tables of files and counts."""
     prose = (Path(__file__).parent / "data" / "SOURCE.md").read_text(encoding="utf-8")
     lines = ["## Files", "", "| file | bytes | sha256 |", "| --- | --- | --- |"]
     for path in sorted(out.glob("*.gz")):
@@ -290,7 +293,7 @@ def write_source(out: Path, counts: dict[str, int]) -> None:
 
 
 def build(e2e: Path, rankme: Path, novels: Path, speeches: Path | None, out: Path) -> dict:
-    """Write every data file and SOURCE.md into `out`; returns the counts."""
+    """Write every data file and SOURCE.md to `out`; return the counts."""
     out.mkdir(parents=True, exist_ok=True)
     counts: collections.Counter = collections.Counter()
     rankings = build_rankings(rankme, counts)

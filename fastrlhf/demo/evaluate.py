@@ -1,4 +1,4 @@
-"""The demo's evaluation: every system on records that no training saw, and what the report needs of it."""
+"""The demo's evaluation: every system on held-out records, as the report's content."""
 
 import platform
 import shlex
@@ -10,35 +10,46 @@ import transformers
 
 import fastrlhf
 from fastrlhf.demo import labeler, restaurants
-from fastrlhf.evals import kl, lm_loss, overlap, reward_accuracy, slots, winrate
-from fastrlhf.evals._intervals import mean_interval
+from fastrlhf.evals import bleu, kl, lm_loss, reward_accuracy, slots, winrate
+from fastrlhf.evals.intervals import mean_interval
 from fastrlhf.integrations import attention
 from fastrlhf.train import data
-from fastrlhf.train.models import context_length, load_policy, load_scorer, load_tokenizer
+from fastrlhf.train.models import context_length, load_policy, load_reward_model, load_tokenizer
 from fastrlhf.train.runtime import Runtime
 from fastrlhf.train.sampler import HFSampler
 from fastrlhf.train.steps import score_sequences, token_logprobs
 
 DATA = Path(__file__).resolve().parent / "data"
-BASELINE = "sft"  # what win rates and changes compare with
-REFERENCE = "rl_init"  # what KL is measured from
+BASELINE = "sft"  # win rates and changes are relative to it
+REFERENCE = "rl_init"  # KL is measured from it
 MAX_NEW_TOKENS = 80
-MAX_TOKENS = 4096  # of a micro-batch
+MAX_TOKENS = 4096  # tokens of a micro-batch
 SHOWN = 6  # records in the report's side-by-side samples
 
 
 def evaluate(systems: dict[str, str], reward: str, cfg, runtime: Runtime) -> dict:
-    """Figures of every system (name -> model folder) on the split `cfg.split`, as the report lays them out."""
+    """Evaluate every system on the split `cfg.split`.
+
+    Args:
+        systems: model folder by name; BASELINE and REFERENCE must be among them.
+        reward: folder of the reward model.
+        cfg: the demo's settings (DemoConfig).
+
+    Returns:
+        Part of the content of report.json; `fastrlhf.report.content` describes it.
+    """
     tokenizer = load_tokenizer(systems[BASELINE])
     rows = _records(cfg)
     policies = {
         name: load_policy(folder, runtime, trainable=False, backend=cfg.backend)
         for name, folder in systems.items()
     }
-    scorer = load_scorer(reward, runtime, trainable=False)
+    reward_model = load_reward_model(reward, runtime, trainable=False)
     prompts = data.encode(tokenizer, [row["prompt"] for row in rows])
     text = data.read_text(str(DATA / f"text_{cfg.split}.txt.gz"))
-    windows = data.text_windows(text, tokenizer, context_length(scorer.config), "held-out text")
+    windows = data.text_windows(
+        text, tokenizer, context_length(reward_model.config), "held-out text"
+    )
     windows = [w.tokens.tolist() for w in windows]
 
     def nll_of(policy):
@@ -49,7 +60,7 @@ def evaluate(systems: dict[str, str], reward: str, cfg, runtime: Runtime) -> dic
             )
         ]
 
-    judge = Judge(rows, prompts, tokenizer, scorer, policies[REFERENCE])
+    judge = Judge(rows, prompts, tokenizer, reward_model, policies[REFERENCE])
     found = {
         name: {
             "sampled": judge.sample(policy, times=cfg.samples, temperature=1.0, seed=cfg.seed + 11),
@@ -74,7 +85,7 @@ def evaluate(systems: dict[str, str], reward: str, cfg, runtime: Runtime) -> dic
         "human": judge.humans(),
         "reward_model": {
             "held_out": judge.pair_accuracy(found[REFERENCE]["sampled"]),
-            "human": _human_accuracy(scorer, tokenizer),
+            "human": _human_accuracy(reward_model, tokenizer),
         },
         "labeler": labeler.validate(
             data.read_rows(_file(f"demonstrations_{cfg.split}"), {"prompt": str}, "demonstrations"),
@@ -95,14 +106,27 @@ def evaluate(systems: dict[str, str], reward: str, cfg, runtime: Runtime) -> dic
 
 
 class Judge:
-    """Samples from systems on the same prompts and looks at the outcome with labeler, reward model and reference."""
+    """Samples from systems on the same prompts and judges the samples.
 
-    def __init__(self, rows: list[dict], prompts: list[list[int]], tokenizer, scorer, reference):
+    Args:
+        rows: one record each: "record", "references", ...
+        prompts: token ids of each row's prompt.
+        reward_model: scores the samples.
+        reference: the policy that KL is measured from.
+    """
+
+    def __init__(
+        self, rows: list[dict], prompts: list[list[int]], tokenizer, reward_model, reference
+    ):
         self.rows, self.prompts, self.tokenizer = rows, prompts, tokenizer
-        self.scorer, self.reference = scorer, reference
+        self.reward_model, self.reference = reward_model, reference
 
     def sample(self, policy, *, times: int, temperature: float, seed: int) -> dict:
-        """`times` completions of every record, judged: texts, scores, reward, log-probs, ..."""
+        """Sample `times` completions for every row and judge them.
+
+        Returns:
+            Lists with an entry for each completion ("places" is its row), and at temperature 1 the interval "kl".
+        """
         places = [i for i in range(len(self.rows)) for _ in range(times)]
         samples = HFSampler(policy, self.tokenizer, max_batch=512).generate(
             [self.prompts[i] for i in places],
@@ -123,25 +147,24 @@ class Judge:
             "scores": [
                 labeler.score(self.rows[i]["record"], t) for i, t in zip(places, texts, strict=True)
             ],
-            "reward": score_sequences(self.scorer, [e.tokens for e in examples], MAX_TOKENS),
+            "reward": score_sequences(self.reward_model, [e.tokens for e in examples], MAX_TOKENS),
             "finished": samples.finished,
             "lengths": [len(t) for t in samples.tokens],
         }
         if temperature == 1.0 and policy is not self.reference:
-            # KL is estimated on the policy's own samples.
             theirs = token_logprobs(self.reference, examples, MAX_TOKENS)
             found["kl"] = kl.evaluate(samples.logprobs, theirs, places)["sequence"]
         return found
 
     def figures(self, ours: dict, baseline: dict) -> dict:
-        """Intervals of one system's samples; comparisons are with `baseline` on the same prompts."""
+        """Intervals of all figures of one system's samples (`sample`), compared with those of the baseline."""
         places = ours["places"]
         figures = slots.evaluate(ours["scores"], places)
         figures["win_rate"] = winrate.evaluate(
             [s.value for s in ours["scores"]], [s.value for s in baseline["scores"]], places
         )
         figures["error_change"] = slots.error_change(ours["scores"], baseline["scores"], places)
-        figures["bleu"] = overlap.evaluate(
+        figures["bleu"] = bleu.evaluate(
             ours["texts"], [self.rows[i]["references"] for i in places], places
         )
         if "kl" in ours:
@@ -152,13 +175,13 @@ class Judge:
         return figures
 
     def humans(self) -> dict:
-        """The same slot figures for the human references of the records."""
+        """Slot figures of the human references."""
         pairs = [(i, text) for i, row in enumerate(self.rows) for text in row["references"]]
         scores = [labeler.score(self.rows[i]["record"], text) for i, text in pairs]
         return slots.evaluate(scores, [i for i, _ in pairs])
 
     def pair_accuracy(self, samples: dict) -> dict:
-        """Does the reward model order held-out completions as the labeler does?"""
+        """How often the reward model orders held-out completions as the labeler does."""
         grouped: dict[int, dict] = {}
         for place, text, value in zip(
             samples["places"], samples["texts"], samples["reward"], strict=True
@@ -178,7 +201,7 @@ class Judge:
         )
 
     def side_by_side(self, samples: dict[str, dict]) -> list[dict]:
-        """The first completion of every system for a few records spread over the split, with real names put back."""
+        """The first completion of every system for SHOWN records spread evenly over the split, with real names."""
         shown = np.linspace(0, len(self.rows) - 1, min(SHOWN, len(self.rows))).astype(int)
         out = []
         for i in shown:
@@ -205,7 +228,7 @@ def _file(name: str) -> str:
 
 
 def _records(cfg) -> list[dict]:
-    # One row a record, with all its human sentences.
+    """One row for each record, with all its human sentences as "references"."""
     rows: dict[str, dict] = {}
     for row in data.read_rows(
         _file(f"demonstrations_{cfg.split}"), {"prompt": str}, "demonstrations"
@@ -216,13 +239,13 @@ def _records(cfg) -> list[dict]:
     return every[: cfg.limit] if cfg.limit else every
 
 
-def _human_accuracy(scorer, tokenizer) -> dict:
+def _human_accuracy(reward_model, tokenizer) -> dict:
     rows = data.read_rankings(_file("rankings_human"))
     flat = [{"prompt": r["prompt"], "completion": text} for r in rows for text in r["completions"]]
     examples = data.encode_examples(
-        flat, tokenizer, context_length(scorer.config), "human rankings"
+        flat, tokenizer, context_length(reward_model.config), "human rankings"
     )
-    scores = iter(score_sequences(scorer, [e.tokens for e in examples], MAX_TOKENS).tolist())
+    scores = iter(score_sequences(reward_model, [e.tokens for e in examples], MAX_TOKENS).tolist())
     return reward_accuracy.evaluate(
         [{**row, "scores": [next(scores) for _ in row["completions"]]} for row in rows]
     )

@@ -1,22 +1,21 @@
-"""The demo's labeler: ranks sentences by the slots of their record that they express.
+"""The demo's labeler: a program that ranks sentences by how well they express their record.
 
-**It stands in for people.** The method needs somebody who prefers one completion to another; a
-demo of minutes cannot ask anybody, so this program reads the record instead: a sentence is better
-the more slots it expresses and the fewer it invents. It is *not* part of the method: only a
-rankings file reaches the reward model, and a file of human rankings (rows ``{"prompt",
-"completions", "ranks"}``, as in the shipped ``rankings_human.jsonl.gz``) can take its place in
-``fastrlhf reward``. :func:`validate` says how well it agrees with people.
+RLHF needs human preferences, and a demo of minutes cannot collect any. The labeler replaces them: a sentence
+is better if it expresses more slots of its record and invents fewer. It is not part of the method. The reward
+model only reads a rankings file, and human rankings (rows ``{"prompt", "completions", "ranks"}``, as in the
+shipped ``rankings_human.jsonl.gz``) can replace the labeler's. :func:`validate` measures its agreement with
+people.
 
-Rules: regular expressions over a delexicalised sentence find which values of each slot it states.
-Prices and ratings are compared by level ("cheap" = "less than £20", "high" = "5 out of 5"), as the
-human references do. With n slots in the record,
+Regular expressions find the slot values that a delexicalised sentence states. Prices and ratings are compared
+by level ("cheap" = "less than £20", "high" = "5 out of 5"), because the human references use them
+interchangeably. For a record of n slots,
 
     value = (covered - invented - 0.25 * defects) / n
 
-where *covered* slots are stated with the record's value, and *invented* counts every other value
-that is stated (a sentence that says both yes and no has one invented). A *defect* is one of: no
-final punctuation; four words in a row said twice; garbage (markup, fragments of placeholders,
-over-long). It costs a quarter of a slot: it decides between equals and never outweighs a slot.
+A slot is *covered* if the sentence states the record's value. Every other stated value is *invented*, so a
+sentence that says both yes and no has one invented value. A *defect* is one of: no final punctuation; a
+repeated sequence of four words; garbage (markup, fragments of placeholders, too long). A defect costs a quarter
+of a slot: it breaks ties but never outweighs a slot.
 """
 
 import functools
@@ -49,7 +48,7 @@ LEVELS = {
 
 
 class Score(NamedTuple):
-    """What one sentence says of its record; slots by name, inventions as ``slot=value``."""
+    """How a sentence expresses its record. Slots are given by name, invented values as ``slot=value``."""
 
     covered: tuple[str, ...]
     missing: tuple[str, ...]
@@ -78,7 +77,7 @@ _RATE += r"|recommend(?:ed|ation)s?|regarded|reputation|ranked|ranking|stars?\b)
 _CUSTOMER = r"(?:(?:customers?'?s?|consumers?|guests?|users?|overall|quality)[\s-]+)*"
 _POUND = r"(?:(?:£|gbp|\u20ac)\s*)"
 
-# An adjective in front of the price or rating, or behind it after "is", "of", ...
+# Adjectives before the price or rating, or after it and "is", "of", ...
 _PRICE_ADJ = {
     "low": r"(?:low(?:er|est)?|below[\s-]average|lower[\s-]than[\s-]average)",
     "middle": r"(?:moderate(?:ly)?|mid(?:dle|dling)?|medium|average|averagely|normal(?:ly)?"
@@ -108,7 +107,7 @@ _PRICE_WORD = {
 }
 _NUMBER = {"low": "(?:1|one)", "middle": "(?:3|three)", "high": "(?:5|five)"}
 _NO_COMPARISON = r"(?<!than )(?<!above.)(?<!below.)"
-# First letters of the alternatives below: one cheap test rules out most words of a sentence.
+# First letters of the alternatives below. A lookahead for them skips most words of a sentence cheaply.
 _STARTS = {
     ("priceRange", "low"): "bcilpuvwg£\u20ac",
     ("priceRange", "middle"): "acmnpsg2£\u20ac",
@@ -123,7 +122,7 @@ _BY = r"(?:\s+by\s+(?:\w+\s+)?(?:customers|guests|diners|people))?"
 def _level_patterns(slot: str) -> dict[str, re.Pattern]:
     out = {}
     for level in ("low", "middle", "high"):
-        # "an average price of more than £30" is no statement of the middle level.
+        # "an average price of more than £30" does not state the middle level.
         no_number = r"(?!\s+of\s+(?:\d|£|more|less|one|five))" if level == "middle" else ""
         if slot == "priceRange":
             adj = _PRICE_ADJ[level]
@@ -177,7 +176,7 @@ _FOODS = {
     "jap": "Japanese",
     "sus": "Japanese",
 }
-# strong patterns state a value; weak ones only help to cover the record's own value.
+# Strong patterns state a value. Weak patterns can only cover the record's own value.
 _STRONG = {
     "eatType": {
         "coffee shop": _rx(r"\bcoff?ee?(?:[\s-]*(?:shop|house|place|bar|store)s?)?\b|\bcaf[eé]\b"),
@@ -241,7 +240,7 @@ def _family(text: str) -> set[str]:
 
 @functools.lru_cache(maxsize=65536)
 def stated(text: str) -> dict[str, frozenset[str]]:
-    """Slot -> values (levels for priceRange and rating) that the delexicalised `text` states."""
+    """The values (levels for priceRange and rating) of each slot that a delexicalised text states."""
     low = text.lower()
     out = {slot: {v for v, p in ps.items() if p.search(low)} for slot, ps in _STRONG.items()}
     out["food"] = {_FOODS[m[:3]] for m in _FOOD.findall(low)}
@@ -277,7 +276,7 @@ def _defects(text: str) -> tuple[str, ...]:
 
 
 def score(record: dict[str, str], text: str) -> Score:
-    """Compare what `text` (delexicalised) states with `record`: see the module's docstring."""
+    """Compare a delexicalised text with its record, by the rules in the module's docstring."""
     says = stated(text)
     low = text.lower()
     covered, missing, invented = [], [], []
@@ -307,17 +306,22 @@ def score_prompt(prompt: str, text: str) -> Score:
 
 
 def rank(record: dict[str, str], completions: list[str]) -> list[int]:
-    """Ranks of `completions` (1 = best); equal values tie and share the better rank."""
+    """Ranks of `completions`, 1 = best; equal values share a rank."""
     values = [round(score(record, text).value, 9) for text in completions]
     return [1 + sum(other > value for other in values) for value in values]
 
 
 def validate(demonstrations: list[dict], rankings: list[dict]) -> dict[str, float]:
-    """Agreement with people.
+    """Measure the labeler against people.
 
-    On human references: mean coverage, share of slots missing, inventions a sentence. On human
-    rankings, per criterion: share of strict pairs (the rater ranks one above the other) that the
-    labeler orders the same way, among those that it does not tie (``decided/<criterion>``).
+    Args:
+        demonstrations: rows with "record" and the human reference "completion".
+        rankings: human rankings with "record", "completions", "ranks" and "criterion".
+
+    Returns:
+        ``references/coverage``, ``references/invented`` (values per sentence) and ``references/value``: means
+        over the human references. ``decided/<criterion>``: share of strictly ranked human pairs that the
+        labeler does not tie. ``agreement/<criterion>``: share of those that it orders as the rater does.
     """
     out: dict[str, float] = {}
     scores = [score(r["record"], r["completion"]) for r in demonstrations]
@@ -347,7 +351,7 @@ def validate(demonstrations: list[dict], rankings: list[dict]) -> dict[str, floa
 
 
 def main() -> None:
-    """Print how well the labeler agrees with people: ``python -m fastrlhf.demo.labeler``."""
+    """Print the labeler's agreement with people: ``python -m fastrlhf.demo.labeler``."""
     import gzip
     import json
     from pathlib import Path

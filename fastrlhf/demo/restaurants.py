@@ -1,10 +1,10 @@
 """Restaurant records of the E2E challenge: parsing, delexicalisation, prompts.
 
 A record is a flat dictionary of at most eight slots, e.g.
-``{"name": "NAMEX", "eatType": "pub", "food": "Italian", "near": "NEARX"}``. Proper names are open
-vocabulary and say nothing about the task, so they are replaced by the placeholders ``NAMEX`` and
-``NEARX`` in the record and in the sentence (*delexicalisation*) and put back before a person reads
-the text. Every slot value is one special token: ``<name=NAMEX><eatType=pub>...<say>``.
+``{"name": "NAMEX", "eatType": "pub", "food": "Italian", "near": "NEARX"}``. Proper names are an open vocabulary
+and irrelevant to the task. *Delexicalisation* replaces them with the placeholders ``NAMEX`` and ``NEARX`` in the
+record and in the sentence; `relexicalise` restores them for display. In a prompt every slot value is one special
+token: ``<name=NAMEX><eatType=pub>...<say>``.
 """
 
 import difflib
@@ -15,7 +15,7 @@ NAME = "NAMEX"
 NEAR = "NEARX"
 SAY = "<say>"
 
-# The closed values of every slot, in the canonical order in which a prompt lists the slots.
+# The values of each slot. A prompt lists the slots in this order.
 SLOTS: dict[str, tuple[str, ...]] = {
     "name": (NAME,),
     "eatType": ("coffee shop", "pub", "restaurant"),
@@ -36,7 +36,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
 
 _SLOT_NAMES = {re.sub(r"\W", "", s).lower(): s for s in SLOTS} | {"customerrating": "rating"}
 
-# Spellings met in the E2E family of data sets (and in outputs of systems) -> canonical value.
+# Spellings in the E2E data sets and in systems' outputs -> canonical value.
 _VARIANTS = {
     "eatType": {"coffeeshop": "coffee shop", "cafe": "coffee shop", "café": "coffee shop"},
     "food": {"fastfood": "Fast food", "fast-food": "Fast food", "british": "English"},
@@ -71,7 +71,7 @@ _VARIANTS = {
 
 
 def normalise_value(slot: str, value: str) -> str:
-    """The canonical spelling of `value` in `slot`; ValueError says which values the slot has."""
+    """The canonical spelling of a slot's value; ValueError, with the slot's values, if it has none."""
     value = re.sub(r"\s+", " ", unicodedata.normalize("NFC", value)).strip()
     if slot in ("name", "near"):
         if not value:
@@ -87,10 +87,11 @@ def normalise_value(slot: str, value: str) -> str:
 
 
 def parse_record(text: str) -> dict[str, str]:
-    """Parse ``name[The Eagle], eatType[pub], customer rating[low]``; slots in canonical order.
+    """Parse ``name[The Eagle], eatType[pub], customer rating[low]`` into slots in canonical order.
 
-    Raises ValueError for an unknown slot, an unknown value, a repeated slot, a missing name, or
-    text that is not of the form ``slot[value], slot[value], ...``.
+    Raises:
+        ValueError: unknown slot or value, repeated slot, missing name, or text that is not of the form
+            ``slot[value], slot[value], ...``.
     """
     found: dict[str, str] = {}
     rest = re.sub(r"\s*([^,\[\]]+?)\s*\[([^\[\]]*)\]\s*(?:,|$)", "", text)
@@ -109,7 +110,7 @@ def parse_record(text: str) -> dict[str, str]:
 
 
 def render_prompt(record: dict[str, str]) -> str:
-    """The prompt of a delexicalised record: one special token a slot value, then ``<say>``."""
+    """The prompt of a delexicalised record: one special token for each slot value, then ``<say>``."""
     for slot, value in record.items():
         if value not in SLOTS.get(slot, ()):
             raise ValueError(f"record: {slot}={value!r} is not a delexicalised slot value")
@@ -126,18 +127,21 @@ def parse_prompt(prompt: str) -> dict[str, str]:
 
 
 def special_tokens() -> list[str]:
-    """Every special token that a prompt can hold, in a fixed order (29 of them)."""
+    """All 29 special tokens of prompts, in a fixed order."""
     return [f"<{slot}={value}>" for slot, values in SLOTS.items() for value in values] + [SAY]
 
 
 def delexicalise_record(record: dict[str, str]) -> dict[str, str]:
-    """The record with its names replaced by the placeholders."""
+    """The record with placeholders for its names."""
     names = {"name": NAME, "near": NEAR}
     return {slot: names.get(slot, value) for slot, value in record.items()}
 
 
-def _fold(text: str) -> str:
-    # Accents away, apostrophes made one; every character keeps its place, so that spans stay valid.
+def fold(text: str) -> str:
+    """`text` in lower case, without accents, with one kind of apostrophe.
+
+    The length is unchanged, so spans are valid in the original text.
+    """
     folded = []
     for ch in text:
         base = unicodedata.normalize("NFD", ch)[0]
@@ -146,12 +150,14 @@ def _fold(text: str) -> str:
 
 
 def _words(name: str) -> list[str]:
-    words = re.findall(r"[a-z0-9]+", _fold(name).replace("'", ""))
+    words = re.findall(r"[a-z0-9]+", fold(name).replace("'", ""))
     return words[1:] if len(words) > 1 and words[0] == "the" else words
 
 
-def _pattern(name: str) -> re.Pattern:
-    # Letters may be split by an apostrophe (Brown's / Browns); "The" and a plural "s" come and go.
+def mention_pattern(name: str) -> re.Pattern:
+    """A pattern for mentions of `name` in folded text."""
+
+    # Allows an apostrophe inside a word (Brown's / Browns), an optional "The" and an optional plural "s".
     def word(w: str) -> str:
         return w[:-1] + "'?s" if w.endswith("s") and len(w) > 3 else w
 
@@ -160,7 +166,7 @@ def _pattern(name: str) -> re.Pattern:
 
 
 def _fuzzy_spans(folded: str, name: str) -> list[tuple[int, int]]:
-    """Misspelt mentions: windows of as many words (one more or less) at least 82 % alike."""
+    """The span of a misspelt mention: the most similar window of as many words, plus or minus one, if over 82 %."""
     words = _words(name)
     target = "".join(words)
     if len(target) < 5:
@@ -185,8 +191,8 @@ def _fuzzy_spans(folded: str, name: str) -> list[tuple[int, int]]:
 
 
 def _replace(text: str, name: str, placeholder: str, fuzzy: bool) -> str:
-    folded = _fold(text)
-    spans = [m.span() for m in _pattern(name).finditer(folded)]
+    folded = fold(text)
+    spans = [m.span() for m in mention_pattern(name).finditer(folded)]
     if not spans and fuzzy:
         spans = _fuzzy_spans(folded, name)
     for start, end in reversed(spans):
@@ -197,15 +203,15 @@ def _replace(text: str, name: str, placeholder: str, fuzzy: bool) -> str:
 def delexicalise(
     text: str, name: str, near: str | None = None, *, fuzzy: bool = True
 ) -> str | None:
-    """Replace every mention of `name` and `near` in `text` by ``NAMEX`` and ``NEARX``.
+    """Replace every mention of `name` and `near` in `text` with ``NAMEX`` and ``NEARX``.
 
-    Case, accents, apostrophes, hyphens and a leading "The" do not matter; where no such mention
-    exists, one misspelt mention (82 % alike) is accepted if `fuzzy`. Returns None if the name is
-    not found: such a sentence would leak, or lack, its own name. One without `near` is kept.
+    Case, accents, apostrophes, hyphens and a leading "The" are ignored. If there is no such mention and `fuzzy`
+    is set, one misspelt mention (82 % similar) is replaced. Returns None if `name` is not found, because the
+    sentence may contain it in an unknown form. A missing `near` is accepted.
     """
     text = unicodedata.normalize("NFC", text)
     pairs = [(name, NAME)] + ([(near, NEAR)] if near else [])
-    # Exact mentions first, longest name first, so that one name inside another cannot split it.
+    # Exact mentions first, longest name first, in case one name contains the other.
     for value, placeholder in sorted(pairs, key=lambda p: -len(p[0])):
         text = _replace(text, value, placeholder, fuzzy=False)
     for value, placeholder in pairs:
@@ -215,5 +221,5 @@ def delexicalise(
 
 
 def relexicalise(text: str, name: str, near: str | None = None) -> str:
-    """Put the real names back; a ``NEARX`` without a record value reads "somewhere"."""
+    """Replace the placeholders with real names; without `near`, ``NEARX`` becomes "somewhere"."""
     return text.replace(NAME, name).replace(NEAR, near if near else "somewhere")

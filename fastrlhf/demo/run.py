@@ -1,9 +1,12 @@
 """`fastrlhf demo`: the paper's pipeline on the shipped data, from a base model to a report.
 
-base -> SFT (the baseline) and RL initialisation -> K completions a prompt, ranked by the labeler -> reward model ->
-PPO and PPO-ptx -> evaluation on records that no training saw -> report.html.
+1. SFT of the base model: the baseline.
+2. SFT with pretraining text: the RL initialization.
+3. K completions for each prompt, ranked by the labeler; a reward model trained on the rankings.
+4. PPO and PPO-ptx.
+5. Evaluation on held-out records, and report.html.
 
-Every stage runs as its own command would, with its section of the recipe; `out`/<stage> holds what it wrote.
+Each stage runs as its command does, with its section of the recipe, and writes to `out`/<stage>.
 """
 
 import json
@@ -17,42 +20,44 @@ import numpy as np
 from fastrlhf import report
 from fastrlhf.demo import evaluate, labeler, restaurants
 from fastrlhf.errors import UserError
-from fastrlhf.train import checkpoint, config, data
+from fastrlhf.train import config, data
+from fastrlhf.train.files import replace_text
 from fastrlhf.train.folder import OutputFolder
+from fastrlhf.train.metrics_log import LOG
 from fastrlhf.train.models import load_policy, load_tokenizer
+from fastrlhf.train.run import Run
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
 from fastrlhf.train.sampler import HFSampler
 from fastrlhf.train.stages import ppo, pretrain, reward, sft
-from fastrlhf.train.tracking import LOG, Run
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
-MARK = "demo_config.yaml"
+MARK = "demo_config.yaml"  # identifies the output folder of a demo
 SECTIONS = ("pretrain", "sft", "rl_init", "reward", "ppo", "ppo_ptx")
 
 
 @dataclass
 class DemoConfig(RuntimeConfig):
-    """Settings of the demo; those of its stages stand in the recipe."""
+    """Settings of the demo. The settings of its stages are in the recipe."""
 
-    out: str = "runs/demo"
+    out: str = "runs/demo"  # output folder
     overwrite: bool = False  # replace another demo in `out`
-    recipe: str = "quickstart"  # a shipped recipe's name or a YAML file with a section a stage
-    from_scratch: bool = False  # pretrain the base model first instead of taking the shipped one
-    rankings: str = (
-        ""  # a file of human rankings to train the reward model on instead of the labeler's
+    recipe: str = (
+        "quickstart"  # name of a shipped recipe, or a YAML file with a section for each stage
     )
-    split: Literal["test", "dev"] = "test"  # records to evaluate on; settings are chosen on dev
+    from_scratch: bool = False  # pretrain the base model instead of using the shipped one
+    rankings: str = ""  # JSONL of human rankings to train the reward model on, not the labeler's
+    split: Literal["test", "dev"] = "test"  # records to evaluate on; dev is for choosing settings
     comparisons: int = 1500  # prompts whose completions are sampled and ranked
-    completions_low: int = 4  # K, the number of completions of a prompt, is drawn from low..high
-    completions_high: int = 9
-    label_temperatures: list[float] = field(default_factory=lambda: [1.0, 0.4])  # of the K, in turn
-    samples: int = 2  # completions a record in the evaluation at temperature 1
-    limit: int = 0  # evaluate on the first so many records; 0: all
+    completions_low: int = 4  # lower bound of K, the random number of completions of a prompt
+    completions_high: int = 9  # upper bound of K
+    label_temperatures: list[float] = field(default_factory=lambda: [1.0, 0.4])  # cycled over the K
+    samples: int = 2  # completions per record in the evaluation at temperature 1
+    limit: int = 0  # number of records to evaluate on, from the first; 0: all
 
 
 def main(cfg: DemoConfig) -> dict:
-    """Run the demo; writes `out`/report.json and `out`/report.html and returns the report's figures."""
+    """Run the demo, write `out`/report.json and `out`/report.html, and return the content of the report."""
     with _folder(cfg) as out:
         config.save_resolved(cfg, out / MARK)
         return _run(cfg, out)
@@ -74,7 +79,7 @@ def _run(cfg: DemoConfig, out: Path) -> dict:
     common = {"model": base, "demonstrations": demonstrations}
     clock.stage("sft", "SFT, the baseline", sft.main, _config(cfg, "sft", paths["sft"], **common))
     rl_init = _config(cfg, "rl_init", paths["rl_init"], **common, text=text)
-    clock.stage("rl_init", "SFT with pretraining text, the RL initialisation", sft.main, rl_init)
+    clock.stage("rl_init", "SFT with pretraining text, the RL initialization", sft.main, rl_init)
 
     rankings = cfg.rankings or str(out / "rankings.jsonl.gz")
     if not cfg.rankings:
@@ -124,22 +129,20 @@ def _run(cfg: DemoConfig, out: Path) -> dict:
         "speed": speed,
         **figures,
     }
-    checkpoint.replace_file(
-        out / report.CONTENT, json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    )
+    replace_text(out / report.CONTENT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     report.main(report.ReportConfig(run=str(out)))
     return result
 
 
 class Clock:
-    """Announces each stage and remembers how long it took."""
+    """Prints a heading for each stage and records its wall time."""
 
     def __init__(self, cfg: DemoConfig):
         self.times: dict[str, float] = {}
         self.total = 7 + int(cfg.from_scratch) + int(not cfg.rankings)
 
     def stage(self, name: str, title: str, function, *arguments):
-        """Run `function(*arguments)` under a headline."""
+        """Print a heading, run `function(*arguments)`, record its seconds under `name`; return its result."""
         from rich.console import Console
 
         Console().rule(f"[bold]{len(self.times) + 1}/{self.total}  {title}", align="left")
@@ -149,7 +152,7 @@ class Clock:
         return result
 
     def stages(self, out: Path) -> list[dict]:
-        """Time and log file of each stage, as the report wants them."""
+        """The report's "stages": name, seconds and log file of each."""
         rows = []
         for name, seconds in self.times.items():
             row = {"name": name, "seconds": seconds}
@@ -160,7 +163,7 @@ class Clock:
 
 
 def _folder(cfg: DemoConfig) -> OutputFolder:
-    # Not taken yet: every mistake in the settings must show before an old run is replaced.
+    # Checks only. The folder is emptied after all settings have been checked.
     config.check_ranges(cfg)
     folder = OutputFolder(cfg.out, MARK, overwrite=cfg.overwrite, inputs=asdict(cfg))
     if not 2 <= cfg.completions_low <= cfg.completions_high:
@@ -215,7 +218,7 @@ def _write_prompts(demonstrations: str, path: Path) -> list[dict]:
 
 
 def _label(cfg: DemoConfig, model: str, path: str, runtime: Runtime) -> dict:
-    """Sample K completions of each of `comparisons` training prompts and rank them with the labeler."""
+    """Sample K completions for each of `cfg.comparisons` training prompts, rank them, and write the rankings."""
     tokenizer = load_tokenizer(model)
     policy = load_policy(model, runtime, trainable=False, backend=cfg.backend)
     rows = data.read_rows(
@@ -225,11 +228,11 @@ def _label(cfg: DemoConfig, model: str, path: str, runtime: Runtime) -> dict:
     rng = np.random.default_rng([cfg.seed, 7])
     chosen = [prompts[i] for i in rng.permutation(len(prompts))[: cfg.comparisons]]
     counts = rng.integers(cfg.completions_low, cfg.completions_high + 1, size=len(chosen))
-    slots = [(n, k) for n, count in enumerate(counts) for k in range(count)]
+    pairs = [(n, k) for n, count in enumerate(counts) for k in range(count)]  # prompt, completion
     sampler = HFSampler(policy, tokenizer, max_batch=512)
     texts: dict[tuple[int, int], str] = {}
     for t, temperature in enumerate(cfg.label_temperatures):
-        part = [s for s in slots if s[1] % len(cfg.label_temperatures) == t]
+        part = [(n, k) for n, k in pairs if k % len(cfg.label_temperatures) == t]
         samples = sampler.generate(
             data.encode(tokenizer, [chosen[n] for n, _ in part]),
             max_new_tokens=evaluate.MAX_NEW_TOKENS,
@@ -244,25 +247,28 @@ def _label(cfg: DemoConfig, model: str, path: str, runtime: Runtime) -> dict:
         ranks = labeler.rank(restaurants.parse_prompt(prompt), completions)
         ranked.append({"prompt": prompt, "completions": completions, "ranks": ranks})
     data.write_rows(Path(path), ranked)
-    return {"prompts": len(ranked), "completions": len(slots)}
+    return {"prompts": len(ranked), "completions": len(pairs)}
 
 
 def _compare_backends(
     cfg: DemoConfig, out: Path, models: dict, runtime: Runtime, turns: int = 7
 ) -> dict[str, float]:
-    """Least seconds of a PPO update on the fused ops and on the reference ops: same seed, same experience, in turn."""
-    ready = {}
+    """Seconds of a PPO update with the fused ops and with the reference ops, on the same experience.
+
+    The two alternate for `turns` turns after a warm-up; the result is the minimum of each, which other load on the
+    machine disturbs least.
+    """
+    trainers = {}
     for backend in ("auto", "reference"):
         stage = _config(cfg, "ppo", str(out / "speed" / backend), **models)
         stage.backend, stage.log_every = backend, 0
         run = Run(stage, "ppo", runtime)
         trainer = ppo.Trainer(stage, runtime, None)
-        plan, _ = trainer.experience(0, run)
-        ready[backend] = (trainer, plan, run)
-    times: dict[str, list[float]] = {backend: [] for backend in ready}
+        minibatches, _ = trainer.experience(0, run)
+        trainers[backend] = (trainer, minibatches, run)
+    times: dict[str, list[float]] = {backend: [] for backend in trainers}
     for turn in range(turns + 1):
-        for backend in sorted(ready, reverse=turn % 2 == 0):
-            trainer, plan, run = ready[backend]
-            times[backend].append(trainer.improve(plan, turn, run)["time/update"])
-    # The first warms up; the least is the one that other work on the machine disturbed least.
+        for backend in sorted(trainers, reverse=turn % 2 == 0):
+            trainer, minibatches, run = trainers[backend]
+            times[backend].append(trainer.update(minibatches, turn, run)["time/update"])
     return {name: min(found[1:]) for name, found in times.items()}

@@ -1,4 +1,4 @@
-"""Evaluations, one file each; `fastrlhf eval` runs those that its files allow."""
+"""Evaluations of a model, one file each. `fastrlhf eval` runs those that it is given data for."""
 
 from fastrlhf.evals.run import EvalConfig, main
 

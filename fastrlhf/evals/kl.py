@@ -1,10 +1,10 @@
-"""KL divergence of a policy from its reference, estimated on the policy's own samples."""
+"""KL divergence of a policy from a reference, estimated on the policy's own samples."""
 
 from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from fastrlhf.evals._intervals import bootstrap, cluster_sums, ratio
+from fastrlhf.evals.intervals import bootstrap, cluster_sums, ratio
 
 
 def evaluate(
@@ -16,15 +16,23 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Estimates of KL(policy || reference) with 95 % intervals.
 
-    With d_t = log p(y_t) - log p_ref(y_t) over tokens y ~ p sampled at temperature 1:
+    With d_t = log p(y_t) - log p_ref(y_t) for tokens y sampled from p at temperature 1:
 
         sequence = mean over samples of sum_t d_t                     (k1; unbiased)
         token    = sum of all d_t / number of tokens
         k3       = mean over samples of sum_t (exp(-d_t) - 1 + d_t)   (>= 0, lower variance)
 
+    All in nats.
+
     Args:
-        logprobs, ref_logprobs: one array of token log-probs a sample, equally long, in nats.
-        prompts: labels; samples of one prompt are resampled together.
+        logprobs, ref_logprobs: one array [T] of token log-probs for each sample.
+        prompts: labels of the samples; samples of one prompt are resampled together.
+
+    Returns:
+        {"sequence", "token", "k3"}, each an interval of `intervals.bootstrap`.
+
+    Raises:
+        ValueError: the two arrays of a sample differ in shape.
     """
     rows = []
     for i, (p, q) in enumerate(zip(logprobs, ref_logprobs, strict=True)):

@@ -1,17 +1,17 @@
-"""Loss on held-out text, per token: how well a model still knows general language."""
+"""Language-model loss on held-out text, in nats a token. Shapes: P windows."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fastrlhf.evals._intervals import bootstrap, ratio
+from fastrlhf.evals.intervals import bootstrap, ratio
 
-# Token lists in, one array of negative log-likelihoods (nats, length - 1) a list out.
+# Maps windows of L tokens to arrays [L - 1] of negative log-likelihoods, in nats.
 TokenNLL = Callable[[list[list[int]]], Sequence[np.ndarray]]
 
 
 def windows(tokens: Sequence[int], length: int) -> list[list[int]]:
-    """Cut a token stream into windows of `length`; a last piece under two tokens is dropped."""
+    """Cut a token stream into windows of `length`; a last window of one token is dropped."""
     if length < 2:
         raise ValueError(f"length: expected at least 2, got {length}")
     cut = [list(tokens[i : i + length]) for i in range(0, len(tokens), length)]
@@ -19,11 +19,14 @@ def windows(tokens: Sequence[int], length: int) -> list[list[int]]:
 
 
 def window_sums(parts: Sequence[list[int]], token_nll: TokenNLL) -> np.ndarray:
-    """[P, 2]: summed loss (nats) and number of predicted tokens of each window; the model runs here, once.
+    """Run the model on each window: [P, 2] of summed loss (nats) and number of predicted tokens.
 
     Args:
-        parts: token windows, e.g. from :func:`windows`; each window's first token is given.
+        parts: P token windows, e.g. from :func:`windows`; the first token of each is not predicted.
         token_nll: the model.
+
+    Raises:
+        ValueError: there is no window, or `token_nll` returns arrays of the wrong shape.
     """
     if len(parts) == 0:
         raise ValueError("windows: expected at least one window, got none")
@@ -41,7 +44,7 @@ def window_sums(parts: Sequence[list[int]], token_nll: TokenNLL) -> np.ndarray:
 
 
 def evaluate(sums: np.ndarray, *, seed: int = 0) -> dict[str, float | dict]:
-    """Mean negative log-likelihood (nats) a token, the interval over windows.
+    """Mean negative log-likelihood, in nats a token, with its interval over windows.
 
     Args:
         sums: [P, 2] from :func:`window_sums`.
@@ -55,10 +58,15 @@ def evaluate(sums: np.ndarray, *, seed: int = 0) -> dict[str, float | dict]:
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray, *, seed: int = 0) -> dict[str, float]:
-    """Loss minus the baseline's loss on the same windows (paired, so far tighter than either).
+    """Loss of one model minus that of another on the same windows, in nats a token.
+
+    The comparison is paired, so its interval is narrower than those of the two losses.
 
     Args:
-        ours, theirs: [P, 2] of both models from :func:`window_sums`.
+        ours, theirs: [P, 2] of the two models from :func:`window_sums`.
+
+    Raises:
+        ValueError: the windows differ.
     """
     if ours.shape != theirs.shape or not np.array_equal(ours[:, 1], theirs[:, 1]):
         raise ValueError("theirs: expected the sums of the same windows as ours")

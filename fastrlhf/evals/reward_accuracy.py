@@ -1,14 +1,14 @@
-"""Pair accuracy of a reward model: does it order two completions as the ranking does?"""
+"""Pair accuracy of a reward model: how often it orders two completions as the ranking does."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from fastrlhf.evals._intervals import bootstrap, cluster_sums, ratio
+from fastrlhf.evals.intervals import bootstrap, cluster_sums, ratio
 
 
 def _pairs(scores: Sequence[float], ranks: Sequence[int]) -> tuple[float, int]:
-    # -> (correct, pairs) over pairs that `ranks` (1 = best) tells apart; equal scores count half.
+    """(correct, pairs) over the pairs with different `ranks` (1 = best); equal scores count as half correct."""
     correct, pairs = 0.0, 0
     for i in range(len(ranks)):
         for j in range(i):
@@ -21,17 +21,20 @@ def _pairs(scores: Sequence[float], ranks: Sequence[int]) -> tuple[float, int]:
 
 
 def evaluate(rows: Sequence[dict], *, seed: int = 0) -> dict[str, dict]:
-    """Share of strictly ranked pairs that the scores order the same way, beside "longer wins".
+    """Share of strictly ranked pairs that the scores order in the same way, and that text length would.
 
     Args:
         rows: {"prompt": str, "completions": [str], "ranks": [int] (1 = best, ties allowed),
             "scores": [float] of the reward model, optional "criterion": str}.
 
     Returns:
-        For "all" and for each criterion: {"accuracy": interval, "longer": interval of the rule
-        that the longer completion wins, "margin": interval of their difference, "pairs": number}.
-        Tied pairs of the ranking are dropped; intervals are over prompts. A criterion without a
-        strict pair is left out; ValueError if there is no strict pair at all.
+        For "all" and for each criterion with a strict pair: {"accuracy": share that the scores order
+        correctly, "longer": share that the rule "the longer completion wins" orders correctly, "margin":
+        their difference, "pairs": number of strict pairs}. The first three are intervals over prompts.
+        Tied pairs of the ranking are dropped.
+
+    Raises:
+        ValueError: there is no strict pair, or a row's lists differ in length.
     """
     counts: dict[str, list[tuple[str, float, float, int]]] = {"all": []}
     for number, row in enumerate(rows, 1):

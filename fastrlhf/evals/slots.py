@@ -1,7 +1,6 @@
-"""Slot errors of data-to-text: what a sentence leaves out of its record and what it makes up.
+"""Slot errors in data-to-text generation: slots of the record that a sentence omits, and slots that it invents.
 
-A judgement is any object with `covered`, `missing` and `invented` (sequences of slots) and `value`; of a
-judge that knows no slots it is a number.
+A judge maps a sentence to a `Judgement`, or to a number if it does not compare slots.
 """
 
 from collections.abc import Hashable, Sequence
@@ -11,19 +10,21 @@ from typing import Protocol
 
 import numpy as np
 
-from fastrlhf.evals._intervals import bootstrap, cluster_sums, ratio
+from fastrlhf.evals.intervals import bootstrap, cluster_sums, ratio
 
 
 class Judgement(Protocol):
-    covered: Sequence[str]
-    missing: Sequence[str]
-    invented: Sequence[str]
-    value: float
+    """What a judge says of one sentence."""
+
+    covered: Sequence[str]  # slots of the record that the sentence expresses
+    missing: Sequence[str]  # slots of the record that it omits
+    invented: Sequence[str]  # slots that are not in the record
+    value: float  # overall score; higher is better
 
 
 @dataclass
 class Value:
-    """The judgement of a judge that gives a number alone."""
+    """The judgement of a judge that returns a number."""
 
     value: float
     covered: Sequence[str] = ()
@@ -32,7 +33,7 @@ class Value:
 
 
 def judgement(found: object) -> Judgement:
-    """What a judge returned, checked; ValueError says what was expected."""
+    """Convert what a judge returned to a `Judgement`; ValueError if it is neither that nor a number."""
     if isinstance(found, Real) and not isinstance(found, bool):
         return Value(float(found))
     lists = [getattr(found, name, None) for name in ("covered", "missing", "invented")]
@@ -46,7 +47,7 @@ def judgement(found: object) -> Judgement:
 
 
 def _counts(judgements: Sequence[Judgement]) -> np.ndarray:
-    # -> [n, 6]: covered, missing, invented, slots, value, without error
+    """[n, 6]: covered, missing, invented, slots of the record, value, 1 if there is no error."""
     rows = []
     for j in judgements:
         c, m, i = len(j.covered), len(j.missing), len(j.invented)
@@ -63,10 +64,10 @@ def evaluate(
     """Means over sentences with 95 % intervals (cluster bootstrap over prompts).
 
     Returns:
-        "coverage": covered slots / slots of the records; "missing", "invented", "errors": number a
+        "coverage": covered slots / slots of the records; "missing", "invented", "errors": number per
         sentence (errors = missing + invented); "error_rate": errors / slots of the records;
         "perfect": share of sentences without an error; "value": the judge's mean value. Each is
-        {"mean", "low", "high", "n"}. Where no judgement has a slot, "value" alone.
+        an interval {"mean", "low", "high", "n"}. If no judgement has a slot, "value" only.
     """
     sums, sentences = cluster_sums(_counts(judgements), prompts)
     covered, missing, invented, slots, value, perfect = sums.T
@@ -92,11 +93,14 @@ def error_change(
     *,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Relative change of slot errors against a baseline on the same prompts, -0.3 = 30 % fewer.
+    """Relative change of slot errors against a baseline on the same prompts; -0.3 is 30 % fewer.
 
         change = errors / baseline errors - 1
 
-    Pairs of one prompt are resampled together, so the interval is that of the paired comparison.
+    The comparison is paired: both sentences of a prompt are resampled together.
+
+    Raises:
+        ValueError: the numbers of judgements differ.
     """
     if len(judgements) != len(baseline):
         raise ValueError(f"baseline: expected {len(judgements)} judgements, got {len(baseline)}")

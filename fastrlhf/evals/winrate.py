@@ -1,10 +1,10 @@
-"""Win rate: how often system A's completion is preferred to system B's for the same prompt."""
+"""Win rate: how often a system's completion is preferred to a baseline's for the same prompt."""
 
 from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from fastrlhf.evals._intervals import mean_interval
+from fastrlhf.evals.intervals import mean_interval
 
 
 def evaluate(
@@ -15,19 +15,21 @@ def evaluate(
     tolerance: float = 1e-9,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Compare two systems pair by pair; a tie counts half a win.
+    """Compare two systems pair by pair; a tie counts as half a win.
 
         win rate = (wins + ties / 2) / n
 
     Args:
-        scores, baseline_scores: [n] what the judge gives the completions; entry i of both answers
-            the same prompt.
-        prompts: [n] labels; pairs of one prompt are resampled together. None: every pair alone.
-        tolerance: scores closer than this tie.
+        scores, baseline_scores: [n] the judge's scores; entry i of both belongs to the same prompt.
+        prompts: [n] labels; pairs of one prompt are resampled together. None: each pair by itself.
+        tolerance: scores that differ by at most this tie.
 
     Returns:
         {"mean", "low", "high": win rate and its 95 % interval (cluster bootstrap over prompts),
-        "n": prompts, "pairs", "wins", "ties", "losses"}.
+        "n": number of prompts, "pairs", "wins", "ties", "losses": counts}.
+
+    Raises:
+        ValueError: the scores differ in length, are empty, or are not finite.
     """
     a, b = np.asarray(scores, dtype=np.float64), np.asarray(baseline_scores, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or len(a) == 0:

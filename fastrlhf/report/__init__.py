@@ -1,4 +1,4 @@
-"""The report of a run: `fastrlhf report` writes it."""
+"""The report of a demo run, as written by `fastrlhf report`."""
 
 from fastrlhf.report.content import CONTENT, check, load
 from fastrlhf.report.run import ReportConfig, main, print_tables, write, write_page

@@ -1,8 +1,8 @@
-"""The content of a report: what report.json holds, its checks, and the words for its figures.
+"""The content of a report: the format of report.json, its checks, and the labels and formats of its figures.
 
-Input is a run folder with `report.json` and, where it names them, the stages' `log.jsonl`. An *interval*
-is {"mean", "low", "high", "n"} (95 %, over prompts or text windows), as `fastrlhf.evals` return it.
-Only `systems` and `results` are required; whatever else is missing is left out of the page.
+A run folder holds `report.json` and the `log.jsonl` files that it names. An *interval* is
+{"mean", "low", "high", "n"} (95 %, over prompts or text windows), as the functions of `fastrlhf.evals` return it.
+Only `systems` and `results` are required. The page leaves out what is missing.
 
     {
       "title": str,
@@ -11,13 +11,13 @@ Only `systems` and `results` are required; whatever else is missing is left out 
       "environment": {str: str | number},   # torch, cpu, attention, seed, versions, ...
       "backends": {op: backend},
       "systems": ["base", "sft", "ppo", "ppo_ptx"],       # in the order of the tables
-      "reference": "sft",                   # what win rate and error change compare with
-      "kl_reference": "rl_init",            # what KL is measured from (default: rl_init if it is a system)
+      "reference": "sft",                   # win rate and error change are relative to it
+      "kl_reference": "rl_init",            # KL is measured from it (default: rl_init if it is a system)
       "results": {system: {
           "sampled": {figure: interval},    # temperature 1
           "greedy": {figure: interval},     # temperature 0
           "text_loss": interval,            # held-out pretraining text, nats per token
-          "text_loss_change": interval}},   # minus the reference's, on the same windows
+          "text_loss_change": interval}},   # minus that of the reference
       "human": {figure: interval},          # the human references, judged by the labeler
       "reward_model": {"held_out": {...}, "human": {...}},  # reward_accuracy.evaluate's results
       "labeler": {"agreement/<criterion>": number, "decided/<criterion>": number, ...},
@@ -51,12 +51,12 @@ LABELS = {
 }
 DECODINGS = {"sampled": "temperature 1", "greedy": "greedy"}
 JUDGES = {"held_out": "labeler, held-out prompts", "human": "people (RankME)"}
-# figure -> (heading, format): what the result tables show, in this order.
+# Rows of the result tables, in order: figure -> (heading, format).
 FIGURES = {
     "win_rate": ("preferred to {reference}", "percent"),
     "coverage": ("slot coverage", "percent"),
-    "missing": ("missing a sentence", "number"),
-    "invented": ("invented a sentence", "number"),
+    "missing": ("missing per sentence", "number"),
+    "invented": ("invented per sentence", "number"),
     "error_change": ("slot errors vs {reference}", "change"),
     "bleu": ("BLEU", "score"),
     "reward": ("RM score", "number"),
@@ -65,12 +65,12 @@ FIGURES = {
 
 
 def label(system: str) -> str:
-    """The printed name of a system."""
+    """Display name of a system or stage."""
     return LABELS.get(system, system)
 
 
-def form(value: float, style: str) -> str:
-    """One number as the tables print it."""
+def format_value(value: float, style: str) -> str:
+    """Format a number: style is "percent", "change" (signed percent), "score" (1 digit) or "number" (2 digits)."""
     if not math.isfinite(value):
         return "n/a"
     if style == "percent":
@@ -81,14 +81,14 @@ def form(value: float, style: str) -> str:
     return text.replace("-", "\u2212")
 
 
-def span(interval: dict, style: str) -> str:
-    """The 95 % interval of a figure as text."""
-    low, high = (form(interval[k], style).removesuffix(" %") for k in ("low", "high"))
+def format_interval(interval: dict, style: str) -> str:
+    """Format the bounds of an interval: "63.0 to 71.0"."""
+    low, high = (format_value(interval[k], style).removesuffix(" %") for k in ("low", "high"))
     return f"{low} to {high}"
 
 
 def duration(seconds: float) -> str:
-    """45.2 s, 3 min 20 s."""
+    """Format a duration: "45.2 s", "3 min 20 s"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
@@ -98,7 +98,7 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _need(condition: bool, where: str, expected: str, got) -> None:
+def _require(condition: bool, where: str, expected: str, got) -> None:
     if not condition:
         text = repr(got)
         text = text if len(text) <= 60 else text[:57] + "..."
@@ -106,12 +106,12 @@ def _need(condition: bool, where: str, expected: str, got) -> None:
 
 
 def _check_intervals(found, where: str) -> None:
-    _need(isinstance(found, dict), where, "an object of intervals", found)
+    _require(isinstance(found, dict), where, "an object of intervals", found)
     for name, interval in found.items():
         here = f"{where}.{name}"
-        _need(isinstance(interval, dict), here, "an interval {mean, low, high}", interval)
+        _require(isinstance(interval, dict), here, "an interval {mean, low, high}", interval)
         for key in ("mean", "low", "high"):
-            _need(_is_number(interval.get(key)), f"{here}.{key}", "a number", interval.get(key))
+            _require(_is_number(interval.get(key)), f"{here}.{key}", "a number", interval.get(key))
 
 
 _SHAPES = {
@@ -129,52 +129,59 @@ _SHAPES = {
 
 
 def check(content) -> dict:
-    """Return `content` if it follows the schema; UserError names the first place that does not."""
-    _need(isinstance(content, dict), "top level", "an object", content)
+    """Return `content` if it follows the format above; else raise a UserError that names the first mistake."""
+    _require(isinstance(content, dict), "top level", "an object", content)
     systems = content.get("systems")
-    _need(isinstance(systems, list) and bool(systems), "systems", "a list of names", systems)
+    _require(isinstance(systems, list) and bool(systems), "systems", "a list of names", systems)
     for i, name in enumerate(systems):
-        _need(isinstance(name, str), f"systems[{i}]", "a name", name)
+        _require(isinstance(name, str), f"systems[{i}]", "a name", name)
     results = content.get("results")
-    _need(isinstance(results, dict), "results", "an object", results)
+    _require(isinstance(results, dict), "results", "an object", results)
     for system in systems:
         found = results.get(system)
-        _need(isinstance(found, dict), f"results.{system}", "an object", found)
+        _require(isinstance(found, dict), f"results.{system}", "an object", found)
         for decoding in DECODINGS:
             _check_intervals(found.get(decoding, {}), f"results.{system}.{decoding}")
         losses = {k: found[k] for k in ("text_loss", "text_loss_change") if k in found}
         _check_intervals(losses, f"results.{system}")
     for key, (kind, expected) in _SHAPES.items():
         if key in content:
-            _need(isinstance(content[key], kind), key, expected, content[key])
+            _require(isinstance(content[key], kind), key, expected, content[key])
     _check_intervals(content.get("human", {}), "human")
     for name, groups in content.get("reward_model", {}).items():
-        _need(isinstance(groups, dict), f"reward_model.{name}", "an object", groups)
+        _require(isinstance(groups, dict), f"reward_model.{name}", "an object", groups)
         for group, found in groups.items():
             where = f"reward_model.{name}.{group}"
-            _need(isinstance(found, dict), where, "an object", found)
+            _require(isinstance(found, dict), where, "an object", found)
             _check_intervals({k: found.get(k) for k in ("accuracy", "longer")}, where)
     for i, stage in enumerate(content.get("stages", [])):
-        _need(isinstance(stage, dict), f"stages[{i}]", "an object", stage)
-        _need(isinstance(stage.get("name"), str), f"stages[{i}].name", "text", stage.get("name"))
+        _require(isinstance(stage, dict), f"stages[{i}]", "an object", stage)
+        _require(isinstance(stage.get("name"), str), f"stages[{i}].name", "text", stage.get("name"))
         seconds = stage.get("seconds")
-        _need(_is_number(seconds), f"stages[{i}].seconds", "a number", seconds)
+        _require(_is_number(seconds), f"stages[{i}].seconds", "a number", seconds)
     for key in ("labeler", "speed"):
         for name, value in content.get(key, {}).items():
-            _need(_is_number(value), f"{key}.{name}", "a number", value)
+            _require(_is_number(value), f"{key}.{name}", "a number", value)
     for i, sample in enumerate(content.get("samples", [])):
-        _need(isinstance(sample, dict), f"samples[{i}]", "an object", sample)
+        _require(isinstance(sample, dict), f"samples[{i}]", "an object", sample)
         for part in ("record", "outputs"):
             found = sample.get(part)
-            _need(isinstance(found, dict), f"samples[{i}].{part}", "an object", found)
+            _require(isinstance(found, dict), f"samples[{i}].{part}", "an object", found)
         for system, output in sample["outputs"].items():
             text = output.get("text") if isinstance(output, dict) else output
-            _need(isinstance(text, str), f"samples[{i}].outputs.{system}", "text", output)
+            _require(isinstance(text, str), f"samples[{i}].outputs.{system}", "text", output)
     return content
 
 
 def load(run: str | Path) -> tuple[dict, dict[str, list[dict]]]:
-    """Read and check a run folder -> (content of report.json, log rows by stage)."""
+    """Read and check a run folder.
+
+    Returns:
+        (content of report.json, log rows by stage).
+
+    Raises:
+        UserError: a file is missing or damaged, or the content does not follow the format.
+    """
     run = Path(run)
     path = run / CONTENT
     try:
@@ -213,13 +220,13 @@ def _rows(path: Path) -> list[dict]:
 
 
 def kl_reference(content: dict) -> str:
-    """The system that KL is measured from: as given, else the RL initialisation if there is one."""
+    """The system that KL is measured from: as given, else the RL initialization if there is one."""
     default = "rl_init" if "rl_init" in content["systems"] else content.get("reference", "sft")
     return content.get("kl_reference", default)
 
 
 def figures(content: dict, decoding: str) -> dict[str, tuple[str, str]]:
-    """The figures that at least one system has: figure -> (heading, format)."""
+    """Figures that at least one system has: figure -> (heading, format)."""
     reference = content.get("reference", "sft")
     names = {
         "reference": label(reference),
@@ -227,12 +234,12 @@ def figures(content: dict, decoding: str) -> dict[str, tuple[str, str]]:
     }
     have = {f for s in content["systems"] for f in content["results"][s].get(decoding, {})}
     if decoding == "greedy":
-        have.discard("kl")  # its estimate needs samples of the policy itself
+        have.discard("kl")  # the estimate is valid for samples at temperature 1 only
     return {f: (h.format(**names), s) for f, (h, s) in FIGURES.items() if f in have}
 
 
 def figure(content: dict, system: str, decoding: str, name: str) -> dict | None:
-    """One figure's interval; None where there is none or a system would be compared with itself."""
+    """Interval of one figure; None if it is missing or compares a system with itself."""
     reference = content.get("reference", "sft")
     same = {"win_rate": reference, "error_change": reference}
     same["kl"] = kl_reference(content)
@@ -241,11 +248,11 @@ def figure(content: dict, system: str, decoding: str, name: str) -> dict | None:
     return content["results"][system].get(decoding, {}).get(name)
 
 
-def speed_words(speed: dict) -> str:
-    """One sentence on the PPO update's time, this package's ops against the reference ones."""
+def speed_sentence(speed: dict) -> str:
+    """A sentence that compares the time of a PPO update on the fused and on the reference ops."""
     ours, plain = speed["auto"], speed["reference"]
     faster = f": {plain / ours:.2f} times as fast" if ours > 0 else ""
     return (
-        f"One PPO update takes {ours:.3f} s on this package's kernels (backend auto) and "
-        f"{plain:.3f} s on the plain PyTorch reference, with the same seed{faster}."
+        f"One PPO update takes {ours:.3f} s with this package's kernels (backend auto) and "
+        f"{plain:.3f} s with the PyTorch reference, on the same experience{faster}."
     )

@@ -1,12 +1,21 @@
-"""report.html: one file, nothing loaded from elsewhere, readable without JavaScript."""
+"""report.html: one self-contained file without scripts."""
 
 import base64
 from collections.abc import Sequence
 from html import escape
 
-from fastrlhf.report import content as report
 from fastrlhf.report import plots
-from fastrlhf.report.content import duration, form, label, span
+from fastrlhf.report.content import (
+    DECODINGS,
+    JUDGES,
+    duration,
+    figure,
+    figures,
+    format_interval,
+    format_value,
+    label,
+    speed_sentence,
+)
 
 _CSS = """
 :root { --ink: #1b2430; --soft: #566070; --line: #dfe3e9; --wash: #f6f7f9; --accent: #0f766e; }
@@ -74,7 +83,7 @@ def _image(svg: str, words: str, caption: str = "") -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns=frozenset()) -> str:
-    # Cells are HTML already; the callers escape.
+    # Cells are HTML; the callers escape text.
     def cell(tag: str, i: int, content: str) -> str:
         return f"<{tag}{' class=text' if i in text_columns else ''}>{content}</{tag}>"
 
@@ -94,7 +103,7 @@ def _name(system: str) -> str:
 def _cell(found: dict | None, style: str) -> str:
     if not found:
         return ""
-    return f"{form(found['mean'], style)}<small>{span(found, style)}</small>"
+    return f"{format_value(found['mean'], style)}<small>{format_interval(found, style)}</small>"
 
 
 def _list(entries: dict) -> str:
@@ -103,7 +112,7 @@ def _list(entries: dict) -> str:
 
 
 def _best(content: dict) -> str | None:
-    """The system the headline speaks of: the last one that is compared with the reference."""
+    """The system of the headline: the last one that is compared with the reference."""
     results = content["results"]
     compared = [s for s in content["systems"] if "win_rate" in results[s].get("sampled", {})]
     compared = [s for s in compared if s != content.get("reference", "sft")]
@@ -118,23 +127,27 @@ def _cards(content: dict) -> str:
     sampled, name = results[system]["sampled"], label(system)
     cards = []
     win = sampled["win_rate"]
-    interval = span(win, "percent")
-    cards.append((form(win["mean"], "percent"), f"{name} preferred to {reference} ({interval} %)"))
+    interval = format_interval(win, "percent")
+    cards.append(
+        (format_value(win["mean"], "percent"), f"{name} preferred to {reference} ({interval} %)")
+    )
     if change := sampled.get("error_change"):
-        words = f"slot errors, {name} against {reference} ({span(change, 'change')} %)"
-        cards.append((form(change["mean"], "change"), words))
+        words = f"slot errors, {name} against {reference} ({format_interval(change, 'change')} %)"
+        cards.append((format_value(change["mean"], "change"), words))
     if coverage := sampled.get("coverage"):
         before = results.get(content.get("reference", "sft"), {}).get("sampled", {})
         words = f"of the record's slots expressed by {name}"
         if "coverage" in before:
-            words += f"; {reference} {form(before['coverage']['mean'], 'percent')}"
-        cards.append((form(coverage["mean"], "percent"), words))
+            words += f"; {reference} {format_value(before['coverage']['mean'], 'percent')}"
+        cards.append((format_value(coverage["mean"], "percent"), words))
     losses = {s: results[s].get("text_loss") for s in content["systems"]}
     if losses.get("ppo") and losses.get("ppo_ptx"):
-        words = f"loss on general text of PPO-ptx; PPO {form(losses['ppo']['mean'], 'number')}"
+        words = (
+            f"loss on general text of PPO-ptx; PPO {format_value(losses['ppo']['mean'], 'number')}"
+        )
         if losses.get("base"):
-            words += f", base {form(losses['base']['mean'], 'number')}"
-        cards.append((form(losses["ppo_ptx"]["mean"], "number"), words))
+            words += f", base {format_value(losses['base']['mean'], 'number')}"
+        cards.append((format_value(losses["ppo_ptx"]["mean"], "number"), words))
     boxes = "".join(
         f'<div class="card"><b>{escape(b)}</b><span>{escape(s)}</span></div>' for b, s in cards
     )
@@ -143,8 +156,8 @@ def _cards(content: dict) -> str:
 
 def _results(content: dict) -> str:
     judged = (
-        "Preferences, coverage, missing and invented slots are the labeler's judgement: a program that "
-        "compares each sentence with its record and stands in for people."
+        "Preferences, coverage, missing and invented slots are judged by the labeler, a program that "
+        "compares each sentence with its record. It stands in for people."
     )
     parts = [f"<h2>Results</h2><p>{judged}</p>"]
     if svg := plots.results(content):
@@ -154,14 +167,14 @@ def _results(content: dict) -> str:
         )
         parts.append(_image(svg, "win rate, slot errors and loss on general text", caption))
     results = content["results"]
-    for decoding, words in report.DECODINGS.items():
-        columns = report.figures(content, decoding)
+    for decoding, words in DECODINGS.items():
+        columns = figures(content, decoding)
         if not columns:
             continue
         losses = decoding == "sampled" and any("text_loss" in r for r in results.values())
         rows = []
         for system in content["systems"]:
-            cells = (report.figure(content, system, decoding, f) for f in columns)
+            cells = (figure(content, system, decoding, f) for f in columns)
             styles = (style for _, style in columns.values())
             row = [_name(system), *map(_cell, cells, styles)]
             if losses:
@@ -182,10 +195,10 @@ def _results(content: dict) -> str:
         (f["n"] for s in results.values() for f in s.get("sampled", {}).values() if f.get("n")),
         None,
     )
-    note = "Small figures: 95 % intervals. KL in nats a sentence, losses in nats a token."
+    note = "Small print: 95 % intervals. KL in nats per sentence, losses in nats per token."
     if count:
         dev = content.get("environment", {}).get("split") == "dev"
-        seen = "on which settings are chosen" if dev else "that no training has seen"
+        seen = "that settings were chosen on" if dev else "that were not trained on"
         note = f"Measured on {count} records {seen}. {note}"
     parts.append(f'<p class="note">{escape(note)}</p>')
     return "".join(parts)
@@ -193,7 +206,7 @@ def _results(content: dict) -> str:
 
 _UNITS = {
     "coverage": "(share of the record's slots)",
-    "invented": "(slots a sentence)",
+    "invented": "(slots per sentence)",
     "value": "(mean score)",
 }
 
@@ -206,23 +219,23 @@ def _reward_model(content: dict) -> str:
     parts = ["<h2>Reward model and labeler</h2>"]
     rows = []
     for name, found in groups.items():
-        for group, figures in found.items():
-            cells = [_cell(figures[k], "percent") for k in ("accuracy", "longer")]
-            pairs = f"{figures['pairs']:,}" if "pairs" in figures else ""
+        for group, accuracy in found.items():
+            cells = [_cell(accuracy[k], "percent") for k in ("accuracy", "longer")]
+            pairs = f"{accuracy['pairs']:,}" if "pairs" in accuracy else ""
             criterion = "all pairs" if group == "all" else group
-            rows.append([escape(report.JUDGES.get(name, name)), escape(criterion), *cells, pairs])
+            rows.append([escape(JUDGES.get(name, name)), escape(criterion), *cells, pairs])
     if rows:
         head = ["ranked by", "criterion", "reward model agrees", "longer wins", "pairs"]
         parts.append(
-            "<p>How often the reward model orders two completions as the ranking does, "
-            "beside the rule that the longer one wins. Tied pairs are left out.</p>"
+            "<p>How often the reward model orders two completions as the ranking does, compared "
+            "with the rule that the longer one wins. Tied pairs are left out.</p>"
         )
         parts.append(_table(head, rows, {1}))
     if labeler:
         parts.append(
-            "<h3>The labeler stands in for people</h3><p>The rankings that the reward model learned "
-            "from were made by a program that compares each sentence with its record. Against real "
-            "human judgements it does this:</p>"
+            "<h3>The labeler stands in for people</h3><p>The reward model was trained on rankings by a "
+            "program that compares each sentence with its record. Its agreement with human "
+            "judgements:</p>"
         )
         rows = []
         for key, value in labeler.items():
@@ -233,7 +246,7 @@ def _reward_model(content: dict) -> str:
                 "references": f"human references: {name} {_UNITS.get(name, '')}",
             }.get(group, key)
             style = "number" if name in ("invented", "value") else "percent"
-            rows.append([escape(words), form(value, style)])
+            rows.append([escape(words), format_value(value, style)])
         parts.append(_table(["", ""], rows))
     return "".join(parts)
 
@@ -267,7 +280,7 @@ def _samples(content: dict) -> str:
     samples = content.get("samples", [])
     if not samples:
         return ""
-    intro = "<p>The same record given to each system; one sample each.</p>"
+    intro = "<p>One sample of each system for the same record.</p>"
     return "<h2>What they write</h2>" + intro + "".join(_sample(content, s) for s in samples)
 
 
@@ -276,8 +289,8 @@ def _curves(logs: dict[str, list[dict]]) -> str:
     if svg := plots.over_kl(logs):
         parts.append("<h2>Reward model against labeler</h2>")
         caption = (
-            "Each point is one PPO iteration. While both panels rise, the reward model leads the right "
-            "way; where the upper one goes on rising and the lower one falls, it is over-optimised."
+            "Each point is one PPO iteration. While both scores rise, the reward model is a good guide. "
+            "Where the upper one keeps rising and the lower one falls, it is over-optimised."
         )
         parts.append(_image(svg, "RM score and labeler score over KL", caption))
         for name, rows in logs.items():
@@ -312,7 +325,7 @@ def _time(content: dict) -> str:
         ]
         parts.append(_table(["stage", "time", "&nbsp;"], rows, {2}))
     if {"auto", "reference"} <= speed.keys():
-        parts.append(f"<p>{escape(report.speed_words(speed))}</p>")
+        parts.append(f"<p>{escape(speed_sentence(speed))}</p>")
     return "".join(parts)
 
 
@@ -330,7 +343,12 @@ def _environment(content: dict) -> str:
 
 
 def page(content: dict, logs: dict[str, list[dict]]) -> str:
-    """The whole page. `content` has passed `report.check`; every text of it is escaped here."""
+    """The HTML of the report.
+
+    Args:
+        content: content of report.json, checked by `content.check`. Its text is escaped here.
+        logs: log rows by stage.
+    """
     title = content.get("title", "fastrlhf run")
     under = []
     if isinstance(content.get("seconds"), int | float):

@@ -1,4 +1,4 @@
-"""Plots of the report, as SVG text: results with intervals, learning curves, scores over KL."""
+"""The report's plots, as SVG text: results with intervals, learning curves, scores over KL."""
 
 import functools
 import io
@@ -21,7 +21,7 @@ COLOURS = {
 _SPARE = ("#be185d", "#1d4ed8", "#65a30d", "#a16207")
 _STYLE = {
     "svg.fonttype": "path",
-    "svg.hashsalt": "fastrlhf",  # the same content gives the same file
+    "svg.hashsalt": "fastrlhf",  # makes the output deterministic
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -44,8 +44,8 @@ _STYLE = {
     "figure.facecolor": "none",
 }
 
-# One panel each: title, y label, metrics (first found is drawn solid, the others dashed).
-_LM_PANELS = (("loss", "nats a token", ("train/loss", "loss", "train/nll", "valid/loss")),)
+# Panels: (title, y label, metrics). The first metric found is a solid line, the others are dashed.
+_LM_PANELS = (("loss", "nats per token", ("train/loss", "loss", "train/nll", "valid/loss")),)
 _REWARD_PANELS = (
     ("loss", "", ("train/loss", "loss", "valid/loss")),
     ("pair accuracy", "", ("train/accuracy", "accuracy", "valid/accuracy")),
@@ -53,9 +53,9 @@ _REWARD_PANELS = (
 _PPO_PANELS = (
     ("RM score", "", ("reward/rm",)),
     ("labeler score", "", ("reward/labeler",)),
-    ("KL to the reference", "nats a sentence", ("kl/reference",)),
-    ("loss of the pretraining mix", "nats a token", ("ptx/loss",)),
-    ("entropy", "nats a token", ("policy/entropy",)),
+    ("KL to the reference", "nats per sentence", ("kl/reference",)),
+    ("loss of the pretraining mix", "nats per token", ("ptx/loss",)),
+    ("entropy", "nats per token", ("policy/entropy",)),
     ("length", "tokens", ("length/mean",)),
     ("clipped ratios", "share of tokens", ("policy/clip_fraction",)),
     ("gradient norm", "", ("grad_norm/ppo", "grad_norm/ptx")),
@@ -64,12 +64,12 @@ _PPO_PANELS = (
 
 
 def colour(system: str) -> str:
-    """One colour for one system in every plot."""
+    """The colour of a system, the same in every plot."""
     return COLOURS.get(system) or _SPARE[sum(map(ord, system)) % len(_SPARE)]
 
 
 def _styled(function):
-    # Artists read the style when they are made and when they are drawn: hold it all along.
+    # matplotlib reads the style both when artists are created and when they are drawn.
     @functools.wraps(function)
     def inside(*arguments):
         import matplotlib
@@ -98,7 +98,7 @@ def _svg(figure) -> str:
 
 
 def series(rows: Sequence[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of the rows that hold a finite `metric`."""
+    """(steps, values) of the rows with a finite `metric`."""
     found = []
     for number, row in enumerate(rows, 1):
         value = row.get(metric)
@@ -108,20 +108,20 @@ def series(rows: Sequence[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
-    """Centred moving mean; shorter windows at the ends."""
+    """Centred moving average over `width` values; shorter windows at the ends."""
     half = width // 2
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
 @_styled
 def results(content: dict) -> str | None:
-    """Win rate, slot errors and loss on general text of every system, with intervals."""
+    """Win rate, slot errors and loss on general text of every system, with intervals; None without figures."""
     systems = content["systems"]
     reference = content.get("reference", "sft")
     panels = []
     for title, name, scale in (
         (f"preferred to {label(reference)}, %", "win_rate", 100),
-        ("slot errors a sentence", "errors", 1),
+        ("slot errors per sentence", "errors", 1),
     ):
         points = [
             (system, i, figure(content, system, decoding, name), scale)
@@ -130,7 +130,7 @@ def results(content: dict) -> str | None:
         ]
         panels.append((title, [p for p in points if p[2]]))
     losses = [(s, 0, content["results"][s].get("text_loss"), 1) for s in systems]
-    panels.append(("loss on general text, nats a token", [p for p in losses if p[2]]))
+    panels.append(("loss on general text, nats per token", [p for p in losses if p[2]]))
     panels = [p for p in panels if p[1]]
     if not panels:
         return None
@@ -156,7 +156,7 @@ def results(content: dict) -> str | None:
 
 
 def _curves(panels, stages: list[tuple[str, list[dict]]]) -> list[tuple]:
-    # -> (title, y label, [(stage, metric, steps, values)]) of the panels that have data
+    """The panels that have data: (title, y label, [(stage, metric, steps, values)])."""
     out = []
     for title, unit, metrics in panels:
         lines = []
@@ -172,7 +172,7 @@ def _curves(panels, stages: list[tuple[str, list[dict]]]) -> list[tuple]:
 
 @_styled
 def learning(logs: dict[str, list[dict]]) -> list[tuple[str, str]]:
-    """(heading, SVG): the language-model and reward stages, then PPO and PPO-ptx together."""
+    """Learning curves, as (heading, SVG): language-model and reward stages, then PPO and PPO-ptx together."""
     groups = []
     policy = [(n, rows) for n, rows in logs.items() if any("kl/reference" in r for r in rows)]
     names = {n for n, _ in policy}
@@ -223,7 +223,10 @@ def _grid(panels: list[tuple]) -> str:
 
 @_styled
 def over_kl(logs: dict[str, list[dict]]) -> str | None:
-    """RM score above labeler score over the KL to the reference: they part where PPO over-fits."""
+    """RM score and labeler score over the KL to the reference; None without such logs.
+
+    Where the two curves diverge, PPO over-optimises the reward model (Gao et al. 2023).
+    """
     runs = []
     for name, rows in logs.items():
         keys = ("kl/reference", "reward/rm", "reward/labeler")
@@ -234,8 +237,8 @@ def over_kl(logs: dict[str, list[dict]]) -> str | None:
         return None
     canvas, axes = _figure(7.6, 4.8, nrows=2, sharex=True)
     for column, title in (
-        (1, "RM score (what PPO maximises)"),
-        (2, "labeler score (what is meant)"),
+        (1, "RM score (PPO maximises it)"),
+        (2, "labeler score (the actual goal)"),
     ):
         axis = axes[column - 1, 0]
         axis.set_title(title)
@@ -246,14 +249,14 @@ def over_kl(logs: dict[str, list[dict]]) -> str | None:
             axis.plot(x[-1:], y[-1:], "o", color=colour(name), markersize=6)
         if column == 1:
             axis.legend(fontsize=8)
-    axes[1, 0].set_xlabel("KL to the reference, nats a sentence (large dot: end of training)")
+    axes[1, 0].set_xlabel("KL to the reference, nats per sentence (large dot: end of training)")
     return _svg(canvas)
 
 
 def over_optimised(rows: Sequence[dict]) -> float | None:
-    """KL beyond which the labeler's score fell for good while the RM's rose; None if it did not.
+    """The KL, in nats, at which the labeler's score peaked while the RM's score kept rising; None if it did not.
 
-    Smoothed curves; a fall counts from a fifth of the labeler's whole range on.
+    Both curves are smoothed. The labeler's score must fall by more than a fifth of its range.
     """
     keys = ("kl/reference", "reward/rm", "reward/labeler")
     points = [[r[k] for k in keys] for r in rows if all(k in r for k in keys)]

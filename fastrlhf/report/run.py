@@ -1,4 +1,4 @@
-"""The report of a run: tables on the terminal and one self-contained report.html."""
+"""`fastrlhf report`: tables on the terminal, and report.html."""
 
 import json
 from dataclasses import dataclass
@@ -13,25 +13,29 @@ from fastrlhf.report.content import (
     duration,
     figure,
     figures,
-    form,
+    format_interval,
+    format_value,
     label,
     load,
-    span,
-    speed_words,
+    speed_sentence,
 )
+from fastrlhf.report.page import page
 
 PAGE = "report.html"
 
 
 @dataclass
 class ReportConfig:
-    """Write report.html of a finished `fastrlhf demo` run again (one stage's curves: tensorboard --logdir)."""
+    """Print the results of a finished `fastrlhf demo` run and write its report.html.
 
-    run: str = ""  # folder of the demo run, holding report.json
+    For the curves of a single stage use tensorboard --logdir.
+    """
+
+    run: str = ""  # folder of the demo run
 
 
 def print_tables(content: dict, console=None) -> None:
-    """The result tables and the time per stage, on the terminal."""
+    """Print the result tables and the time of each stage."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -55,7 +59,8 @@ def print_tables(content: dict, console=None) -> None:
             lines.append(("loss on general text", "number", losses))
         for heading, style, found in lines:
             cells = (
-                f"{form(i['mean'], style)}\n[dim]{_tight(i, style)}[/]" if i else "" for i in found
+                f"{format_value(i['mean'], style)}\n[dim]{_tight(i, style)}[/]" if i else ""
+                for i in found
             )
             table.add_row(heading, *cells)
         console.print(table)
@@ -69,12 +74,12 @@ def print_tables(content: dict, console=None) -> None:
             table.add_row(label(stage["name"]), duration(stage["seconds"]))
         console.print(table)
     if {"auto", "reference"} <= content.get("speed", {}).keys():
-        console.print(speed_words(content["speed"]), highlight=False)
+        console.print(speed_sentence(content["speed"]), highlight=False)
 
 
 def _tight(interval: dict, style: str) -> str:
-    # Five systems must fit into 80 columns.
-    return span(interval, style).replace(" to ", "\u2026")
+    # Tables of five systems must fit into 80 columns.
+    return format_interval(interval, style).replace(" to ", "\u2026")
 
 
 def _print_reward(content: dict, console) -> None:
@@ -89,7 +94,7 @@ def _print_reward(content: dict, console) -> None:
     for name, groups in reward.items():
         for group, found in groups.items():
             cells = [
-                f"{form(found[k]['mean'], 'percent')}\n[dim]{span(found[k], 'percent')}[/]"
+                f"{format_value(found[k]['mean'], 'percent')}\n[dim]{format_interval(found[k], 'percent')}[/]"
                 for k in ("accuracy", "longer")
             ]
             table.add_row(JUDGES.get(name, name), group, *cells, str(found.get("pairs", "")))
@@ -97,29 +102,27 @@ def _print_reward(content: dict, console) -> None:
 
 
 def write_page(run: str | Path) -> Path:
-    """Render report.html of a run folder; returns its path. The page is replaced whole."""
-    from fastrlhf.report.page import page
-
+    """Render report.html in a run folder; return its path."""
     content, logs = load(run)
-    path = Path(run) / PAGE
-    scratch = path.with_name(f".{PAGE}")
-    scratch.write_text(page(content, logs), encoding="utf-8")
-    scratch.replace(path)
-    return path
+    return _replace(Path(run) / PAGE, page(content, logs))
 
 
 def write(run: str | Path, content: dict) -> Path:
-    """Check `content`, write it as report.json into `run`, and render the page beside it."""
+    """Check `content`, write it to `run`/report.json, and render report.html; return the path of the page."""
     text = json.dumps(check(content), ensure_ascii=False, indent=1) + "\n"
-    path = Path(run) / CONTENT
-    scratch = path.with_name(f".{CONTENT}")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    _replace(Path(run) / CONTENT, text)
     return write_page(run)
 
 
+def _replace(path: Path, text: str) -> Path:
+    # Atomic: a reader never sees a part of the file.
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    return partial.replace(path)
+
+
 def main(cfg: ReportConfig) -> None:
-    """Print the tables of a run and write its report.html."""
+    """Print the tables of `cfg.run` and write its report.html."""
     if not cfg.run:
         raise UserError("run: expected a run folder, got nothing")
     path = write_page(cfg.run)

@@ -1,1 +1,1 @@
-"""The trainer: SFT, reward model, PPO and PPO-ptx on top of the ops."""
+"""The trainer: pretraining, SFT, reward model, PPO and PPO-ptx on top of the ops."""

@@ -1,19 +1,75 @@
-"""Checkpoints that are whole or absent: written beside, fsynced, renamed. Loading never unpickles code."""
+"""Checkpoints: complete or absent on disk, and loaded without executing pickled code.
+
+Layout: `<folder>/step_00000012/state.pt`, a `torch.save` of
+
+    {"stage": str, "step": int, "seconds": float, "metrics": {name: float},
+     "parts": {name: state dict},          # models, optimizers, data orders, EMA
+     "rng": [{"cpu": state, "cuda": [state]} for each rank],
+     "scaler": state dict}                 # fp16 only
+
+Tensors are stored unsharded, so a run can resume with another number of FSDP2 ranks.
+"""
 
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from fastrlhf.errors import UserError
+from fastrlhf.train import sharded
+from fastrlhf.train.runtime import Runtime
 
 FILE = "state.pt"
 
 
+class Part(Protocol):
+    """Anything a resumed run must restore: an nn.Module, `Optimizers`, `EMA`, `Shuffle`."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+def capture(parts: Mapping[str, Part], runtime: Runtime) -> dict:
+    """State of all `parts`, of every rank's random generators, and of fp16's loss scaler.
+
+    A collective: every rank must call it. Only the main process gets the tensors of sharded parts.
+    """
+    rng = [rng_state()]
+    if runtime.world > 1:
+        rng = [None] * runtime.world
+        dist.all_gather_object(rng, rng_state())
+    states = {name: part.state_dict() for name, part in parts.items()}
+    state = {"rng": rng, "parts": sharded.full_state(states, runtime.is_main)}
+    if runtime.scaler is not None:
+        state["scaler"] = runtime.scaler.state_dict()
+    return state
+
+
+def restore(state: dict, parts: Mapping[str, Part], runtime: Runtime) -> None:
+    """Load what `capture` returned into `parts`, this rank's random generators and the loss scaler."""
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            sharded.load_state_dict(part, state["parts"][name])
+        else:
+            part.load_state_dict(state["parts"][name])
+    if runtime.scaler is not None:
+        runtime.scaler.load_state_dict(state["scaler"])
+    set_rng_state(state["rng"][runtime.rank])
+
+
 def save(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
-    """Write `state` (tensors, numbers, lists, dicts) as checkpoint `step`; the newest `keep` stay."""
+    """Write `state` (tensors, numbers, strings, lists, dicts) as checkpoint `step`; keep the newest `keep`.
+
+    Raises:
+        OSError: the disk is full or the folder is not writable.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{step:08d}"
     scratch = folder / f".writing_{step:08d}"
@@ -22,7 +78,7 @@ def save(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
     with open(scratch / FILE, "wb") as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # a full disk comes as this
+        except RuntimeError as error:  # torch reports a full disk as RuntimeError
             raise OSError(f"{scratch / FILE}: {error}".splitlines()[0]) from error
         _sync(file)
     with open(scratch / "meta.json", "w") as file:
@@ -38,22 +94,26 @@ def save(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of the whole checkpoints in a folder, ascending."""
+    """Steps of the complete checkpoints in `folder`, ascending."""
     names = (p.name[5:] for p in folder.glob("step_*") if (p / FILE).is_file())
     return sorted(int(name) for name in names if name.isdecimal())
 
 
 def load_latest(folder: Path) -> dict | None:
-    """State of the newest whole checkpoint, or None. Only tensors and plain containers are read (weights_only)."""
+    """State of the newest complete checkpoint, on the CPU; None if there is no checkpoint.
+
+    `weights_only` restricts unpickling to tensors and plain containers.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     found = steps(folder)
     if not found:
         return None
     path = folder / f"step_{found[-1]:08d}" / FILE
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises many types for a damaged archive; the user needs the path
+    except Exception as error:  # torch raises many types for a damaged archive
         older = f"to continue from step {found[-2]}" if len(found) > 1 else "and start again"
         raise UserError(
             f"checkpoint {path} is damaged ({str(error).splitlines()[0]}); "
@@ -62,7 +122,7 @@ def load_latest(folder: Path) -> dict | None:
 
 
 def rng_state() -> dict:
-    """Every global random state the stages draw from."""
+    """State of torch's global generators, the only global randomness that the stages draw from."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -70,18 +130,10 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
+    """Restore what `rng_state` returned."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a small text file so that a reader sees the old content or the new, never half."""
-    scratch = path.with_name(f".{path.name}.writing")
-    with open(scratch, "w") as file:
-        file.write(text)
-        _sync(file)
-    os.replace(scratch, path)
 
 
 def _sync(file) -> None:

@@ -1,9 +1,8 @@
-"""Configurations: a flat dataclass per command, filled from a YAML file and command-line overrides.
+"""Configurations: one flat dataclass a command, filled from a YAML file and command-line overrides.
 
-A file holds the keys of one command, or sections named after commands (`sft:`, `reward:`) and named
-variants of them (`rl_init:`, chosen with `--section rl_init`). Types are checked by jsonargparse.
-Everything a user can get wrong raises UserError with one line that says where, what was expected
-and what came.
+A file holds the keys of one command, or sections named after commands (`sft:`, `reward:`) and variants of them
+(`rl_init:`, chosen with `--section rl_init`). jsonargparse checks the types. Every mistake of the user raises a
+UserError of one line that names the place, the expected value and the given one.
 """
 
 import dataclasses
@@ -22,10 +21,11 @@ from pathlib import Path
 import yaml
 
 from fastrlhf.errors import UserError, did_you_mean
+from fastrlhf.train.files import replace_text
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number and 2026-01-31 as text."""
+    """SafeLoader that parses 1e-4 as a number and leaves 2026-01-31 as text."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -42,15 +42,15 @@ _Loader.add_implicit_resolver(
 
 
 def recipe_path(name: str) -> Path:
-    """Path of a shipped recipe by its bare name, e.g. "quickstart"."""
+    """Path of the shipped recipe `name`, e.g. "quickstart"; UserError if there is none."""
     here = Path(__file__).resolve().parents[1]
-    # Installed, recipes lie inside the package; in a checkout they lie beside it.
+    # The recipes are inside an installed package, and beside the package in a checkout.
     folder = next((f for f in (here / "recipes", here.parent / "recipes") if f.is_dir()), None)
     names = sorted(f.stem for f in folder.glob("*.yaml")) if folder else []
     if name not in names:
         raise UserError(
             f"config '{name}': no shipped recipe of this name (there are: {', '.join(names)})"
-            f"{did_you_mean(name, names)}; a file is given by its path, ending in .yaml"
+            f"{did_you_mean(name, names)}; to read a file, give a path that ends in .yaml"
         )
     return folder / f"{name}.yaml"
 
@@ -62,7 +62,7 @@ def read_section(file: str, command: str, section: str | None = None) -> tuple[d
         (values by key, line number by key, path of the file).
 
     Raises:
-        UserError: missing or unreadable file, malformed YAML, a key twice, no such section.
+        UserError: missing or unreadable file, malformed YAML, duplicate key, no such section.
     """
     bare = not file.endswith((".yaml", ".yml")) and os.sep not in file
     path = recipe_path(file) if bare else Path(file)
@@ -100,20 +100,20 @@ def read_section(file: str, command: str, section: str | None = None) -> tuple[d
     for key, value in document.items():
         if value is not None and not isinstance(value, dict):
             raise UserError(
-                f"{path}, line {lines.get(key, '?')}: key '{key}' stands outside any section"
+                f"{path}, line {lines.get(key, '?')}: key '{key}' is outside every section"
             )
     node = next((value for key, value in root.value if key.value == wanted), None)
     return document[wanted] or {}, _key_lines(node, path), path
 
 
 def _key_lines(node: yaml.Node | None, path: Path) -> dict[str, int]:
-    """Line number of each key of a YAML mapping; a key that stands twice is an error."""
+    """Line number of each key of a YAML mapping; UserError for a duplicate key."""
     lines: dict[str, int] = {}
     for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
         line = key.start_mark.line + 1
         if key.value in lines:
             raise UserError(
-                f"{path}, line {line}: key '{key.value}' stands twice (first in line "
+                f"{path}, line {line}: duplicate key '{key.value}' (first in line "
                 f"{lines[key.value]})"
             )
         lines[key.value] = line
@@ -131,14 +131,14 @@ def load(
     """Build `config_class` from its defaults, then the file, then the overrides.
 
     Args:
-        config_class: a flat dataclass; its annotations are the types that are checked.
-        section: the command; the file's section of this name is read if the file has sections.
+        config_class: a flat dataclass; values are checked against its annotations.
+        section: the command; if the file has sections, the one of this name is read.
         file: a YAML file, the bare name of a shipped recipe, or None.
-        overrides: values by key; text is parsed as on the command line ("1e-4", "[a, b]", "null").
-        variant: read this section instead (the command line's --section).
+        overrides: values by key; strings are parsed as on the command line ("1e-4", "[a, b]", "null").
+        variant: the section to read instead (--section on the command line).
 
     Raises:
-        UserError: bad file, unknown key (with the nearest one), wrong type, missing required key.
+        UserError: bad file, unknown key (suggests the nearest one), wrong type, missing required key.
     """
     fields = {f.name: f for f in dataclasses.fields(config_class) if f.init}
     hints = typing.get_type_hints(config_class)
@@ -151,7 +151,7 @@ def load(
                 raise UserError(f"{where}unknown key '{key}'{did_you_mean(str(key), fields)}")
             values[key] = _convert(where + key, hints[key], value)
     elif variant is not None:
-        raise UserError(f"--section {variant}: needs --config, the file that holds the section")
+        raise UserError(f"--section {variant}: needs --config, the file with the section")
     for key, value in (overrides or {}).items():
         if key not in fields:
             raise UserError(f"unknown option '--{key}'{did_you_mean(key, fields)}")
@@ -159,18 +159,18 @@ def load(
     for name, field in fields.items():
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and name not in values:
-            raise UserError(f"'{name}' is missing: give --{name} or a --config file that holds it")
+            raise UserError(f"'{name}' is missing: give --{name} or a --config file with it")
     return config_class(**values)
 
 
 def _convert(where: str, hint, value):
-    """Check one value against its annotation with jsonargparse; text is parsed where it must be."""
+    """Check one value against its annotation with jsonargparse, which also parses strings."""
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
     expected = UserError(f"{where}: expected {describe(hint)}, got {value!r}")
-    # One item for a list option needs no brackets: --text_files a.txt
+    # A list of one item needs no brackets: --text_files a.txt
     if isinstance(value, str) and typing.get_origin(hint) is list and not value.startswith("["):
         value = [value]
     try:
@@ -180,7 +180,7 @@ def _convert(where: str, hint, value):
             converted = parser.parse_object({"value": value}).value
     except (jsonargparse.ArgumentError, OverflowError):
         raise expected from None
-    # jsonargparse lets None through for any type.
+    # jsonargparse accepts None for every type.
     if converted is None and type(None) not in typing.get_args(hint):
         raise expected
     if isinstance(converted, float) and math.isnan(converted):
@@ -188,7 +188,7 @@ def _convert(where: str, hint, value):
     return converted
 
 
-# Bounds of numbers by the name that they have in every command: (lowest, highest, lowest allowed?).
+# Bounds of numeric settings, whose names mean the same in every command: (low, high, whether low is allowed).
 _INF = math.inf
 RANGES = {
     "seed": (0, 2**31, True),
@@ -236,7 +236,7 @@ RANGES = {
 
 
 def check_ranges(config) -> None:
-    """UserError for a number outside its bounds; None passes."""
+    """Raise UserError for a setting outside its bounds in RANGES; None is allowed."""
     for name, (low, high, closed) in RANGES.items():
         value = getattr(config, name, None)
         if value is None:
@@ -248,8 +248,15 @@ def check_ranges(config) -> None:
         raise UserError(f"{name}: expected a number {above}{below}, got {value}")
 
 
+def require_paths(config, *names: str) -> None:
+    """Raise UserError if one of these settings is empty."""
+    for name in names:
+        if not getattr(config, name):
+            raise UserError(f"{name}: expected a path, got nothing")
+
+
 def describe(hint) -> str:
-    """Name a type as a user would: "float or null", "one of auto, cpu", "list of str"."""
+    """A type in words, for messages: "float or null", "one of auto, cpu", "list of str"."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is type(None):
         return "null"
@@ -264,7 +271,7 @@ def describe(hint) -> str:
 
 
 def field_help(config_class: type) -> dict[str, str]:
-    """The comment at the end of each field's line, bases included: the help of its option."""
+    """Help text of each option: the comment at the end of the field's definition, in `config_class` or a base."""
     found = {}
     for base in reversed(config_class.__mro__):
         names = base.__dict__.get("__annotations__", {})
@@ -286,12 +293,14 @@ def field_help(config_class: type) -> dict[str, str]:
 
 
 def option_parser(config_class: type, prog: str):
-    """A jsonargparse parser that knows the options of `config_class`; it prints the help."""
+    """A jsonargparse parser with the options of `config_class`, to print their help."""
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(prog=prog, description=inspect.getdoc(config_class))
     parser.add_argument("--config", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument("--section", help="section of the file to read instead of the command's")
+    parser.add_argument(
+        "--section", help="section of the file to read instead of the one named after the command"
+    )
     hints, comments = typing.get_type_hints(config_class), field_help(config_class)
     for f in dataclasses.fields(config_class):
         factory = f.default_factory
@@ -303,19 +312,14 @@ def option_parser(config_class: type, prog: str):
 
 
 def save_resolved(config, path: str | os.PathLike) -> None:
-    """Write every value of `config` as YAML that --config reads back; `path` is replaced whole."""
+    """Write all settings as YAML that `--config` accepts; `path` is replaced atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        yaml.safe_dump(plain(dataclasses.asdict(config)), file, sort_keys=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    replace_text(path, yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False))
 
 
 def plain(value):
-    """`value` with only what YAML knows: tuples become lists, paths become text."""
+    """`value` in YAML's types: tuples become lists, paths become strings."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

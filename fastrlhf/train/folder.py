@@ -1,4 +1,4 @@
-"""The folder a run writes to: what may stand there, and one process at a time."""
+"""The output folder of a run: what it may contain beforehand, and a lock for one writer at a time."""
 
 import fcntl
 import os
@@ -7,16 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastrlhf.errors import UserError
+from fastrlhf.train.files import PARTIAL
 
 
 class OutputFolder:
-    """`out` of a run. Checks write nothing; `take` makes, locks and, where asked to, empties the folder.
+    """Checks an output folder, then creates and locks it. A context manager.
+
+    The constructor only checks. `take` creates and locks the folder, and empties it if `overwrite` is set.
 
     Args:
-        out: the path as the user gave it.
-        mark: name of the file that only a run of this package leaves; others' folders are not emptied.
-        overwrite, resume: what the user allowed for a folder that is not empty.
-        inputs: the run's settings; a file or folder among them must not lie inside what is emptied.
+        out: path of the folder, as the user gave it.
+        mark: name of a file that every run of this kind writes. A folder without it is never emptied.
+        overwrite: the user allows an earlier run in `out` to be replaced.
+        resume: the user asks to continue the run in `out`.
+        inputs: the run's settings; with `overwrite`, none of them may name a path inside `out`.
+
+    Raises:
+        UserError: the path is empty, a file, or a non-empty folder that may not be replaced.
     """
 
     def __init__(
@@ -39,7 +46,11 @@ class OutputFolder:
             self._check_inputs(inputs or {})
 
     def take(self) -> Path:
-        """Make the folder and hold it until `release`; with overwrite, empty it."""
+        """Create and lock the folder until `release`; with `overwrite`, empty it.
+
+        Raises:
+            UserError: another process holds the lock, or the folder has been filled since the first check.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         self._handle = os.open(self.path, os.O_RDONLY)
         try:
@@ -47,7 +58,7 @@ class OutputFolder:
         except BlockingIOError:
             self.release()
             raise UserError(f"out {str(self.path)!r}: another process is writing there") from None
-        self._check_content()  # again, now that nobody else can change it
+        self._check_content()  # again: the lock now keeps other runs out
         if self.overwrite:
             for entry in self.path.iterdir():
                 is_folder = entry.is_dir() and not entry.is_symlink()
@@ -61,7 +72,7 @@ class OutputFolder:
         self.release()
 
     def release(self) -> None:
-        """Let other processes write; the system does it too when a process dies."""
+        """Unlock the folder. The system does the same when the process dies."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
@@ -79,8 +90,10 @@ class OutputFolder:
             raise UserError(
                 f"out {out!r} holds another run; give --overwrite to replace it or --resume to continue it"
             )
-        if not names & {self.mark, f"{self.mark}.partial"}:
-            raise UserError(f"out {out!r} holds files that no such run wrote; give an empty folder")
+        if not names & {self.mark, f"{self.mark}{PARTIAL}"}:
+            raise UserError(
+                f"out {out!r} holds files that are not from such a run; give an empty folder"
+            )
 
     def _check_inputs(self, inputs: Mapping[str, object]) -> None:
         here = self.path.resolve()

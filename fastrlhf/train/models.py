@@ -1,12 +1,12 @@
-"""Hugging Face models as the trainer uses them: packed batches in, per-token numbers out, no [N, V] logits.
+"""Hugging Face models on packed batches: policies, and reward and value models.
 
-Shapes: N packed tokens, M rows asked for (M <= N), H hidden, V vocabulary, B sequences.
+Shapes: N packed tokens, M rows (positions whose output is needed, M <= N), H hidden size, V vocabulary size,
+B sequences.
 """
 
 import functools
 import inspect
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,43 +20,47 @@ from transformers import (
 
 from fastrlhf.errors import UserError
 from fastrlhf.integrations import attention
-from fastrlhf.ops.linear_cross_entropy import linear_cross_entropy
-from fastrlhf.ops.linear_logprob import linear_logprob
+from fastrlhf.train.heads import Head, unembedding_parameters
 from fastrlhf.train.packing import PackedBatch
 
+# Attributes of a reward model's config.json.
 REWARD_BIAS = "fastrlhf_reward_bias"
 REWARD_STD = "fastrlhf_reward_std"
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False):
-    """The folder's tokenizer; an EOS is required and PAD, where there is one, must differ from it."""
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        UserError: it cannot be loaded, has no EOS token, or uses its EOS token as PAD.
+    """
     _require_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # as for the model, and this reads config.json too
+    except Exception as error:  # transformers raises many types for a damaged file
         raise UserError(f"tokenizer of {path!r} cannot be loaded: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer of {path!r} has no EOS token; generation could never stop")
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UserError(
             f"tokenizer of {path!r}: PAD and EOS are the same token ({tokenizer.eos_token!r}, id "
-            f"{tokenizer.eos_token_id}), so the model would never learn to stop; give PAD a token of its own"
+            f"{tokenizer.eos_token_id}), so the model would never learn to stop; give PAD its own token"
         )
     return tokenizer
 
 
 def check_vocabulary(tokenizer, model, path: str) -> None:
-    """Every id the tokenizer can produce must have an embedding row."""
+    """Raise UserError unless every token id has an embedding row."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
-            f"{path!r}: the tokenizer knows {len(tokenizer)} tokens, "
+            f"{path!r}: the tokenizer has {len(tokenizer)} tokens, "
             f"the model has {rows} embedding rows; they must match"
         )
 
 
-def same_vocabulary(first, second, what: str) -> None:
-    """Two tokenizers must map every token to the same id: log-probs and rewards of one are fed to the other."""
+def check_same_vocabulary(first, second, what: str) -> None:
+    """Raise UserError unless two tokenizers map every token to the same id, as models that share ids require."""
     if first.get_vocab() != second.get_vocab():
         raise UserError(
             f"{what}: the vocabularies differ ({len(first)} and {len(second)} tokens); train both from one tokenizer"
@@ -64,7 +68,12 @@ def same_vocabulary(first, second, what: str) -> None:
 
 
 class Policy(nn.Module):
-    """A causal LM over packed batches. The head is applied chunk by chunk, only to the rows asked for."""
+    """A causal LM over packed batches.
+
+    Args:
+        lm: a Hugging Face causal LM.
+        backend: of the fused ops.
+    """
 
     def __init__(self, lm, backend: str = "auto"):
         super().__init__()
@@ -76,88 +85,33 @@ class Policy(nn.Module):
         return self.lm.config
 
     def hidden(self, batch: PackedBatch, cache=None) -> torch.Tensor:
-        """Last hidden states [N, H] of a packed batch; a sampler's cache is filled on the way."""
+        """Last hidden states [N, H]; a sampler's key/value `cache` is filled on the way."""
         return _packed_hidden(self.lm.base_model, batch, cache)
 
-    def forward(
-        self,
-        batch: PackedBatch,
-        rows,
-        targets,
-        *,
-        mode: str,
-        temperature: float = 1.0,
-        loss: Callable | None = None,
-    ):
-        """Per-row numbers of a packed batch; `rows` [M] int64 picks the positions that predict `targets` [M].
+    def forward(self, batch: PackedBatch, rows: torch.Tensor, head: Head):
+        """Return `head` of the hidden states at positions `rows` [M] (int64) of a packed batch.
 
-        mode "logprob": log-prob [M]; "entropy": (log-prob [M], entropy [M]); "nll": the sum of the NLL, 0-d;
-        "loss": what `loss`, a linear op with its rows bound to it, makes of (hidden, weight, targets). (Bound,
-        and not passed: FSDP would cast tensors that it sees to the compute dtype.)
+        All uses of the weights go through this one method because DDP's and FSDP's hooks surround `forward`:
+        FSDP gathers the unembedding before it and reshards it after it. The head's tensors (targets, advantages)
+        are attributes of the head because FSDP casts float tensors among the arguments to the compute dtype.
         """
         hidden = self.hidden(batch).index_select(0, rows)
-        weight, bias = head_parameters(self.lm)
-        if (
-            weight.dtype != hidden.dtype
-        ):  # autocast hands back 16-bit hidden states of an fp32 model
-            weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        options = {
-            "bias": bias,
-            "softcap": getattr(self.config, "final_logit_softcapping", None),
-            "backend": self.backend,
-        }
-        if mode == "nll":
-            every = targets.numel()  # nothing to wait for on a GPU
-            return linear_cross_entropy(
-                hidden, weight, targets, reduction="sum", num_rows=every, **options
-            )
-        if mode == "loss":
-            return loss(hidden, weight, targets, temperature=temperature, **options)
-        return linear_logprob(
-            hidden,
-            weight,
-            targets,
-            temperature=temperature,
-            return_entropy=mode == "entropy",
-            **options,
-        )
+        weight, bias = unembedding_parameters(self.lm)
+        if weight.dtype != hidden.dtype:  # under autocast: 16-bit hidden states, fp32 weights
+            weight = weight.to(hidden.dtype)
+            bias = None if bias is None else bias.to(hidden.dtype)
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        return head(hidden, weight, bias=bias, softcap=softcap, backend=self.backend)
 
 
-# What models multiply or divide their logits by: Cohere; Granite, HyperCLOVA X, MiniCPM3; Falcon-H1.
-_LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+class RewardModel(nn.Module):
+    """A transformer with one scalar output per position; also used as the value model.
 
+        score = hidden @ weight.T + bias
 
-def head_parameters(lm) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weight [V, H], bias [V] or None) of the unembedding, where they are all that it computes.
-
-    An adapter around the head (LoRA) would be dropped without a word by whoever multiplies with the weight.
-    """
-    head = lm.get_output_embeddings()
-    adapters = [
-        n for n in ("base_layer", "lora_A", "lora_B", "modules_to_save") if hasattr(head, n)
-    ]
-    inside = [name for name, _ in head.named_children()]
-    if adapters or inside or not isinstance(getattr(head, "weight", None), torch.Tensor):
-        what = ", ".join(adapters or inside) or "no weight"
-        raise UserError(
-            f"the output head {type(head).__name__} must be a plain linear layer; it has {what}, which the "
-            "fused head would leave out: merge the adapter (merge_and_unload), or leave lm_head out of its targets"
-        )
-    for name in _LOGIT_FACTORS:
-        factor = getattr(getattr(lm, "config", None), name, None)
-        if factor is not None and factor != 1:
-            raise UserError(
-                f"{type(lm).__name__} scales its logits ({name} = {factor:g} in config.json), which the fused "
-                "head would leave out: expected a model without such a factor"
-            )
-    return head.weight, getattr(head, "bias", None)
-
-
-class Scorer(nn.Module):
-    """A model with one scalar output per position: reward model (read at the last token) and value model (every row).
-
-    `bias` is added to every score, so that demonstrations score 0 on average; it lives in the model's config.json
-    (`fastrlhf_reward_bias`), next to the spread of the scores on the training comparisons (`fastrlhf_reward_std`).
+    A reward is the score at the last token of a sequence; a value is the score at each position. `bias` makes the
+    demonstrations score 0 on average. `bias` and `std`, the standard deviation of the scores on the training
+    comparisons, are stored in config.json (`fastrlhf_reward_bias`, `fastrlhf_reward_std`).
     """
 
     def __init__(self, model):
@@ -173,20 +127,23 @@ class Scorer(nn.Module):
         return float(getattr(self.config, REWARD_BIAS, 0.0))
 
     @property
-    def spread(self) -> float:
+    def std(self) -> float:
         return float(getattr(self.config, REWARD_STD, 1.0))
 
     def forward(self, batch: PackedBatch, rows: torch.Tensor) -> torch.Tensor:
-        """Scores fp32 [M] of the rows asked for; only those rows enter the head."""
+        """Scores, fp32 [M], at positions `rows` [M] (int64)."""
         hidden = _packed_hidden(self.model.base_model, batch).index_select(0, rows)
         weight = self.model.score.weight.to(hidden.dtype)
         return (hidden @ weight.t()).squeeze(-1).float() + self.bias
 
 
 def load_policy(path: str, runtime, *, trainable: bool, backend: str = "auto") -> Policy:
-    """A causal LM from a folder, with the attention path of this device.
+    """Load a causal LM with the attention kernel of this device.
 
-    Trainable weights are fp32 (autocast computes in `runtime.compute_dtype`); frozen ones are held in that dtype.
+    Trainable weights are fp32, and autocast computes in `runtime.compute_dtype`; frozen weights have that dtype.
+
+    Raises:
+        UserError: the folder is missing or damaged, or holds a reward model.
     """
     named = _config(path, runtime.trust_remote_code).architectures or []
     if any("SequenceClassification" in name for name in named):
@@ -205,8 +162,12 @@ def policy_from_config(config, runtime, backend: str = "auto") -> Policy:
     return Policy(lm.to(runtime.device), backend)
 
 
-def load_scorer(path: str, runtime, *, trainable: bool) -> Scorer:
-    """A reward or value model from a folder; its head must have exactly one output."""
+def load_reward_model(path: str, runtime, *, trainable: bool) -> RewardModel:
+    """Load a reward model, or the start of a value model; dtypes as in `load_policy`.
+
+    Raises:
+        UserError: the folder is missing or damaged, its head is not one scalar, or its bias or std is no number.
+    """
     config = _config(path, runtime.trust_remote_code)
     if not any("SequenceClassification" in name for name in config.architectures or []):
         raise UserError(
@@ -226,11 +187,18 @@ def load_scorer(path: str, runtime, *, trainable: bool) -> Scorer:
             raise UserError(
                 f"{name} in the config of {path!r}: expected a {'positive ' * positive}number, got {value!r}"
             )
-    return Scorer(_load(AutoModelForSequenceClassification, path, runtime, trainable, num_labels=1))
+    model = _load(AutoModelForSequenceClassification, path, runtime, trainable, num_labels=1)
+    return RewardModel(model)
 
 
-def scorer_from_policy(path: str, runtime, seed: int = 0) -> Scorer:
-    """A reward model on the body of the LM in `path`: unembedding replaced by one projection, N(0, 1/(H+1))."""
+def reward_model_from_policy(path: str, runtime, seed: int = 0) -> RewardModel:
+    """A reward model on the transformer of the LM in `path`, with a fresh scalar head.
+
+    The head is initialized from N(0, 1 / (H + 1)) (Stiennon et al. 2020).
+
+    Raises:
+        UserError: the folder is missing or damaged, or its architecture has no `score` head.
+    """
     head = ("score.weight",)
     model = _load(AutoModelForSequenceClassification, path, runtime, True, head, num_labels=1)
     if not hasattr(model, "score"):
@@ -242,16 +210,16 @@ def scorer_from_policy(path: str, runtime, seed: int = 0) -> Scorer:
     fresh = torch.randn(weight.shape, generator=generator) / (weight.shape[1] + 1) ** 0.5
     with torch.no_grad():
         weight.copy_(fresh)
-    return Scorer(model)
+    return RewardModel(model)
 
 
 def context_length(config) -> int:
-    """The longest sequence the model was made for."""
+    """Longest sequence, in tokens, that the model supports."""
     return int(getattr(config, "max_position_embeddings", 1 << 30))
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Set every dropout of a model; RM and PPO run with 0, so that the ratio is 1 at the first step."""
+    """Set the probability of every dropout in a model."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability
@@ -264,19 +232,20 @@ def _cache_name(kind: type) -> str:
     return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
-def cached(body: nn.Module, cache) -> dict:
-    """The arguments that hand `cache` to a transformers model: from 5.24 on it is called `cache`."""
+def cache_arguments(body: nn.Module, cache) -> dict:
+    """Keyword arguments that pass `cache` to a transformers model. From 5.24 on the argument is named `cache`."""
     if cache is None:
         return {"use_cache": False}
     return {_cache_name(type(body)): cache, "use_cache": True}
 
 
 def _packed_hidden(body, batch: PackedBatch, cache=None) -> torch.Tensor:
-    # transformers' own flash paths read the `_k` names too.
+    # `fastrlhf.integrations.attention` reads the `_q` names and `layout`; transformers' flash-attention also reads
+    # the `_k` names.
     return body(
         input_ids=batch.input_ids.unsqueeze(0),
         position_ids=batch.position_ids.unsqueeze(0),
-        **cached(body, cache),
+        **cache_arguments(body, cache),
         cu_seq_lens_q=batch.cu_seqlens,
         cu_seq_lens_k=batch.cu_seqlens,
         max_length_q=batch.max_seqlen,
@@ -320,7 +289,7 @@ def _load(auto, path: str, runtime, trainable: bool, fresh: tuple[str, ...] = ()
     missing = sorted(set(loaded["missing_keys"]) - set(fresh))
     if missing:
         raise UserError(
-            f"model of {path!r} lacks {len(missing)} of its tensors ({missing[0]}, ...): they would be random"
+            f"model of {path!r} lacks {len(missing)} of its tensors ({missing[0]}, ...), which would be random"
         )
     model.to(runtime.device)
     return model.train() if trainable else model.eval().requires_grad_(False)

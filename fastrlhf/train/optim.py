@@ -1,4 +1,7 @@
-"""Optimizers and schedules: AdamW as in the paper, or Muon on the hidden matrices with AdamW on the rest."""
+"""Optimizers (AdamW, or Muon for the hidden matrices and AdamW for the rest), schedules and weight averaging.
+
+"The paper" is Ouyang et al. 2022, "Training language models to follow instructions with human feedback".
+"""
 
 import math
 from dataclasses import dataclass
@@ -13,29 +16,37 @@ from fastrlhf.train import sharded
 
 @dataclass
 class OptimConfig:
-    """Fields of every training stage. Betas and epsilon are the paper's (Adam, C); decay is 0 there."""
+    """Optimizer settings of every training stage. Betas and epsilon are the paper's (appendix C)."""
 
-    lr: float = 1e-5
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on hidden matrices, AdamW on the rest
-    muon_lr: float | None = None  # learning rate of the hidden matrices under muon; default: lr
-    beta1: float = 0.9
-    beta2: float = 0.95
-    adam_eps: float = 1e-8
-    weight_decay: float = 0.0  # decoupled
-    max_grad_norm: float | None = 1.0  # global norm; not in the paper; null: no clipping
+    lr: float = 1e-5  # peak learning rate
+    optimizer: Literal["adamw", "muon"] = (
+        "adamw"  # muon: Muon for hidden matrices, AdamW for the rest
+    )
+    muon_lr: float | None = None  # peak learning rate of the hidden matrices under muon; null: lr
+    beta1: float = 0.9  # Adam's decay of the first moment
+    beta2: float = 0.95  # Adam's decay of the second moment
+    adam_eps: float = 1e-8  # Adam's epsilon
+    weight_decay: float = 0.0  # decoupled; 0 in the paper
+    max_grad_norm: float | None = (
+        1.0  # limit of the global gradient norm; not in the paper; null: no clipping
+    )
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal by five Newton-Schulz steps, for hidden matrices (Jordan et al. 2024).
+    """Muon (Jordan et al. 2024): momentum, orthogonalized by five Newton-Schulz steps. For hidden matrices only.
 
-    The update has the size AdamW's would have (0.2 * sqrt(max(rows, columns))), so learning rates carry over.
-    torch.optim.Muon orthogonalises in bf16, which a CPU without bf16 units emulates: for the demo's 28 matrices it took
-    0.77 s of processor time a step where fp32 takes 0.04 s, twice the model's own forward and backward.
+        m <- lerp(m, g, 1 - momentum)
+        w <- (1 - lr * weight_decay) * w - lr * 0.2 * sqrt(max(rows, columns)) * orthogonalize(lerp(g, m, momentum))
+
+    The factor gives the update about the RMS of an AdamW update, so that AdamW's learning rates carry over.
+
+    torch.optim.Muon orthogonalizes in bf16, which a CPU without bf16 units emulates: for the demo's 28 matrices
+    it took 0.77 s of processor time a step. In fp32, as here, a step takes 0.04 s.
     """
 
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-    # Elements of equal matrices orthogonalised at once: a step of 28 small ones takes 31 ms so, 48 ms one
-    # by one (2 cores); the bound keeps the stacked copies of a large model's matrices to 64 MiB each.
+    # Matrices of one shape are orthogonalized in stacks of at most this many elements (64 MiB in fp32). For 28
+    # small matrices a step then takes 31 ms instead of 48 ms on 2 cores.
     STACKED = 1 << 24
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -43,9 +54,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            alike: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+            by_shape: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -53,24 +64,26 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
                 state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                # Sharded matrices are made whole: every rank orthogonalises all of them and takes its part.
-                update = sharded.full(parameter.grad.lerp(state["momentum"], group["momentum"]))
-                # As wide matrices (views): the transpose's update is the update's transpose.
+                # A sharded matrix is gathered: every rank orthogonalizes it and keeps its shard of the result.
+                update = sharded.full_tensor(
+                    parameter.grad.lerp(state["momentum"], group["momentum"])
+                )
+                # Orthogonalization commutes with transposition, so tall matrices are handled as wide views.
                 tall = update.shape[0] > update.shape[1]
                 pair = (parameter.t(), update.t()) if tall else (parameter, update)
-                alike.setdefault((*pair[1].shape, update.device), []).append(pair)
-            for pairs in alike.values():
+                by_shape.setdefault((*pair[1].shape, update.device), []).append(pair)
+            for pairs in by_shape.values():
                 count = max(1, self.STACKED // pairs[0][1].numel())
                 for part in (pairs[i : i + count] for i in range(0, len(pairs), count)):
-                    updates = self._orthogonal(torch.stack([update for _, update in part]))
+                    updates = self._orthogonalize(torch.stack([update for _, update in part]))
                     for (parameter, _), update in zip(part, updates, strict=True):
                         parameter.mul_(1 - group["lr"] * group["weight_decay"])
                         scale = 0.2 * max(parameter.shape) ** 0.5
-                        update = sharded.like(update.to(parameter.dtype), parameter)
+                        update = sharded.shard_like(update.to(parameter.dtype), parameter)
                         parameter.add_(update, alpha=-scale * group["lr"])
 
     @classmethod
-    def _orthogonal(cls, matrices: torch.Tensor) -> torch.Tensor:
+    def _orthogonalize(cls, matrices: torch.Tensor) -> torch.Tensor:
         a, b, c = cls.COEFFICIENTS
         x = matrices.float()
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -81,7 +94,10 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """One or two torch optimizers that step together under one schedule factor."""
+    """AdamW, or Muon and AdamW, over the trainable parameters of `module`, under one learning-rate schedule.
+
+    Muon gets the matrices inside the transformer; embeddings, heads, biases and norms stay with AdamW.
+    """
 
     def __init__(self, module: nn.Module, cfg: OptimConfig):
         if cfg.optimizer not in ("adamw", "muon"):
@@ -108,7 +124,7 @@ class Optimizers:
         self.peaks = [part.param_groups[0]["lr"] for part in self.parts]
 
     def step(self, factor: float) -> float:
-        """One update at `factor` times the peak rates; clears the gradients; returns AdamW's rate."""
+        """Step at `factor` times the peak learning rates and clear the gradients; return AdamW's learning rate."""
         for part, peak in zip(self.parts, self.peaks, strict=True):
             for group in part.param_groups:
                 group["lr"] = peak * factor
@@ -121,16 +137,22 @@ class Optimizers:
 
     def load_state_dict(self, state: list[dict]) -> None:
         for part, saved in zip(self.parts, state, strict=True):
-            owners = [p for group in part.param_groups for p in group["params"]]
+            parameters = [p for group in part.param_groups for p in group["params"]]
             slots = {
-                i: {k: sharded.like(v, owners[i]) if k != "step" else v for k, v in found.items()}
+                i: {
+                    k: v if k == "step" else sharded.shard_like(v, parameters[i])
+                    for k, v in found.items()
+                }
                 for i, found in saved["state"].items()
             }
             part.load_state_dict({**saved, "state": slots})
 
 
 def cosine(step: int, total: int, *, warmup: int = 0, floor: float = 0.1) -> float:
-    """Factor at `step` (from 0): linear warmup, then a cosine from 1 to `floor` (paper: no warmup, 10 %)."""
+    """Learning-rate factor at `step` (from 0): linear warmup, then half a cosine from 1 to `floor`.
+
+    The paper uses no warmup and a floor of 0.1 for SFT and reward model (C.1, C.2).
+    """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -138,12 +160,12 @@ def cosine(step: int, total: int, *, warmup: int = 0, floor: float = 0.1) -> flo
 
 
 def warm_constant(step: int, *, warmup: int, start: float = 0.1) -> float:
-    """Factor at `step` (from 0): linear from `start` to 1 over `warmup` steps, then constant (paper C.4)."""
+    """Learning-rate factor at `step` (from 0): linear from `start` to 1 over `warmup` steps, then 1 (paper C.4)."""
     return 1.0 if step >= warmup else start + (1 - start) * step / warmup
 
 
 class EMA:
-    """Exponential moving average of a module's parameters: ema = d*ema + (1-d)*w after each optimizer step."""
+    """Exponential moving average of a module's parameters: ema <- decay * ema + (1 - decay) * w at each `update`."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
@@ -153,10 +175,13 @@ class EMA:
     def update(self, module: nn.Module) -> None:
         torch._foreach_lerp_(self.shadow, [p.detach() for p in module.parameters()], 1 - self.decay)
 
-    def load(self, shadow: list[torch.Tensor]) -> None:
-        """Continue from a checkpoint's whole tensors."""
-        pairs = zip(shadow, self.shadow, strict=True)
-        self.shadow = [sharded.like(t.to(own.device), own) for t, own in pairs]
+    def state_dict(self) -> dict:
+        return {"shadow": self.shadow}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore the average from a checkpoint's full tensors."""
+        pairs = zip(state["shadow"], self.shadow, strict=True)
+        self.shadow = [sharded.shard_like(t.to(own.device), own) for t, own in pairs]
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:

@@ -1,6 +1,6 @@
-"""Packed batches: many sequences end to end in one row of tokens, with no padding.
+"""Packed batches: sequences concatenated into one row of tokens, without padding.
 
-n sequences, k micro-batches (bins), N tokens (packed), B sequences of one micro-batch.
+Shapes: n sequences in total, k micro-batches (bins), N tokens and B sequences of one micro-batch.
 """
 
 import heapq
@@ -12,36 +12,38 @@ import torch
 
 try:
     from fastrlhf import _C
-except ImportError:  # without the extension the Python packer below serves, with the same result
+except (
+    ImportError
+):  # without the extension, pack() uses pack_reference, which gives the same result
     _C = None
 
-# The most items that are moved between bins after first-fit; csrc/packer.cpp holds the same number.
+# Limit of the moves between bins after first-fit; must equal the limit in csrc/packer.cpp.
 _MAX_MOVES = 256
 
 
 def pack(lengths, max_tokens: int, *, multiple_of: int = 1) -> list[np.ndarray]:
     """Split sequences into few, balanced micro-batches of at most `max_tokens` tokens.
 
-    The number of bins k is what first-fit-decreasing needs (at most 11/9 of the optimum + 6/9),
-    rounded up to `multiple_of`. The k bins are then balanced by longest-processing-time greedy (the
-    heaviest at most 4/3 of the best possible); where that would overflow a bin, first-fit's bins
-    stay and are evened out by moving items. The same arguments give the same bins on every machine.
-    O(n log k): 10^6 lengths take about 0.2 s in the extension. csrc/packer.cpp has the details.
+    First-fit-decreasing gives the number of bins k (at most 11/9 of the optimum + 6/9), rounded up to
+    `multiple_of`. Longest-processing-time greedy then balances the k bins (the heaviest holds at most
+    4/3 of the best possible load). If that overflows a bin, the bins of first-fit are kept and evened
+    out by moving items. The result is deterministic on every machine. O(n log k): 10^6 lengths take
+    about 0.2 s in the extension; csrc/packer.cpp has the details.
 
     Args:
         lengths: tokens of each sequence, [n] integers, each in [1, max_tokens].
         max_tokens: the token budget of a micro-batch.
         multiple_of: k is a multiple of this, e.g. the number of data-parallel ranks. With fewer
-            sequences than that some bins stay empty.
+            sequences than that, some bins stay empty.
 
     Returns:
-        k arrays of sequence indices (int64), ascending inside a bin, heaviest bin first; together
-        they hold each of 0 .. n-1 once. An empty `lengths` gives an empty list.
+        k arrays of sequence indices (int64), ascending inside a bin, heaviest bin first. Each of
+        0 .. n-1 appears once. An empty `lengths` gives an empty list.
 
     Raises:
         TypeError: lengths are not integers.
-        ValueError: lengths are not one axis, a sequence is empty or longer than max_tokens, or an
-            argument is below 1.
+        ValueError: lengths have more than one axis, a sequence is empty or longer than max_tokens,
+            or an argument is below 1.
 
     Example:
         >>> [b.tolist() for b in pack([5, 3, 3, 5], max_tokens=8)]
@@ -68,7 +70,7 @@ def pack(lengths, max_tokens: int, *, multiple_of: int = 1) -> list[np.ndarray]:
 
 
 def pack_reference(lengths: np.ndarray, max_tokens: int, multiple_of: int) -> list[np.ndarray]:
-    """The algorithm of csrc/packer.cpp in Python: the fallback, and the truth of its tests."""
+    """`pack` in Python: the fallback where the extension is missing, and the reference in its tests."""
     if lengths.size == 0:
         return []
     by_length = np.argsort(-lengths, kind="stable")
@@ -86,7 +88,7 @@ def pack_reference(lengths: np.ndarray, max_tokens: int, multiple_of: int) -> li
 
 
 def _first_fit(items: list[int], max_tokens: int) -> tuple[np.ndarray, int]:
-    """Put each item, longest first, into the first bin with room; return bins of items, and k."""
+    """Put each item, longest first, into the first bin with room; return (bin of each item, k)."""
     room = np.full(len(items), max_tokens, dtype=np.int64)
     bin_of = np.empty(len(items), dtype=np.int64)
     bins = 0
@@ -98,7 +100,7 @@ def _first_fit(items: list[int], max_tokens: int) -> tuple[np.ndarray, int]:
 
 
 def _balance(items: list[int], bins: int, max_tokens: int) -> np.ndarray | None:
-    """Put each item, longest first, into the lightest bin; None if that overflows a bin."""
+    """Put each item, longest first, into the lightest bin; return the bins, or None if one overflows."""
     heap = [(0, b) for b in range(bins)]
     bin_of = np.empty(len(items), dtype=np.int64)
     for i, length in enumerate(items):
@@ -111,7 +113,7 @@ def _balance(items: list[int], bins: int, max_tokens: int) -> np.ndarray | None:
 
 
 def _even_out(items: np.ndarray, bin_of: np.ndarray, bins: int, max_tokens: int) -> None:
-    """Move items from the heaviest bin to the lightest one, in place in `bin_of`."""
+    """Move items from the heaviest bin to the lightest, in place in `bin_of`."""
     load = np.zeros(bins, dtype=np.int64)
     np.add.at(load, bin_of, items)
     first = bin_of.copy()
@@ -124,7 +126,7 @@ def _even_out(items: np.ndarray, bin_of: np.ndarray, bins: int, max_tokens: int)
         gap = int(load[source] - load[target])
         if gap <= max_tokens // 32:
             return
-        # An item that has moved stays where it is: only what first-fit put here may leave.
+        # An item moves at most once: only items that first-fit put here may leave.
         movable = np.flatnonzero((first == source) & (bin_of == source) & (items <= gap // 2))
         if movable.size == 0:
             gives[source] = False
@@ -137,15 +139,20 @@ def _even_out(items: np.ndarray, bin_of: np.ndarray, bins: int, max_tokens: int)
 
 @dataclass
 class PackedBatch:
-    """B sequences end to end in N tokens; sequence b is [cu_seqlens[b], cu_seqlens[b + 1])."""
+    """B concatenated sequences of N tokens; sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1] - 1."""
 
     input_ids: torch.Tensor  # [N] int64
-    position_ids: torch.Tensor  # [N] int64, 0, 1, 2, ... anew in each sequence
+    position_ids: torch.Tensor  # [N] int64; restarts at 0 in each sequence
     cu_seqlens: torch.Tensor  # [B + 1] int32
-    max_seqlen: int  # tokens of the longest sequence
+    max_seqlen: int  # length of the longest sequence
+
+    @property
+    def last_rows(self) -> torch.Tensor:
+        """Position of each sequence's last token, [B] int64."""
+        return self.cu_seqlens[1:].long() - 1
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """Return the batch on `device`; from pinned memory the copy is asynchronous."""
+        """The batch on `device`; the copy is asynchronous from pinned memory."""
         return PackedBatch(
             self.input_ids.to(device, non_blocking=True),
             self.position_ids.to(device, non_blocking=True),
@@ -158,7 +165,7 @@ def collate(sequences: Sequence) -> PackedBatch:
     """Concatenate token sequences (lists, arrays or 1-D tensors of token ids) into one batch.
 
     Raises:
-        ValueError: there is no sequence, or one of them is empty.
+        ValueError: there is no sequence, or one is empty or has more than one axis.
 
     Example:
         >>> collate([[7, 8], [9]]).cu_seqlens.tolist()

@@ -1,9 +1,12 @@
-"""One PPO iteration's experience: sample, score on the train path, turn scores into advantages.
+"""The experience of one PPO iteration: split the responses into micro-batches, score them, compute advantages.
 
-Shapes: B sequences of a micro-batch, N packed tokens, M response tokens (M <= N).
+Shapes: R responses of this rank; B sequences, N packed tokens and M response tokens (M <= N) of a micro-batch.
 
-The split into minibatches and micro-batches is drawn before the old log-probs are taken, and both
-passes run the very same packed batches: the ratio of the first minibatch is 1 to the last bit.
+A micro-batch passes through three stages, each a type that adds fields:
+`MicroBatch` -(score)-> `ScoredMicroBatch` -(add_advantages)-> `TrainingMicroBatch`.
+
+`score` and the PPO update run the same packed micro-batches. Reductions therefore happen in the same order, and
+the probability ratio of the first minibatch is exactly 1.
 """
 
 from collections.abc import Sequence
@@ -14,29 +17,42 @@ import torch
 
 from fastrlhf.ops.kl_gae import kl_gae
 from fastrlhf.train.data import Example, next_token_rows
+from fastrlhf.train.heads import TokenLogprobs
 from fastrlhf.train.packing import PackedBatch
 from fastrlhf.train.runtime import Runtime
 from fastrlhf.train.sampler import Samples
 from fastrlhf.train.steps import micro_batches
 
 
-@dataclass
-class Micro:
-    """One packed micro-batch and what is known of its M response tokens."""
+@dataclass(frozen=True)
+class MicroBatch:
+    """Packed prompts and responses."""
 
-    indices: np.ndarray  # which responses of the rollout
-    weight: float  # 0: a repeat that only keeps the ranks in step
+    indices: np.ndarray  # [B] numbers of the responses in the rollout
+    weight: float  # 0 for a repeat that equalizes the number of micro-batches over ranks, else 1
     batch: PackedBatch
     rows: torch.Tensor  # [M] positions whose hidden state predicts `targets`
     targets: torch.Tensor  # [M] response tokens
-    lengths: np.ndarray  # [B] response lengths
-    old_logprob: torch.Tensor | None = None  # [M]
-    ref_logprob: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    scores: torch.Tensor | None = None  # [B] reward model
-    advantages: torch.Tensor | None = None
-    returns: torch.Tensor | None = None
+    lengths: np.ndarray  # [B] response lengths; they sum to M
+
+
+@dataclass(frozen=True)
+class ScoredMicroBatch(MicroBatch):
+    """A micro-batch with the outputs of policy, reference, value and reward model before the update."""
+
+    old_logprob: torch.Tensor  # [M] of the policy, nats
+    ref_logprob: torch.Tensor  # [M] of the reference, nats
+    entropy: torch.Tensor  # [M] of the policy, nats
+    values: torch.Tensor  # [M]
+    scores: torch.Tensor  # [B] of the reward model
+
+
+@dataclass(frozen=True)
+class TrainingMicroBatch(ScoredMicroBatch):
+    """A scored micro-batch with the targets of the PPO update."""
+
+    advantages: torch.Tensor  # [M]
+    returns: torch.Tensor  # [M]
 
 
 def split(
@@ -46,61 +62,88 @@ def split(
     max_tokens: int,
     runtime: Runtime,
     seed: list[int],
-) -> list[list[Micro]]:
-    """A random split of the responses into minibatches, each packed into micro-batches."""
+) -> list[list[MicroBatch]]:
+    """Shuffle the R responses, split them into minibatches, and pack each into micro-batches.
+
+    Args:
+        prompts: token ids, one prompt a response.
+        samples: the responses.
+        minibatches: number of minibatches, i.e. optimizer steps in one pass.
+        max_tokens: token budget of a micro-batch.
+        seed: of the shuffle.
+
+    Returns:
+        One list of micro-batches for each minibatch.
+    """
     examples = [
         Example(np.concatenate([np.asarray(p, dtype=np.int64), t]), len(p))
         for p, t in zip(prompts, samples.tokens, strict=True)
     ]
     order = np.random.default_rng(seed).permutation(len(examples))
-    plan = []
-    for part in np.array_split(order, minibatches):
-        micros = []
-        for inside, weight in micro_batches(
-            [len(examples[i].tokens) for i in part], max_tokens, runtime
-        ):
-            indices = part[inside]
-            chosen = [examples[i] for i in indices]
-            lengths = np.array([e.targets for e in chosen])
-            micros.append(Micro(indices, weight, *next_token_rows(chosen, runtime.device), lengths))
-        plan.append(micros)
-    return plan
+    return [
+        [
+            _micro_batch(examples, part[inside], weight, runtime.device)
+            for inside, weight in micro_batches(
+                [len(examples[i].tokens) for i in part], max_tokens, runtime
+            )
+        ]
+        for part in np.array_split(order, minibatches)
+    ]
+
+
+def _micro_batch(examples: Sequence[Example], indices, weight: float, device) -> MicroBatch:
+    chosen = [examples[i] for i in indices]
+    lengths = np.array([e.targets for e in chosen])
+    return MicroBatch(indices, weight, *next_token_rows(chosen, device), lengths)
 
 
 @torch.no_grad()
-def score(micros: Sequence[Micro], policy, reference, reward, value, temperature: float) -> None:
-    """Old and reference log-probs, values and reward scores, on the train path, micro-batch by micro-batch."""
+def score(
+    micros: Sequence[MicroBatch], policy, reference, reward_model, value_model, temperature: float
+) -> list[ScoredMicroBatch]:
+    """Run the four models on each micro-batch; `temperature` applies to all log-probs and entropies."""
+    scored = []
     for m in micros:
-        m.old_logprob, m.entropy = policy(
-            m.batch, m.rows, m.targets, mode="entropy", temperature=temperature
+        old_logprob, entropy = policy(
+            m.batch, m.rows, TokenLogprobs(m.targets, temperature, entropy=True)
         )
-        m.ref_logprob = reference(
-            m.batch, m.rows, m.targets, mode="logprob", temperature=temperature
+        scored.append(
+            ScoredMicroBatch(
+                **vars(m),
+                old_logprob=old_logprob,
+                ref_logprob=reference(m.batch, m.rows, TokenLogprobs(m.targets, temperature)),
+                entropy=entropy,
+                values=value_model(m.batch, m.rows),
+                scores=reward_model(m.batch, m.batch.last_rows),
+            )
         )
-        m.values = value(m.batch, m.rows)
-        m.scores = reward(m.batch, m.batch.cu_seqlens[1:].long() - 1)
+    return scored
 
 
-def advantages(
-    micros: Sequence[Micro], scores: torch.Tensor, runtime: Runtime, cfg
-) -> dict[str, float]:
-    """KL-penalised rewards, GAE and whitening over the iteration's batch; fills each micro-batch.
+def add_advantages(
+    minibatches: Sequence[Sequence[ScoredMicroBatch]], scores: torch.Tensor, runtime: Runtime, cfg
+) -> tuple[list[list[TrainingMicroBatch]], dict[str, float]]:
+    """Advantages and returns of a whole rollout: KL-penalized rewards, GAE, whitening.
 
-    `scores` [responses]: what each response earns on its last token, after scaling and end-of-text rules.
-    Returns the mean KL to the reference per sequence and per token.
+        reward_t = -kl_coef * KL_t, plus the response's score at its last token
+
+    Args:
+        minibatches: the scored micro-batches.
+        scores: [R] reward of each response, after scaling and the rule for a missing EOS.
+        cfg: PPO's settings: kl_coef, kl_estimator, gamma, lam, whiten_advantages, backend.
+
+    Returns:
+        The micro-batches with advantages and returns, and the mean KL to the reference over all ranks, in nats:
+        {"kl/reference": a response, "kl/token": a token}.
     """
-    real = [m for m in micros if m.weight]
+    real = [m for part in minibatches for m in part if m.weight]
     lengths = np.concatenate([m.lengths for m in real])
     cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=runtime.device)
-
-    def gather(name: str) -> torch.Tensor:
-        return torch.cat([getattr(m, name) for m in real])
-
     out = kl_gae(
-        gather("old_logprob"),
-        gather("ref_logprob"),
+        torch.cat([m.old_logprob for m in real]),
+        torch.cat([m.ref_logprob for m in real]),
         torch.cat([scores[torch.from_numpy(m.indices)] for m in real]).to(runtime.device),
-        gather("values"),
+        torch.cat([m.values for m in real]),
         beta=cfg.kl_coef,
         estimator=cfg.kl_estimator,
         gamma=cfg.gamma,
@@ -109,26 +152,36 @@ def advantages(
         cu_seqlens=cu_seqlens,
         backend=cfg.backend,
     )
-    advantage = out.advantages
+    advantages = out.advantages
     if cfg.whiten_advantages and runtime.world > 1:
-        advantage = _whiten_over_ranks(advantage, runtime)
+        advantages = _whiten_over_ranks(advantages, runtime)
     sizes = [len(m.targets) for m in real]
-    for m, a, r in zip(real, advantage.split(sizes), out.returns.split(sizes), strict=True):
-        m.advantages, m.returns = a, r
-    for m in micros:
-        if not m.weight:
-            m.advantages, m.returns = torch.zeros_like(m.values), m.values
+    split = zip(advantages.split(sizes), out.returns.split(sizes), strict=True)
+
+    def trained(m: ScoredMicroBatch) -> TrainingMicroBatch:
+        # A repeat of weight 0 needs tensors of the right shape only.
+        advantages, returns = next(split) if m.weight else (torch.zeros_like(m.values), m.values)
+        return TrainingMicroBatch(**vars(m), advantages=advantages, returns=returns)
+
     kl, tokens, sequences = runtime.sum(
         float(out.kl.sum()), float(lengths.sum()), float(len(lengths))
     )
-    return {"kl/reference": kl / sequences, "kl/token": kl / tokens}
+    metrics = {"kl/reference": kl / sequences, "kl/token": kl / tokens}
+    return [[trained(m) for m in part] for part in minibatches], metrics
 
 
 def metrics(
-    micros: Sequence[Micro], samples: Samples, runtime: Runtime, labels: Sequence[float] | None
+    minibatches: Sequence[Sequence[ScoredMicroBatch]],
+    samples: Samples,
+    runtime: Runtime,
+    labels: Sequence[float] | None,
 ) -> dict[str, float]:
-    """What the rollout looks like, over all ranks; `labels`: a labeler's score of each response."""
-    real = [m for m in micros if m.weight]
+    """Means over the rollout of all ranks.
+
+    "sampler/logprob_gap" is the mean absolute difference, in nats a token, between the sampler's log-probs and
+    those of the training path. `labels` [R] are the labeler's scores, if there is one.
+    """
+    real = [m for part in minibatches for m in part if m.weight]
     gap = 0.0
     for m in real:
         sampled = torch.cat([torch.from_numpy(samples.logprobs[i]) for i in m.indices])
@@ -142,18 +195,18 @@ def metrics(
         gap,
         float(np.sum(labels)) if labels is not None else 0.0,
     )
-    found = {
+    means = {
         "reward/rm": reward / sequences,
         "policy/entropy": entropy / tokens,
         "length/mean": tokens / sequences,
         "eos/fraction": ended / sequences,
         "sampler/logprob_gap": gap / tokens,
     }
-    return found if labels is None else {**found, "reward/labeler": labeled / sequences}
+    return means if labels is None else {**means, "reward/labeler": labeled / sequences}
 
 
 def _whiten_over_ranks(x: torch.Tensor, runtime: Runtime) -> torch.Tensor:
-    # masked_whiten's rule with the sums taken over all ranks, in two passes so that nothing cancels.
+    # masked_whiten with sums over all ranks. Two passes, because E[x^2] - E[x]^2 cancels.
     total, count = runtime.sum(float(x.double().sum()), float(x.numel()))
     mean = total / count
     (squares,) = runtime.sum(float((x.double() - mean).square().sum()))

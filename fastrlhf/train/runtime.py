@@ -1,7 +1,7 @@
-"""Where a stage runs: accelerate's device, precision and ranks, and the few collectives the stages need.
+"""Device, precision and ranks of a stage, and the collectives that the stages need.
 
-Multi-process runs are accelerate's (DDP, FSDP2 under torchrun or `accelerate launch`); a stage only asks which share of
-the work is its own.
+accelerate sets up multi-process runs: DDP or FSDP2, under torchrun or `accelerate launch`. A stage only selects its
+rank's share of the data.
 """
 
 import atexit
@@ -34,46 +34,50 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass
 class RuntimeConfig:
-    """Fields every stage has: where and how to run."""
+    """Settings of every stage: where and how to run."""
 
-    device: Literal["auto", "cpu"] = "auto"  # auto: the GPU where there is one
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast over fp32 master weights
-    seed: int = 0
+    device: Literal["auto", "cpu"] = "auto"  # auto: the GPU if there is one
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of autocast; trained weights are fp32
+    seed: int = 0  # of data order, sampling, dropout and fresh weights
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"  # of the fused ops
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # run Python code that a model folder brings
 
 
 class SharedScaler:
-    """fp16's loss scaler, whose update waits for the next loss.
+    """fp16's loss scaler, with `update` deferred to the next loss.
 
-    accelerate updates it after each optimizer, but all optimizers of a step hold gradients of one scale.
+    accelerate updates the scaler after each optimizer, but the gradients of all optimizers of one step share one scale.
     """
 
     def __init__(self, scaler):
-        self._scaler, self._due = scaler, False
+        self._scaler, self._update_pending = scaler, False
 
     def __getattr__(self, name):
         return getattr(self._scaler, name)
 
     def update(self) -> None:
-        self._due = True
+        self._update_pending = True
 
-    def _settle(self) -> None:
-        if self._due:
+    def _apply_update(self) -> None:
+        if self._update_pending:
             self._scaler.update()
-        self._due = False
+        self._update_pending = False
 
     def scale(self, loss):
-        self._settle()
+        self._apply_update()
         return self._scaler.scale(loss)
 
     def state_dict(self) -> dict:
-        self._settle()
+        self._apply_update()
         return self._scaler.state_dict()
 
 
 class Runtime:
-    """One process' view of the run."""
+    """Accelerator, device and rank of this process.
+
+    Raises:
+        UserError: device, precision, backend or the FSDP settings cannot be used here.
+    """
 
     def __init__(self, cfg: RuntimeConfig):
         check_ranges(cfg)
@@ -96,8 +100,8 @@ class Runtime:
         if self.world > 1:
             atexit.register(_close_groups)
         if plugin is not None and self.world > 1 and self.device.type == "cpu":
-            # accelerate 1.15 turns FSDP on for accelerators only and would run DDP on CPU without a word.
-            # It reads the type from both of its states.
+            # accelerate 1.15 enables FSDP on accelerators only and silently falls back to DDP on CPU. It reads the
+            # type from both of its states.
             self.accelerator.state.fsdp_plugin = plugin
             for state in (self.accelerator.state, PartialState()):
                 state.distributed_type = DistributedType.FSDP
@@ -106,7 +110,7 @@ class Runtime:
         self.trust_remote_code = cfg.trust_remote_code
         _check_backend(cfg.backend, self.accelerator.device.type)
         set_seed(cfg.seed + self.rank)
-        # The stages report on their own; missing weights of a fresh reward head are no news.
+        # Silences warnings such as the missing weights of a fresh reward head.
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
 
@@ -132,7 +136,7 @@ class Runtime:
         return self.accelerator.is_main_process
 
     def describe(self) -> str:
-        """One line for the start of a stage: device, ranks, precision, threads, attention path."""
+        """Device, ranks, precision, threads and attention kernel, in one line."""
         kernel = attention.plan(self.device, self.compute_dtype).kernel
         return (
             f"device {self.device.type} x{self.world}{' (FSDP2)' * self.fsdp}, {self.compute_dtype}".replace(
@@ -142,27 +146,27 @@ class Runtime:
         )
 
     def prepare(self, module, optimizer):
-        """Hand a trainable module and its optimizers to accelerate."""
-        self._name_layers(module)
+        """Wrap a trainable module and its `Optimizers` with accelerate; return the wrapped module."""
+        self._set_fsdp_layers(module)
         prepared = self.accelerator.prepare(module, *optimizer.parts)
         optimizer.parts = list(prepared[1:])
         return prepared[0]
 
-    def share_frozen(self, module):
-        """A module that is not trained: sharded as the trained ones are under FSDP2, elsewhere whole on each rank."""
+    def prepare_frozen(self, module):
+        """Shard a module that is not trained, under FSDP2; elsewhere return it unchanged."""
         if self.fsdp:
-            self._name_layers(module)
+            self._set_fsdp_layers(module)
             module = fsdp2_prepare_model(self.accelerator, module)
-            module.set_reshard_after_forward(True)  # the root's too: no backward will free it
+            module.set_reshard_after_forward(True)  # the root too: no backward frees its weights
         return module
 
-    def _name_layers(self, module) -> None:
-        # accelerate remembers the layer classes of the first model, but the models of PPO may differ in theirs.
+    def _set_fsdp_layers(self, module) -> None:
+        # accelerate keeps the layer classes of the first model, but the models of PPO may differ in architecture.
         if self.fsdp and "FSDP_TRANSFORMER_CLS_TO_WRAP" not in os.environ:
-            names = next(m for m in module.modules() if isinstance(m, PreTrainedModel))
+            model = next(m for m in module.modules() if isinstance(m, PreTrainedModel))
             present = {type(m).__name__ for m in module.modules()}
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(
-                present & set(names._no_split_modules or ())
+                present & set(model._no_split_modules or ())
             )
 
     def unwrap(self, module):
@@ -176,13 +180,13 @@ class Runtime:
         return self.accelerator.reduce(packed, reduction="sum").tolist()
 
     def max(self, number: int) -> int:
-        """The largest value any rank has."""
+        """The largest value over all ranks."""
         if self.world == 1:
             return number
         return int(self.accelerator.gather(torch.tensor([number], device=self.device)).max())
 
     def backward(self, modules, loss, last: bool) -> None:
-        """Backward of one micro-batch through `modules`; ranks exchange gradients only at the last one of a step."""
+        """Backward of one micro-batch through `modules`; gradients are reduced over ranks only if it is the `last`."""
         with ExitStack() as stack:
             if not last and self.world > 1:
                 for module in modules:
@@ -191,59 +195,62 @@ class Runtime:
 
     @property
     def scaler(self) -> SharedScaler | None:
-        """fp16's loss scaler, which skips the step of gradients that are not finite; None elsewhere."""
+        """fp16's loss scaler, which skips a step whose gradients are not finite; None in other precisions."""
         return self.accelerator.scaler
 
     @property
     def loss_scale(self) -> float:
-        """What the gradients are multiplied by until the optimizer steps."""
+        """Factor of the gradients until the optimizer step."""
         return 1.0 if self.scaler is None else self.scaler.get_scale()
 
     def clip(self, module, limit: float | None) -> float:
-        """Global gradient norm, clipped to `limit` where given; any number of times a step."""
+        """Clip the global gradient norm to `limit` (None: no limit); return the norm before.
+
+        Can be called several times before one optimizer step.
+        """
         limit = float("inf") if limit is None else limit
         if self.scaler is None and not self.fsdp:
             return float(self.accelerator.clip_grad_norm_(module.parameters(), limit))
-        # accelerate compares the parameters with those of each model by ==, which fails with two models of one size,
-        # and takes fp16's scale out of the gradients, of all optimizers at once and only once a step.
+        # Not accelerate's method: it compares parameters with == to find their model, which fails for two models of
+        # equal size, and it unscales fp16 gradients once a step, for all optimizers together.
         scale = self.loss_scale
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit * scale)
-        return float(sharded.full(norm)) / scale
+        return float(sharded.full_tensor(norm)) / scale
 
 
 def _close_groups() -> None:
-    """Ends the threads of the process groups while Python still runs.
+    """Destroy the process groups, and with them their threads, before the interpreter shuts down.
 
-    One that drops a tensor, or calls back, when the interpreter has begun to close is ended by force, and inside C++
-    that is `terminate called without an active exception`, after a run that had gone well. Runs' ends are barriers
-    (`Run.finish`), so that nobody waits for this rank. Not at the end of a run: a process may have several.
+    A thread that frees a tensor or calls back during shutdown is killed inside C++ ("terminate called without an
+    active exception"), although the run had succeeded. `Run.finish` ends in a barrier, so no other rank waits for
+    this one. This happens at exit and not at the end of a run, because a process may run several stages.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _fsdp_plugin(compute: torch.dtype) -> FullyShardedDataParallelPlugin | None:
-    """What accelerate's environment (ACCELERATE_USE_FSDP=true, FSDP_*) asks for, with FSDP2's defaults set straight."""
+    """FSDP2 as accelerate's environment variables (ACCELERATE_USE_FSDP, FSDP_*) ask for, or None."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("true", "1"):
         return None
     if os.environ.get("FSDP_VERSION", "2") != "2":
         raise UserError(f"FSDP_VERSION: expected 2, got {os.environ['FSDP_VERSION']!r}")
-    os.environ["ACCELERATE_USE_FSDP"] = "true"  # the only spelling that all of accelerate reads
+    os.environ["ACCELERATE_USE_FSDP"] = "true"  # the one spelling that all of accelerate accepts
     os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
     low = compute != torch.float32
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
-        # accelerate's own would sum gradients and hand back log-probs in 16 bit.
+        # accelerate's default would reduce gradients, and cast outputs such as log-probs, in 16 bits.
         mixed_precision_policy=MixedPrecisionPolicy(
             param_dtype=compute if low else None, reduce_dtype=torch.float32 if low else None
         ),
-        # Every rank reads the folder: frozen models would stay empty on the others.
+        # Every rank loads the weights itself; otherwise frozen models would stay empty on all ranks but one.
         cpu_ram_efficient_loading=False,
     )
 
 
 def _check_backend(backend: str, device: str) -> None:
-    # Before anything is written: the first op that cannot run would stop the run half-way.
+    # Fail before anything is written, not at the first op that cannot run.
     if backend in ("auto", "reference"):
         return
     for op in OPS:

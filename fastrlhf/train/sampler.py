@@ -1,15 +1,15 @@
-"""Rollouts: sample responses from a policy with a static key/value cache.
+"""Sampling of responses from a policy, with a static key/value cache.
 
-Shapes: B prompts, N packed prompt tokens, K cache slots (longest prompt + new tokens), k key heads,
-D head width, V vocabulary.
+Shapes: B prompts, N packed prompt tokens, K cache slots a row (longest prompt + new tokens), k key heads,
+D head width, V vocabulary size.
 
-The prompts run once as one packed batch (no padding, the training path) and their keys and values
-are scattered into the cache; then every sequence decodes one token a step at its own position. A
-finished sequence leaves the batch as soon as enough of them have finished to make compaction worth
-its copy. Nothing but real tokens comes out.
+1. Prefill: the prompts run once as a packed batch, without padding, on the training path. Their keys and values
+   are scattered into the cache.
+2. Decode: each row generates one token a step at its own position. When a quarter of the rows have finished, the
+   batch is compacted.
 
-Log-probs are those of the distribution that was sampled from (temperature applied); the trainer
-recomputes them on its own path and reports the distance between the two.
+Log-probs are those of the distribution that is sampled from, with the temperature applied. The trainer recomputes
+them on the training path and logs the difference.
 """
 
 from collections.abc import Sequence
@@ -21,21 +21,21 @@ import torch
 
 from fastrlhf.integrations import attention
 from fastrlhf.train import sharded
-from fastrlhf.train.models import Policy, cached
+from fastrlhf.train.models import Policy, cache_arguments
 from fastrlhf.train.packing import collate
 
 
 @dataclass
 class Samples:
-    """One response a prompt. A finished one ends with EOS; an unfinished one was cut at `max_new_tokens`."""
+    """One response for each prompt."""
 
-    tokens: list[np.ndarray]  # int64 [length]
-    logprobs: list[np.ndarray]  # fp32 [length]
-    finished: list[bool]
+    tokens: list[np.ndarray]  # int64 [length] each; EOS included, no padding
+    logprobs: list[np.ndarray]  # fp32 [length] each, nats
+    finished: list[bool]  # True: ends with EOS; False: cut at `max_new_tokens`
 
 
 class Sampler(Protocol):
-    """What the PPO stage needs; another engine can stand in."""
+    """The interface that the PPO stage needs from an inference engine."""
 
     def generate(
         self,
@@ -48,21 +48,26 @@ class Sampler(Protocol):
 
 
 class KVCache:
-    """Static cache [B, k, K, D] a layer, in the shape of transformers' cache protocol. Rows have their own lengths."""
+    """Keys and values [B, k, K, D] of each layer, with transformers' cache interface; rows differ in length.
+
+    Args:
+        slot: where the next `update` writes. Prefill: [N] flat cache slots (row * K + position) of the packed
+            tokens. Decode: [B] slots of the new tokens in their rows.
+        rows: B.
+        width: K.
+    """
 
     is_compileable = False
 
     def __init__(self, slot: torch.Tensor, rows: int, width: int):
         self.rows, self.width, self.used = rows, width, width
-        self.slot = (
-            slot  # prefill: [N] cache places of packed tokens; decode: [B] place of the new token
-        )
+        self.slot = slot
         self.layers: dict[int, list[torch.Tensor]] = {}
         self.prefill = True
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_, **__):
-        """Store new keys and values; hand back what attention should see."""
-        if self.prefill:  # [1, k, N, D] -> scattered; attention itself stays packed
+        """Store new keys and values; return the ones to attend to."""
+        if self.prefill:  # key, value: [1, k, N, D]; attention itself runs packed
             heads, width = key.shape[1], key.shape[3]
             both = []
             for x in (key, value):
@@ -79,7 +84,7 @@ class KVCache:
         return tuple(store[:, :, : self.used] for store in self.layers[layer])
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keep only these rows."""
+        """Keep only these rows of the batch."""
         self.layers = {
             n: [x.index_select(0, rows) for x in both] for n, both in self.layers.items()
         }
@@ -95,7 +100,13 @@ class KVCache:
 
 
 class HFSampler:
-    """Samples with the policy's own weights, on its device. `seed` decides every draw."""
+    """Samples with the policy's own weights, on its device.
+
+    Args:
+        policy: the policy; under FSDP2 its weights are gathered while it samples.
+        tokenizer: for its EOS token, which ends a response.
+        max_batch: prompts that are decoded at once.
+    """
 
     def __init__(self, policy: Policy, tokenizer, max_batch: int = 256):
         self.policy, self.eos, self.max_batch = policy, tokenizer.eos_token_id, max_batch
@@ -109,7 +120,11 @@ class HFSampler:
         temperature: float = 1.0,
         seed: int = 0,
     ) -> Samples:
-        """One response a prompt; temperature 0 is greedy."""
+        """Sample one response for each prompt; temperature 0 is greedy. The result depends on `seed` alone.
+
+        Raises:
+            ValueError: a prompt is empty, `temperature` is negative, or `max_new_tokens` is below 1.
+        """
         if temperature < 0:
             raise ValueError(f"temperature: expected >= 0, got {temperature}")
         if max_new_tokens < 1:
@@ -120,9 +135,8 @@ class HFSampler:
         generator = torch.Generator(device=device).manual_seed(seed)
         training, config = self.policy.training, self.policy.config
         implementation = config._attn_implementation
-        config._attn_implementation = (
-            attention.NAME
-        )  # decodes at per-row positions, which flash-attn's path cannot
+        # Decoding at a different position in each row needs our attention; flash-attn's path cannot do it.
+        config._attn_implementation = attention.NAME
         self.policy.eval()
 
         def batches() -> Samples:
@@ -137,7 +151,7 @@ class HFSampler:
             return out
 
         try:
-            return sharded.with_whole_weights(self.policy, batches)
+            return sharded.with_full_weights(self.policy, batches)
         finally:
             config._attn_implementation = implementation
             self.policy.train(training)
@@ -158,8 +172,8 @@ class HFSampler:
         logprobs = torch.zeros(rows, max_new, device=device)
         counts = torch.full((rows,), max_new, device=device)
         finished = torch.zeros(rows, dtype=torch.bool, device=device)
-        alive = torch.arange(rows, device=device)  # which prompt each live row belongs to
-        places = torch.arange(width, device=device)
+        alive = torch.arange(rows, device=device)  # prompt of each row that is still in the batch
+        slots = torch.arange(width, device=device)
         position = lengths.clone()
         running = torch.ones(rows, dtype=torch.bool, device=device)
         for step in range(max_new):
@@ -182,12 +196,12 @@ class HFSampler:
                     x[keep] for x in (alive, position, choice, running)
                 )
             cache.slot, cache.used = position, width - max_new + step + 1
-            mask = (places[None, : cache.used] <= position[:, None])[:, None, None, :]
+            mask = (slots[None, : cache.used] <= position[:, None])[:, None, None, :]
             hidden = policy.lm.base_model(
                 input_ids=choice[:, None],
                 position_ids=position[:, None],
                 attention_mask=mask,
-                **cached(policy.lm.base_model, cache),
+                **cache_arguments(policy.lm.base_model, cache),
             ).last_hidden_state[:, 0]
             logits = self._logits(hidden)
             position = position + 1
@@ -201,7 +215,7 @@ class HFSampler:
 
 
 def _draw(logits: torch.Tensor, temperature: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
-    # -> token [B], its log-prob [B] under the distribution sampled from (greedy: under temperature 1)
+    # Returns tokens [B] and their log-probs [B]: at `temperature`, or at 1 if greedy.
     logprobs = torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
     if temperature == 0:
         choice = logits.argmax(-1)
@@ -211,11 +225,12 @@ def _draw(logits: torch.Tensor, temperature: float, generator) -> tuple[torch.Te
 
 
 def _invert_cdf(probs: torch.Tensor, generator) -> torch.Tensor:
-    # One uniform a row; torch.multinomial draws an exponential a token (512 x 1024, 2 cores: 14 ms against 0.4).
+    # One uniform number a row. torch.multinomial draws an exponential for each of the V tokens: for 512 rows and
+    # V = 1024 it takes 14 ms on 2 cores, this 0.4 ms.
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
     u = torch.rand(total.shape, device=probs.device, generator=generator)
-    # Below the total, so that the first step above it is a token of probability > 0.
+    # u * total may round up to total. Stay below it, so that only tokens of probability > 0 are chosen.
     level = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, level, right=True).squeeze(1)
 

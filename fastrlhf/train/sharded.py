@@ -1,7 +1,9 @@
-"""FSDP2: weights whose pieces lie on different ranks. Elsewhere every function here hands back what it is given.
+"""Sharded weights (FSDP2): gathering and distributing them. On unsharded tensors every function is the identity.
 
-A checkpoint holds whole tensors: one written under FSDP2 continues without it, and the other way round.
+Checkpoints hold full tensors, so a run can stop under FSDP2 and resume without it, and the other way round.
 """
+
+from collections.abc import Callable
 
 import torch
 from accelerate.state import AcceleratorState
@@ -9,12 +11,13 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def whole(tree, keep: bool = True):
-    """A state (dicts, lists, tensors) with each sharded tensor gathered; on the CPU, where it is kept.
+def full_state(tree, keep: bool = True):
+    """A nested state (dicts, lists, tensors) with each sharded tensor gathered to the CPU.
 
-    Every rank must call it; `keep` False: take part in the gathers and forget their results.
+    A collective: every rank must call it. A rank with `keep` False takes part in the gathers and gets None for
+    each sharded tensor, so that one rank alone pays for the memory.
     """
-    known: dict[tuple, torch.Tensor | None] = {}  # tied weights stay one tensor
+    gathered: dict[tuple, torch.Tensor | None] = {}  # by storage: tied weights stay one tensor
 
     def visit(x):
         if isinstance(x, dict):
@@ -25,37 +28,39 @@ def whole(tree, keep: bool = True):
             return x
         local = x.to_local()
         key = (local.untyped_storage()._cdata, local.storage_offset(), x.shape)
-        if key not in known:
+        if key not in gathered:
             full = x.detach().full_tensor()
-            known[key] = full.cpu() if keep else None
-        return known[key]
+            gathered[key] = full.cpu() if keep else None
+        return gathered[key]
 
     return visit(tree)
 
 
-def full(x: torch.Tensor) -> torch.Tensor:
-    """A whole tensor on its own device; every rank must call it."""
+def full_tensor(x: torch.Tensor) -> torch.Tensor:
+    """The full tensor of a sharded one, on its own device. A collective: every rank must call it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def like(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """This rank's piece of a whole tensor, laid out as `own` is; the ranks need not talk."""
-    if not isinstance(own, DTensor):
+def shard_like(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a full tensor `x`, laid out as `reference` is. Needs no communication."""
+    if not isinstance(reference, DTensor):
         return x
-    x = x.to(own.device)
-    return distribute_tensor(x, own.device_mesh, own.placements, src_data_rank=None)
+    x = x.to(reference.device)
+    return distribute_tensor(x, reference.device_mesh, reference.placements, src_data_rank=None)
 
 
-def load(module: torch.nn.Module, state: dict) -> None:
-    """load_state_dict of whole tensors."""
+def load_state_dict(module: torch.nn.Module, state: dict) -> None:
+    """`module.load_state_dict` for a state dict of full tensors."""
     own = module.state_dict()
-    module.load_state_dict({k: like(v, own[k]) if k in own else v for k, v in state.items()})
+    state = {k: shard_like(v, own[k]) if k in own else v for k, v in state.items()}
+    module.load_state_dict(state)
 
 
-def with_whole_weights(module: torch.nn.Module, function):
-    """function() while every weight is whole on this rank: for code that calls the parts of a module itself.
+def with_full_weights(module: torch.nn.Module, function: Callable):
+    """Call `function()` while this rank holds every weight of `module` unsharded.
 
-    Gathered once: the ranks may then run different numbers of forwards, as samplers do.
+    For code that calls submodules directly, such as a sampler. The weights are gathered once, so ranks may run
+    different numbers of forwards inside.
     """
     if not isinstance(module, FSDPModule):
         return function()
@@ -67,13 +72,13 @@ def with_whole_weights(module: torch.nn.Module, function):
             layer.unshard()
         return function()
 
-    # As a forward of the root: FSDP2 insists on meeting the root before its layers.
-    module.with_whole_weights = body
-    register_fsdp_forward_method(module, "with_whole_weights")
+    # FSDP2 requires a forward of the root before one of its layers, so `body` runs as a forward of the root.
+    module.with_full_weights = body
+    register_fsdp_forward_method(module, "with_full_weights")
     try:
-        return module.with_whole_weights()
+        return module.with_full_weights()
     finally:
-        del module.with_whole_weights
+        del module.with_full_weights
         configured = AcceleratorState().fsdp_plugin.reshard_after_forward
         for layer in layers:
             layer.set_reshard_after_forward(configured, recurse=False)

@@ -1,4 +1,7 @@
-"""What more than one stage does with a batch: split it into micro-batches, and take its language-model gradient."""
+"""Passes over a set of sequences in micro-batches: gradients, losses, rewards and log-probs.
+
+Shapes: n sequences, N packed tokens and M rows (positions that predict a target) of a micro-batch.
+"""
 
 from collections.abc import Sequence
 
@@ -7,6 +10,7 @@ import torch
 
 from fastrlhf.errors import UserError
 from fastrlhf.train.data import Example, next_token_rows
+from fastrlhf.train.heads import SummedNLL, TokenLogprobs
 from fastrlhf.train.packing import collate, pack
 from fastrlhf.train.runtime import Runtime
 
@@ -14,14 +18,21 @@ from fastrlhf.train.runtime import Runtime
 def micro_batches(
     lengths: Sequence[int], max_tokens: int, runtime: Runtime
 ) -> list[tuple[np.ndarray, float]]:
-    """(indices, weight) of each micro-batch; every rank gets the same number, made up with repeats of weight 0."""
+    """Split sequences of `lengths` [n] into micro-batches of at most `max_tokens` tokens.
+
+    DDP and FSDP need the same number of forwards on every rank, so a rank with fewer micro-batches repeats its
+    last one with weight 0.
+
+    Returns:
+        (indices, weight) of each micro-batch.
+    """
     bins = pack(np.asarray(lengths, dtype=np.int64), max_tokens)
     missing = runtime.max(len(bins)) - len(bins)
     return [(b, 1.0) for b in bins] + [(bins[-1], 0.0)] * missing
 
 
 def require_fit(lengths: Sequence[int], max_tokens: int, what: str) -> None:
-    """UserError if a sequence is longer than a micro-batch may be."""
+    """Raise UserError if a sequence is longer than a micro-batch may be."""
     longest = max(lengths, default=0)
     if longest > max_tokens:
         raise UserError(
@@ -32,14 +43,20 @@ def require_fit(lengths: Sequence[int], max_tokens: int, what: str) -> None:
 def nll_backward(
     module, examples: Sequence[Example], runtime: Runtime, max_tokens: int, scale: float = 1.0
 ) -> torch.Tensor:
-    """Add the gradient of scale * (mean NLL per token over all ranks) to `module`; returns this mean, 0-d, detached."""
+    """Accumulate the gradient of `scale` * mean NLL into a policy.
+
+        mean NLL = sum over all ranks' targets of -logprob / number of all ranks' targets    (nats a token)
+
+    Returns:
+        The mean NLL, 0-d, detached.
+    """
     micros = micro_batches([len(e.tokens) for e in examples], max_tokens, runtime)
     (total,) = runtime.sum(float(sum(e.targets for e in examples)))
     summed = torch.zeros((), device=runtime.device)
     for number, (indices, weight) in enumerate(micros, 1):
         batch, rows, targets = next_token_rows([examples[i] for i in indices], runtime.device)
-        nll = module(batch, rows, targets, mode="nll")
-        # DDP averages over ranks; the loss is a mean over all ranks' tokens.
+        nll = module(batch, rows, SummedNLL(targets))
+        # DDP averages gradients over ranks; times `world`, they are summed.
         runtime.backward(
             [module], nll * (scale * weight * runtime.world / total), last=number == len(micros)
         )
@@ -53,15 +70,14 @@ def nll_backward(
 
 @torch.no_grad()
 def mean_nll(module, examples: Sequence[Example], runtime: Runtime, max_tokens: int) -> float:
-    """Mean NLL per token of a data set, in evaluation mode."""
+    """Mean NLL of a data set over all ranks, in nats a token, in evaluation mode."""
     training = module.training
     module.eval()
     local = examples[runtime.rank :: runtime.world] or examples[:1]
     summed = 0.0
     for indices, weight in micro_batches([len(e.tokens) for e in local], max_tokens, runtime):
-        summed += weight * float(
-            module(*next_token_rows([local[i] for i in indices], runtime.device), mode="nll")
-        )
+        batch, rows, targets = next_token_rows([local[i] for i in indices], runtime.device)
+        summed += weight * float(module(batch, rows, SummedNLL(targets)))
     module.train(training)
     summed, tokens = runtime.sum(summed, float(sum(e.targets for e in local)))
     return summed / tokens
@@ -69,23 +85,24 @@ def mean_nll(module, examples: Sequence[Example], runtime: Runtime, max_tokens: 
 
 @torch.no_grad()
 def score_sequences(module, sequences: Sequence[np.ndarray], max_tokens: int) -> np.ndarray:
-    """Reward [n] of whole token sequences, each read at its last token."""
+    """Reward of each token sequence, fp64 [n]: a reward model's score at the last token."""
     device = next(module.parameters()).device
     scores = np.empty(len(sequences), dtype=np.float64)
     for indices in pack([len(s) for s in sequences], max_tokens):
         batch = collate([sequences[i] for i in indices]).to(device)
-        scores[indices] = module(batch, batch.cu_seqlens[1:].long() - 1).double().cpu().numpy()
+        scores[indices] = module(batch, batch.last_rows).double().cpu().numpy()
     return scores
 
 
 @torch.no_grad()
 def token_logprobs(module, examples: Sequence[Example], max_tokens: int) -> list[np.ndarray]:
-    """Log-prob (nats, fp32) of every target token of each example."""
+    """Log-probs (nats, fp32) of the target tokens of each example, at temperature 1."""
     device = next(module.parameters()).device
     out = [np.empty(0, dtype=np.float32)] * len(examples)
     for indices in pack([len(e.tokens) for e in examples], max_tokens):
         chosen = [examples[i] for i in indices]
-        flat = module(*next_token_rows(chosen, device), mode="logprob").float().cpu()
+        batch, rows, targets = next_token_rows(chosen, device)
+        flat = module(batch, rows, TokenLogprobs(targets)).float().cpu()
         for i, part in zip(indices, flat.split([e.targets for e in chosen]), strict=True):
             out[i] = part.numpy()
     return out

@@ -1,9 +1,9 @@
-"""Short runs of two ranks that end while a thread of their process group still has Python to run.
+"""Exits of two-rank runs while a thread of the process group still has Python code to run.
 
     python tests/_support/exit_runs.py [runs]
 
-A thread that asks for Python's lock after the interpreter has begun to close is ended by force, and inside C++ that
-is `terminate called without an active exception`. Prints how the ranks ended; 1 if any did not end well.
+A thread that requests the GIL during interpreter shutdown is killed; inside C++ that aborts the process with
+"terminate called without an active exception". Prints a count of the exit statuses; returns 1 unless all are 0.
 """
 
 import collections
@@ -22,18 +22,18 @@ WORLD = 2
 
 
 def rank_of_a_run(rank, port):
-    """What a stage does at its end, and a last collective whose callback is slow."""
+    """The end of a stage, followed by a collective with a slow callback."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
     place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ.update({k: str(v) for k, v in place.items()})
     runtime = Runtime(RuntimeConfig(device="cpu"))
     assert runtime.sum(1.0) == [WORLD]
     runtime.accelerator.wait_for_everyone()
-    # Rank 0 leaves its callback before its work is done, and so to a thread of the group.
+    # Rank 0 registers its callback before the collective completes, so a thread of the process group runs it.
     time.sleep(0.2 * rank)
     last = dist.all_reduce(torch.ones(1000), async_op=True)
     last.get_future().then(lambda _: [time.sleep(0.001) for _ in range(500)])
-    # Not last.wait(): it waits for the callback too.
+    # last.wait() would also wait for the callback.
 
 
 def ended(status):
@@ -51,10 +51,10 @@ def main() -> int:
             port = free.getsockname()[1]
         ranks = []
         for rank in range(WORLD):
-            ranks.append(os.fork())  # quick: all imports are done
+            ranks.append(os.fork())  # fast: all modules are imported
             if ranks[-1] == 0:
                 rank_of_a_run(rank, port)
-                return 0  # through the interpreter's own end
+                return 0  # exits through the interpreter's shutdown
         endings.update(ended(os.waitpid(pid, 0)[1]) for pid in ranks)
     print(dict(endings))
     return 0 if set(endings) == {0} else 1

@@ -1,4 +1,4 @@
-"""Several runs of the command line in one process group: `stage_runs.py sft a.yaml ppo b.yaml ...` under torchrun."""
+"""Run several stages in one process group, under torchrun: `stage_runs.py sft a.yaml ppo b.yaml ...`."""
 
 import sys
 
@@ -8,12 +8,12 @@ from fastrlhf.cli import main
 
 
 def stages(lines) -> int:
-    """Run (stage, file of its config) one after the other; the status of the first that fails, or 0."""
+    """Run each (stage, config file) in turn; return the exit status of the first that fails, or 0."""
     for stage, path in lines:
         status = main([stage, "--config", path])
         if status:
             return status
-        AcceleratorState._reset_state()  # runs of one process may differ in precision
+        AcceleratorState._reset_state()  # accelerate fixes the precision of a process, but stages may differ in theirs
     return 0
 
 

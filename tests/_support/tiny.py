@@ -1,4 +1,4 @@
-"""A pipeline small enough for tests: text, demonstrations, rankings and a 2-layer model, made once a session."""
+"""A pipeline small enough for tests: text, demonstrations, rankings and a 2-layer model, created once per session."""
 
 import atexit
 import functools
@@ -8,8 +8,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fastrlhf.train.config import save_resolved
+from fastrlhf.train.run import Run
 from fastrlhf.train.stages import pretrain, reward, sft
 
 WORDS = (
@@ -120,7 +122,7 @@ def ppo_config(name: str, **changes):
 
 
 def lines(runs) -> list[tuple[str, str]]:
-    """(stage, file) for the command line, of runs (stage, config)."""
+    """Save the config of each run (stage, config) to a file; return (stage, file) for the command line."""
     found = []
     for number, (stage, cfg) in enumerate(runs):
         path = Path(f"{cfg.out}.{number}.yaml")
@@ -134,6 +136,24 @@ def weights(run: str) -> dict:
     from safetensors.torch import load_file
 
     return load_file(Path(run) / "model.safetensors")
+
+
+def same_weights(first: str, second: str) -> bool:
+    """Whether two model folders hold bitwise identical tensors."""
+    a, b = weights(first), weights(second)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    """Interrupt the next run after it has logged `step` and before it saves that step's checkpoint."""
+    original = Run.log
+
+    def log(self, number, metrics):
+        original(self, number, metrics)
+        if number == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "log", log)
 
 
 def log(run: str) -> list[dict]:

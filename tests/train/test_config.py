@@ -1,4 +1,4 @@
-"""Configurations: files, sections, overrides, and one clear line for whatever is wrong."""
+"""Configurations: files, sections, overrides, and error messages of one line."""
 
 import importlib
 from dataclasses import dataclass, field
@@ -60,7 +60,7 @@ def error_of(*args, **kwargs):
     return message
 
 
-def test_defaults_file_and_overrides_in_this_order(write):
+def test_precedence_of_defaults_file_and_overrides(write):
     file = write("learning_rate: 1e-4\nsteps: 20\nclip: null\n")
     cfg = load(file, {"steps": "30", "files": "[a.jsonl, b.jsonl]", "overwrite": "true"})
     assert cfg == StubConfig(
@@ -85,7 +85,7 @@ def test_one_item_of_a_list_needs_no_brackets():
         ("backend", "cpu", "cpu"),
     ],
 )
-def test_file_and_command_line_read_a_value_alike(write, key, text, value):
+def test_file_and_command_line_parse_values_equally(write, key, text, value):
     assert getattr(load(write(f"{key}: {text}\n")), key) == value
     assert getattr(load(overrides={key: text}), key) == value
 
@@ -120,11 +120,11 @@ def test_empty_file_gives_the_defaults(write):
         ("a: [1\nb: 2\n", "line 2: malformed YAML: expected ',' or ']'"),
         ("sft: {steps: 1}\n  x: 2\n", "line 2: malformed YAML"),
         ("x: \x00\n", "malformed YAML"),
-        ("steps: 1\nsteps: 2\n", "line 2: key 'steps' stands twice (first in line 1)"),
-        ("sft:\n  steps: 1\n  steps: 2\n", "line 3: key 'steps' stands twice"),
+        ("steps: 1\nsteps: 2\n", "line 2: duplicate key 'steps' (first in line 1)"),
+        ("sft:\n  steps: 1\n  steps: 2\n", "line 3: duplicate key 'steps'"),
         ("- steps\n", "expected 'key: value' lines or sections, got a list"),
         ("reward: {steps: 1}\n", "no section 'sft' (there are: reward)"),
-        ("sft: {steps: 1}\nseed: 3\n", "line 2: key 'seed' stands outside any section"),
+        ("sft: {steps: 1}\nseed: 3\n", "line 2: key 'seed' is outside every section"),
         ("sft: {stpes: 1}\n", "line 1: unknown key 'stpes'; did you mean 'steps'?"),
     ],
 )  # fmt: skip
@@ -139,11 +139,11 @@ def test_errors_of_overrides():
     assert unknown == "unknown option '--learnin_rate'; did you mean 'learning_rate'?"
     assert error_of(overrides={"steps": "x"}) == "--steps: expected int, got 'x'"
     assert error_of(cls=RequiredConfig) == (
-        "'model' is missing: give --model or a --config file that holds it"
+        "'model' is missing: give --model or a --config file with it"
     )
 
 
-def test_errors_of_finding_the_file(write, tmp_path):
+def test_errors_of_missing_files_and_sections(write, tmp_path):
     assert error_of(str(tmp_path / "no.yaml")).endswith("no.yaml: no such file")
     assert "cannot be read" in error_of(str(tmp_path) + "/")
     file = write("sft: {}\nrl_init: {}\n")
@@ -179,7 +179,7 @@ def test_every_section_of_every_recipe_fits_its_stage(recipe, section):
     assert {key: getattr(loaded, key) for key in given} == given
 
 
-def test_saved_config_reads_back_whole(tmp_path):
+def test_saved_config_reads_back_equal(tmp_path):
     cfg = StubConfig(model="m", learning_rate=1e-12, clip=None, files=["a"], betas=(0.5, 0.6))
     path = tmp_path / "new" / "resolved_config.yaml"
     config.save_resolved(cfg, path)

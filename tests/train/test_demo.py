@@ -1,4 +1,4 @@
-"""The demo from end to end, cut down to a minute: every stage runs, the report is whole, and the splits hold."""
+"""The demo from end to end in a minute: every stage runs, the report is complete, and the splits are disjoint."""
 
 import json
 from pathlib import Path
@@ -84,7 +84,7 @@ def test_demo_refuses_bad_settings_before_it_writes(tmp_path):
     assert not out.exists()
     out.mkdir()
     (out / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="no such run wrote"):
+    with pytest.raises(UserError, match="not from such a run"):
         run.main(run.DemoConfig(out=str(out), overwrite=True))
     assert (out / "mine.txt").read_text() == "keep"
 
@@ -98,7 +98,7 @@ def test_shipped_base_model_is_small_and_loads():
     assert sum(p.numel() for p in model.parameters()) <= 3_000_000
 
 
-def test_the_papers_numbers():
+def test_recipe_has_the_papers_settings():
     from fastrlhf.train import config
     from fastrlhf.train.stages.ppo import PPOConfig
     from fastrlhf.train.stages.sft import SFTConfig

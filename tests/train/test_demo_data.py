@@ -1,4 +1,4 @@
-"""The shipped data: splits, sizes, licences; and delexicalisation."""
+"""The shipped data (splits, sizes, licences) and delexicalisation."""
 
 import gzip
 import hashlib
@@ -61,7 +61,7 @@ def test_rows_are_delexicalised_and_consistent(demonstrations):
             assert not re.search(rf"\b{row['name']}\b", row["completion"])
             assert (row["near"] is None) == ("near" not in record)
             assert row["completion"] == row["completion"].strip() != ""
-    # Any first prompts of dev and test are a fair sample: they are not sorted by name.
+    # The first prompts of dev and test are a random sample: rows are not sorted by name.
     for split in ("dev", "test"):
         assert len({r["name"] for r in demonstrations[split][:200]}) > 5
 
@@ -186,7 +186,7 @@ def test_prompt():
 
 
 def test_build_on_a_small_source(tmp_path):
-    """The whole build on a made-up source: held-out records leave the training split."""
+    """Build from a made-up source: held-out records are removed from the training split."""
 
     def write(path, found):
         with gzip.open(path, "wt", encoding="utf-8") as f:

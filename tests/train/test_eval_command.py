@@ -1,4 +1,4 @@
-"""`fastrlhf eval` on tiny models written to disk, against a one-by-one computation."""
+"""`fastrlhf eval` on tiny models, against plain transformers on one sequence at a time."""
 
 import dataclasses
 import json
@@ -113,8 +113,8 @@ def nothing(prompt, completion):
 """
 
 
-def test_a_judge_of_the_working_directory(folder, tmp_path, monkeypatch):
-    """One that gives numbers has no slot figures; what is no judgement is one line."""
+def test_a_judge_in_the_working_directory(folder, tmp_path, monkeypatch):
+    """A judge that returns numbers gives no slot figures; one that returns anything else is an error of one line."""
     (tmp_path / "own_judges.py").write_text(JUDGES)
     monkeypatch.chdir(tmp_path)
     few = {"rankings": "", "text": "", "reward_model": ""}
@@ -127,7 +127,7 @@ def test_a_judge_of_the_working_directory(folder, tmp_path, monkeypatch):
         main(config(folder, judge="own_judges:nothing", **few))
 
 
-def test_text_loss_equals_one_by_one(folder):
+def test_text_loss_equals_plain_transformers(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     result = main(config(folder, prompts="", rankings="", baseline="", judge=""))
@@ -145,7 +145,7 @@ def test_text_loss_equals_one_by_one(folder):
 
 
 def test_token_logprobs_keep_their_order(folder):
-    """Packing sorts by length; the answers must come back in the order of the questions."""
+    """Packing reorders sequences by length; the results keep the order of the examples."""
     from fastrlhf.train.data import Example
     from fastrlhf.train.models import load_policy
     from fastrlhf.train.runtime import Runtime
@@ -164,7 +164,7 @@ def test_token_logprobs_keep_their_order(folder):
 def test_greedy_and_limit(folder):
     result = main(config(folder, temperature=0.0, limit=1, text="", rankings=""))
     assert result["coverage"]["n"] == 1
-    assert "kl" not in result  # only samples at temperature 1 estimate it
+    assert "kl" not in result  # its estimate needs samples at temperature 1
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""Evaluations against hand-computed values; intervals against simulation."""
+"""Evaluations against values computed by hand, and intervals against simulations."""
 
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from fastrlhf.evals import _intervals, kl, lm_loss, overlap, reward_accuracy, slots, winrate
+from fastrlhf.evals import bleu, intervals, kl, lm_loss, reward_accuracy, slots, winrate
 
 
 class Judged(NamedTuple):
@@ -15,23 +15,23 @@ class Judged(NamedTuple):
     value: float = 0.0
 
 
-def test_bootstrap_interval_has_its_level():
-    # 95 % intervals of a mean must hold the truth about 95 % of the time.
+def test_bootstrap_interval_coverage():
+    # 95 % intervals of a mean must contain the true mean about 95 % of the time.
     rng = np.random.default_rng(0)
     hits = 0
     for i in range(200):
         sample = np.column_stack([rng.normal(1.0, 2.0, size=80), np.ones(80)])
-        found = _intervals.bootstrap(sample, _intervals.ratio, seed=i, replicates=400)
+        found = intervals.bootstrap(sample, intervals.ratio, seed=i, replicates=400)
         hits += found["low"] <= 1.0 <= found["high"]
     assert 180 <= hits <= 199
 
 
 def test_clusters_are_resampled_together():
-    # 10 prompts whose 50 samples are copies hold as much information as 10 numbers.
+    # 50 identical samples of each of 10 prompts hold as much information as 10 samples.
     values = np.random.default_rng(1).normal(size=10)
-    alone = _intervals.mean_interval(values, seed=3)
-    copies = _intervals.mean_interval(np.repeat(values, 50), np.repeat(np.arange(10), 50), seed=3)
-    wrong = _intervals.mean_interval(np.repeat(values, 50), seed=3)
+    alone = intervals.mean_interval(values, seed=3)
+    copies = intervals.mean_interval(np.repeat(values, 50), np.repeat(np.arange(10), 50), seed=3)
+    wrong = intervals.mean_interval(np.repeat(values, 50), seed=3)
     assert copies["n"] == 10
     assert copies["high"] - copies["low"] == pytest.approx(alone["high"] - alone["low"])
     assert wrong["high"] - wrong["low"] < 0.3 * (alone["high"] - alone["low"])
@@ -39,8 +39,8 @@ def test_clusters_are_resampled_together():
 
 def test_same_seed_same_interval():
     values = np.arange(30.0)
-    assert _intervals.mean_interval(values, seed=1) == _intervals.mean_interval(values, seed=1)
-    assert _intervals.mean_interval(values, seed=1) != _intervals.mean_interval(values, seed=2)
+    assert intervals.mean_interval(values, seed=1) == intervals.mean_interval(values, seed=1)
+    assert intervals.mean_interval(values, seed=1) != intervals.mean_interval(values, seed=2)
 
 
 def test_winrate_counts_ties_half():
@@ -84,7 +84,7 @@ def test_error_change_is_paired():
     worse = [Judged((), ("a",) * n, ()) for n in (2, 4, 6, 8)]
     better = [Judged((), ("a",) * n, ()) for n in (1, 2, 3, 4)]
     found = slots.error_change(better, worse)
-    # Every pair halves its errors: whatever is drawn, the change is exactly -50 %.
+    # Every pair halves its errors, so the change is -50 % in every resample.
     assert (found["mean"], found["low"], found["high"]) == (-0.5, -0.5, -0.5)
     with pytest.raises(ValueError, match="baseline"):
         slots.error_change(better, worse[:2])
@@ -134,7 +134,7 @@ def test_reward_accuracy():
         reward_accuracy.evaluate([rows[0] | {"scores": [1.0]}])
 
 
-def test_kl_estimates_the_truth():
+def test_kl_intervals_contain_the_true_kl():
     # Two categorical distributions whose KL is known; sequences of 5 tokens.
     rng = np.random.default_rng(0)
     p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
@@ -152,21 +152,21 @@ def test_kl_estimates_the_truth():
 
 def test_bleu_by_hand():
     # Papineni et al.'s example 2: "the" is clipped at its count in one reference.
-    stats = overlap._sentence("the the the the the the the", ["The cat is on the mat."])
+    stats = bleu._sentence("the the the the the the the", ["The cat is on the mat."])
     assert stats[0] == 2 and stats[4] == 7
     # Several references: the clip is the largest count in any one of them, not their sum.
-    assert overlap._sentence("the the", ["the cat", "the dog"])[0] == 1
-    assert overlap.evaluate(["a b c d e"], [["a b c d e", "x"]])["mean"] == pytest.approx(100.0)
+    assert bleu._sentence("the the", ["the cat", "the dog"])[0] == 1
+    assert bleu.evaluate(["a b c d e"], [["a b c d e", "x"]])["mean"] == pytest.approx(100.0)
     # 5 words against 6: precisions 5/5, 4/4, 3/3, 2/2 and brevity exp(1 - 6/5).
-    short = overlap.evaluate(["a b c d e"], [["a b c d e f"]])["mean"]
+    short = bleu.evaluate(["a b c d e"], [["a b c d e f"]])["mean"]
     assert short == pytest.approx(100 * np.exp(1 - 6 / 5))
     # One word of six differs at the end: 5/6, 4/5, 3/4, 2/3.
-    wrong = overlap.evaluate(["a b c d e x"], [["a b c d e f"]])["mean"]
+    wrong = bleu.evaluate(["a b c d e x"], [["a b c d e f"]])["mean"]
     assert wrong == pytest.approx(100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
     # Counts are summed over the corpus before the mean; several references add their n-grams.
-    both = overlap.evaluate(["a b c d", "a b x y"], [["a b c d"], ["a b q", "q x y"]])["mean"]
+    both = bleu.evaluate(["a b c d", "a b x y"], [["a b c d"], ["a b q", "q x y"]])["mean"]
     assert both == pytest.approx(100 * (8 / 8 * 5 / 6 * 2 / 4 * 1 / 2) ** 0.25)
-    assert overlap.evaluate(["z"], [["a b c d"]])["mean"] == 0.0
-    assert overlap.tokenize("Cheap, £20-25!") == ["cheap", ",", "£", "20", "-", "25", "!"]
+    assert bleu.evaluate(["z"], [["a b c d"]])["mean"] == 0.0
+    assert bleu.tokenize("Cheap, £20-25!") == ["cheap", ",", "£", "20", "-", "25", "!"]
     with pytest.raises(ValueError, match="references"):
-        overlap.evaluate(["a"], [[]])
+        bleu.evaluate(["a"], [[]])

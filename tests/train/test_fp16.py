@@ -1,11 +1,13 @@
-"""fp16's loss scaler in the stages, on CPU: a power of two changes no bit, an overflow skips one step."""
+"""fp16's loss scaler in the stages, on a CPU.
+
+Scaling by a power of two leaves the results bitwise identical; an overflow skips one step.
+"""
 
 import math
 
 import pytest
 import torch
 from accelerate import Accelerator
-from test_stages import same, stop_after
 from torch import nn
 
 from _support import tiny
@@ -19,11 +21,11 @@ SCALE = 2.0**9
 
 
 class Scaled(Accelerator):
-    """What accelerate is under fp16 on a GPU, but for the arithmetic."""
+    """An Accelerator with a loss scaler, as under fp16 on a GPU, that computes in fp32."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # Grows after two good steps, so that the scale moves within a run.
+        # Grows after two finite steps, so that the scale changes within a run.
         self.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=2)
 
 
@@ -34,31 +36,33 @@ def scaled(monkeypatch):
 
 @pytest.fixture(scope="module")
 def unscaled():
-    """The same PPO-ptx run in fp32."""
+    """Folder of the same PPO-ptx run without a scaler."""
     cfg = tiny.ppo_config("ppo_fp32", **PPO)
     ppo.main(cfg)
     return cfg.out
 
 
-# Two steps an iteration; Muon makes it two optimizers of the policy, and one of the value model.
+# Two steps an iteration. Muon gives the policy two optimizers; the value model has one.
 PPO = {"ptx_coef": 27.8, "max_grad_norm": None, "optimizer": "muon"}
 
 
-def test_ppo_with_a_scaler_is_ppo(unscaled, scaled):
+def test_ppo_with_a_scaler_equals_ppo_bitwise(unscaled, scaled):
     cfg = tiny.ppo_config("ppo_scaled", **PPO)
     ppo.main(cfg)
-    assert same(cfg.out, unscaled) and same(f"{cfg.out}/value", f"{unscaled}/value")
+    assert tiny.same_weights(cfg.out, unscaled) and tiny.same_weights(
+        f"{cfg.out}/value", f"{unscaled}/value"
+    )
     for row, expected in zip(tiny.log(cfg.out), tiny.log(unscaled), strict=True):
         for name in ("grad_norm/ppo", "grad_norm/ptx", "grad_norm/total", "grad_norm/value"):
             assert row[name] == pytest.approx(expected[name], rel=1e-6)
 
 
-def test_resuming_keeps_the_scale(scaled, monkeypatch):
+def test_a_resumed_run_keeps_the_scale(scaled, monkeypatch):
     settings = {"epochs": 3.0, "optimizer": "muon", "save_every": 3}
     whole = tiny.sft_config("fp16_whole", **settings)
     sft.main(whole)
     cut = tiny.sft_config("fp16_cut", **settings)
-    stop_after(monkeypatch, 5)
+    tiny.stop_after(monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
         sft.main(cut)
     monkeypatch.undo()
@@ -73,8 +77,8 @@ def test_resuming_keeps_the_scale(scaled, monkeypatch):
     monkeypatch.setattr(Optimizers, "step", seen)
     cut.resume = True
     sft.main(cut)
-    assert same(whole.out, cut.out)
-    assert scales[0] == 2 * SCALE  # step 4, after the growth that steps 1 and 2 earned
+    assert tiny.same_weights(whole.out, cut.out)
+    assert scales[0] == 2 * SCALE  # step 4, after the growth that followed steps 1 and 2
 
 
 def parts(optimizer="muon"):

@@ -1,4 +1,4 @@
-"""The stages under FSDP2 (accelerate's, two gloo processes): the same run as without it, and whole files on disk."""
+"""The stages under FSDP2 on two gloo processes: the results equal those without it, and files hold full tensors."""
 
 import functools
 import json
@@ -25,15 +25,16 @@ from fastrlhf.train.runtime import Runtime, RuntimeConfig
 from fastrlhf.train.stages import pretrain, reward, sft
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
+SUPPORT = Path(ranks.__file__).parent
 TIMES = ("time", "time/sample", "time/score", "time/update")
 
 
 def torchrun(*lines, **environment):
-    """What `ranks.commands` does, by the launcher that users have."""
+    """`ranks.commands` with torchrun as the launcher."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     command += [
-        str(Path(__file__).with_name("stage_runs.py")),
+        str(SUPPORT / "stage_runs.py"),
         *(w for line in lines for w in line),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
@@ -62,8 +63,8 @@ def ppo_settings(name, **changes):
 
 
 @functools.lru_cache
-def whole_runs():
-    """(sft, ppo, bf16 sft, reward) folders of unbroken FSDP2 runs, and their output."""
+def finished_runs():
+    """Uninterrupted FSDP2 runs: (folders of sft, ppo, bf16 sft and reward, standard output)."""
     cfgs = [
         ("sft", sft_settings("fsdp_sft", log_every=1)),
         ("ppo", ppo_settings("fsdp_ppo")),
@@ -75,7 +76,7 @@ def whole_runs():
 
 
 def unfinished(out, step):
-    """A copy of a finished run as a kill after checkpoint `step` would have left it."""
+    """A copy of a finished run, reduced to what a kill after checkpoint `step` would have left."""
     copy = f"{out}_again"
     shutil.copytree(out, copy)
     (Path(copy) / "summary.json").unlink()
@@ -102,8 +103,8 @@ def same_weights(one, two, **tolerance):
         )
 
 
-def pieces(rank):
-    """Runs on each rank: how models lie on the ranks, and what the library's helpers make of them."""
+def shards(rank):
+    """On each rank: how models are sharded, and what the functions of `sharded` return for them."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks.WORLD}
     place |= {"LOCAL_WORLD_SIZE": ranks.WORLD, "MASTER_ADDR": "localhost"}
     os.environ.update({k: str(v) for k, v in place.items()}, ACCELERATE_USE_FSDP="true")
@@ -123,27 +124,27 @@ def pieces(rank):
         parts = [m for m in module.modules() if isinstance(m, FSDPModule)]
         found[f"{key} units"] = [type(m).__name__ for m in parts]
         found[f"{key} local"] = sum(p.to_local().numel() for p in module.parameters())
-        found[f"{key} whole"] = sum(p.numel() for p in module.parameters())
-        state = sharded.whole(module.state_dict())
+        found[f"{key} full"] = sum(p.numel() for p in module.parameters())
+        state = sharded.full_state(module.state_dict())
         found[f"{key} equal"] = all(torch.equal(state[k], plain[k]) for k in plain)
         embed, head = (state[f"lm.{n}.weight"] for n in ("model.embed_tokens", "lm_head"))
         found[f"{key} shared"] = embed is head
-        found[f"{key} forgotten"] = set(sharded.whole(module.state_dict(), False).values()) == {
+        found[f"{key} dropped"] = set(sharded.full_state(module.state_dict(), False).values()) == {
             None
         }
-        sharded.load(module, {k: v + 1 for k, v in plain.items()})
-        moved = sharded.whole(module.state_dict())
+        sharded.load_state_dict(module, {k: v + 1 for k, v in plain.items()})
+        moved = sharded.full_state(module.state_dict())
         found[f"{key} loaded"] = all(torch.equal(moved[k], plain[k] + 1) for k in plain)
 
         def inside(module=module, layer=parts[-1]):
-            for _ in range(rank + 1):  # the ranks may differ in how often
+            for _ in range(rank + 1):  # ranks may run different numbers of forwards
                 layer(torch.zeros(1, 1, 16), position_embeddings=(torch.ones(1, 1, 8),) * 2)
             return [type(p).__name__ for p in module.parameters()]
 
         with torch.no_grad():
-            found[f"{key} inside"] = sorted(set(sharded.with_whole_weights(module, inside)))
+            found[f"{key} inside"] = sorted(set(sharded.with_full_weights(module, inside)))
         found[f"{key} after"] = sorted({type(p.data).__name__ for p in module.parameters()})
-    # Two models of the same size: each is clipped by its own norm.
+    # Two models of equal size: each is clipped by its own norm.
     for factor, module in enumerate(models[:2], 1):
         for p in module.parameters():
             p.grad = torch.full_like(p, factor)
@@ -151,36 +152,38 @@ def pieces(rank):
     return found
 
 
-def test_pieces_lie_on_both_ranks():
-    for found in ranks.run(pieces):
+def test_models_are_sharded_over_both_ranks():
+    for found in ranks.run(shards):
         for key in ("tied", "untied"):
             units = ["FSDPPolicy", "FSDPLlamaDecoderLayer", "FSDPLlamaDecoderLayer"]
             assert found[f"{key} units"] == units
-            assert 2 * found[f"{key} local"] == found[f"{key} whole"]
-            for what in ("equal", "loaded", "forgotten"):
+            assert 2 * found[f"{key} local"] == found[f"{key} full"]
+            for what in ("equal", "loaded", "dropped"):
                 assert found[f"{key} {what}"], f"{key} {what}"
             assert found[f"{key} shared"] == (key == "tied")
             assert found[f"{key} inside"] == ["Parameter"]
             assert found[f"{key} after"] == ["DTensor"]
         one, two = found["norms"]
-        assert one == pytest.approx(found["untied whole"] ** 0.5) and two == pytest.approx(2 * one)
+        assert one == pytest.approx(found["untied full"] ** 0.5) and two == pytest.approx(2 * one)
 
 
-def test_a_finished_run_ends_in_order():
-    """Two of the 50 runs that `python tests/_support/exit_runs.py` makes: no rank dies at its end."""
-    script = Path(__file__).with_name("exit_runs.py")
+def test_a_finished_run_exits_cleanly():
+    """Two runs of `python tests/_support/exit_runs.py` (its default is 50): no rank crashes at exit."""
+    script = SUPPORT / "exit_runs.py"
     done = subprocess.run([sys.executable, script, "2"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "{0: 4}\n", done.stdout + done.stderr[-4000:]
 
 
-def test_sft_is_the_single_process_run():
-    (out, *_), said = whole_runs()
+def test_sft_equals_the_single_process_run():
+    (out, *_), said = finished_runs()
     assert "cpu x2 (FSDP2)" in said
     alone = sft_settings("fsdp_sft_alone")
     sft.main(alone)
     same_log(tiny.log(out), tiny.log(alone.out), rtol=2e-4)
     same_weights(out, alone.out, rtol=2e-4, atol=2e-5)
-    ours, theirs = (checkpoint.load_latest(Path(o) / "checkpoints") for o in (out, alone.out))
+    ours, theirs = (
+        checkpoint.load_latest(Path(o) / "checkpoints")["parts"] for o in (out, alone.out)
+    )
     assert ours["model"].keys() == theirs["model"].keys()
     for (_, a), (_, b) in zip(
         ours["optimizer"][0]["state"].items(), theirs["optimizer"][0]["state"].items(), strict=True
@@ -189,17 +192,17 @@ def test_sft_is_the_single_process_run():
         torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-3, atol=1e-5)
 
 
-def test_reward_is_the_single_process_run():
-    out = whole_runs()[0][3]
+def test_reward_equals_the_single_process_run():
+    out = finished_runs()[0][3]
     alone = tiny.reward_config("fsdp_reward_alone", max_tokens=256)
     reward.main(alone)
     same_log(tiny.log(out), tiny.log(alone.out), rtol=2e-4)
     same_weights(out, alone.out, rtol=2e-4, atol=2e-5)
 
 
-def test_ppo_is_the_run_of_two_whole_replicas():
-    """Ranks draw their own samples, so the yardstick is two processes that hold whole models (DDP)."""
-    out = whole_runs()[0][1]
+def test_ppo_equals_ddp():
+    """Each rank samples its own responses, so the comparison is with two DDP processes, not with one."""
+    out = finished_runs()[0][1]
     cfg = ppo_settings("ddp_ppo")
     done = ranks.commands(*tiny.lines([("ppo", cfg)]))
     assert done.returncode == 0, done.stderr[-4000:]
@@ -210,8 +213,8 @@ def test_ppo_is_the_run_of_two_whole_replicas():
     assert all(r["policy/ratio_max_first"] == 1.0 for r in tiny.log(out))
 
 
-def test_resumed_runs_end_as_the_unbroken_ones():
-    sft_out, ppo_out, *_ = whole_runs()[0]
+def test_resumed_runs_equal_uninterrupted_ones():
+    sft_out, ppo_out, *_ = finished_runs()[0]
     sft_again, ppo_again = unfinished(sft_out, 2), unfinished(ppo_out, 2)
     without = f"{sft_again}_alone"
     shutil.copytree(sft_again, without)
@@ -224,7 +227,7 @@ def test_resumed_runs_end_as_the_unbroken_ones():
     same_weights(sft_out, sft_again, rtol=0, atol=0)
     for folder in ("", "/value"):
         same_weights(ppo_out + folder, ppo_again + folder, rtol=0, atol=0)
-    sft.main(sft_settings("z", out=without, resume=True))  # one process goes on from two shards
+    sft.main(sft_settings("z", out=without, resume=True))  # one process resumes a run of two
     same_weights(sft_out, without, rtol=2e-4, atol=2e-5)
 
 
@@ -233,7 +236,7 @@ def test_bf16_keeps_fp32_weights_and_log_probs():
         policy = runtime_module._fsdp_plugin(torch.bfloat16).mixed_precision_policy
     assert policy.param_dtype == torch.bfloat16 and policy.reduce_dtype == torch.float32
     assert policy.output_dtype is None
-    (exact, _, out, _), _ = whole_runs()
+    (exact, _, out, _), _ = finished_runs()
     assert {t.dtype for t in tiny.weights(out).values()} == {torch.float32}
     ours, fp32 = tiny.log(out), tiny.log(exact)
     assert ours[0]["train/loss"] != fp32[0]["train/loss"]
@@ -245,7 +248,7 @@ def test_bf16_keeps_fp32_weights_and_log_probs():
 def test_the_folder_loads_as_a_hugging_face_model():
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    _, out, *_ = whole_runs()[0]
+    _, out, *_ = finished_runs()[0]
     for folder, auto in (
         ("", AutoModelForCausalLM),
         ("/value", AutoModelForSequenceClassification),
@@ -256,7 +259,7 @@ def test_the_folder_loads_as_a_hugging_face_model():
         assert architecture == [type(model).__name__]
 
 
-def test_what_it_cannot_do_is_said():
+def test_unsupported_settings_are_refused():
     fsdp1 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
     done = ranks.commands(*tiny.lines([("sft", sft_settings("fsdp1"))]), ranks=1, **fsdp1)
     assert done.returncode and "FSDP_VERSION: expected 2, got '1'" in done.stderr

@@ -55,7 +55,7 @@ def test_slot_outside_the_record_is_invented():
     assert labeler.score(record, "NAMEX is a pub near NEARX.").invented == ("near=NEARX",)
 
 
-def test_contradiction_never_beats_silence_or_truth():
+def test_contradiction_scores_below_truth_and_at_most_as_silence():
     yes = "NAMEX is family friendly and is near NEARX."
     both = "NAMEX is family friendly and is not family friendly and is near NEARX."
     silent = "NAMEX is near NEARX."
@@ -113,12 +113,12 @@ def test_family_friendly(text, stated):
         ("NAMEX is near NEARX", set(), set()),
     ],
 )
-def test_price_and_rating_are_told_apart(text, price, rating):
+def test_price_and_rating_are_distinguished(text, price, rating):
     says = labeler.stated(text)
     assert (says["priceRange"], says["rating"]) == (price, rating)
 
 
-def test_defects_decide_between_equals_only():
+def test_defects_only_break_ties():
     bare = PERFECT.rstrip(".")
     repeated = PERFECT[:-1] + " and has a customer rating of 5 out of 5."
     markup = PERFECT + " <say>."
@@ -153,7 +153,7 @@ def test_agrees_with_people():
 
 
 def test_shuffled_records_score_far_worse():
-    # The figures above would also hold for a labeler that says yes to everything.
+    # A labeler that accepts every sentence would pass test_agrees_with_people, but not this.
     train = rows("demonstrations_train")[::11]
     shifted = [
         {"record": a["record"], "completion": b["completion"]}
@@ -180,5 +180,5 @@ def test_speed():
     start = time.process_time()
     for row in data:
         labeler.score(row["record"], row["completion"])
-    # About 0.3 s alone on two cores; the bar leaves room for a loaded machine.
+    # About 0.3 s of CPU time; the limit leaves room for slower machines.
     assert time.process_time() - start < 1.5

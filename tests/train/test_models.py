@@ -1,22 +1,22 @@
-"""Packed forwards are exact on every attention path that runs here; bad model folders are refused."""
+"""Packed forwards equal separate ones on every attention path of a CPU; bad model folders are refused."""
 
 import json
 import shutil
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from _support import tiny
 from fastrlhf.errors import UserError
 from fastrlhf.integrations import attention
 from fastrlhf.train import data, models
-from fastrlhf.train.models import head_parameters
+from fastrlhf.train.heads import SummedNLL
 from fastrlhf.train.packing import collate
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
+from fastrlhf.train.stages import sft
 
 CONFIGS = {
     "llama": LlamaConfig(
@@ -39,7 +39,7 @@ def runtime():
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("implementation", [attention.NAME, "sdpa", "eager"])
-def test_packed_forward_equals_one_by_one(name, implementation, runtime):
+def test_packed_forward_equals_separate_forwards(name, implementation, runtime):
     torch.manual_seed(0)
     policy = models.policy_from_config(CONFIGS[name], runtime).eval()
     policy.lm.set_attn_implementation(implementation)
@@ -66,11 +66,12 @@ def test_packing_order_does_not_change_a_sequence(runtime):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_through_packing_match_one_by_one(runtime):
+def test_packed_gradients_equal_separate_gradients(runtime):
     policy = models.policy_from_config(CONFIGS["llama"], runtime)
     rng = np.random.default_rng(3)
     examples = [data.Example(rng.integers(0, 97, size=n), 1) for n in (5, 21, 64)]
-    policy(*data.next_token_rows(examples, "cpu"), mode="nll").backward()
+    batch, rows, targets = data.next_token_rows(examples, "cpu")
+    policy(batch, rows, SummedNLL(targets)).backward()
     packed = [p.grad.clone() for p in policy.parameters()]
     policy.zero_grad()
     for example in examples:
@@ -81,7 +82,7 @@ def test_gradients_through_packing_match_one_by_one(runtime):
         torch.testing.assert_close(ours, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_attention_refuses_what_it_would_get_wrong():
+def test_attention_refuses_sliding_windows():
     query = torch.zeros(1, 2, 8, 4)
     with pytest.raises(ValueError, match="sliding_window=4, longest sequence 8"):
         attention.attention(None, query, query, query, None, sliding_window=4)
@@ -110,12 +111,12 @@ def test_reward_head_of_the_wrong_width(tmp_path, runtime):
     labels = {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
     folder = changed_config(tmp_path, tiny.reward_model(), **labels)
     with pytest.raises(UserError, match=r"expected width 1 \(num_labels\), got 2"):
-        models.load_scorer(folder, runtime, trainable=False)
+        models.load_reward_model(folder, runtime, trainable=False)
 
 
 def test_language_model_given_as_reward_model(runtime):
     with pytest.raises(UserError, match="is not a reward model"):
-        models.load_scorer(tiny.base(), runtime, trainable=False)
+        models.load_reward_model(tiny.base(), runtime, trainable=False)
 
 
 def test_missing_folder(runtime):
@@ -137,32 +138,39 @@ def test_vocabularies_that_differ():
     other = models.load_tokenizer(tiny.base())
     other.add_tokens(["extra"])
     with pytest.raises(UserError, match="vocabularies differ"):
-        models.same_vocabulary(tokenizer, other, "model and reward_model")
+        models.check_same_vocabulary(tokenizer, other, "model and reward_model")
 
 
 def test_tokenizer_larger_than_the_embedding(runtime):
     tokenizer = models.load_tokenizer(tiny.base())
     tokenizer.add_tokens(["extra"])
     policy = models.load_policy(tiny.base(), runtime, trainable=False)
-    with pytest.raises(UserError, match="knows 321 tokens, the model has 320"):
+    with pytest.raises(UserError, match="has 321 tokens, the model has 320"):
         models.check_vocabulary(tokenizer, policy.lm, "x")
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "factor"),
-    [
-        ("Granite", "logits_scaling", 8.0),
-        ("Cohere", "logit_scale", 0.0625),
-        ("FalconH1", "lm_head_multiplier", 2.0),
-        ("Granite", "logits_scaling", 1.0),
-    ],
-)
-def test_a_factor_of_the_logits_is_not_dropped(kind, name, factor):
-    """The fused head multiplies by the weight alone."""
-    config = getattr(transformers, f"{kind}Config")(**{name: factor})
-    lm = SimpleNamespace(config=config, get_output_embeddings=lambda: torch.nn.Linear(3, 5))
-    if factor == 1:
-        assert head_parameters(lm)[0].shape == (5, 3)
-    else:
-        with pytest.raises(UserError, match=f"scales its logits .{name} = {factor:g} in config"):
-            head_parameters(lm)
+def test_damaged_models_are_named(tmp_path):
+    for name, damage, message in (
+        ("cut", lambda f: (f / "model.safetensors").write_bytes(b"x" * 9), "cannot be loaded"),
+        (
+            "config",
+            lambda f: (f / "config.json").write_text("[]"),
+            "(tokenizer|config) of .* cannot be",
+        ),
+        ("layers", _one_layer_more, r"lacks .* tensors \(model\.layers"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in Path(tiny.base()).iterdir():
+            if file.is_file():
+                (folder / file.name).write_bytes(file.read_bytes())
+        damage(folder)
+        with pytest.raises(UserError, match=message):
+            sft.main(tiny.sft_config("x", model=str(folder), out=str(tmp_path / "out")))
+        assert not (tmp_path / "out").exists()
+
+
+def _one_layer_more(folder):
+    content = json.loads((folder / "config.json").read_text())
+    content["num_hidden_layers"] += 1
+    (folder / "config.json").write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""The sequence packer (csrc/packer.cpp) against its Python reference, and its own promises."""
+"""The sequence packer (csrc/packer.cpp): its guarantees, and equality with the Python reference."""
 
 import doctest
 import time
@@ -21,8 +21,8 @@ def loads(bins, lengths):
     return np.array([lengths[b].sum() for b in bins])
 
 
-def check_promises(bins, lengths, max_tokens, multiple_of):
-    """Everything pack() promises of any input."""
+def check_guarantees(bins, lengths, max_tokens, multiple_of):
+    """Check every guarantee of pack()."""
     held = np.concatenate(bins) if bins else np.array([], dtype=np.int64)
     assert sorted(held.tolist()) == list(range(len(lengths)))
     assert all((np.diff(b) > 0).all() for b in bins)
@@ -46,10 +46,10 @@ def problems(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(problems())
-def test_promises_and_reference(problem):
+def test_guarantees_and_reference(problem):
     lengths, max_tokens, multiple_of = problem
     bins = pack(lengths, max_tokens, multiple_of=multiple_of)
-    check_promises(bins, lengths, max_tokens, multiple_of)
+    check_guarantees(bins, lengths, max_tokens, multiple_of)
     expected = pack_reference(lengths, max_tokens, multiple_of)
     assert [b.tolist() for b in bins] == [b.tolist() for b in expected]
 
@@ -67,7 +67,7 @@ def test_promises_and_reference(problem):
 def test_matches_reference_at_size(draw, max_tokens, multiple_of):
     lengths = draw(np.random.default_rng(0)).astype(np.int64)
     bins = pack(lengths, max_tokens, multiple_of=multiple_of)
-    check_promises(bins, lengths, max_tokens, multiple_of)
+    check_guarantees(bins, lengths, max_tokens, multiple_of)
     expected = pack_reference(lengths, max_tokens, multiple_of)
     assert [b.tolist() for b in bins] == [b.tolist() for b in expected]
 
@@ -81,7 +81,7 @@ def test_few_and_balanced_bins():
 
 
 def test_evened_out_when_greedy_overflows():
-    """Lengths that fill nearly every token: greedy balancing overflows, first-fit does not."""
+    """Lengths that leave almost no room: greedy balancing overflows, first-fit does not."""
     lengths = np.random.default_rng(2).integers(1, 1000, 20_000)
     bins = pack(lengths, 1024)
     assert len(bins) <= 1.005 * lengths.sum() / 1024
@@ -89,7 +89,7 @@ def test_evened_out_when_greedy_overflows():
 
 
 def test_minimum_number_of_bins_against_exhaustive_search():
-    """On tiny inputs compare with the true optimum: 11/9 OPT + 6/9."""
+    """On tiny inputs, compare with the optimum: at most 11/9 OPT + 6/9 bins."""
     generator = np.random.default_rng(3)
 
     def optimum(lengths, max_tokens):
@@ -125,7 +125,7 @@ def test_no_sequences():
     assert pack(np.array([], dtype=np.int64), 8, multiple_of=4) == []
 
 
-def test_repeatable_and_leaves_input_alone():
+def test_deterministic_and_does_not_modify_its_input():
     lengths = np.random.default_rng(4).integers(1, 100, 5000)
     before = lengths.copy()
     first, second = pack(lengths, 1000), pack(lengths, 1000)
@@ -160,14 +160,14 @@ def test_error_names_multiple_of():
 
 @needs_extension
 @pytest.mark.parametrize("lengths", [[4, 9], [-1], [0]])
-def test_extension_guards_itself(lengths):
+def test_extension_checks_its_arguments(lengths):
     with pytest.raises(ValueError, match="expected 1 to 8, got"):
         packing._C.pack(np.array(lengths), 8, 1)
 
 
 @needs_extension
 def test_a_million_lengths():
-    """About 0.2 s; CPU time, so that a busy machine does not fail it, catches a worse complexity."""
+    """Takes about 0.2 s of CPU time; the limit of 2 s catches a worse complexity."""
     lengths = np.random.default_rng(5).integers(1, 2049, 10**6)
     start = time.thread_time()
     order, offsets = packing._C.pack(lengths, 16384, 1)

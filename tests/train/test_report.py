@@ -1,4 +1,4 @@
-"""The report of a fabricated run: what the page and the tables hold, and bad input."""
+"""The report of a made-up run: content of the page and the tables, and error messages."""
 
 import base64
 import copy
@@ -46,7 +46,7 @@ def ppo_rows(seed: int, over: bool) -> list[dict]:
 
 
 def fabricate(run) -> dict:
-    """A run folder as `fastrlhf demo` leaves it; returns the content of its report.json."""
+    """Write a run folder as `fastrlhf demo` does; return the content of its report.json."""
     means = {
         "base": (0.04, 0.35, 1.2, 5.9, -2.1, 4.37),
         "sft": (0.5, 0.82, 0.31, 1.9, 0.0, 6.42),
@@ -129,7 +129,7 @@ def run(tmp_path):
 
 
 class Reader(html.parser.HTMLParser):
-    """Text, tags and attributes; fails on unbalanced tags."""
+    """Collects text, links and images; fails on unbalanced tags."""
 
     VOID = {"meta", "img", "br"}
 
@@ -159,7 +159,7 @@ class Reader(html.parser.HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self.words))
 
 
-def test_page_is_self_contained_and_holds_everything(run):
+def test_page_is_self_contained_and_complete(run):
     report.main(report.ReportConfig(run=str(run)))
     page = (run / "report.html").read_text(encoding="utf-8")
     read = Reader(page)
@@ -172,8 +172,8 @@ def test_page_is_self_contained_and_holds_everything(run):
         "\u221258 %",
         "PPO-ptx",
         "slot coverage",
-        "missing a sentence",
-        "invented a sentence",
+        "missing per sentence",
+        "invented per sentence",
         "BLEU",
         "RM score",
         "KL to RL init",
@@ -197,7 +197,7 @@ def test_page_is_self_contained_and_holds_everything(run):
     ):
         assert needed in read.text, needed
     assert "PPO-ptx is over-optimised" not in read.text
-    assert read.text.count("KL to RL init") == 1  # greedy text estimates no KL
+    assert read.text.count("KL to RL init") == 1  # none from greedy samples
     # Nothing is compared with itself: SFT has no win rate.
     assert "50.0 %" not in read.text
     assert len(read.images) == 4
@@ -208,7 +208,7 @@ def test_page_is_self_contained_and_holds_everything(run):
     assert len(page) < 1_500_000
 
 
-def test_same_run_same_page(run):
+def test_page_is_deterministic(run):
     content, logs = report.load(run)
     few = {"reward": logs["reward"]}
     assert page.page(content, few) == page.page(content, few)
@@ -290,11 +290,11 @@ def test_missing_and_broken_files(run, tmp_path):
         report.load(run)
 
 
-def test_over_optimisation_is_found_only_where_it_is():
+def test_over_optimisation_is_detected():
     assert plots.over_optimised(ppo_rows(0, over=False)) is None
     kl = plots.over_optimised(ppo_rows(0, over=True))
     assert 4.0 < kl < 8.0
-    # A labeler that falls together with the RM is another trouble.
+    # If the RM score falls as well, PPO does not over-optimise the RM.
     both = [r | {"reward/rm": r["reward/labeler"]} for r in ppo_rows(0, over=True)]
     assert plots.over_optimised(both) is None
     assert plots.over_optimised([]) is None
@@ -317,5 +317,5 @@ def test_series_skips_what_is_missing_or_not_finite():
         (float("nan"), "number", "n/a"),
     ],
 )
-def test_form(value, style, text):
-    assert report.content.form(value, style) == text
+def test_format_value(value, style, text):
+    assert report.content.format_value(value, style) == text

@@ -1,4 +1,4 @@
-"""The sampler's log-probs are the trainer's, its draws follow the distribution, and no padding comes out."""
+"""The sampler: log-probs equal those of the training path, draws follow the distribution, no padding is returned."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import torch
 
 from _support import tiny
 from fastrlhf.train import data, models
+from fastrlhf.train.heads import TokenLogprobs
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
 from fastrlhf.train.sampler import HFSampler, _invert_cdf
 
@@ -30,12 +31,12 @@ def trainer_logprobs(policy, prompts, tokens, temperature=1.0):
     ]
     batch, rows, targets = data.next_token_rows(examples, "cpu")
     with torch.no_grad():
-        flat = policy(batch, rows, targets, mode="logprob", temperature=temperature)
+        flat = policy(batch, rows, TokenLogprobs(targets, temperature))
     return [x.numpy() for x in flat.split([len(t) for t in tokens])]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_the_trainers(policy, tokenizer, temperature):
+def test_logprobs_equal_the_training_paths(policy, tokenizer, temperature):
     sampler = HFSampler(policy, tokenizer)
     found = sampler.generate(PROMPTS, max_new_tokens=24, temperature=temperature, seed=3)
     truth = trainer_logprobs(policy, PROMPTS, found.tokens, temperature)
@@ -43,9 +44,9 @@ def test_logprobs_are_the_trainers(policy, tokenizer, temperature):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-def test_ended_rows_leave_and_the_others_go_on(policy, tokenizer):
+def test_finished_rows_are_compacted_away(policy, tokenizer):
     many = PROMPTS * 10
-    # An EOS the model likes: rows end at different steps, so the batch is compacted on the way.
+    # With a likely token as EOS, rows end at different steps and the batch is compacted.
     frequent = HFSampler(policy, tokenizer).generate(many, max_new_tokens=24, seed=3)
     ids, counts = np.unique(np.concatenate(frequent.tokens), return_counts=True)
     sampler = HFSampler(policy, tokenizer)
@@ -88,11 +89,11 @@ def test_draws_follow_the_distribution(policy, tokenizer):
             .softmax(-1)
         )
     seen = np.bincount([int(t[0]) for t in found.tokens], minlength=320) / 4000
-    spread = np.sqrt(truth.numpy() * (1 - truth.numpy()) / 4000)
-    assert (np.abs(seen - truth.numpy()) <= 5 * spread + 1e-9).all()
+    std = np.sqrt(truth.numpy() * (1 - truth.numpy()) / 4000)
+    assert (np.abs(seen - truth.numpy()) <= 5 * std + 1e-9).all()
 
 
-def test_a_token_without_probability_is_never_drawn():
+def test_a_token_of_probability_zero_is_never_drawn():
     probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).expand(4096, 5).contiguous()
     seen = torch.bincount(_invert_cdf(probs, torch.Generator().manual_seed(0)), minlength=5)
     assert seen[[0, 2, 4]].eq(0).all()

@@ -1,1 +1,1 @@
-"""The four stages of the paper, one file each: pretrain, sft, reward, ppo."""
+"""The stages of training, one file each: pretrain, sft, reward, ppo."""

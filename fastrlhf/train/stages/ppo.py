@@ -1,16 +1,22 @@
-"""PPO and PPO-ptx (paper C.4, eq. 2). `ptx_coef` 0 is PPO; 27.8 is the paper's PPO-ptx.
+"""PPO and PPO-ptx (paper C.4, equation 2).
 
-One iteration: sample `batch` responses; take log-probs of policy and reference, values and reward
-scores on the train path; reward = -kl_coef * KL per token, plus the score on the last generated
-token; GAE; whitening; then one pass (or `inner_epochs`) over random minibatches. In each minibatch
-the PPO gradient and ptx_coef times the gradient of the pretraining loss are accumulated into the
-same buffers before one optimizer step.
+One iteration:
+
+1. Sample a response for each of `batch` prompts.
+2. Score them on the training path: log-probs of policy and reference, values, rewards.
+3. reward_t = -kl_coef * KL_t, plus the reward model's score at the last token; then GAE and whitening.
+4. One pass (or `inner_epochs`) over random minibatches, one optimizer step each, on
+
+       PPO's clipped loss + ptx_coef * mean NLL of pretraining text
+
+   The value model has its own loss and optimizer.
+
+`ptx_coef` 0 is PPO; the paper's PPO-ptx uses 27.8.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -19,22 +25,25 @@ import torch
 from fastrlhf.errors import UserError
 from fastrlhf.ops.linear_ppo_loss import linear_ppo_loss
 from fastrlhf.train import data, rollout, sharded
+from fastrlhf.train.config import require_paths
 from fastrlhf.train.models import (
     REWARD_BIAS,
+    check_same_vocabulary,
     check_vocabulary,
     context_length,
     load_policy,
-    load_scorer,
+    load_reward_model,
     load_tokenizer,
-    same_vocabulary,
     set_dropout,
 )
 from fastrlhf.train.optim import EMA, OptimConfig, Optimizers, warm_constant
+from fastrlhf.train.rollout import MicroBatch, ScoredMicroBatch, TrainingMicroBatch
+from fastrlhf.train.run import OutputConfig, Run
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
-from fastrlhf.train.sampler import HFSampler
+from fastrlhf.train.sampler import HFSampler, Samples
 from fastrlhf.train.steps import nll_backward, require_fit
-from fastrlhf.train.tracking import OutputConfig, Run
 
+# Metrics of a line on the terminal.
 HEADLINE = (
     "reward/rm",
     "reward/labeler",
@@ -43,76 +52,99 @@ HEADLINE = (
     "ptx/loss",
     "time/update",
 )
-SHOWN = 2  # responses in the table under a line of the log
+SAMPLES_SHOWN = 2  # responses in the table below such a line
 Labeler = Callable[[Sequence[dict], Sequence[str]], Sequence[float]]
 
 
 @dataclass
 class PPOConfig(OptimConfig, RuntimeConfig, OutputConfig):
-    """Settings of the ppo stage; the defaults are the paper's, and where it is silent its lineage's."""
+    """Settings of the ppo stage. Defaults are the paper's or, where it gives none, those of earlier papers."""
 
-    model: str = (
-        ""  # folder of the RL initialisation: the policy starts here, and it is the KL reference
-    )
-    reward_model: str = ""  # folder of the reward model; the value model starts as a copy of it
+    model: str = ""  # folder of the RL initialization: start of the policy, and the KL reference
+    reward_model: str = ""  # folder of the reward model; also the start of the value model
     prompts: str = ""  # JSONL: prompt
-    text: str = ""  # pretraining text, needed when ptx_coef > 0
-    iterations: int = 500
-    batch: int = 512  # episodes an iteration
+    text: str = ""  # pretraining text, needed if ptx_coef > 0
+    iterations: int = 500  # rounds of sampling and updating
+    batch: int = 512  # episodes (responses) an iteration
     minibatch: int = 64  # episodes an optimizer step
     inner_epochs: int = 1  # passes over an iteration's episodes
     max_new_tokens: int = 1024  # of a response; prompt + response must fit the model's context
-    temperature: float = 1.0  # of sampling, and of every log-prob
+    temperature: float = 1.0  # of sampling and of all log-probs
     lr: float = 5e-6  # of the policy; the paper scanned 2.55e-6 to 2.55e-5
-    value_lr: float = 9e-6
-    warmup_iterations: int = 10  # the learning rates rise from a tenth
-    kl_coef: float = 0.02  # beta: reward per nat of KL to the RL initialisation
+    value_lr: float = 9e-6  # learning rate of the value model
+    warmup_iterations: int = 10  # the policy's learning rate rises from a tenth over these
+    kl_coef: float = 0.02  # beta: penalty per nat of KL to the reference
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"  # of the KL in the reward
     gamma: float = 1.0  # discount of GAE
-    lam: float = 0.95  # lambda of GAE; not in the paper: Stiennon et al. 2020
-    clip: float = 0.2  # of the ratio
-    dual_clip: float | None = (
-        None  # bound of the loss where the advantage is negative; not the paper's
-    )
-    value_clip: float | None = (
-        0.2  # of the value's move; not in the paper: its lineage's; null: off
-    )
-    whiten_advantages: bool = True  # over an iteration; not in the paper: its lineage's
-    scale_reward: bool = False  # divide the score by its spread on the training comparisons
-    missing_eos_score: float | None = None  # what a response without EOS earns instead of its score
-    ptx_coef: float = 0.0  # gamma_ptx; paper: 27.8
+    lam: float = 0.95  # lambda of GAE; from Stiennon et al. 2020
+    clip: float = 0.2  # clip range of the probability ratio
+    dual_clip: float | None = None  # loss <= -dual_clip * A where A < 0; not in the paper
+    value_clip: float | None = 0.2  # clip range of the value; not in the paper; null: off
+    whiten_advantages: bool = True  # over an iteration; not in the paper
+    scale_reward: bool = False  # divide scores by their std on the training comparisons
+    missing_eos_score: float | None = None  # score of a response without EOS; null: unchanged
+    ptx_coef: float = 0.0  # weight of the pretraining loss; paper: 27.8 (gamma in equation 2)
     ptx_ratio: float = 8.0  # pretraining sequences per episode
     ptx_length: int = 0  # tokens of a pretraining sequence; 0: the model's context
-    ema_decay: float = 0.992  # once per optimizer step; 0: off
-    max_tokens: int = 8192  # of a micro-batch
+    ema_decay: float = 0.992  # of the averaged policy, per optimizer step; 0: no average
+    max_tokens: int = 8192  # tokens of a micro-batch
 
 
 def main(cfg: PPOConfig, labeler: Labeler | None = None) -> dict:
-    """Align a policy; the averaged (EMA) weights go to `out`, the value model to `out`/value.
+    """Train a policy; write its averaged weights to `cfg.out` and the value model to `cfg.out`/value.
 
-    A `labeler` scores prompts' rows and response texts; its mean is logged beside the reward model's, never trained on.
+    Args:
+        cfg: the settings.
+        labeler: scores prompt rows and response texts. Its mean is logged beside the reward model's; nothing is
+            trained on it.
+
+    Returns:
+        Metrics of the last iteration: {"reward/rm", "kl/reference", ...}.
     """
     runtime = Runtime(cfg)
     _check(cfg, runtime)
     with Run(cfg, "ppo", runtime, HEADLINE, extendable=("iterations",)) as run:
         trainer = Trainer(cfg, runtime, labeler)
-        first = run.begin(cfg.iterations)
-        if run.state:
-            trainer.load_state_dict(run.state)
-        for iteration in range(first, cfg.iterations):
-            metrics = trainer.iterate(iteration, run)
-            run.log(iteration + 1, metrics)
-            run.checkpoint(iteration + 1, trainer.state_dict)
+        for step in run.steps(cfg.iterations, trainer.parts):
+            run.log(step, trainer.iterate(step - 1, run))
         return trainer.finish(run)
 
 
+@dataclass(frozen=True)
+class PPOLoss:
+    """The head that computes PPO's clipped policy loss and value loss, means over the micro-batch's M tokens."""
+
+    micro: TrainingMicroBatch
+    values: torch.Tensor  # [M], of the value model that is trained
+    cfg: PPOConfig
+
+    def __call__(self, hidden, weight, **unembedding):
+        m, cfg = self.micro, self.cfg
+        return linear_ppo_loss(
+            hidden,
+            weight,
+            m.targets,
+            m.old_logprob,
+            m.advantages,
+            values=self.values,
+            old_values=m.values,
+            returns=m.returns,
+            clip=cfg.clip,
+            dual_clip=cfg.dual_clip,
+            value_clip=cfg.value_clip,
+            value_coef=1.0,  # the value model has its own optimizer
+            temperature=cfg.temperature,
+            **unembedding,
+        )
+
+
 class Trainer:
-    """Models, optimizers and data streams of a run; `iterate` is the algorithm."""
+    """Models, optimizers and data order of a run; `iterate` is the algorithm."""
 
     def __init__(self, cfg: PPOConfig, runtime: Runtime, labeler: Labeler | None):
         self.cfg, self.runtime, self.labeler = cfg, runtime, labeler
         self.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
-        same_vocabulary(
+        check_same_vocabulary(
             self.tokenizer,
             load_tokenizer(cfg.reward_model, cfg.trust_remote_code),
             "model and reward_model",
@@ -120,14 +152,15 @@ class Trainer:
         self.policy = load_policy(cfg.model, runtime, trainable=True, backend=cfg.backend)
         check_vocabulary(self.tokenizer, self.policy.lm, cfg.model)
         self.reference = load_policy(cfg.model, runtime, trainable=False, backend=cfg.backend)
-        self.reward = load_scorer(cfg.reward_model, runtime, trainable=False)
-        self.value = load_scorer(cfg.reward_model, runtime, trainable=True)
-        self.scale = 1 / self.reward.spread if cfg.scale_reward else 1.0
-        with torch.no_grad():  # values are in units of the scaled reward
-            self.value.model.score.weight.mul_(self.scale)
-        setattr(self.value.config, REWARD_BIAS, self.value.bias * self.scale)
-        for module in (self.policy, self.value):
-            set_dropout(module, 0.0)
+        self.reward_model = load_reward_model(cfg.reward_model, runtime, trainable=False)
+        self.value_model = load_reward_model(cfg.reward_model, runtime, trainable=True)
+        self.reward_scale = 1 / self.reward_model.std if cfg.scale_reward else 1.0
+        with torch.no_grad():  # values predict the scaled reward
+            self.value_model.model.score.weight.mul_(self.reward_scale)
+        value_bias = self.value_model.bias * self.reward_scale
+        setattr(self.value_model.config, REWARD_BIAS, value_bias)
+        for module in (self.policy, self.value_model):
+            set_dropout(module, 0.0)  # else the ratio would not be 1 before the first step
 
         context = context_length(self.policy.config)
         self.rows = data.read_rows(cfg.prompts, {"prompt": str}, "prompts")
@@ -145,10 +178,11 @@ class Trainer:
             )
         longest = [len(p) + cfg.max_new_tokens for p in self.prompts]
         require_fit(longest, cfg.max_tokens, "prompts + max_new_tokens")
-        if max(longest) > context_length(self.reward.config):
+        reward_context = context_length(self.reward_model.config)
+        if max(longest) > reward_context:
             raise UserError(
-                f"reward_model {cfg.reward_model!r}: its context holds "
-                f"{context_length(self.reward.config)} tokens, prompts + max_new_tokens reach {max(longest)}"
+                f"reward_model {cfg.reward_model!r}: its context holds {reward_context} tokens, "
+                f"prompts + max_new_tokens reach {max(longest)}"
             )
         require_fit([len(w.tokens) for w in self.windows], cfg.max_tokens, "text windows")
         self.text_order = data.Shuffle(max(1, len(self.windows)), cfg.seed + 1)
@@ -157,135 +191,134 @@ class Trainer:
         value_cfg = OptimConfig(
             lr=cfg.value_lr, beta1=cfg.beta1, beta2=cfg.beta2, adam_eps=cfg.adam_eps
         )
-        self.value_optimizer = Optimizers(self.value, value_cfg)
+        self.value_optimizer = Optimizers(self.value_model, value_cfg)
         self.policy_module = runtime.prepare(self.policy, self.optimizer)
-        self.value_module = runtime.prepare(self.value, self.value_optimizer)
-        self.reference = runtime.share_frozen(self.reference)
-        self.reward = runtime.share_frozen(self.reward)
+        self.value_module = runtime.prepare(self.value_model, self.value_optimizer)
+        self.reference = runtime.prepare_frozen(self.reference)
+        self.reward_model = runtime.prepare_frozen(self.reward_model)
         self.ema = EMA(self.policy, cfg.ema_decay) if cfg.ema_decay > 0 else None
         self.sampler = HFSampler(self.policy, self.tokenizer)
+        # What a checkpoint holds.
+        self.parts = {
+            "policy": self.policy,
+            "value": self.value_model,
+            "optimizer": self.optimizer,
+            "value_optimizer": self.value_optimizer,
+            "order": self.order,
+            "text_order": self.text_order,
+        }
+        if self.ema is not None:
+            self.parts["ema"] = self.ema
 
     def iterate(self, iteration: int, run: Run) -> dict[str, float]:
-        """One iteration: experience, then the update; returns its metrics."""
-        plan, metrics = self.experience(iteration, run)
-        return metrics | self.improve(plan, iteration, run)
+        """One iteration (from 0): experience, then the update; return its metrics."""
+        minibatches, metrics = self.experience(iteration, run)
+        return metrics | self.update(minibatches, iteration, run)
 
     def experience(
         self, iteration: int, run: Run
-    ) -> tuple[list[list[rollout.Micro]], dict[str, float]]:
-        """Sampled and scored minibatches with their advantages, and the metrics of both."""
+    ) -> tuple[list[list[TrainingMicroBatch]], dict[str, float]]:
+        """Sample responses, score them and compute advantages; return the minibatches and metrics."""
         cfg, runtime = self.cfg, self.runtime
         clock = [time.perf_counter()]
         chosen = self.order.take(cfg.batch)[runtime.rank :: runtime.world]
         prompts = [self.prompts[i] for i in chosen]
+        seed = [cfg.seed, iteration, runtime.rank]
         samples = self.sampler.generate(
             prompts,
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
-            seed=int(
-                np.random.SeedSequence([cfg.seed, iteration, runtime.rank]).generate_state(1)[0]
-            ),
+            seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
         )
         clock.append(time.perf_counter())
 
-        minibatches = cfg.batch // cfg.minibatch
-        seed = [cfg.seed, iteration, runtime.rank]
-        plan = rollout.split(prompts, samples, minibatches, cfg.max_tokens, runtime, seed)
-        micros = [m for part in plan for m in part]
+        # Train mode, so that old log-probs come from the same code as in the update. Dropout is 0.
         for module in (self.policy_module, self.value_module):
-            module.train()  # dropout is 0: the only point is that old log-probs run exactly the code of the update
-        rollout.score(
-            micros,
-            self.policy_module,
-            self.reference,
-            self.reward,
-            self.value_module,
-            cfg.temperature,
-        )
-        metrics = rollout.metrics(micros, samples, runtime, self._labels(chosen, samples))
-        scores = self._scores(micros, samples)
-        metrics |= rollout.advantages(micros, scores, runtime, cfg)
-        if run.speaks(iteration + 1):
-            texts = self.tokenizer.batch_decode([t.tolist() for t in samples.tokens[:SHOWN]])
-            shown = [self.rows[i]["prompt"] for i in chosen[:SHOWN]]
-            rows = list(zip(shown, texts, scores[:SHOWN].tolist(), strict=True))
-            run.samples(iteration + 1, ("prompt", "response", "score"), rows)
+            module.train()
+        count = cfg.batch // cfg.minibatch
+        packed = rollout.split(prompts, samples, count, cfg.max_tokens, runtime, seed)
+        scored = [self._score(part) for part in packed]
+        metrics = rollout.metrics(scored, samples, runtime, self._labels(chosen, samples))
+        rewards = self._rewards(scored, samples)
+        minibatches, kl = rollout.add_advantages(scored, rewards, runtime, cfg)
+        if run.terminal.prints(iteration + 1):
+            texts = self.tokenizer.batch_decode(
+                [t.tolist() for t in samples.tokens[:SAMPLES_SHOWN]]
+            )
+            shown = [self.rows[i]["prompt"] for i in chosen[:SAMPLES_SHOWN]]
+            rows = list(zip(shown, texts, rewards[:SAMPLES_SHOWN].tolist(), strict=True))
+            run.show_samples(iteration + 1, ("prompt", "response", "score"), rows)
         clock.append(time.perf_counter())
         times = zip(("time/sample", "time/score"), np.diff(clock).tolist(), strict=True)
-        return plan, metrics | dict(times)
+        return minibatches, metrics | kl | dict(times)
 
-    def improve(
-        self, plan: list[list[rollout.Micro]], iteration: int, run: Run
+    def update(
+        self, minibatches: list[list[TrainingMicroBatch]], iteration: int, run: Run
     ) -> dict[str, float]:
-        """The passes over the minibatches, one step of both optimizers each; returns the mean metrics."""
+        """Pass over the minibatches, with one step of both optimizers each; return the mean metrics."""
         cfg, start = self.cfg, time.perf_counter()
         factor = warm_constant(iteration, warmup=cfg.warmup_iterations)
         logs: list[dict[str, float]] = []
         for _ in range(cfg.inner_epochs):
-            for part in plan:
-                logs.append(self._update(part, factor, run, iteration + 1))
+            for micros in minibatches:
+                logs.append(self._update_minibatch(micros, factor, run, iteration + 1))
         metrics = {k: float(np.mean([log[k] for log in logs])) for k in logs[0]}
         metrics["policy/ratio_max_first"] = logs[0]["policy/ratio_max"]
         metrics["policy/ratio_max"] = max(log["policy/ratio_max"] for log in logs)
         return metrics | {"time/update": time.perf_counter() - start}
 
-    def _scores(self, micros: list[rollout.Micro], samples) -> torch.Tensor:
-        # What each response earns at its last token, in the order of the rollout.
-        scores = torch.zeros(len(samples.tokens))
-        for m in micros:
-            if m.weight:
-                scores[torch.from_numpy(m.indices)] = m.scores.float().cpu() * self.scale
-        if self.cfg.missing_eos_score is not None:
-            scores[~torch.tensor(samples.finished)] = self.cfg.missing_eos_score
-        return scores
+    def _score(self, micros: list[MicroBatch]) -> list[ScoredMicroBatch]:
+        return rollout.score(
+            micros,
+            self.policy_module,
+            self.reference,
+            self.reward_model,
+            self.value_module,
+            self.cfg.temperature,
+        )
 
-    def _labels(self, chosen, samples) -> Sequence[float] | None:
+    def _rewards(self, scored: list[list[ScoredMicroBatch]], samples: Samples) -> torch.Tensor:
+        """Reward of each response at its last token, fp32 [R] on the CPU, in the order of the rollout."""
+        rewards = torch.zeros(len(samples.tokens))
+        for m in (m for part in scored for m in part if m.weight):
+            rewards[torch.from_numpy(m.indices)] = m.scores.float().cpu() * self.reward_scale
+        if self.cfg.missing_eos_score is not None:
+            rewards[~torch.tensor(samples.finished)] = self.cfg.missing_eos_score
+        return rewards
+
+    def _labels(self, chosen: list[int], samples: Samples) -> Sequence[float] | None:
         if self.labeler is None:
             return None
         tokens = [t.tolist() for t in samples.tokens]
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return self.labeler([self.rows[i] for i in chosen], texts)
 
-    def _update(
-        self, micros: list[rollout.Micro], factor: float, run: Run, step: int
+    def _update_minibatch(
+        self, micros: list[TrainingMicroBatch], factor: float, run: Run, step: int
     ) -> dict[str, float]:
-        # One minibatch: PPO gradient, pretraining gradient into the same buffers, one step of each optimizer.
+        """Accumulate the gradients of PPO and of the pretraining loss, then step both optimizers."""
         cfg, runtime = self.cfg, self.runtime
         (total,) = runtime.sum(float(sum(m.weight * len(m.targets) for m in micros)))
         sums: dict[str, torch.Tensor] = {}
         for number, m in enumerate(micros, 1):
-            loss = partial(
-                linear_ppo_loss,
-                old_logprob=m.old_logprob,
-                advantages=m.advantages,
-                values=self.value_module(m.batch, m.rows),
-                old_values=m.values,
-                returns=m.returns,
-                clip=cfg.clip,
-                dual_clip=cfg.dual_clip,
-                value_clip=cfg.value_clip,
-                value_coef=1.0,  # the value model has its own optimizer
-            )
-            out = self.policy_module(
-                m.batch, m.rows, m.targets, mode="loss", temperature=cfg.temperature, loss=loss
-            )
-            # The op's mean is over this micro-batch; the loss is a mean over the minibatch of all ranks.
+            values = self.value_module(m.batch, m.rows)
+            out = self.policy_module(m.batch, m.rows, PPOLoss(m, values, cfg))
+            # The op's means are over this micro-batch; those of the minibatch are over all ranks' tokens.
             share = m.weight * len(m.targets) / total
-            last = number == len(micros)
             runtime.backward(
                 (self.policy_module, self.value_module),
                 out.loss * (share * runtime.world),
-                last=last,
+                last=number == len(micros),
             )
             for name, metric in out.metrics.items():
                 if name == "ratio_max":
                     sums[name] = torch.maximum(sums.get(name, metric), metric)
                 else:
                     sums[name] = sums.get(name, 0) + share * metric
-        log = self._gather(sums)
+        log = self._mean_metrics(sums)
         log["grad_norm/ppo"] = runtime.clip(self.policy_module, None)
         if cfg.ptx_coef > 0:
-            log |= self._ptx()
+            log |= self._pretraining_backward()
         run.check(step, log)
         log["grad_norm/total"] = runtime.clip(self.policy_module, cfg.max_grad_norm)
         log["grad_norm/value"] = runtime.clip(self.value_module, cfg.max_grad_norm)
@@ -295,7 +328,7 @@ class Trainer:
             self.ema.update(self.policy)
         return log
 
-    def _gather(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    def _mean_metrics(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         names = {
             "policy_loss": "policy/loss",
             "value_loss": "value/loss",
@@ -305,11 +338,12 @@ class Trainer:
             "explained_variance": "value/explained_variance",
             "ratio_mean": "policy/ratio_mean",
         }
-        means = torch.stack([sums[n].float() for n in names]).tolist()  # one transfer for all
+        means = torch.stack([sums[n].float() for n in names]).tolist()  # one copy from the GPU
         log = dict(zip(names.values(), self.runtime.sum(*means), strict=True))
         return log | {"policy/ratio_max": float(sums["ratio_max"])}
 
-    def _ptx(self) -> dict[str, float]:
+    def _pretraining_backward(self) -> dict[str, float]:
+        """Accumulate ptx_coef * gradient of the mean NLL of pretraining text; return the NLL and this part's norm."""
         cfg, runtime = self.cfg, self.runtime
         before = [None if p.grad is None else p.grad.clone() for p in self.policy.parameters()]
         count = max(runtime.world, round(cfg.minibatch * cfg.ptx_ratio))
@@ -318,48 +352,25 @@ class Trainer:
         loss = nll_backward(
             self.policy_module, examples, runtime, cfg.max_tokens, scale=cfg.ptx_coef
         )
-        own = [
+        added = [
             p.grad if b is None else p.grad - b
             for p, b in zip(self.policy.parameters(), before, strict=True)
         ]
-        norm = float(sharded.full(torch.nn.utils.get_total_norm(own)))
+        norm = float(sharded.full_tensor(torch.nn.utils.get_total_norm(added)))
         return {"ptx/loss": float(loss), "grad_norm/ptx": norm / runtime.loss_scale}
-
-    def state_dict(self) -> dict:
-        """All that a resumed run needs to go on as if it had not stopped."""
-        return {
-            "policy": self.policy.state_dict(),
-            "value": self.value.state_dict(),
-            "ema": self.ema.shadow if self.ema is not None else [],
-            "optimizer": self.optimizer.state_dict(),
-            "value_optimizer": self.value_optimizer.state_dict(),
-            "cursors": [self.order.cursor, self.text_order.cursor],
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        sharded.load(self.policy, state["policy"])
-        sharded.load(self.value, state["value"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.value_optimizer.load_state_dict(state["value_optimizer"])
-        if self.ema is not None:
-            self.ema.load(state["ema"])
-        self.order.cursor, self.text_order.cursor = state["cursors"]
 
     def finish(self, run: Run) -> dict:
         """Write the averaged policy and the value model."""
         if self.ema is not None:
             self.ema.copy_to(self.policy)
-        run.save_model(self.value.model, self.tokenizer, run.out / "value")
+        run.save_model(self.value_model.model, self.tokenizer, run.out / "value")
         kept = ("reward/rm", "reward/labeler", "kl/reference", "ptx/loss")
-        return run.finish(
-            self.policy.lm, self.tokenizer, {k: run.last[k] for k in kept if k in run.last}
-        )
+        summary = {name: run.metrics[name] for name in kept if name in run.metrics}
+        return run.finish(self.policy.lm, self.tokenizer, summary)
 
 
 def _check(cfg: PPOConfig, runtime: Runtime) -> None:
-    for name in ("model", "reward_model", "prompts"):
-        if not getattr(cfg, name):
-            raise UserError(f"{name}: expected a path, got nothing")
+    require_paths(cfg, "model", "reward_model", "prompts")
     if cfg.ptx_coef < 0 or cfg.kl_coef < 0:
         raise UserError(
             f"ptx_coef and kl_coef: expected numbers >= 0, got {cfg.ptx_coef} and {cfg.kl_coef}"
@@ -371,5 +382,5 @@ def _check(cfg: PPOConfig, runtime: Runtime) -> None:
     if cfg.batch % cfg.minibatch or cfg.minibatch % runtime.world:
         raise UserError(
             f"batch {cfg.batch} must be a multiple of minibatch {cfg.minibatch}, "
-            f"and that of the {runtime.world} processes"
+            f"and minibatch of the {runtime.world} processes"
         )

@@ -1,7 +1,9 @@
-"""Pre-training: next-token prediction on plain text, from fresh weights: the base model of the rest.
+"""Pretraining: next-token prediction on plain text, from fresh weights. Gives the base model of the other stages.
 
-Tokenizer: a byte-level BPE trained on the same text, unless a folder with one is given. Model: a
-Llama of the size asked for.
+The model is a Llama of the configured size. The tokenizer is a byte-level BPE trained on the same text, unless a
+folder with a tokenizer is given.
+
+Loss: mean NLL over all tokens of the batch, in nats a token.
 """
 
 from dataclasses import dataclass, field
@@ -16,9 +18,9 @@ from fastrlhf.errors import UserError
 from fastrlhf.train import data
 from fastrlhf.train.models import check_vocabulary, load_tokenizer, policy_from_config
 from fastrlhf.train.optim import OptimConfig, Optimizers, cosine
+from fastrlhf.train.run import OutputConfig, Run
 from fastrlhf.train.runtime import PRECISIONS, Runtime, RuntimeConfig
 from fastrlhf.train.steps import mean_nll, nll_backward, require_fit
-from fastrlhf.train.tracking import OutputConfig, Run
 
 EOS, PAD = "<|end|>", "<|pad|>"
 
@@ -27,33 +29,31 @@ EOS, PAD = "<|end|>", "<|pad|>"
 class PretrainConfig(OptimConfig, RuntimeConfig, OutputConfig):
     """Settings of the pretrain stage."""
 
-    text: str = ""  # .txt(.gz) or .jsonl(.gz) with "text"
-    valid_text: str = ""  # held-out text; its loss is reported at the end
+    text: str = ""  # training text: .txt(.gz), or .jsonl(.gz) with "text"
+    valid_text: str = ""  # held-out text, for the loss at the end
     tokenizer: str = ""  # folder with a tokenizer; empty: train one
-    vocab_size: int = 1024
-    tokenizer_text: list[str] = field(
-        default_factory=list
-    )  # more files (text, or JSONL with "completion") to train it on
-    special_tokens: list[str] = field(default_factory=list)  # one token each, never split
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    layers: int = 4
-    heads: int = 4
-    context: int = 256
-    steps: int = 1000
-    batch: int = 32  # windows of `context` tokens a step
-    max_tokens: int = 8192  # of a micro-batch
-    warmup: int = 20  # steps
-    lr_floor: float = 0.1  # of lr, where the cosine ends
-    save_precision: Literal["fp32", "bf16"] = "fp32"  # of the final weights; bf16 halves the file
+    vocab_size: int = 1024  # of a trained tokenizer
+    tokenizer_text: list[str] = field(default_factory=list)  # more text files to train it on
+    special_tokens: list[str] = field(default_factory=list)  # strings that are one token each
+    hidden_size: int = 128  # H
+    intermediate_size: int = 384  # width of the MLP
+    layers: int = 4  # transformer layers
+    heads: int = 4  # attention heads
+    context: int = 256  # tokens of a training sequence
+    steps: int = 1000  # optimizer steps
+    batch: int = 32  # sequences of `context` tokens a step
+    max_tokens: int = 8192  # tokens of a micro-batch
+    warmup: int = 20  # steps of linear warmup
+    lr_floor: float = 0.1  # end of the cosine schedule, as a share of lr
+    save_precision: Literal["fp32", "bf16"] = "fp32"  # of the saved weights; bf16 halves the file
 
 
 def main(cfg: PretrainConfig) -> dict:
-    """Train a base model; returns {"train/loss", "valid/loss", ...}."""
+    """Train a base model and write it to `cfg.out`; return {"train/loss", "valid/loss", "tokens", ...}."""
     runtime = Runtime(cfg)
     if runtime.fsdp:
         raise UserError(
-            "pretrain: expected one process or data-parallel ones, got FSDP2; its last step edits whole "
+            "pretrain: expected one process or DDP, got FSDP2; its last step edits unsharded "
             "embedding rows (unset ACCELERATE_USE_FSDP)"
         )
     if not cfg.text:
@@ -75,13 +75,10 @@ def main(cfg: PretrainConfig) -> dict:
         optimizer = Optimizers(policy, cfg)
         order = data.Shuffle(len(windows), cfg.seed)
         module = runtime.prepare(policy, optimizer)
-        if run.state:
-            policy.load_state_dict(run.state["model"])
-            optimizer.load_state_dict(run.state["optimizer"])
-            order.cursor = run.state["cursor"]
 
         module.train()
-        for step in range(run.begin(cfg.steps) + 1, cfg.steps + 1):
+        parts = {"model": policy, "optimizer": optimizer, "order": order}
+        for step in run.steps(cfg.steps, parts):
             chosen = order.take(cfg.batch)[runtime.rank :: runtime.world]
             loss = nll_backward(module, [windows[i] for i in chosen], runtime, cfg.max_tokens)
             norm = runtime.clip(module, cfg.max_grad_norm)
@@ -91,35 +88,29 @@ def main(cfg: PretrainConfig) -> dict:
                 cosine(step - 1, cfg.steps, warmup=cfg.warmup, floor=cfg.lr_floor)
             )
             run.log(step, metrics)
-            run.checkpoint(
-                step,
-                lambda: {
-                    "model": policy.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "cursor": order.cursor,
-                },
-            )
 
         summary = {
-            "train/loss": run.last["train/loss"],
+            "train/loss": run.metrics["train/loss"],
             "tokens": cfg.steps * cfg.batch * cfg.context,
         }
         if valid:
             summary["valid/loss"] = mean_nll(module, valid, runtime, cfg.max_tokens)
         lm = runtime.unwrap(module).lm
-        spread_unseen(lm, windows, cfg.seed)
+        separate_unseen_embeddings(lm, windows, cfg.seed)
         lm.to(PRECISIONS[cfg.save_precision])
         return run.finish(lm, tokenizer, summary)
 
 
 @torch.no_grad()
-def spread_unseen(lm, windows: list[data.Example], seed: int) -> None:
-    """Give tokens that the text never shows embeddings that differ from each other.
+def separate_unseen_embeddings(lm, windows: list[data.Example], seed: int) -> None:
+    """Make the embeddings of tokens that never occur in `windows` distinguishable.
 
-    Such rows have only ever been pushed away as wrong answers, all in one direction: after the demo's
-    pretraining the cosine between any two of them was 0.998, and a model fine-tuned from there could
-    not tell one special token from another. Each becomes that direction plus noise, both as long as a
-    trained row: still an unlikely answer, but a word of its own.
+    Input and output embeddings are tied. Training only pushes an unseen token's row away from the hidden states,
+    always in the same direction: after the demo's pretraining the cosine between any two such rows was 0.998, and a
+    model fine-tuned from them could not distinguish its special tokens.
+
+    Each unseen row becomes common + noise: `common` is the mean direction of the unseen rows, so that the token
+    stays unlikely, and `noise` is a random direction. Both get the mean norm of the trained rows.
     """
     rows = lm.get_input_embeddings().weight
     seen = torch.zeros(len(rows), dtype=torch.bool)
@@ -165,7 +156,7 @@ def _train_tokenizer(cfg: PretrainConfig, documents: list[str]) -> PreTrainedTok
         pad_token=PAD,
         additional_special_tokens=cfg.special_tokens,
         model_max_length=cfg.context,
-        padding_side="left",  # for other people's batched generate; nothing here pads
+        padding_side="left",  # for batched generation elsewhere; this package never pads
         clean_up_tokenization_spaces=False,
     )
 
@@ -174,7 +165,7 @@ def _llama(cfg: PretrainConfig, tokenizer) -> LlamaConfig:
     if cfg.hidden_size % (2 * cfg.heads):
         raise UserError(
             f"hidden_size: expected a multiple of 2 * heads = {2 * cfg.heads} (rotary embeddings "
-            f"turn pairs), got {cfg.hidden_size}"
+            f"rotate pairs), got {cfg.hidden_size}"
         )
     return LlamaConfig(
         vocab_size=len(tokenizer),

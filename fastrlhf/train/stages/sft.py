@@ -1,7 +1,9 @@
-"""Supervised fine-tuning on demonstrations (paper C.1), and the RL initialisation (C.3): the same loop, with
-`pretrain_mix` > 0 putting pretraining text into every batch.
+"""Supervised fine-tuning on demonstrations (paper C.1).
 
-Loss: mean NLL per token over the batch, on the response and its EOS (`loss_on="full"`: on the prompt too).
+Loss: mean NLL over the batch's targets, in nats a token. The targets are the response and its EOS, or with
+`loss_on="full"` the prompt as well.
+
+With `pretrain_mix` > 0 every batch also holds pretraining text, which gives the paper's RL initialization (C.3).
 """
 
 import math
@@ -9,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastrlhf.errors import UserError
-from fastrlhf.train import data, sharded
+from fastrlhf.train import data
+from fastrlhf.train.config import require_paths
 from fastrlhf.train.models import (
     check_vocabulary,
     context_length,
@@ -18,35 +21,33 @@ from fastrlhf.train.models import (
     set_dropout,
 )
 from fastrlhf.train.optim import OptimConfig, Optimizers, cosine
+from fastrlhf.train.run import OutputConfig, Run
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
 from fastrlhf.train.steps import mean_nll, nll_backward, require_fit
-from fastrlhf.train.tracking import OutputConfig, Run
 
 
 @dataclass
 class SFTConfig(OptimConfig, RuntimeConfig, OutputConfig):
-    """Settings of the sft stage; the defaults are the paper's 1.3B SFT model."""
+    """Settings of the sft stage; the defaults are those of the paper's 1.3B SFT model."""
 
     model: str = ""  # folder of the base model
     demonstrations: str = ""  # JSONL: prompt, completion
-    valid_demonstrations: str = ""  # held-out demonstrations: loss at the end
-    text: str = ""  # pretraining text for `pretrain_mix`
-    pretrain_mix: float = (
-        0.0  # share of a batch's sequences that is pretraining text (0.1 for the RL initialisation)
-    )
+    valid_demonstrations: str = ""  # held-out demonstrations, for the loss at the end
+    text: str = ""  # pretraining text, needed if pretrain_mix > 0
+    pretrain_mix: float = 0.0  # share of pretraining sequences in a batch; 0.1 for the RL init
     pretrain_length: int = 0  # tokens of a pretraining sequence; 0: the model's context
-    lr: float = 9.65e-6
+    lr: float = 9.65e-6  # peak learning rate
     epochs: float = 16.0  # passes over the demonstrations
     batch: int = 32  # demonstrations a step
-    max_tokens: int = 8192  # of a micro-batch
-    warmup: int = 0  # steps
-    lr_floor: float = 0.1  # of lr, where the cosine ends
+    max_tokens: int = 8192  # tokens of a micro-batch
+    warmup: int = 0  # steps of linear warmup
+    lr_floor: float = 0.1  # end of the cosine schedule, as a share of lr
     dropout: float = 0.2  # residual
     loss_on: Literal["response", "full"] = "response"  # full: on the prompt too; not in the paper
 
 
 def main(cfg: SFTConfig) -> dict:
-    """Fine-tune on demonstrations; returns {"train/loss", "valid/loss", ...}."""
+    """Fine-tune a model and write it to `cfg.out`; return {"train/loss", "valid/loss", "steps", ...}."""
     runtime = Runtime(cfg)
     _check(cfg)
     with Run(cfg, "sft", runtime) as run:
@@ -79,13 +80,15 @@ def main(cfg: SFTConfig) -> dict:
         order = data.Shuffle(len(examples), cfg.seed)
         text_order = data.Shuffle(max(1, len(windows)), cfg.seed + 1)
         module = runtime.prepare(policy, optimizer)
-        if run.state:
-            sharded.load(policy, run.state["model"])
-            optimizer.load_state_dict(run.state["optimizer"])
-            order.cursor, text_order.cursor = run.state["cursors"]
 
         module.train()
-        for step in range(run.begin(steps) + 1, steps + 1):
+        parts = {
+            "model": policy,
+            "optimizer": optimizer,
+            "order": order,
+            "text_order": text_order,
+        }
+        for step in run.steps(steps, parts):
             batch = [examples[i] for i in order.take(cfg.batch)]
             if windows:
                 batch += [windows[i] for i in text_order.take(mixed)]
@@ -101,17 +104,9 @@ def main(cfg: SFTConfig) -> dict:
                 cosine(step - 1, steps, warmup=cfg.warmup, floor=cfg.lr_floor)
             )
             run.log(step, metrics)
-            run.checkpoint(
-                step,
-                lambda: {
-                    "model": policy.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "cursors": [order.cursor, text_order.cursor],
-                },
-            )
 
         summary = {
-            "train/loss": run.last["train/loss"],
+            "train/loss": run.metrics["train/loss"],
             "steps": steps,
             "demonstrations": len(examples),
         }
@@ -121,9 +116,7 @@ def main(cfg: SFTConfig) -> dict:
 
 
 def _check(cfg: SFTConfig) -> None:
-    for name in ("model", "demonstrations"):
-        if not getattr(cfg, name):
-            raise UserError(f"{name}: expected a path, got nothing")
+    require_paths(cfg, "model", "demonstrations")
     if cfg.loss_on not in ("response", "full"):
         raise UserError(f"loss_on: expected response or full, got {cfg.loss_on!r}")
     if not 0 <= cfg.pretrain_mix < 1:

@@ -1,9 +1,8 @@
 """Corpus BLEU against several human references.
 
-Papineni et al., ACL 2002: clipped n-gram precisions up to n = 4, geometric mean, brevity penalty
-with the closest reference length (the shorter on a tie). Lower-cased; words, numbers and
-punctuation marks are tokens. It is our own small implementation, for comparing systems with each
-other in one report; published scores need sacrebleu's tokenisation.
+Papineni et al., ACL 2002: geometric mean of the clipped n-gram precisions for n = 1 .. 4, times a brevity penalty
+with the closest reference length (the shorter one on a tie). Text is lower-cased; words, numbers and punctuation
+marks are tokens. Use it to compare systems in one report: published scores use sacrebleu's tokenization.
 """
 
 import collections
@@ -13,13 +12,14 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from fastrlhf.evals._intervals import bootstrap, cluster_sums
+from fastrlhf.evals.intervals import bootstrap, cluster_sums
 
 ORDER = 4
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
 def tokenize(text: str) -> list[str]:
+    """Words, numbers and punctuation marks of `text`, lower-cased."""
     return _TOKEN.findall(text.lower())
 
 
@@ -27,19 +27,19 @@ def _ngrams(words: list[str], n: int) -> collections.Counter:
     return collections.Counter(zip(*(words[i:] for i in range(n)), strict=False))
 
 
-@functools.lru_cache(maxsize=4096)  # systems are judged in turn on the same references
+@functools.lru_cache(maxsize=4096)  # several systems are compared with the same references
 def _best(references: tuple[str, ...]) -> tuple[list[collections.Counter], list[int]]:
-    # -> the largest count of each n-gram in any reference, for n = 1..4; reference lengths
-    others = [tokenize(r) for r in references]
+    """(largest count of each n-gram in any reference, for n = 1 .. 4; reference lengths)."""
+    tokens = [tokenize(r) for r in references]
     best = [collections.Counter() for _ in range(ORDER)]
     for n in range(ORDER):
-        for other in others:
-            best[n] |= _ngrams(other, n + 1)
-    return best, [len(o) for o in others]
+        for words in tokens:
+            best[n] |= _ngrams(words, n + 1)
+    return best, [len(words) for words in tokens]
 
 
 def _sentence(hypothesis: str, references: Sequence[str]) -> list[float]:
-    # -> matches (4), possible (4), hypothesis length, closest reference length
+    """[matches for n = 1 .. 4, n-grams for n = 1 .. 4, hypothesis length, closest reference length]."""
     words = tokenize(hypothesis)
     best, lengths = _best(tuple(references))
     matches, possible = [], []
@@ -67,11 +67,15 @@ def evaluate(
     *,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Corpus BLEU, 0 to 100, with its 95 % interval (cluster bootstrap over prompts).
+    """Corpus BLEU, 0 to 100, with its 95 % interval over prompts; see `intervals.bootstrap`.
 
     Args:
         hypotheses: [n] generated texts.
         references: [n] lists of at least one human text each.
+        prompts: [n] labels; texts of one prompt are resampled together.
+
+    Raises:
+        ValueError: `references` has another length, or no text for a hypothesis.
     """
     if len(hypotheses) != len(references):
         raise ValueError(f"references: expected {len(hypotheses)} lists, got {len(references)}")

@@ -1,6 +1,6 @@
-"""95 % intervals by the cluster bootstrap: what belongs to one prompt is drawn together.
+"""95 % confidence intervals by the cluster bootstrap: samples of one prompt are resampled together.
 
-P clusters (prompts, windows), R bootstrap replicates, S statistics.
+Shapes: n samples, P clusters (prompts, or windows of text), S statistics of a sample.
 """
 
 import functools
@@ -15,7 +15,15 @@ LEVEL = 0.95
 def cluster_sums(
     values: np.ndarray, clusters: Sequence[Hashable] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of `values` [n, S] summed by cluster (None: each alone) -> (sums [P, S], counts [P])."""
+    """Sum the rows of `values` [n, S] by cluster.
+
+    Args:
+        values: [n, S].
+        clusters: [n] labels; None: every row is its own cluster.
+
+    Returns:
+        (sums [P, S], counts [P]).
+    """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or len(values) == 0:
         raise ValueError(f"values: expected [n, S] with n > 0, got shape {values.shape}")
@@ -32,8 +40,8 @@ def cluster_sums(
 
 @functools.lru_cache(maxsize=4)
 def _weights(clusters: int, seed: int, replicates: int) -> np.ndarray:
-    # Multinomial weights are the bootstrap's resampling with replacement, without the copies. The
-    # many figures of one evaluation share a draw, so it is kept.
+    # [R, P] counts of each cluster in R resamples with replacement. Cached: one evaluation computes many figures
+    # from the same resamples.
     rng = np.random.default_rng(seed)
     return rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=replicates) * 1.0
 
@@ -45,15 +53,16 @@ def bootstrap(
     seed: int = 0,
     replicates: int = REPLICATES,
 ) -> dict[str, float]:
-    """Percentile interval of a statistic of summed counts.
+    """Percentile bootstrap interval of a statistic of sums over clusters.
 
     Args:
         sums: [P, S], one row a cluster.
-        statistic: maps summed counts [..., S] to values [...].
-        seed: the draw; the same seed gives the same interval.
+        statistic: maps sums [..., S] to values [...].
+        seed: of the resampling; the interval is deterministic.
+        replicates: number of resamples.
 
     Returns:
-        {"mean": statistic of all, "low", "high": the 95 % interval, "n": P}.
+        {"mean": the statistic of all clusters, "low", "high": the 95 % interval, "n": P}.
     """
     sums = np.asarray(sums, dtype=np.float64)
     clusters = len(sums)
@@ -66,7 +75,7 @@ def bootstrap(
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
-    """First statistic over the second; NaN where the second is 0."""
+    """sums[..., 0] / sums[..., 1]; NaN where the divisor is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return sums[..., 0] / sums[..., 1]
 
@@ -74,6 +83,6 @@ def ratio(sums: np.ndarray) -> np.ndarray:
 def mean_interval(
     values: Sequence[float], clusters: Sequence[Hashable] | None = None, *, seed: int = 0
 ) -> dict[str, float]:
-    """Mean of `values` with its interval over clusters."""
+    """Mean of `values` [n] with its interval over `clusters` [n]; see `bootstrap`."""
     sums, counts = cluster_sums(np.asarray(values, dtype=np.float64)[:, None], clusters)
     return bootstrap(np.column_stack([sums, counts]), ratio, seed=seed)

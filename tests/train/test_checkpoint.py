@@ -1,0 +1,186 @@
+"""Checkpoints are complete or absent, and a resumed run equals the uninterrupted one bitwise."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from _support import tiny
+from fastrlhf.errors import UserError
+from fastrlhf.train import checkpoint
+from fastrlhf.train.optim import Optimizers
+from fastrlhf.train.stages import ppo, pretrain, reward, sft
+
+
+def test_checkpoints_are_complete_or_absent(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"step": step, "w": torch.arange(3.0)})
+    assert checkpoint.steps(tmp_path) == [2, 3]  # the newest two are kept
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 4, {"step": 4})
+    monkeypatch.undo()
+    state = checkpoint.load_latest(tmp_path)
+    assert state["step"] == 3 and torch.equal(state["w"], torch.arange(3.0))
+    (tmp_path / "step_00000003" / "state.pt").write_bytes(b"torn")
+    with pytest.raises(
+        UserError, match="step_00000003/state.pt is damaged .* to continue from step 2"
+    ):
+        checkpoint.load_latest(tmp_path)
+
+
+def test_checkpoints_never_unpickle_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("run",))
+
+    folder = tmp_path / "step_00000001"
+    folder.mkdir()
+    torch.save({"step": 1, "x": Evil()}, folder / "state.pt")
+    with pytest.raises(UserError, match="is damaged .* and start again"):
+        checkpoint.load_latest(tmp_path)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sft_resumes_bitwise(optimizer, monkeypatch):
+    text = {"pretrain_mix": 0.2, "text": str(tiny.folder() / "text.txt"), "dropout": 0.1}
+    whole = tiny.sft_config(f"sft_whole_{optimizer}", epochs=3.0, optimizer=optimizer, **text)
+    sft.main(whole)
+    cut = tiny.sft_config(
+        f"sft_cut_{optimizer}", epochs=3.0, optimizer=optimizer, save_every=3, **text
+    )
+    tiny.stop_after(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        sft.main(cut)
+    monkeypatch.undo()
+    cut.resume = True
+    sft.main(cut)
+    assert tiny.same_weights(whole.out, cut.out)
+    assert [r["step"] for r in tiny.log(cut.out)] == [r["step"] for r in tiny.log(whole.out)]
+
+
+def test_ppo_resumes_bitwise(monkeypatch):
+    options = {"ptx_coef": 1.0, "iterations": 4}
+    whole = tiny.ppo_config("ppo_whole", **options)
+    ppo.main(whole)
+    cut = tiny.ppo_config("ppo_cut", save_every=2, **options)
+    tiny.stop_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.main(cut)
+    monkeypatch.undo()
+    cut.resume = True
+    ppo.main(cut)
+    assert tiny.same_weights(whole.out, cut.out)
+    assert tiny.same_weights(f"{whole.out}/value", f"{cut.out}/value")
+
+
+def test_a_resumed_run_keeps_its_settings(monkeypatch, capsys):
+    cfg = tiny.sft_config("sft_settings", epochs=3.0, save_every=3, log_every=100)
+    tiny.stop_after(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        sft.main(cfg)
+    monkeypatch.undo()
+    cfg.resume, before = True, cfg.lr
+    cfg.lr = 2 * before
+    with pytest.raises(UserError, match=f"resume: lr is {cfg.lr}, .* started with {before}"):
+        sft.main(cfg)
+    cfg.lr, cfg.save_every = before, 2  # save_every may change
+    capsys.readouterr()
+    sft.main(cfg)
+    said = capsys.readouterr().out
+    steps = tiny.log(cfg.out)[-1]["step"]
+    assert f"from step 3 of {steps}" in said
+    assert f"sft {steps:>5}/{steps}  train/loss" in said and f"wrote {cfg.out}" in said
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_run_killed_after_its_last_checkpoint_can_finish(stage, monkeypatch):
+    make, main = {
+        "sft": (tiny.sft_config, sft.main),
+        "reward": (tiny.reward_config, reward.main),
+    }[stage]
+    cfg = make(f"{stage}_last", save_every=1)
+    monkeypatch.setattr("fastrlhf.train.run.Run.finish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(cfg)
+    monkeypatch.undo()
+    cfg.resume = True
+    with open(Path(cfg.out) / "log.jsonl", "a") as file:
+        file.write('{"step": 99, "ti')  # a line truncated by the kill
+    summary = main(cfg)
+    whole = main(make(f"{stage}_unbroken"))
+    assert summary["train/loss"] == whole["train/loss"]
+    first, second = (
+        tiny.weights(cfg.out),
+        tiny.weights(str(Path(cfg.out).parent / f"{stage}_unbroken")),
+    )
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_pretrain_can_finish_after_its_last_checkpoint(monkeypatch, tmp_path):
+    cfg = pretrain.PretrainConfig(
+        **tiny.QUIET, text=str(tiny.folder() / "text.txt"), tokenizer=tiny.base(), out=str(tmp_path / "o"),
+        hidden_size=16, intermediate_size=16, layers=1, heads=2, context=32, steps=2, batch=2, save_every=1,
+    )  # fmt: skip
+    monkeypatch.setattr("fastrlhf.train.run.Run.finish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretrain.main(cfg)
+    monkeypatch.undo()
+    cfg.resume = True
+    assert pretrain.main(cfg)["train/loss"] > 0
+
+
+def test_a_checkpoint_of_another_stage_is_refused():
+    cfg = tiny.sft_config("kinds", save_every=2)
+    sft.main(cfg)
+    other = tiny.reward_config("x", out=cfg.out, resume=True)
+    with pytest.raises(
+        UserError, match="the checkpoint in .* is from stage 'sft', not from 'reward'"
+    ):
+        reward.main(other)
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    cfg = tiny.sft_config("x", out=str(tmp_path / "out"), save_every=1, epochs=2.0)
+    calls = {"n": 0}
+    original = sft.nll_backward
+
+    def poisoned(*arguments, **options):
+        calls["n"] += 1
+        loss = original(*arguments, **options)
+        return loss * float("nan") if calls["n"] == 4 else loss
+
+    monkeypatch.setattr(sft, "nll_backward", poisoned)
+    with pytest.raises(
+        UserError, match="step 4: train/loss is nan; stopped, the last good checkpoint is step 3"
+    ):
+        sft.main(cfg)
+    monkeypatch.undo()
+    cfg.resume = True
+    sft.main(cfg)
+    clean = tiny.sft_config("x", out=str(tmp_path / "clean"), epochs=2.0)
+    sft.main(clean)
+    assert tiny.same_weights(cfg.out, clean.out)
+
+
+def test_weights_broken_by_a_step_are_not_written(tmp_path, monkeypatch):
+    """A step's loss cannot show that its own update broke the weights, so weights are checked before they are saved."""
+    original = Optimizers.step
+
+    def break_weights(self, factor):
+        self.parts[0].param_groups[0]["params"][0].data.view(-1)[3] = torch.inf
+        return original(self, factor)
+
+    monkeypatch.setattr(Optimizers, "step", break_weights)
+    cfg = tiny.sft_config("x", out=str(tmp_path / "out"), epochs=0.01)
+    with pytest.raises(UserError, match="step 1: weight .* is nan; stopped"):
+        sft.main(cfg)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    cfg = tiny.sft_config("x", out=str(tmp_path / "saved"), save_every=1)
+    with pytest.raises(UserError, match="no checkpoint had been written"):
+        sft.main(cfg)
+    assert not list((tmp_path / "saved").glob("checkpoints/step_*"))

@@ -32,7 +32,7 @@ PREFLIGHT := build/preflight
 ORACLES := build/oracles
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs test test-isa bench bench-readme bench-update budgets traffic wheels gpu gpu-quick preflight check fmt clean
+.PHONY: help install demo docs test test-isa bench bench-docs bench-update budgets traffic wheels gpu gpu-quick preflight check fmt clean
 
 help:
 	@echo "make demo       align the shipped tiny model end to end and write its report (minutes, 2 CPU cores)"
@@ -40,7 +40,7 @@ help:
 	@echo "make test-isa   the ops' CPU tests again under each lesser instruction set that this machine has"
 	@echo "make docs       the documentation site in build/docs, from docs/ and the docstrings; needs Python 3.11"
 	@echo "make bench      time the ops against eager PyTorch; writes benchmarks/results/"
-	@echo "make bench-readme  README's performance section and plots from the committed results"
+	@echo "make bench-docs the table, plots and performance page of README and docs/ from the committed results"
 	@echo "make budgets    instructions a logit and resident blocks of the row kernels on sm_90; needs nvcc, no GPU"
 	@echo "make traffic    bytes, launches, host syncs and memory of the linear ops' CUDA plan; needs no GPU"
 	@echo "make wheels     release wheels in dist/: one for every Python, one with the C++ packer for each on PATH"
@@ -108,8 +108,9 @@ test-isa: install $(VENV)/.stamp-test
 bench: install $(VENV)/.stamp-test
 	$(PY) benchmarks/run.py $(ARGS)
 
-bench-readme: $(VENV)/.stamp-deps
+bench-docs: $(VENV)/.stamp-deps
 	$(PY) benchmarks/performance.py $(ARGS)
+	$(PY) docs/front_page.py $(ARGS)
 
 # Reads machine code; benchmarks/walks.py has the rule. ARGS="--only triton --loops" names the loops.
 budgets: $(VENV)/.stamp-deps

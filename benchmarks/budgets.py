@@ -210,7 +210,7 @@ def triton_kernels() -> list[Kernel]:
     back = row | {"HAS_G": True, "BLOCK": 4096, "num_warps": 4}
     g, h = back | {"HAS_H": False}, back | {"HAS_H": True}
     # token_loss as called by the op, and by the linear losses.
-    terms = dict.fromkeys(("HAS_ADVANTAGES", "HAS_OLD", "HAS_SCALE", "WITH_SLOPE"), True)
+    terms = dict.fromkeys(("HAS_ADVANTAGES", "HAS_OLD", "HAS_SCALE", "WITH_GRAD_LOGPROB"), True)
     terms |= walk | {"BLOCK": 1024, "WITH_GRAD": True}
     loss = terms | {"WITH_LOSS": True, "HAS_H": False, "WITH_ENTROPY": False}
     rows = loss | {"WITH_LOSS": False}

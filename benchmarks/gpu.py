@@ -419,7 +419,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.keep:
         try:
-            print(f"wrote {keep(arguments.keep)}; now run: make bench-readme")
+            print(f"wrote {keep(arguments.keep)}; now run: make bench-docs")
         except ValueError as error:
             print(f"gpu.py --keep: {error}", file=sys.stderr)
             return 1

@@ -332,7 +332,7 @@ def main() -> int:
     new = spliced(old, section(found))
     if arguments.check:
         stale = old != new
-        print(f"docs/performance.md is {'stale: make bench-readme' if stale else 'current'}")
+        print(f"docs/performance.md is {'stale: make bench-docs' if stale else 'current'}")
         return int(stale)
     for device, (file, document) in found.items():
         draw(device, file, document, PLOTS)

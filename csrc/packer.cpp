@@ -1,21 +1,18 @@
 // Sequence packer. n sequences, k bins, load = tokens in a bin.
 //
-// 1. Sort by length, longest first, ties by index (radix sort, stable).
-// 2. k = bins that first-fit-decreasing (FFD) needs, at most 11/9 OPT + 6/9 (Dosa 2007), then
-// rounded
-//    up to `multiple_of`. A maximum tree over the bins' room finds the first bin that fits.
-// 3. Balance: longest-processing-time greedy (LPT, each sequence to the lightest of the k bins;
-// heaviest
-//    bin at most 4/3 - 1/(3k) of the best possible, Graham 1969). Kept if no bin overflows.
-// 4. LPT overflows only where the bins must be nearly full or items are large. Then the FFD bins
-// stay,
-//    and at most kMaxMoves moves from the heaviest to the lightest bin even them out.
-// 5. Bins go out heaviest first: running out of memory shows at once, and `multiple_of` neighbours,
-//    which data-parallel ranks run at the same time, are the most alike.
+// 1. Sort by length, longest first, ties by index (stable radix sort).
+// 2. k = number of bins of first-fit-decreasing (FFD), at most 11/9 OPT + 6/9 (Dosa 2007), rounded
+//    up to `multiple_of`. A max-tree over the free space of the bins finds the first bin that fits.
+// 3. Balance by longest-processing-time greedy (LPT): each sequence goes to the lightest of the k
+//    bins. The heaviest bin is at most 4/3 - 1/(3k) of optimal (Graham 1969). Kept if no bin
+//    overflows.
+// 4. LPT overflows only if bins are nearly full or items are large. Then the FFD bins are kept, and
+//    up to kMaxMoves moves from the heaviest to the lightest bin even them out.
+// 5. Bins are returned heaviest first, so running out of memory shows in the first one, and the
+//    `multiple_of` neighbours that data-parallel ranks process together have similar loads.
 //
-// O(n log k) time, O(n + k) memory, integer arithmetic alone: the result depends on nothing but the
-// arguments. fastrlhf/train/packing.py holds the same algorithm in Python and the tests compare the
-// two.
+// O(n log k) time, O(n + k) memory, integer arithmetic: deterministic. fastrlhf/train/packing.py
+// has the same algorithm in Python; tests compare the two.
 #include "packer.h"
 
 #include <algorithm>
@@ -30,8 +27,7 @@ namespace {
 
 constexpr int kMaxMoves = 256;
 
-// Indices of `lengths`, longest first and stable: least-significant-digit radix sort on the
-// complement.
+// Indices of `lengths`, longest first: stable LSD radix sort on longest - length.
 std::vector<int64_t> sort_by_length(std::span<const int64_t> lengths, int64_t longest) {
   constexpr int kBits = 11;
   constexpr int64_t kDigits = int64_t{1} << kBits;
@@ -48,11 +44,12 @@ std::vector<int64_t> sort_by_length(std::span<const int64_t> lengths, int64_t lo
   return order;
 }
 
-// First-fit-decreasing over sorted lengths: writes each item's bin, returns the number of bins.
+// First-fit-decreasing over sorted lengths. Writes the bin of each item; returns the number of
+// bins.
 int64_t first_fit(std::span<const int64_t> sorted, int64_t total, int64_t max_tokens,
                   std::vector<int64_t>& bin_of) {
   const int64_t n = static_cast<int64_t>(sorted.size());
-  // At most one first-fit bin is half empty, so twice the lower bound and one more always suffice.
+  // At most one first-fit bin is at most half full, so twice the lower bound plus one suffices.
   const int64_t most = std::min(n, 2 * (total / max_tokens + 1) + 1);
   const auto leaves = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(most)));
   std::vector<int64_t> room(2 * leaves, max_tokens);  // heap layout: node i has children 2i, 2i + 1
@@ -62,7 +59,7 @@ int64_t first_fit(std::span<const int64_t> sorted, int64_t total, int64_t max_to
     int64_t node = 1;
     while (node < leaves) node = 2 * node + (room[2 * node] < length);
     const int64_t bin = node - leaves;
-    // Equal lengths follow one another: the first bin takes as many as fit at once.
+    // Equal lengths are adjacent: fill the bin with as many as fit.
     do {
       room[node] -= length;
       bin_of[i++] = bin;
@@ -85,11 +82,11 @@ struct Bin {
   }
 };
 
-// Longest-processing-time greedy into k bins; false (and bin_of half written) if a bin would
+// Longest-processing-time greedy into k bins. Returns false, with bin_of incomplete, if a bin would
 // overflow.
 bool balance(std::span<const int64_t> sorted, int64_t k, int64_t max_tokens,
              std::vector<int64_t>& bin_of) {
-  std::vector<Bin> heap(k);  // binary minimum heap, lightest bin first, then lowest id
+  std::vector<Bin> heap(k);  // binary min-heap by load, then id
   for (int64_t b = 0; b < k; ++b) heap[b] = {0, b};
   for (size_t i = 0; i < sorted.size(); ++i) {
     Bin bin = heap[0];
@@ -117,7 +114,7 @@ void even_out(std::span<const int64_t> sorted, int64_t k, int64_t max_tokens,
     ++start[bin_of[i] + 1];
   }
   std::partial_sum(start.begin(), start.end(), start.begin());
-  // What FFD put in each bin, longest first. A received item never moves again, so no list grows.
+  // Items of each FFD bin, longest first. A moved item never moves again, so the lists are fixed.
   std::vector<int64_t> item(sorted.size()), fill(start.begin(), start.end() - 1);
   for (size_t i = 0; i < sorted.size(); ++i) item[fill[bin_of[i]]++] = static_cast<int64_t>(i);
   std::vector<char> gives(k);
@@ -178,7 +175,7 @@ Packing pack(std::span<const int64_t> lengths, int64_t max_tokens, int64_t multi
   std::vector<Bin> rank(k);
   for (int64_t b = 0; b < k; ++b) rank[b] = {0, b};
   for (int64_t i = 0; i < n; ++i) rank[bin_of[i]].load -= sorted[i];
-  std::sort(rank.begin(), rank.end());  // negated loads: heaviest first, then lowest id
+  std::sort(rank.begin(), rank.end());  // loads are negated: heaviest first, then lowest id
   std::vector<int64_t> place(k), bin_by_index(n);
   for (int64_t p = 0; p < k; ++p) place[rank[p].id] = p;
   Packing result{std::vector<int64_t>(n), std::vector<int64_t>(k + 1, 0)};

@@ -1,6 +1,5 @@
-// Sequence packer: variable-length sequences into micro-batches of at most max_tokens tokens.
-//
-// n sequences, k bins. Neither torch nor Python here; csrc/python.cpp binds it.
+// Sequence packer: groups n variable-length sequences into k bins (micro-batches) of at most
+// max_tokens tokens. Independent of torch and Python; csrc/python.cpp binds it.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +14,7 @@ struct Packing {
   std::vector<int64_t> offsets;  // [k + 1]
 };
 
-// Every length must lie in [1, max_tokens]; the algorithm and its guarantees are in packer.cpp.
+// Lengths must be in [1, max_tokens]. packer.cpp documents the algorithm and its guarantees.
 Packing pack(std::span<const int64_t> lengths, int64_t max_tokens, int64_t multiple_of);
 
 }  // namespace fastrlhf

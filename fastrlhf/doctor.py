@@ -113,6 +113,9 @@ def examine() -> dict:
     for part in (report["kernels"], report["packer"]):
         if part.pop("broken", False):
             report["problems"].append(part["reason"])
+    built_for = report["kernels"].get("version", report["fastrlhf"])
+    if built_for != report["fastrlhf"]:
+        report["problems"].append(f"the kernel library is of fastrlhf {built_for}: build it again")
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         report["problems"].append(f"torch {torch.__version__} is older than {oldest}")
@@ -141,7 +144,7 @@ def _facts(report: dict) -> list[tuple[str, str]]:
     rows = [
         ("fastrlhf", f"{report['fastrlhf']}, Python {report['python']}, {report['platform']}"),
         ("packages", ", ".join(installed) or "none"),
-        ("extras", "; ".join(_extra(*entry) for entry in report["extras"].items()) or "unknown"),
+        *_extras(report["extras"]),
         ("trainers", ", ".join(_trainer(*entry) for entry in report["integrations"].items())),
     ]
     if "torch" not in report:
@@ -177,10 +180,14 @@ def _facts(report: dict) -> list[tuple[str, str]]:
     return rows
 
 
-def _extra(name: str, absent: list[str]) -> str:
-    if not absent:
-        return f"[{name}] installed"
-    return f"[{name}] lacks {', '.join(absent)} (pip install 'fastrlhf[{name}]')"
+def _extras(report: dict) -> list[tuple[str, str]]:
+    if not report:
+        return [("extras", "unknown: this source tree is not installed")]
+    rows = []
+    for name, absent in report.items():
+        fix = f"lacks {', '.join(absent)}: pip install 'fastrlhf[{name}]'"
+        rows.append(("" if rows else "extras", f"[{name}] {fix if absent else 'installed'}"))
+    return rows
 
 
 def _trainer(name: str, entry: dict) -> str:

@@ -1,4 +1,4 @@
-"""Host side of the kernels: strides without copies, block sizes, grids, the device guard."""
+"""Host side of the kernels: memory layouts, block sizes, grids, device guard."""
 
 import inspect
 from contextlib import nullcontext
@@ -12,27 +12,27 @@ from ._softmax import EXACT_CAP, NO_CAP
 
 
 def one_order(kernel):
-    """`triton.jit` of a kernel whose sums have the same bits in every layout of its arguments.
+    """`triton.jit` for kernels whose sums must be bitwise identical for every layout of their arguments.
 
-    The order of a sum or a scan is that of the registers, and Triton lays those out by how wide a load may be. Without
-    the alignment of pointers, strides and sizes each load is of one element, in every variant.
+    Triton reduces in register order, and chooses the register layout by the width of loads. Without specialisation on
+    alignment, every variant loads single elements.
     """
     parameters = inspect.signature(kernel).parameters.values()
     names = [p.name for p in parameters if p.annotation is not tl.constexpr]
     return triton.jit(kernel, do_not_specialize_on_alignment=names)
 
 
-def rows_of(x):
-    """(N, inner, stride_inner, stride_outer) of a [..., V] tensor, or None where a copy is needed.
+def row_layout(x):
+    """(N, inner, stride_inner, stride_outer) of a [..., V] tensor; None if it must be copied first.
 
-    Row r starts at (r // inner) * stride_outer + (r % inner) * stride_inner elements.
+    Row r starts at element (r // inner) * stride_outer + (r % inner) * stride_inner.
     """
     count = x.shape[:-1].numel()
-    if count == 0:  # whatever the strides, which a copy of nothing may keep
+    if count == 0:  # copying an empty tensor may keep its odd strides
         return 0, 1, 0, 0
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         return None
-    sizes, strides = [], []  # leading axes that collapse into one stride, innermost first
+    sizes, strides = [], []  # runs of leading axes that share one stride, innermost first
     for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
         if size == 1:
             continue
@@ -47,15 +47,15 @@ def rows_of(x):
     return count, sizes[0], strides[0], strides[1]
 
 
-def logit_rows(logits, targets, row_temperature, mask):
-    """(logits, rows_of(logits), targets, row_temperature, mask, flags) as the kernels take them.
+def row_inputs(logits, targets, row_temperature, mask):
+    """(logits, row_layout(logits), targets, row_temperature, mask, flags) as the kernels take them.
 
-    Optional tensors stand in for each other when unused.
+    `targets` is passed in place of an absent tensor; the flags keep it from being read as one.
     """
-    rows = rows_of(logits)
+    rows = row_layout(logits)
     if rows is None:
         logits = logits.contiguous()
-        rows = rows_of(logits)
+        rows = row_layout(logits)
     targets = targets.contiguous()
     flags = {
         "HAS_MASK": mask is not None,
@@ -67,27 +67,27 @@ def logit_rows(logits, targets, row_temperature, mask):
     return logits, rows, targets, row_temperature, mask, flags
 
 
-def gradient_rows(logits, out):
-    """(inner, stride_inner, stride_outer) of `out`, which takes dL/dlogits: `logits`, or like them in shape.
+def gradient_layout(logits, out):
+    """(inner, stride_inner, stride_outer) of `out`, the output of dL/dlogits, which may be `logits`.
 
-    Its dtype is that of the logits, or of 16 bits where they are fp32.
+    `out` has the shape and dtype of the logits, or is 16-bit for fp32 logits.
     """
     halves = (torch.bfloat16, torch.float16) if logits.dtype == torch.float32 else ()
     if out.shape != logits.shape or out.dtype not in (logits.dtype, *halves):
         raise ValueError(
             f"dL/dlogits of {logits.dtype} {tuple(logits.shape)} cannot go into {out.dtype} {tuple(out.shape)}"
         )
-    rows = rows_of(out)
+    rows = row_layout(out)
     if rows is None:
         raise ValueError("dL/dlogits needs a unit last stride and at most two row strides")
     return rows[1:]
 
 
 def row_tile(double, cap):
-    """Constants of a row's walk for its statistics: tiles [R, L], STAGES of them in flight, of one warp a row.
+    """Constants of the statistics pass: tiles [R, L], STAGES of them in flight, one warp per row.
 
-    64 logits a thread, as far as registers allow. The order of a row's sums is that of its tiles, so every kernel that
-    makes statistics takes these: their bits are then the same. Products are fused where the kernel says so, alone.
+    64 logits per thread, registers permitting. The tiles determine the order of a row's sums, so all kernels use these
+    constants and get bitwise identical statistics. Products are contracted only by explicit tl.fma.
     """
     return {
         "R": 2 if double or cap == EXACT_CAP.value else 8,
@@ -98,19 +98,19 @@ def row_tile(double, cap):
     }
 
 
-def elements_a_thread(double, cap):
-    """Of a row's block whose gradient is made, as far as registers allow."""
+def elements_per_thread(double, cap):
+    """Elements per thread of a block of the gradient pass, as many as registers allow."""
     return 8 if double else 32 if cap == NO_CAP.value else 16
 
 
-def row_block(width, a_thread=32):
-    """(BLOCK, num_warps) for a walk along rows of `width` elements, each by itself: four warps, or as few as do."""
-    block = max(128, min(128 * a_thread, triton.next_power_of_2(max(width, 1))))
-    return block, max(1, block // (32 * a_thread))
+def row_block(width, per_thread=32):
+    """(BLOCK, num_warps) for elementwise passes over rows of `width` elements: four warps, fewer for short rows."""
+    block = max(128, min(128 * per_thread, triton.next_power_of_2(max(width, 1))))
+    return block, max(1, block // (32 * per_thread))
 
 
-def walkers(count, width, block):
-    """Programs that share a row: enough for a GPU where rows are few, else one, which looks at the row once."""
+def programs_per_row(count, width, block):
+    """Programs per row: enough to fill a GPU if rows are few, else one."""
     return max(1, min(triton.cdiv(width, block), triton.cdiv(4 * PROGRAMS, count)))
 
 
@@ -118,7 +118,7 @@ _NO_GUARD = nullcontext()
 
 
 def device_guard(x):
-    """Makes the device of x the current one, which it nearly always is."""
+    """Context manager that makes the device of x current; a no-op if it already is."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
         return _NO_GUARD
     return torch.cuda.device(x.device)
@@ -132,32 +132,32 @@ def row_strides(x):
 
 
 def sequence_grid(x, cu_seqlens):
-    """(B, T, grid) of the tokens x: a program takes every PROGRAMS-th sequence."""
+    """(B, T, grid) of the tokens x; programs take sequences in a grid-stride loop."""
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return sequences, x.shape[-1], (min(sequences, PROGRAMS),)
 
 
-FLAT_LIMIT = 2**31  # tokens of a tensor that is walked by rows and columns
+FLAT_LIMIT = 2**31  # tokens; token_offset divides 32-bit indices
 
 
 def token_layout(*tensors):
-    """(tensors, T, FLAT, strides) of tensors [N] or [B, T] of one shape, walked by one flat index.
+    """(tensors, T, FLAT, strides) for tensors [N] or [B, T] of one shape that are indexed by flat token index i.
 
-    FLAT: element i lies at i * column stride in each of them. Else at (i // T) * row stride
-    + (i % T) * column stride. `strides` has a pair for each tensor, zeros for None.
+    FLAT: element i is at i * column stride. Otherwise at (i // T) * row stride + (i % T) * column stride.
+    strides: one (row, column) pair per tensor, zeros for None.
     """
     first = tensors[0]
     for x in tensors:
         if x is not None and not x.is_contiguous():
             break
-    else:  # nearly always
+    else:  # all contiguous, the common case
         return tensors, first.shape[-1], True, [(0, 0) if x is None else (0, 1) for x in tensors]
     pairs = [_flat_strides(x) for x in tensors]
     if None not in pairs:
         return tensors, first.shape[-1], True, pairs
     if first.numel() < FLAT_LIMIT:
         return tensors, first.shape[-1], False, [row_strides(x) for x in tensors]
-    # The division would have to be one of 64 bits, which costs more than this copy.
+    # A 64-bit division per element costs more than this copy.
     return token_layout(*(None if x is None else x.contiguous() for x in tensors))
 
 

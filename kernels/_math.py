@@ -1,4 +1,7 @@
-"""Per-token RL maths, the formulas of csrc/common/math.h: x is fp32 or fp64, NaN stays NaN."""
+"""Scalar maths of the kernels in fp32 or fp64. NaN stays NaN.
+
+The formulas are those of csrc/common/math.h, csrc/common/ppo.h and csrc/common/sequence.h.
+"""
 
 import triton
 import triton.language as tl
@@ -11,7 +14,7 @@ def clamp(x, low, high):
 
 @triton.jit
 def expm1_excess(x):
-    """e^x - 1 - x for |x| <= 88 without cancellation: its Taylor series where |x| < 1/2."""
+    """e^x - 1 - x for |x| <= 88, by its Taylor series where |x| < 1/2: no cancellation."""
     terms: tl.constexpr = 18 if x.dtype == tl.float64 else 9
     p = x * 0.0 + 1.0
     for k in tl.static_range(3, terms + 1):
@@ -27,7 +30,7 @@ def expm1(x):
 
 @triton.jit
 def log1p(u):
-    """log(1 + u) for 0 <= u <= 1 as 2 artanh(z), z = u / (2 + u) <= 1/3: no logarithm of nearly 1."""
+    """log(1 + u) for 0 <= u <= 1 as 2 artanh(z), z = u / (2 + u) <= 1/3: accurate for small u."""
     terms: tl.constexpr = 17 if u.dtype == tl.float64 else 8
     z = u / (u + 2.0)
     s = z * z
@@ -39,7 +42,10 @@ def log1p(u):
 
 @triton.jit
 def kl_term(logprob, ref_logprob, ESTIMATOR: tl.constexpr):
-    """Estimate of KL(pi | ref) from one sampled token; 0 k1, 1 k2, 2 k3, 3 abs."""
+    """Estimate of KL(pi | ref) from one sampled token, d = logprob - ref_logprob.
+
+    ESTIMATOR: 0 k1 = d, 1 k2 = d^2 / 2, 2 k3 = min(e^-d - 1 + d, 10), 3 abs = |d|.
+    """
     d = logprob - ref_logprob
     if ESTIMATOR == 0:
         return d
@@ -53,34 +59,40 @@ def kl_term(logprob, ref_logprob, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def policy_term(logprob, old_logprob, advantage, low, high, dual_clip):
-    """(loss, d loss / d logprob, ratio, rho - 1 - log rho, whether the clip decides)."""
+    """(loss, d loss / d logprob, rho, rho - 1 - log rho, clipped) of one token, rho = e^(logprob - old_logprob).
+
+    loss = max(-A rho, -A clip(rho, low, high)), at most -A dual_clip where A < 0. An infinite dual_clip disables the
+    bound. clipped: the clipped term is the larger one.
+    """
     d = logprob - old_logprob
     log_ratio = clamp(d, -20.0, 20.0)
     ratio = tl.exp(log_ratio)
     unclipped = -advantage * ratio
     clipped = -advantage * clamp(ratio, low, high)
-    decided = clipped > unclipped
-    larger = tl.where(decided, clipped, unclipped)
-    # A dual clip of infinity is none.
+    is_clipped = clipped > unclipped
+    larger = tl.where(is_clipped, clipped, unclipped)
     bound = tl.where(advantage < 0.0, -advantage, 1.0) * dual_clip
     bounded = (advantage < 0.0) & (bound < larger)
     loss = tl.where(bounded, bound, larger)
-    free = tl.where(decided | bounded | (log_ratio != d), 0.0, unclipped)
-    return loss, free, ratio, expm1_excess(log_ratio), decided
+    grad = tl.where(is_clipped | bounded | (log_ratio != d), 0.0, unclipped)
+    return loss, grad, ratio, expm1_excess(log_ratio), is_clipped
 
 
 @triton.jit
 def value_term(value, old_value, target, clip):
-    """(half the larger squared error, d / d value, whether the clip decides); infinity is no clip."""
+    """(loss, d loss / d value, clipped) of one token; an infinite clip disables clipping.
+
+    loss = max((v - target)^2, (clip(v, old - clip, old + clip) - target)^2) / 2.
+    """
     error = value - target
     clipped_error = clamp(value, old_value - clip, old_value + clip) - target
-    decided = clipped_error * clipped_error > error * error
-    chosen = tl.where(decided, clipped_error, error)
-    return 0.5 * chosen * chosen, tl.where(decided, 0.0, error), decided
+    is_clipped = clipped_error * clipped_error > error * error
+    chosen = tl.where(is_clipped, clipped_error, error)
+    return 0.5 * chosen * chosen, tl.where(is_clipped, 0.0, error), is_clipped
 
 
 @triton.jit
 def neg_log_sigmoid(x):
-    """-log sigmoid(x), and its derivative sigmoid(x) - 1."""
+    """(-log sigmoid(x), its derivative sigmoid(x) - 1)."""
     u = tl.exp(-tl.abs(x))
     return log1p(u) - tl.where(x < 0.0, x, 0.0), tl.where(x < 0.0, -1.0, -u) / (1.0 + u)

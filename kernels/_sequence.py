@@ -1,21 +1,21 @@
-"""Device functions of the sequence ops: where a sequence lies, and the GAE recurrence as a scan.
+"""Device functions of the sequence ops: sequence bounds, and the GAE recurrence as an associative scan.
 
 Shapes: B sequences, T steps, N tokens; [B, T] with an optional mask, or [N] with cu_seqlens [B + 1].
-Blocks are counted from the start of a sequence, so packed and right-padded give the same bits.
+Blocks are counted from the start of a sequence, so packed and right-padded inputs give bitwise identical results.
 """
 
 import triton
 import triton.language as tl
 
-BLOCK = 1024  # steps of one scan; a sequence is as many of them as it needs
-WARPS = 8  # four steps a thread
+BLOCK = 1024  # steps per scan; a sequence takes as many scans as it needs
+WARPS = 8  # four steps per thread
 
 
 @triton.jit
 def bounds(b, cu_seqlens_ptr, T, N, PACKED: tl.constexpr):
-    """(first token of the row that b reads, steps) of sequence b."""
+    """(first token within the row, number of steps) of sequence b."""
     if PACKED:
-        # On a GPU nobody has checked cu_seqlens: wrong ones give wrong numbers, but reach no memory.
+        # cu_seqlens is not checked on a GPU. Clamping keeps invalid values from reading out of bounds.
         start = tl.maximum(tl.load(cu_seqlens_ptr + b).to(tl.int64), 0)
         end = tl.minimum(tl.load(cu_seqlens_ptr + b + 1).to(tl.int64), N)
         return start, tl.maximum(end - start, 0)
@@ -24,7 +24,7 @@ def bounds(b, cu_seqlens_ptr, T, N, PACKED: tl.constexpr):
 
 @triton.jit
 def kept(mask_ptr, t, steps, stride_mask_col, HAS_MASK: tl.constexpr):
-    """Whether step t of the row at mask_ptr exists and counts."""
+    """Whether step t of the row at mask_ptr exists and is not masked."""
     keep = t < steps
     if HAS_MASK:
         keep &= tl.load(mask_ptr + t * stride_mask_col, mask=keep, other=0) != 0
@@ -59,13 +59,16 @@ def gae_block(
     gamma_lam,
     HAS_MASK: tl.constexpr,
 ):
-    """Advantages of a block, and the two carries for the block before it.
+    """(advantages of a block, next_value, next_advantage): the last two are the carries for the block before it.
 
-    value_after and keep_after belong to step t + 1. next_advantage is A of the first unmasked step
-    behind the block; next_value is V of the first one behind all those of value_after.
+    A_t = delta_t + gamma lam A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t, over the unmasked steps.
+
+    value_after, keep_after: values and mask of steps t + 1.
+    next_advantage: A of the first unmasked step after the block.
+    next_value: V of the first unmasked step after those of value_after; the bootstrap if there is none.
     """
     if HAS_MASK:
-        # V_{t+1} is that of the next unmasked step, however far away.
+        # V_{t+1} is the value of the next unmasked step.
         value_after, found = tl.associative_scan(
             (value_after, keep_after.to(tl.int32)), 0, _nearest, reverse=True
         )
@@ -73,7 +76,7 @@ def gae_block(
         next_value = first_lane(value_after)
     else:
         value_after = tl.where(keep_after, value_after, next_value)
-    # A_t = delta_t + gamma lam A_{t+1}; a masked step is the identity.
+    # Each step is an affine map of A_{t+1}; a masked step is the identity.
     delta = tl.where(keep, reward + gamma * value_after - value, 0.0)
     scale = tl.where(keep, gamma_lam, 1.0)
     scale, shift = tl.associative_scan((scale, delta), 0, _affine, reverse=True)
@@ -83,5 +86,5 @@ def gae_block(
 
 @triton.jit
 def last_kept(t, keep, known):
-    """The last kept step of a sequence, given what the blocks behind this one know (-1: none yet)."""
+    """Last unmasked step of a sequence. `known`: the result of later blocks, -1 if they have none."""
     return tl.where(known >= 0, known, tl.max(tl.where(keep, t, -1), axis=0))

@@ -1,7 +1,7 @@
-"""gae in Triton: a reverse scan over blocks of each sequence; with whitening, a second launch.
+"""gae in Triton: A_t = delta_t + gamma lam A_{t+1} by a reverse scan over blocks of each sequence.
 
 Shapes: B sequences, T steps, N tokens; [B, T] with an optional mask, or [N] with cu_seqlens [B + 1].
-bootstrap [B]; partials [3, P] fp64, the moments of each program's advantages.
+bootstrap [B]; partials [3, P] fp64: (count, mean, m2) of each program's advantages, for whitening in a second launch.
 """
 
 import torch
@@ -92,14 +92,14 @@ def gae_kernel(
 
 
 def forward(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten):
-    """Stacked (advantages, returns) of `fastrlhf.gae`, whose checks were made before."""
+    """Stacked (advantages, returns) [2, ...] of `fastrlhf.gae`; the caller checks the arguments."""
     acc = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     out = torch.empty((2, *rewards.shape), dtype=acc, device=rewards.device)
     if rewards.numel() == 0:
         return out
     advantages, returns = out.unbind()
     sequences, steps, grid = sequence_grid(rewards, cu_seqlens)
-    partials = values  # of no use
+    partials = values  # unused without whitening
     if whiten:
         partials = rewards.new_empty((3, *grid), dtype=torch.float64)
     with device_guard(rewards):
@@ -129,7 +129,7 @@ def forward(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten):
             ACC=tl.float64 if acc == torch.float64 else tl.float32,
             BLOCK=BLOCK,
             num_warps=WARPS,
-            enable_fp_fusion=False,  # the same bits in kl_gae, whatever stands around the sums
+            enable_fp_fusion=False,  # bitwise identical to kl_gae
         )
         if whiten:
             masked_whiten.normalise(advantages, mask, partials, advantages)

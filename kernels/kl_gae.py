@@ -1,7 +1,7 @@
-"""kl_gae in Triton: KL rewards, GAE, returns and moments in one launch; whitening is the second.
+"""kl_gae in Triton: KL rewards, GAE and returns in one launch; whitening takes a second one.
 
 Shapes: B sequences, T steps, N tokens; [B, T] with an optional mask, or [N] with cu_seqlens [B + 1].
-score [B]; partials [3, P] fp64, the moments of each program's advantages.
+score [B]; partials [3, P] fp64: (count, mean, m2) of each program's advantages.
 """
 
 import torch
@@ -111,13 +111,13 @@ def kl_gae_kernel(
 def forward(
     logprob, ref_logprob, score, values, beta, estimator, gamma, lam, whiten, cu_seqlens, mask
 ):
-    """Stacked (advantages, returns, rewards, kl) of `fastrlhf.kl_gae`, whose checks were made before."""
+    """Stacked (advantages, returns, rewards, kl) [4, ...] of `fastrlhf.kl_gae`; the caller checks the arguments."""
     acc = torch.float64 if logprob.dtype == torch.float64 else torch.float32
     out = torch.empty((4, *logprob.shape), dtype=acc, device=logprob.device)
     if logprob.numel() == 0:
         return out
     sequences, steps, grid = sequence_grid(logprob, cu_seqlens)
-    partials = values  # of no use
+    partials = values  # unused without whitening
     if whiten:
         partials = logprob.new_empty((3, *grid), dtype=torch.float64)
     with device_guard(logprob):
@@ -149,7 +149,7 @@ def forward(
             ACC=tl.float64 if acc == torch.float64 else tl.float32,
             BLOCK=BLOCK,
             num_warps=WARPS,
-            enable_fp_fusion=False,  # the same bits as kl_reward and then gae
+            enable_fp_fusion=False,  # bitwise identical to kl_reward followed by gae
         )
         if whiten:
             masked_whiten.normalise(out[0], mask, partials, out[0])

@@ -1,4 +1,6 @@
-"""kl_reward in Triton: one pass over each sequence from its end, where the score lands.
+"""kl_reward in Triton: r_t = -beta kl_t, plus the score at the last unmasked step.
+
+One pass over each sequence, from its end, where the score is added.
 
 Shapes: B sequences, T steps, N tokens; [B, T] with an optional mask, or [N] with cu_seqlens [B + 1].
 score [B].
@@ -65,7 +67,7 @@ def kl_reward_kernel(
 
 
 def forward(logprob, ref_logprob, score, beta, estimator, cu_seqlens, mask):
-    """Stacked (rewards, kl) of `fastrlhf.kl_reward`, whose checks were made before."""
+    """Stacked (rewards, kl) [2, ...] of `fastrlhf.kl_reward`; the caller checks the arguments."""
     acc = torch.float64 if logprob.dtype == torch.float64 else torch.float32
     out = torch.empty((2, *logprob.shape), dtype=acc, device=logprob.device)
     if logprob.numel() == 0:
@@ -94,6 +96,6 @@ def forward(logprob, ref_logprob, score, beta, estimator, cu_seqlens, mask):
             ACC=tl.float64 if acc == torch.float64 else tl.float32,
             BLOCK=BLOCK,
             num_warps=WARPS,
-            enable_fp_fusion=False,  # the same bits in kl_gae
+            enable_fp_fusion=False,  # bitwise identical to kl_gae
         )
     return out

@@ -1,7 +1,9 @@
-"""masked_whiten in Triton: one launch for the moments, one that reduces them and normalises.
+"""masked_whiten in Triton: out = (x - mean) / sqrt(var + 1e-8) over the unmasked tokens, in two launches.
 
-Shapes: x, mask [N] or [B, T], N tokens in all; out as x, contiguous; partials [3, P] fp64.
-gae and kl_gae leave the partials of their own first launch, and share the second.
+The first writes partial moments, the second reduces them and normalises. gae and kl_gae write the partials in their
+own launch and share the second one.
+
+Shapes: x, mask [N] or [B, T], N tokens in all; out like x, contiguous; partials [3, P] fp64 = (count, mean, m2).
 """
 
 import torch
@@ -75,7 +77,7 @@ def masked_whiten_kernel(
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # out may be x: a program reads and writes the same elements.
+    # whitened may be x: a program reads and writes the same elements.
     count, mean64, m2 = load_moments(partials_ptr, partials, 0, PROGRAMS)
     divisor = count - 1.0 if UNBIASED else count
     variance = m2 * reciprocal(tl.where(divisor < 1.0, 1.0, divisor))
@@ -96,7 +98,7 @@ def _grid(count):
 
 
 def normalise(x, mask, partials, out, shift_mean=True, unbiased=True):
-    """Writes x whitened by the moments in `partials` to `out`, which may be x."""
+    """Whitens x by the moments in `partials` and writes it to `out`, which may be x."""
     (x, mask), steps, flat, strides = token_layout(x, mask)
     masked_whiten_kernel[_grid(x.numel())](
         x,
@@ -116,12 +118,12 @@ def normalise(x, mask, partials, out, shift_mean=True, unbiased=True):
         PROGRAMS=PROGRAMS,
         BLOCK=BLOCK,
         num_warps=4,
-        enable_fp_fusion=False,  # the same bits in every layout
+        enable_fp_fusion=False,  # bitwise identical in every layout
     )
 
 
 def forward(x, mask, shift_mean, unbiased):
-    """`fastrlhf.masked_whiten` of x [N] or [B, T], whose checks were made before."""
+    """`fastrlhf.masked_whiten` of x [N] or [B, T]; the caller checks the arguments."""
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     out = torch.empty(x.shape, dtype=acc, device=x.device)
     count = x.numel()
@@ -143,7 +145,7 @@ def forward(x, mask, shift_mean, unbiased):
             ACC=tl.float64 if acc == torch.float64 else tl.float32,
             BLOCK=BLOCK,
             num_warps=4,
-            enable_fp_fusion=False,  # the same bits in every layout
+            enable_fp_fusion=False,  # bitwise identical in every layout
         )
         normalise(x, mask, partials, out, shift_mean, unbiased)
     return out

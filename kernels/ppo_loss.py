@@ -1,9 +1,10 @@
-"""ppo_loss in Triton: one pass over the tokens for losses, grad_logprobs and sums, one tiny one for the metrics.
+"""ppo_loss in Triton: one launch over the tokens for losses, gradients and partial sums, one for the metrics.
 
-Shapes: every tensor [N] or [B, T], N tokens; partials [ROWS, P] fp64, the sums of each of P programs.
-The grad_logprobs of the first launch lack 1 / n, for which it would have to count the mask first: n comes
-out of the second launch as a tensor, and the backward, which scales anyway, multiplies by it. The
-second launch stands for the counter of a last-program scheme, which a launch would have to clear.
+Shapes: tokens [N] or [B, T], N in all; partials [ROWS, P] fp64: the sums of each of P programs. The gradients of the
+first launch lack the factor 1 / n, which is known only once the whole mask is counted. The second launch returns it as
+a tensor, and the backward multiplies by it together with the upstream gradient.
+
+A second launch replaces an atomic last-block counter, which would need a memset.
 """
 
 import torch
@@ -16,8 +17,8 @@ from ._moments import PROGRAMS, block_moments, load_moments, merge, reciprocal, 
 
 BLOCK = 1024
 METRICS = 9
-# Rows of partials: tokens, policy loss, KL, clipped, ratio, largest ratio, value loss, values clipped,
-# entropy; then (count, mean, m2) of the returns and of the errors.
+# Rows of partials: tokens, policy loss, KL, clipped, ratio, maximum ratio, value loss, values clipped,
+# entropy; then (count, mean, m2) of the returns and of the value errors.
 ROWS = 15
 
 
@@ -87,7 +88,7 @@ def ppo_loss_fwd_kernel(
         old_logprob = tl.load(old_logprob_ptr + place, mask=keep, other=0.0).to(ACC)
         place = token_offset(index, T, stride_advantages_row, stride_advantages_col, FLAT)
         advantage = tl.load(advantages_ptr + place, mask=keep, other=0.0).to(ACC)
-        loss, grad_logprob, rho, excess, decided = policy_term(
+        loss, grad, rho, excess, is_clipped = policy_term(
             logprob,
             old_logprob,
             advantage,
@@ -95,15 +96,15 @@ def ppo_loss_fwd_kernel(
             tl.full((), high, ACC),
             tl.full((), dual_clip, ACC),
         )
-        # A masked token has loss, grad_logprob, KL and clip 0; only its ratio of 1 has to go.
+        # Masked tokens load as 0: loss, gradient, KL and clip are 0, but the ratio is 1.
         rho = tl.where(keep, rho, 0.0)
         policy += tl.sum(loss, axis=0).to(tl.float64)
         kl += tl.sum(excess, axis=0).to(tl.float64)
-        clipped += tl.sum(decided.to(tl.int32), axis=0).to(tl.float64)
+        clipped += tl.sum(is_clipped.to(tl.int32), axis=0).to(tl.float64)
         ratio += tl.sum(rho, axis=0).to(tl.float64)
         ratio_max = tl.maximum(ratio_max, tl.max(rho, axis=0).to(tl.float64))
         if WITH_GRAD:
-            tl.store(grad_logprob_ptr + index, grad_logprob, mask=index < N)
+            tl.store(grad_logprob_ptr + index, grad, mask=index < N)
 
         if HAS_VALUES:
             place = token_offset(index, T, stride_values_row, stride_values_col, FLAT)
@@ -113,9 +114,9 @@ def ppo_loss_fwd_kernel(
             place = token_offset(index, T, stride_returns_row, stride_returns_col, FLAT)
             target = tl.load(returns_ptr + place, mask=keep, other=0.0).to(ACC)
             clip = tl.full((), value_clip, ACC)
-            loss, grad_logprob, decided = value_term(value, old_value, target, clip)
+            loss, grad, is_clipped = value_term(value, old_value, target, clip)
             value_loss += tl.sum(loss, axis=0).to(tl.float64)
-            value_clipped += tl.sum(decided.to(tl.int32), axis=0).to(tl.float64)
+            value_clipped += tl.sum(is_clipped.to(tl.int32), axis=0).to(tl.float64)
             n, a, s = block_moments(target, keep)
             target_count, target_mean, target_m2 = merge(
                 target_count, target_mean, target_m2, n, a, s
@@ -123,16 +124,16 @@ def ppo_loss_fwd_kernel(
             n, a, s = block_moments(value - target, keep)
             error_count, error_mean, error_m2 = merge(error_count, error_mean, error_m2, n, a, s)
             if WITH_GRAD:
-                grad_logprob *= tl.full((), value_coef, ACC)
-                tl.store(grad_values_ptr + index, grad_logprob, mask=index < N)
+                grad *= tl.full((), value_coef, ACC)
+                tl.store(grad_values_ptr + index, grad, mask=index < N)
 
         if HAS_ENTROPY:
             place = token_offset(index, T, stride_entropy_row, stride_entropy_col, FLAT)
             entropy = tl.load(entropy_ptr + place, mask=keep, other=0.0).to(ACC)
             entropy_sum += tl.sum(entropy, axis=0).to(tl.float64)
             if WITH_GRAD:
-                grad_logprob = tl.where(keep, 0.0 - tl.full((), entropy_coef, ACC), 0.0)
-                tl.store(grad_entropy_ptr + index, grad_logprob, mask=index < N)
+                grad = tl.where(keep, 0.0 - tl.full((), entropy_coef, ACC), 0.0)
+                tl.store(grad_entropy_ptr + index, grad, mask=index < N)
 
     place = partials_ptr + program
     tl.store(place, tokens)
@@ -191,7 +192,7 @@ def ppo_loss_metrics_kernel(
     tl.store(metrics_ptr + 1, kl.to(tl.float32))
     tl.store(metrics_ptr + 2, clipped.to(tl.float32))
     tl.store(metrics_ptr + 3, ratio.to(tl.float32))
-    # A maximum passes over NaN, a sum does not.
+    # The maximum ignores NaN; the sum propagates it.
     tl.store(metrics_ptr + 4, tl.where(ratio == ratio, ratio_max, ratio).to(tl.float32))
     tl.store(metrics_ptr + 5, value_loss.to(tl.float32))
     tl.store(metrics_ptr + 6, value_clipped.to(tl.float32))
@@ -200,10 +201,10 @@ def ppo_loss_metrics_kernel(
 
 
 def forward(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef, with_grad):
-    """(loss, metrics, 1 / n, grad_logprobs times n) of `fastrlhf.ppo_loss`.
+    """(loss, metrics [9], 1 / n, gradients * n [k, ...]) of `fastrlhf.ppo_loss`; n: unmasked tokens, at least 1.
 
-    The grad_logprobs [k, ...] are those by logprob, values and entropy, of the tensors that are given.
-    `tensors`: logprob, old_logprob, advantages, values, old_values, returns, entropy, checked before.
+    The gradients are with respect to logprob, values and entropy, without those of absent tensors.
+    tensors: logprob, old_logprob, advantages, values, old_values, returns, entropy; the caller checks them.
     """
     logprob, _, _, values, _, _, entropy = tensors
     count = logprob.numel()
@@ -217,7 +218,7 @@ def forward(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef
     if count == 0:
         return loss, metrics, per_token, grads
     (*tensors, mask), steps, flat, strides = token_layout(*tensors, mask)
-    if tensors[4] is None:  # without a clip, any old value will do
+    if tensors[4] is None:  # old_values is not used without a value clip
         tensors[4], strides[4] = tensors[3], strides[3]
     grid = (min(triton.cdiv(count, BLOCK), PROGRAMS),)
     partials = logprob.new_empty((ROWS, *grid), dtype=torch.float64)
@@ -243,7 +244,7 @@ def forward(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef
             ACC=tl.float64 if acc == torch.float64 else tl.float32,
             BLOCK=BLOCK,
             num_warps=4,
-            enable_fp_fusion=False,  # the same bits in every layout
+            enable_fp_fusion=False,  # bitwise identical in every layout
         )
         ppo_loss_metrics_kernel[(1,)](
             partials,
@@ -256,13 +257,13 @@ def forward(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef
             HAS_VALUES=values is not None,
             PROGRAMS=PROGRAMS,
             num_warps=4,
-            enable_fp_fusion=False,  # the same bits in every layout
+            enable_fp_fusion=False,  # bitwise identical in every layout
         )
     return loss, metrics, per_token, grads
 
 
 def _grads_by_input(grads, has_values):
-    """Where the grad_logprobs of logprob, values and entropy go; those nobody asks for are not written."""
+    """Output tensors of the gradients of logprob, values and entropy; placeholders for those that are not written."""
     if not grads.shape[0]:
         return grads, grads, grads
     found = grads.unbind()

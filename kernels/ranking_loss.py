@@ -1,8 +1,8 @@
-"""ranking_loss in Triton: all pairs of a prompt, loss and slopes, in tiles; a tiny launch adds up.
+"""ranking_loss in Triton: loss and gradients over the strict pairs of each prompt, in tiles; two launches.
 
-Shapes: P prompts, M completions, K of them in a prompt; scores, ranks, grad [M], cu_groups [P + 1];
-partials [2, G] fp64, loss and counted prompts of each of G programs. The slopes lack 1 / counted
-prompts, which comes out of the second launch as a tensor; the backward multiplies by it.
+Shapes: P prompts, M completions; scores, ranks, grad [M], cu_groups [P + 1]; partials [2, G] fp64: loss and number of
+prompts with a strict pair, of each of G programs. The second launch reduces the partials. The gradients of the first
+lack the factor 1 / prompts, which the second returns as a tensor; the backward multiplies by it.
 """
 
 import torch
@@ -60,7 +60,7 @@ def ranking_loss_fwd_kernel(
             mine = i * BLOCK + tl.arange(0, BLOCK)[:, None].to(tl.int64)
             my_rank = _ranks(rank_row, mine, size, stride_ranks)
             my_score = tl.load(score_row + mine * stride_scores, mask=mine < size, other=0.0)
-            slope = tl.zeros((BLOCK,), ACC)
+            grad = tl.zeros((BLOCK,), ACC)
             for j in range(0, tiles):
                 other = j * BLOCK + tl.arange(0, BLOCK)[None, :].to(tl.int64)
                 rank = _ranks(rank_row, other, size, stride_ranks)
@@ -68,14 +68,14 @@ def ranking_loss_fwd_kernel(
                 both = (mine < size) & (other < size)
                 better, worse = both & (my_rank < rank), both & (my_rank > rank)
                 d = my_score.to(ACC) - score.to(ACC)
-                pair_loss, pair_slope = neg_log_sigmoid(tl.where(better, d, -d))
+                pair_loss, pair_grad = neg_log_sigmoid(tl.where(better, d, -d))
                 pair_loss = tl.where(better, pair_loss, 0.0)
                 total += tl.sum(tl.sum(pair_loss, axis=1), axis=0).to(tl.float64)
-                signed = tl.where(better, pair_slope, tl.where(worse, -pair_slope, 0.0))
-                slope += tl.sum(signed, axis=1)
+                signed = tl.where(better, pair_grad, tl.where(worse, -pair_grad, 0.0))
+                grad += tl.sum(signed, axis=1)
             if WITH_GRAD:
                 member = i * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-                tl.store(grad_ptr + first + member, slope * weight.to(ACC), mask=member < size)
+                tl.store(grad_ptr + first + member, grad * weight.to(ACC), mask=member < size)
         loss += total * weight
         prompts += (pairs > 0).to(tl.float64)
     tl.store(partials_ptr + program, loss)
@@ -96,7 +96,7 @@ def ranking_loss_sum_kernel(
 
 
 def forward(scores, ranks, cu_groups, with_grad):
-    """(loss, 1 / counted prompts, slopes times counted prompts) of `fastrlhf.ranking_loss`."""
+    """(loss, 1 / prompts, gradients * prompts) of `fastrlhf.ranking_loss`; prompts: those with a strict pair."""
     count, prompts = scores.shape[0], cu_groups.shape[0] - 1
     acc = torch.float64 if scores.dtype == torch.float64 else torch.float32
     grad = torch.empty(count if with_grad else 0, dtype=acc, device=scores.device)

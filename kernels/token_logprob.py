@@ -1,9 +1,8 @@
 """token_logprob in Triton: forward one read of the logits, backward one read and one write.
 
-Shapes: logits [..., V], N rows; targets, row_temperature, mask, logprob, entropy, gradients: N.
-stats [3, N] = (max of z, log of the sum of e^(z - max), mean of z - max under the softmax), z up to a constant of the
-call (see `_softmax`): max is rounded, and the others are as exact with respect to what was rounded.
-Offsets are int64, so N * V may pass 2^31.
+Shapes: logits [..., V], N rows; targets, row_temperature, mask, logprob, entropy, their gradients [N].
+row_stats [3, N] = (row_max, shifted_lse, shifted_mean) as in csrc/common/softmax.h, with z up to a constant of the
+call (see `_softmax`). Offsets are int64, so N * V may exceed 2^31.
 """
 
 import torch
@@ -12,17 +11,17 @@ import triton.language as tl
 
 from ._launch import (
     device_guard,
-    elements_a_thread,
-    gradient_rows,
-    logit_rows,
+    elements_per_thread,
+    gradient_layout,
+    programs_per_row,
     row_block,
+    row_inputs,
     row_tile,
-    walkers,
 )
 from ._softmax import (
     cap_kind,
+    logit_scale,
     row_logprob,
-    row_slope,
     write_gradient,
     write_zeros,
 )
@@ -36,7 +35,7 @@ def token_logprob_fwd_kernel(
     mask_ptr,
     logprob_ptr,
     entropy_ptr,
-    stats_ptr,
+    row_stats_ptr,
     temperature: tl.float64,
     softcap: tl.float64,
     N,
@@ -58,18 +57,18 @@ def token_logprob_fwd_kernel(
         if tl.load(mask_ptr + row) == 0:
             tl.store(logprob_ptr + row, 0.0)
             tl.store(entropy_ptr + row, 0.0)
-            tl.store(stats_ptr + row, 0.0)
-            tl.store(stats_ptr + N + row, 0.0)
-            tl.store(stats_ptr + 2 * N + row, 0.0)
+            tl.store(row_stats_ptr + row, 0.0)
+            tl.store(row_stats_ptr + N + row, 0.0)
+            tl.store(row_stats_ptr + 2 * N + row, 0.0)
             return
     cap = tl.full((), softcap, ACC)
-    c, _, scale, scale_low, _ = row_slope(
+    c, _, scale, scale_low, _ = logit_scale(
         row, row_temperature_ptr, temperature, cap, HAS_ROW_T, CAP, ACC
     )
     row_ptr = (
         logits_ptr + (row // inner) * stride_logits_outer + (row % inner) * stride_logits_inner
     )
-    logprob, entropy, z, shifted_lse, mean = row_logprob(
+    logprob, entropy, row_max, shifted_lse, shifted_mean = row_logprob(
         row_ptr,
         V,
         tl.load(targets_ptr + row).to(tl.int64),
@@ -87,9 +86,9 @@ def token_logprob_fwd_kernel(
     )
     tl.store(logprob_ptr + row, logprob)
     tl.store(entropy_ptr + row, entropy)
-    tl.store(stats_ptr + row, z)
-    tl.store(stats_ptr + N + row, shifted_lse)
-    tl.store(stats_ptr + 2 * N + row, mean)
+    tl.store(row_stats_ptr + row, row_max)
+    tl.store(row_stats_ptr + N + row, shifted_lse)
+    tl.store(row_stats_ptr + 2 * N + row, shifted_mean)
 
 
 @triton.jit
@@ -98,7 +97,7 @@ def token_logprob_bwd_kernel(
     grad_entropy_ptr,
     logits_ptr,
     targets_ptr,
-    stats_ptr,
+    row_stats_ptr,
     row_temperature_ptr,
     mask_ptr,
     out_ptr,
@@ -120,11 +119,11 @@ def token_logprob_bwd_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # out may be logits: a program reads and writes the same blocks of one row, nothing else.
+    # out may be logits: a program reads only the blocks that it writes.
     row = tl.program_id(0).to(tl.int64)
     first, step = tl.program_id(1), tl.num_programs(1)
     out = out_ptr + (row // inner_out) * stride_out_outer + (row % inner_out) * stride_out_inner
-    # Rows that do not count or carry no gradient are not read.
+    # The logits of rows without a gradient are not read.
     active = row >= 0
     if HAS_MASK:
         active = tl.load(mask_ptr + row) != 0
@@ -138,7 +137,7 @@ def token_logprob_bwd_kernel(
         write_zeros(out, V, first, step, BLOCK)
         return
     cap = tl.full((), softcap, ACC)
-    c, c_error, scale, _, inverse = row_slope(
+    c, c_error, scale, _, inverse = logit_scale(
         row, row_temperature_ptr, temperature, cap, HAS_ROW_T, CAP, ACC
     )
     row_ptr = (
@@ -156,9 +155,9 @@ def token_logprob_bwd_kernel(
         target,
         g,
         h,
-        tl.load(stats_ptr + row),
-        tl.load(stats_ptr + N + row),
-        tl.load(stats_ptr + 2 * N + row),
+        tl.load(row_stats_ptr + row),
+        tl.load(row_stats_ptr + N + row),
+        tl.load(row_stats_ptr + 2 * N + row),
         c,
         c_error,
         scale,
@@ -173,19 +172,19 @@ def token_logprob_bwd_kernel(
 
 
 def forward(logits, targets, row_temperature, temperature, softcap, mask, with_entropy=True):
-    """(logprob, entropy, stats) of `fastrlhf.token_logprob`, whose checks were made before.
+    """(logprob, entropy, row_stats) of `fastrlhf.token_logprob`, whose checks were made before.
 
-    Without `with_entropy` the entropy and its statistic, stats[2], are not made: zeros.
+    Without `with_entropy` the entropy and its statistic, row_stats[2], are not made: zeros.
     """
-    logits, rows, targets, row_t, mask, flags = logit_rows(logits, targets, row_temperature, mask)
+    logits, rows, targets, row_t, mask, flags = row_inputs(logits, targets, row_temperature, mask)
     count, inner, stride_inner, stride_outer = rows
     double = logits.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
     logprob = torch.empty(targets.shape, dtype=dtype, device=logits.device)
     entropy = torch.empty_like(logprob)
-    stats = torch.empty((3, count), dtype=dtype, device=logits.device)
+    row_stats = torch.empty((3, count), dtype=dtype, device=logits.device)
     if count == 0:
-        return logprob, entropy, stats
+        return logprob, entropy, row_stats
     cap = cap_kind(softcap, double)
     with device_guard(logits):
         token_logprob_fwd_kernel[(count,)](
@@ -195,7 +194,7 @@ def forward(logits, targets, row_temperature, temperature, softcap, mask, with_e
             mask,
             logprob,
             entropy,
-            stats,
+            row_stats,
             temperature,
             softcap,
             count,
@@ -208,7 +207,7 @@ def forward(logits, targets, row_temperature, temperature, softcap, mask, with_e
             **row_tile(double, cap),
             **flags,
         )
-    return logprob, entropy, stats
+    return logprob, entropy, row_stats
 
 
 def backward(
@@ -216,31 +215,31 @@ def backward(
     grad_entropy,
     logits,
     targets,
-    stats,
+    row_stats,
     row_temperature,
     temperature,
     softcap,
     mask,
     out,
 ):
-    """Writes dL/dlogits into `out`: `logits` themselves, or another tensor as `gradient_rows` takes it."""
-    out_rows = gradient_rows(logits, out)
-    logits, rows, targets, row_t, mask, flags = logit_rows(logits, targets, row_temperature, mask)
+    """Writes dL/dlogits to `out`, which may be `logits` (see `gradient_layout`)."""
+    out_rows = gradient_layout(logits, out)
+    logits, rows, targets, row_t, mask, flags = row_inputs(logits, targets, row_temperature, mask)
     count, inner, stride_inner, stride_outer = rows
     width = logits.shape[-1]
     if count == 0 or width == 0:
         return
     double = logits.dtype == torch.float64
     cap = cap_kind(softcap, double)
-    block, warps = row_block(width, elements_a_thread(double, cap))
+    block, warps = row_block(width, elements_per_thread(double, cap))
     grads = [None if g is None else g.contiguous() for g in (grad_logprob, grad_entropy)]
     with device_guard(logits):
-        token_logprob_bwd_kernel[(count, walkers(count, width, block))](
-            stats if grads[0] is None else grads[0],
-            stats if grads[1] is None else grads[1],
+        token_logprob_bwd_kernel[(count, programs_per_row(count, width, block))](
+            row_stats if grads[0] is None else grads[0],
+            row_stats if grads[1] is None else grads[1],
             logits,
             targets,
-            stats,
+            row_stats,
             row_t,
             mask,
             out,

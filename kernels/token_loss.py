@@ -1,9 +1,9 @@
-"""token_loss in Triton: the loss of each row and dL/dlogits, two reads and one write in one launch.
+"""token_loss in Triton: loss and dL/dlogits of each row in one launch, with two reads and one write of the logits.
 
 Shapes: logits [..., V], N rows; targets, row_temperature, mask, advantages, old_logprob, loss, logprob, entropy,
-grad_logprob = d loss / d logprob: N; scale: 0-d; stats [2, N]: the first two of token_logprob's.
-One warp takes a row: a walk for its statistics, then one for its gradient, from the last block to
-the first, what was read last first: it may still be in a cache. Offsets are int64.
+grad_logprob = d loss / d logprob [N]; scale 0-d; row_stats [2, N] = (row_max, shifted_lse).
+One warp takes a row: one pass for its statistics, then one for its gradient from the last block to the first, because
+the end of the row was read last and may still be cached. Offsets are int64.
 """
 
 import torch
@@ -12,20 +12,20 @@ import triton.language as tl
 
 from ._launch import (
     device_guard,
-    elements_a_thread,
-    gradient_rows,
-    logit_rows,
+    elements_per_thread,
+    gradient_layout,
+    programs_per_row,
     row_block,
+    row_inputs,
+    row_layout,
     row_tile,
-    rows_of,
-    walkers,
 )
 from ._math import policy_term
 from ._moments import PROGRAMS
 from ._softmax import (
     cap_kind,
+    logit_scale,
     row_logprob,
-    row_slope,
     write_gradient,
     write_zeros,
 )
@@ -45,7 +45,7 @@ def _term(
     HAS_OLD: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """(loss, grad_logprob) of a row: LossView::term of csrc/common/token_loss.h."""
+    """(loss, grad_logprob) of a row: LossArgs::term of csrc/common/token_loss.h."""
     advantage = tl.full((), 1.0, ACC)
     if HAS_ADVANTAGES:
         advantage = tl.load(advantages_ptr + row).to(ACC)
@@ -59,7 +59,7 @@ def _term(
             tl.full((), high, ACC),
             tl.full((), dual_clip, ACC),
         )
-        # A NaN compares like a clipped token, whose gradient is 0: it must not hide there.
+        # A NaN loss takes the clipped branch, whose gradient is 0: propagate the NaN instead.
         grad_logprob = tl.where(loss == loss, grad_logprob, loss)
     return loss * factor, grad_logprob * factor
 
@@ -77,7 +77,7 @@ def token_loss_fwd_kernel(
     logprob_ptr,
     entropy_ptr,
     grad_logprob_ptr,
-    stats_ptr,
+    row_stats_ptr,
     out_ptr,
     temperature: tl.float64,
     softcap: tl.float64,
@@ -103,7 +103,7 @@ def token_loss_fwd_kernel(
     HAS_H: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
     WITH_LOSS: tl.constexpr,
-    WITH_SLOPE: tl.constexpr,
+    WITH_GRAD_LOGPROB: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     ACC: tl.constexpr,
     R: tl.constexpr,
@@ -111,7 +111,7 @@ def token_loss_fwd_kernel(
     STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # WITH_LOSS: loss and statistics are wanted. HAS_H: L holds -entropy_coef * scale times the entropy.
+    # WITH_LOSS: loss and row_stats are wanted. HAS_H: the loss includes -entropy_coef * scale * entropy.
     row = tl.program_id(0).to(tl.int64)
     out = out_ptr + (row // inner_out) * stride_out_outer + (row % inner_out) * stride_out_inner
     if HAS_MASK:
@@ -119,30 +119,30 @@ def token_loss_fwd_kernel(
             tl.store(logprob_ptr + row, 0.0)
             if WITH_ENTROPY:
                 tl.store(entropy_ptr + row, 0.0)
-            if WITH_SLOPE:
+            if WITH_GRAD_LOGPROB:
                 tl.store(grad_logprob_ptr + row, 0.0)
             if WITH_LOSS:
                 tl.store(loss_ptr + row, 0.0)
-                tl.store(stats_ptr + row, 0.0)
-                tl.store(stats_ptr + N + row, 0.0)
+                tl.store(row_stats_ptr + row, 0.0)
+                tl.store(row_stats_ptr + N + row, 0.0)
             if WITH_GRAD:
                 write_zeros(out, V, 0, 1, BLOCK)
             return
     cap = tl.full((), softcap, ACC)
-    c, c_error, dz, dz_low, inverse = row_slope(
+    c, c_error, dz_du, dz_du_low, inverse = logit_scale(
         row, row_temperature_ptr, temperature, cap, HAS_ROW_T, CAP, ACC
     )
     row_ptr = (
         logits_ptr + (row // inner) * stride_logits_outer + (row % inner) * stride_logits_inner
     )
     target = tl.load(targets_ptr + row).to(tl.int64)
-    logprob, entropy, z, shifted_lse, mean = row_logprob(
+    logprob, entropy, row_max, shifted_lse, shifted_mean = row_logprob(
         row_ptr,
         V,
         target,
         c,
-        dz,
-        dz_low,
+        dz_du,
+        dz_du_low,
         cap,
         WITH_ENTROPY,
         CAP,
@@ -175,12 +175,12 @@ def token_loss_fwd_kernel(
     tl.store(logprob_ptr + row, logprob)
     if WITH_ENTROPY:
         tl.store(entropy_ptr + row, entropy)
-    if WITH_SLOPE:
+    if WITH_GRAD_LOGPROB:
         tl.store(grad_logprob_ptr + row, grad_logprob)
     if WITH_LOSS:
         tl.store(loss_ptr + row, loss)
-        tl.store(stats_ptr + row, z)
-        tl.store(stats_ptr + N + row, shifted_lse)
+        tl.store(row_stats_ptr + row, row_max)
+        tl.store(row_stats_ptr + N + row, shifted_lse)
     if WITH_GRAD:
         if (grad_logprob == 0.0) & (h == 0.0):
             write_zeros(out, V, 0, 1, BLOCK)
@@ -194,12 +194,12 @@ def token_loss_fwd_kernel(
             target,
             grad_logprob,
             h,
-            z,
+            row_max,
             shifted_lse,
-            mean,
+            shifted_mean,
             c,
             c_error,
-            dz,
+            dz_du,
             inverse,
             cap,
             True,
@@ -223,7 +223,7 @@ def token_loss_bwd_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # A row with 1 is not touched, one with 0 not read.
+    # A row with 1 is neither read nor written; one with 0 is not read.
     for index in range(tl.program_id(0), N, tl.num_programs(0)):
         row = tl.full((), index, tl.int64)
         factor = tl.load(upstream_ptr + row * stride_upstream).to(ACC)
@@ -256,11 +256,11 @@ def _launch(
     entropy=None,
     grad_logprob=None,
     loss=None,
-    stats=None,
+    row_stats=None,
 ):
-    """One program a row. The outputs are contiguous; None: not wanted. loss and stats come together."""
-    out_rows = None if out is None else gradient_rows(logits, out)
-    logits, rows, targets, row_t, mask, flags = logit_rows(logits, targets, row_temperature, mask)
+    """One program per row. Outputs are contiguous; None: not wanted. loss and row_stats come together."""
+    out_rows = None if out is None else gradient_layout(logits, out)
+    logits, rows, targets, row_t, mask, flags = row_inputs(logits, targets, row_temperature, mask)
     count, inner, stride_inner, stride_outer = rows
     if count == 0:
         return
@@ -268,7 +268,7 @@ def _launch(
     double = logits.dtype == torch.float64
     cap = cap_kind(softcap, double)
     constants = (advantages, old_logprob, scale_tensor)
-    outputs = (loss, logprob, entropy, grad_logprob, stats)
+    outputs = (loss, logprob, entropy, grad_logprob, row_stats)
     with device_guard(logits):
         token_loss_fwd_kernel[(count,)](
             logits,
@@ -298,9 +298,9 @@ def _launch(
             HAS_H=entropy_coef != 0.0,
             WITH_ENTROPY=entropy is not None,
             WITH_LOSS=loss is not None,
-            WITH_SLOPE=grad_logprob is not None,
+            WITH_GRAD_LOGPROB=grad_logprob is not None,
             WITH_GRAD=out is not None,
-            BLOCK=32 * elements_a_thread(double, cap),
+            BLOCK=32 * elements_per_thread(double, cap),
             **row_tile(double, cap),
             **flags,
         )
@@ -321,15 +321,15 @@ def forward(
     scale,
     out=None,
 ):
-    """(loss, logprob, grad_logprob, stats) of `fastrlhf.token_loss`, whose checks were made before.
+    """(loss, logprob, grad_logprob, row_stats) of `fastrlhf.token_loss`; the caller checks the arguments.
 
-    dL/dlogits for an upstream gradient of 1 goes into `out`, which may be `logits`; None: it is not made.
+    Writes dL/dlogits for an upstream gradient of 1 to `out`, which may be `logits`; None: not computed.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss, logprob, grad_logprob = (
         torch.empty(targets.shape, dtype=dtype, device=logits.device) for _ in range(3)
     )
-    stats = torch.empty((2, targets.numel()), dtype=dtype, device=logits.device)
+    row_stats = torch.empty((2, targets.numel()), dtype=dtype, device=logits.device)
     policy = (advantages, old_logprob, clip, dual_clip)
     settings = (row_temperature, temperature, softcap, mask, scale_tensor, scale)
     _launch(
@@ -342,9 +342,9 @@ def forward(
         logprob,
         grad_logprob=grad_logprob,
         loss=loss,
-        stats=stats,
+        row_stats=row_stats,
     )
-    return loss, logprob, grad_logprob, stats
+    return loss, logprob, grad_logprob, row_stats
 
 
 def rows_(
@@ -365,11 +365,10 @@ def rows_(
     entropy,
     grad_logprob,
 ):
-    """The row pass of the linear losses: L = sum over the rows of scale * (token_loss - entropy_coef * entropy).
+    """Row pass of the linear losses: L = sum over rows of scale * (token_loss - entropy_coef * entropy).
 
-    Writes dL/dlogits into `dlogits` (see `gradient_rows`; it may be `logits`), and into contiguous tensors of the rows
-    log-probs and, where given, entropies and grad_logprob = d loss / d logprob times scale, without the entropy's part.
-    Rows that do not count are 0 in all of them and are not read.
+    Writes dL/dlogits to `dlogits` (see `gradient_layout`; it may be `logits`), logprob [N] and, where given,
+    entropy [N] and grad_logprob [N] = scale * d token_loss / d logprob. Masked rows are not read and give 0.
     """
     if entropy_coef != 0.0 and entropy is None:
         raise ValueError("entropy must be given where entropy_coef is not 0")
@@ -388,19 +387,19 @@ def rows_(
 
 def backward(grad, upstream):
     """Multiplies row i of `grad` [..., V] by upstream[i]."""
-    rows = rows_of(grad)
+    rows = row_layout(grad)
     if rows is None:
         raise ValueError("grad needs a unit last stride and at most two row strides")
     count, width = rows[0], grad.shape[-1]
     if count == 0 or width == 0:
         return
-    # One number that was expanded is read where it lies.
+    # An expanded scalar is read with stride 0, not copied.
     axes = zip(upstream.shape, upstream.stride(), strict=True)
     expanded = all(stride == 0 or size == 1 for size, stride in axes)
     block, warps = row_block(width)
-    # Mostly nothing is to be done: few programs that look at many rows; more a row where rows are few.
+    # Most upstream gradients are 1: few programs check many rows each. Few rows get several programs each.
     across = min(count, PROGRAMS)
-    down = walkers(across, width, block)
+    down = programs_per_row(across, width, block)
     with device_guard(grad):
         token_loss_bwd_kernel[(across, down)](
             grad,

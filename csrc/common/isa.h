@@ -1,4 +1,4 @@
-// The choice of the instruction set of the CPU kernels at run time.
+// Run-time choice of the CPU instruction set.
 #pragma once
 
 #include <cstdlib>
@@ -26,8 +26,8 @@ inline std::vector<const char*> compiled_isas() {
 #endif
 }
 
-// The widest instruction set of this machine that the hot loops are compiled for.
-// FASTRLHF_CPU_ISA=baseline|avx2 lowers it, for tests.
+// The widest compiled instruction set that this machine supports. FASTRLHF_CPU_ISA=baseline|avx2
+// lowers it, for tests.
 inline Isa running_isa() {
 #ifdef RL_X86
   static const Isa isa = [] {
@@ -48,11 +48,11 @@ inline Isa running_isa() {
 #endif
 }
 
-// Calls the generic callable `body` compiled for each instruction set, choosing at run time:
+// Compiles `body` for each instruction set and calls the one for this machine:
 //   rl::dispatch_isa([&](auto fma) RL_LAMBDA_INLINE { hot loop });
-// `fma` is std::true_type where the instruction set fuses a product and a sum (multiply_add).
-// The body and all that it calls must be always_inline (RL_INLINE / RL_HD / RL_LAMBDA_INLINE),
-// because that is how they take on the caller's instruction set.
+// `fma` is std::true_type where the instruction set has FMA (see multiply_add). The body and all
+// functions it calls must be always_inline (RL_INLINE, RL_HD, RL_LAMBDA_INLINE): inlining is what
+// compiles them for the caller's target.
 #define RL_LAMBDA_INLINE __attribute__((always_inline))
 
 #ifdef RL_X86

@@ -1,7 +1,7 @@
-// Scalar maths shared by csrc/cpu and csrc/cuda.
+// Scalar maths shared by csrc/cpu and csrc/cuda. A is the accumulator type, float or double.
 //
-// Host versions are branch-free, so that an `omp simd` loop around them becomes vector code; every
-// function is always_inline, so that it takes on the instruction set of the loop it is called from.
+// Host versions are branch-free, so that `omp simd` loops around them vectorise, and always_inline,
+// so that they are compiled for the instruction set of the calling loop (isa.h).
 #pragma once
 
 #include <cmath>
@@ -19,15 +19,14 @@
 
 namespace rl {
 
-// ---- precision
-// -----------------------------------------------------------------------------------------------------
+// ---- precision -------------------------------------------------------------------------------
 
-// Sums are kept in fp32, and in fp64 for fp64 inputs.
+// Accumulator type: fp64 for fp64 inputs, else fp32.
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// exp(x) of anything below this is 0 in the accumulator; arguments are clamped here so that -inf
-// never meets 0 * inf.
+// exp(x) underflows to 0 below this. Clamping arguments to it keeps -inf out of products with
+// exp(x): no 0 * inf.
 template <typename A>
 RL_HD constexpr A exp_floor() {
   return std::is_same_v<A, double> ? A(-746) : A(-88);
@@ -46,7 +45,7 @@ RL_INLINE uint32_t float_to_bits(float value) {
 }
 
 #ifndef __CUDACC__
-// 16-bit floats on the host, by their bits; conversions are branch-free and round to nearest even.
+// 16-bit floats on the host. Conversions are branch-free and round to nearest even.
 struct bf16 {
   uint16_t bits;
 };
@@ -60,8 +59,7 @@ RL_INLINE float load(const bf16& x) { return bits_to_float(static_cast<uint32_t>
 RL_INLINE float load(const f16& x) {
   const uint32_t half = x.bits;
   const uint32_t sign = (half & 0x8000u) << 16;
-  // The exponent is rebiased by a multiplication with 2^112, which also normalises subnormal
-  // halves.
+  // Multiplying by 2^112 rebiases the exponent and normalises subnormal halves.
   const uint32_t finite = float_to_bits(bits_to_float((half & 0x7fffu) << 13) * 0x1p112f);
   const uint32_t special = ((half & 0x7fffu) << 13) | 0x7f800000u;
   return bits_to_float(((half & 0x7c00u) == 0x7c00u ? special : finite) | sign);
@@ -77,7 +75,7 @@ RL_INLINE void store(bf16& out, float x) {
 RL_INLINE void store(f16& out, float x) {
   const uint32_t bits = float_to_bits(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // Normal halves: rebias and round. Subnormal halves: adding 0.5 aligns the mantissa. The rest:
+  // Normal halves: rebias and round. Subnormal halves: adding 0.5 aligns the mantissa. Otherwise
   // inf or NaN.
   const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
   const uint32_t small = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
@@ -87,22 +85,20 @@ RL_INLINE void store(f16& out, float x) {
 }
 #endif
 
-// ---- exp, log, tanh
-// ------------------------------------------------------------------------------------------------
+// ---- exp, log, tanh ---------------------------------------------------------------------------
 
-// e^x for exp_floor <= x <= 88 on the host, exactly 0 below -87.7; NaN stays NaN. kFar: relative
-// error < 2e-7 at any x; without it one operation less, and an error that grows to |x| 6e-8.
-template <bool kFar>
+// e^x for exp_floor <= x <= 88 on the host, exactly 0 below -87.7; NaN stays NaN. kAccurate:
+// relative error < 2e-7 at any x. Otherwise one operation fewer, and a relative error of |x| 6e-8.
+template <bool kAccurate>
 RL_INLINE float exp_host(float x) {
-  // x log2(e) = n + r with |r| <= 1/2; adding and taking away 1.5 * 2^23 rounds to the nearest
-  // integer.
+  // x log2(e) = n + r with |r| <= 1/2. Adding and subtracting 1.5 * 2^23 rounds to an integer.
   constexpr float kLog2E = 1.44269504088896341f;
   const float shifted = x * kLog2E + 12582912.0f;
   const float n = shifted - 12582912.0f;
-  // n log(2) in two parts: so few bits in the first that the product is exact.
-  const float r =
-      kFar ? ((x - n * 0.693145751953125f) - n * 1.428606765330187e-6f) * kLog2E : x * kLog2E - n;
-  // 2^r, minimax of degree 6: relative error 2e-9 before rounding.
+  // log(2) in two parts; the first has so few bits that its product with n is exact.
+  const float r = kAccurate ? ((x - n * 0.693145751953125f) - n * 1.428606765330187e-6f) * kLog2E
+                            : x * kLog2E - n;
+  // 2^r by a minimax polynomial of degree 6: relative error 2e-9 before rounding.
   float p = 1.5353258640971035e-4f;
   p = p * r + 1.3399003073573112e-3f;
   p = p * r + 9.61843878030777e-3f;
@@ -110,23 +106,23 @@ RL_INLINE float exp_host(float x) {
   p = p * r + 0.24022647738456726f;
   p = p * r + 0.6931471824645996f;
   p = p * r + 1.0f;
-  // 2^n from its bits; n = -127 gives the bits of 0.
+  // 2^n from its bit pattern; n = -127 gives 0.
   return p * bits_to_float((float_to_bits(shifted) + 127) << 23);
 }
 
-// e^x for exp_floor <= x <= 88: callers clamp. For sums that the terms near x = 0 decide.
+// e^x for exp_floor <= x <= 88 (callers clamp). Most accurate near 0, where the terms that
+// dominate a softmax sum lie.
 RL_HD float exp_clamped(float x) {
 #ifdef __CUDA_ARCH__
-  // ex2.approx: relative error 2^-22 near 0, where the sums live. Subnormals would come out as
-  // such.
+  // ex2.approx: relative error 2^-22 near 0. The comparison flushes subnormal results to 0.
   return x < -87.7f ? 0.0f : __expf(x);
 #else
   return exp_host<false>(x);
 #endif
 }
 
-// The same to the last digits at any x.
-RL_HD float exp_far(float x) {
+// e^x on the same range, accurate to 2e-7 at any x.
+RL_HD float exp_accurate(float x) {
 #ifdef __CUDA_ARCH__
   return ::expf(x);
 #else
@@ -134,13 +130,13 @@ RL_HD float exp_far(float x) {
 #endif
 }
 
-RL_HD double exp_far(double x) { return ::exp(x); }
+RL_HD double exp_accurate(double x) { return ::exp(x); }
 
 RL_HD double exp_clamped(double x) { return ::exp(x); }
 
-// a b + c of a hot loop, rounded once: fused, or with the product in double, where that of two
-// floats is exact. fp64 without fused instructions rounds twice. (Not left to the compiler: a
-// product that it needs elsewhere, too, it does not fuse.)
+// a * b + c rounded once: an FMA, or for floats a double product, which is exact. fp64 without FMA
+// rounds twice. Contraction by the compiler is not enough: it does not fuse a product that is used
+// elsewhere as well.
 template <bool kFma, typename A>
 RL_INLINE A multiply_add(A a, A b, A c) {
   if constexpr (kFma) return std::fma(a, b, c);
@@ -148,14 +144,23 @@ RL_INLINE A multiply_add(A a, A b, A c) {
   return static_cast<A>(double{a} * double{b} + double{c});
 }
 
-// Clamps from below and keeps NaN.
+// a * b, never contracted into an FMA on CUDA.
+template <typename A>
+RL_HD A rounded_product(A a, A b) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<A, double>) return __dmul_rn(a, b);
+  if constexpr (std::is_same_v<A, float>) return __fmul_rn(a, b);
+#endif
+  return a * b;
+}
+
+// max(floor, x); NaN stays NaN.
 template <typename A>
 RL_HD A at_least(A floor, A x) {
   return floor > x ? floor : x;
 }
 
-// A value that the optimiser cannot see through. A constant floor would let it split loops by
-// predicate.
+// Hides a value from the optimiser, which would otherwise split a loop on a constant clamp.
 template <typename A>
 RL_INLINE A opaque(A x) {
   asm volatile("" : "+m"(x));
@@ -173,15 +178,14 @@ RL_HD float exp(float x) {
 #ifdef __CUDA_ARCH__
   return ::expf(x);
 #else
-  const float half = exp_far(at_least(exp_floor<float>(), 0.5f * (x > 178.0f ? 178.0f : x)));
+  const float half = exp_accurate(at_least(exp_floor<float>(), 0.5f * (x > 178.0f ? 178.0f : x)));
   return x < -87.7f ? 0.0f : half * half;
 #endif
 }
 
 RL_HD double exp(double x) { return ::exp(x); }
 
-// log(x) for positive finite x (host fp32: relative error < 1.5e-7); 0 gives -inf, negative gives
-// NaN.
+// log(x); 0 gives -inf, negative x NaN. Host fp32: relative error < 1.5e-7.
 RL_HD float log(float x) {
 #ifdef __CUDA_ARCH__
   return ::logf(x);
@@ -192,8 +196,7 @@ RL_HD float log(float x) {
 
 RL_HD double log(double x) { return ::log(x); }
 
-// tanh(x); odd polynomial near 0, 1 - 2 / (e^{2|x|} + 1) elsewhere, so that the relative error
-// stays below 2e-7.
+// tanh(x) by an odd polynomial near 0 and 1 - 2 / (e^{2|x|} + 1) elsewhere: relative error < 2e-7.
 RL_HD float tanh(float x) {
 #ifdef __CUDA_ARCH__
   return ::tanhf(x);
@@ -214,8 +217,8 @@ RL_HD float tanh(float x) {
 
 RL_HD double tanh(double x) { return ::tanh(x); }
 
-// 1 - tanh(x)^2 without the cancellation at large |x|: u (2 - u) with u = 1 - tanh|x| = 2 /
-// (e^{2|x|} + 1).
+// sech(x)^2 = 1 - tanh(x)^2 = u (2 - u) with u = 2 / (e^{2|x|} + 1), without cancellation at large
+// |x|.
 template <typename A>
 RL_HD A sech2(A x) {
   const A magnitude = x < A(0) ? -x : x;
@@ -224,13 +227,14 @@ RL_HD A sech2(A x) {
   return u * (A(2) - u);
 }
 
-// fp64 has digits to spare, and the exp above would make the CUDA kernel spill.
+// fp64 tolerates the cancellation, and the exp above would make the CUDA kernel spill.
 RL_HD double sech2(double x) {
   const double t = ::tanh(x);
   return (1.0 - t) * (1.0 + t);
 }
 
-// |log rho|, and the log-ratio of k3, are clamped here; k3 itself is bounded by kK3Limit.
+// Bound on |logprob - old_logprob| before exponentiation, in the policy ratio and in the k3
+// estimator.
 constexpr float kLogRatioLimit = 20.0f;
 
 template <typename A>
@@ -238,7 +242,7 @@ RL_HD A clamp(A x, A low, A high) {
   return x < low ? low : (x > high ? high : x);  // NaN stays NaN
 }
 
-// e^x - 1 - x for |x| <= 88 without cancellation: its Taylor series near 0 (relative error < 4e-8).
+// e^x - 1 - x for |x| <= 88. The Taylor series near 0 avoids cancellation: relative error < 4e-8.
 RL_HD float expm1_excess(float x) {
   float p = 1.0f / 362880;
   p = p * x + 1.0f / 40320;
@@ -248,13 +252,13 @@ RL_HD float expm1_excess(float x) {
   p = p * x + 1.0f / 24;
   p = p * x + 1.0f / 6;
   p = p * x + 0.5f;
-  const float far = exp_far(x) - 1.0f - x;
-  return (x < 0.0f ? -x : x) < 0.5f ? x * x * p : far;
+  const float direct = exp_accurate(x) - 1.0f - x;
+  return (x < 0.0f ? -x : x) < 0.5f ? x * x * p : direct;
 }
 
 RL_HD double expm1_excess(double x) { return ::expm1(x) - x; }
 
-// log(1 + x) for 0 <= x <= 1: 2 atanh(x / (2 + x)), whose series ends soon (relative error < 1e-7).
+// log(1 + x) for 0 <= x <= 1 as 2 atanh(x / (2 + x)) by its series: relative error < 1e-7.
 RL_HD float log1p_unit(float x) {
 #ifdef __CUDA_ARCH__
   return ::log1pf(x);
@@ -274,11 +278,12 @@ RL_HD float log1p_unit(float x) {
 
 RL_HD double log1p_unit(double x) { return ::log1p(x); }
 
-// -log sigmoid(x), and its derivative sigmoid(x) - 1.
+// -log sigmoid(x).
 template <typename A>
 RL_HD A neg_log_sigmoid(A x) {
   return log1p_unit(exp(x < A(0) ? x : -x)) - (x < A(0) ? x : A(0));
 }
+// Its derivative, sigmoid(x) - 1.
 template <typename A>
 RL_HD A neg_log_sigmoid_grad(A x) {
   return A(-1) / (A(1) + exp(x));

@@ -1,11 +1,11 @@
-// Count, mean and sum of squared deviations, shared by csrc/cpu and csrc/cuda.
+// Count, mean and sum of squared deviations (m2) on both devices, and whitening by them.
 #pragma once
 
 #include "math.h"
 
 namespace rl {
 
-// Merging two is exact in exact arithmetic (Chan et al. 1979); equal means leave no deviation.
+// merge(): Chan et al. 1979. Merging equal means adds nothing to m2.
 template <typename S>
 struct MomentsOf {
   S count = 0;
@@ -24,19 +24,19 @@ struct MomentsOf {
 
 using Moments = MomentsOf<double>;
 
-// The same without a division until the end, for threads that merge many: the count, and the sums
-// of x - pivot and of its square. Sums about one pivot merge by addition; moved() changes the
-// pivot. The pivot is one of the values: then squares <= count * m2, so that m2 keeps its digits
-// wherever the mean lies. Its relative error is a few times count * 2^-53 where the pivot is an
-// outlier from which all variance comes, and a few times 2^-53 elsewhere; equal values leave
-// exactly 0.
+// Moments in a form that merges without division: sums of (x - pivot) and (x - pivot)^2. Sums with
+// the same pivot merge by addition; with_pivot() changes the pivot.
+//
+// The pivot is one of the values, hence squares <= count * m2, and m2 keeps its precision wherever
+// the mean lies: its relative error is a few 2^-53, and a few count * 2^-53 if the pivot is an
+// outlier that accounts for all of the variance. Equal values give exactly 0.
 struct PivotedSums {
   double pivot = 0;
   double count = 0;
   double sum = 0;
   double squares = 0;
 
-  RL_HD PivotedSums moved(double to) const {
+  RL_HD PivotedSums with_pivot(double to) const {
     const double by = pivot - to, shift = count * by;
     return {to, count, sum + shift, squares + by * (2.0 * sum + shift)};
   }
@@ -52,7 +52,8 @@ struct PivotedSums {
   }
 };
 
-// Those of one thread in S, about its first value of type A; it meets fewer than 2^31.
+// PivotedSums of the values of one thread (fewer than 2^31), summed in S; the pivot is its first
+// value.
 template <typename A, typename S>
 struct PivotedValues {
   A pivot = 0;
@@ -60,7 +61,7 @@ struct PivotedValues {
   S squares = 0;
   int count = 0;
 
-  // Those x whose bit in `keep` is set.
+  // Adds every x[j] with bit j of `keep` set.
   template <int kCount>
   RL_HD void add(const A (&x)[kCount], unsigned keep) {
 #ifdef __CUDACC__
@@ -87,8 +88,8 @@ struct PivotedValues {
 
 // ---- whitening --------------------------------------------------------------------------------
 
-// (x - mean) * scale + shift, with scale = 1 / sqrt(var + 1e-8) and the mean again as shift if it
-// is to stay.
+// out = (x - mean) * scale + shift with scale = 1 / sqrt(var + 1e-8). shift_mean: the output has
+// mean 0; otherwise shift = mean restores the mean.
 template <typename A>
 struct Whitening {
   A mean = 0;

@@ -1,7 +1,7 @@
-// ppo_loss: what the CPU and CUDA implementations share. The sums of the metrics, how two merge,
-// loss and metrics from the sums, the checks of the raw op, and its outputs.
+// PPO on both devices: the per-token policy and value losses (also used by token_loss), and of the
+// op ppo_loss the metrics, their reduction, checks and outputs.
 //
-// Shapes: every tensor N tokens, 1-d or 2-d; metrics [kMetrics].
+// Shapes: tokens [N] or [B, T], N in all; metrics [kMetrics].
 #pragma once
 
 #include <tuple>
@@ -12,34 +12,36 @@
 
 namespace rl {
 
-// The clipped policy loss of one token: max(-A rho, -A clip(rho, low, high)), at most -A *
-// dual_clip where A < 0. A dual_clip of infinity is none.
+// Clipped policy loss of one token with advantage A and rho = exp(logprob - old_logprob):
+//   max(-A rho, -A clip(rho, low, high)), and where A < 0 at most -A * dual_clip.
+// An infinite dual_clip disables the bound.
 template <typename A>
 struct PolicyTerm {
   A loss;
   A grad;  // d loss / d logprob
   A ratio;
   A kl;       // rho - 1 - log rho
-  A clipped;  // 1 where the clip decides
+  A clipped;  // 1 if the clipped term is the larger one
 };
 
 template <typename A>
 RL_HD PolicyTerm<A> policy_term(A logprob, A old_logprob, A advantage, A low, A high, A dual_clip) {
   const A d = logprob - old_logprob;
   const A log_ratio = clamp(d, A(-kLogRatioLimit), A(kLogRatioLimit));
-  const A ratio = exp_far(log_ratio);
+  const A ratio = exp_accurate(log_ratio);
   const A unclipped = -advantage * ratio;
   const A clipped = -advantage * clamp(ratio, low, high);
   const A bound = advantage < A(0) ? -advantage * dual_clip : A(INFINITY);
   const A larger = clipped > unclipped ? clipped : unclipped;
   const A inside = clipped > unclipped ? A(0) : unclipped;
-  const A free = bound < larger ? A(0) : inside;
-  return {bound < larger ? bound : larger, log_ratio == d ? free : A(0), ratio,
+  const A grad = bound < larger ? A(0) : inside;
+  return {bound < larger ? bound : larger, log_ratio == d ? grad : A(0), ratio,
           expm1_excess(log_ratio), clipped > unclipped ? A(1) : A(0)};
 }
 
-// Half the larger of the squared errors of v and of clip(v, old - clip, old + clip). A clip of
-// infinity is none.
+// Clipped value loss of one token:
+//   max((v - target)^2, (clip(v, old - clip, old + clip) - target)^2) / 2.
+// An infinite clip disables clipping.
 template <typename A>
 struct ValueTerm {
   A loss;
@@ -56,7 +58,7 @@ RL_HD ValueTerm<A> value_term(A value, A old_value, A target, A clip) {
   return {A(0.5) * chosen * chosen, clipped ? A(0) : error, clipped ? A(1) : A(0)};
 }
 
-// The order of METRICS in fastrlhf/ops/ppo_loss.py.
+// In the order of METRICS in fastrlhf/ops/ppo_loss.py.
 enum Metric {
   kPolicyLoss,
   kApproxKl,
@@ -70,9 +72,10 @@ enum Metric {
   kMetrics
 };
 
+// Sums over the unmasked tokens, and the moments of returns and value errors.
 template <typename S>
 struct PpoSums {
-  S sum[kMetrics] = {};  // kRatioMax holds the largest, kExplainedVariance is unused
+  S sum[kMetrics] = {};  // kRatioMax: a maximum; kExplainedVariance: unused
   MomentsOf<S> target;
   MomentsOf<S> error;
 
@@ -88,7 +91,7 @@ struct PpoSums {
   }
 };
 
-// Writes metrics [kMetrics] and returns the loss. `normaliser`: unmasked tokens, at least 1.
+// Writes metrics [kMetrics] and returns the loss. normaliser = max(1, number of unmasked tokens).
 RL_HD double ppo_finish(const PpoSums<double>& all, double normaliser, double value_coef,
                         double entropy_coef, float* metrics) {
   const double explained = all.target.m2 > 0 ? 1 - all.error.m2 / all.target.m2 : 0;
@@ -96,7 +99,7 @@ RL_HD double ppo_finish(const PpoSums<double>& all, double normaliser, double va
 #pragma unroll
 #endif
   for (int i = 0; i < kMetrics; ++i) metrics[i] = static_cast<float>(all.sum[i] / normaliser);
-  // A maximum passes over NaN, a sum does not.
+  // The maximum ignores NaN; the sum propagates it.
   const double ratios = all.sum[kRatioMean];
   metrics[kRatioMax] = static_cast<float>(ratios == ratios ? all.sum[kRatioMax] : ratios);
   metrics[kExplainedVariance] = static_cast<float>(explained);
@@ -104,7 +107,7 @@ RL_HD double ppo_finish(const PpoSums<double>& all, double normaliser, double va
          entropy_coef * (all.sum[kEntropy] / normaliser);
 }
 
-// The tensors of one call of the raw op.
+// Tensor arguments of the raw op.
 struct PpoInputs {
   const Tensor &logprob, &old_logprob, &advantages;
   const std::optional<Tensor>&values, &old_values, &returns, &entropy;
@@ -124,9 +127,9 @@ struct PpoInputs {
   }
 };
 
-// loss [], metrics [kMetrics] fp32, and grads [k, ...], those of logprob, values and entropy one
-// after the other, of the tensors that are given: the backward scales them in one launch. k = 0:
-// not wanted.
+// loss [], metrics [kMetrics] fp32 and grads [k, ...]: the gradients with respect to logprob,
+// values and entropy, stacked so that the backward scales all of them in one launch. Absent tensors
+// have no entry; k = 0 if no gradient is wanted.
 struct PpoOutputs {
   Tensor loss, metrics, grads;
 
@@ -140,7 +143,7 @@ struct PpoOutputs {
         values_(in.values.has_value()),
         entropy_(in.entropy.has_value()) {}
 
-  // Where a gradient goes; null where it is not wanted.
+  // Output pointers of the gradients; null: not wanted.
   template <typename A>
   A* grad_logprob() const {
     return at<A>(with_grad_, 0);

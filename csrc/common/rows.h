@@ -1,7 +1,6 @@
-// token_logprob: what the CPU and CUDA implementations share. Host checks, and the rows as kernels
-// see them.
+// Inputs of the ops on rows of logits: memory layout, per-row arguments, and their checks.
 //
-// Shapes: logits [..., V] with at most two row strides, N rows; targets, mask, row_temperature: N.
+// Shapes: logits [..., V] with at most two row strides; N rows. targets, mask, row_temperature [N].
 #pragma once
 
 #include "softmax.h"
@@ -9,10 +8,10 @@
 
 namespace rl {
 
-// Leading dimensions of a [..., V] tensor as at most two strides, without a copy: row r starts at
-// (r / inner) * outer_stride + (r % inner) * inner_stride. A slice logits[:, :-1] of [B, T, V] is
-// such a layout.
-struct Rows {
+// The leading dimensions of a [..., V] tensor as at most two strides, so that slices such as
+// logits[:, :-1] of [B, T, V] need no copy. Row r starts at element
+//   (r / inner) * outer_stride + (r % inner) * inner_stride.
+struct RowLayout {
   int64_t count = 1;         // N
   int64_t inner = 1;         // rows per outer step
   int64_t inner_stride = 0;  // elements
@@ -25,18 +24,19 @@ struct Rows {
   }
 };
 
-// False when the layout needs a copy (last stride not 1, or three independent leading strides).
-inline bool rows_of(const Tensor& t, Rows& rows) {
+// Fills `rows`; false if the tensor must be copied first (last stride other than 1, or three
+// independent leading strides).
+inline bool row_layout(const Tensor& t, RowLayout& rows) {
   const int64_t dim = t.dim();
   RL_CHECK(dim >= 1, "logits must have at least one dimension");
-  rows = Rows{};
+  rows = RowLayout{};
   rows.width = t.size(dim - 1);
   for (int64_t d = 0; d < dim - 1; ++d) rows.count *= t.size(d);
-  if (rows.count == 0) return true;  // whatever the strides, which a copy of nothing may keep
+  if (rows.count == 0) return true;  // copying an empty tensor may keep its odd strides
   if (rows.width > 1 && t.stride(dim - 1) != 1) return false;
   int64_t sizes[2] = {1, 1};
   int64_t strides[2] = {0, 0};
-  int groups = 0;  // groups of leading dimensions that collapse into one stride, innermost first
+  int groups = 0;  // runs of leading dimensions that share one stride, innermost first
   for (int64_t d = dim - 2; d >= 0; --d) {
     const int64_t size = t.size(d);
     if (size == 1) continue;
@@ -56,16 +56,16 @@ inline bool rows_of(const Tensor& t, Rows& rows) {
   return true;
 }
 
-// Plain pointers and numbers: passed to CUDA kernels by value.
-struct RowsView {
-  Rows rows;
-  const void* targets = nullptr;
-  const bool* mask = nullptr;             // nullptr: every row counts
-  const void* row_temperature = nullptr;  // nullptr: `temperature` for every row
+// Per-row arguments as plain pointers and numbers: passed to CUDA kernels by value.
+struct RowArgs {
+  RowLayout rows;
+  const void* targets = nullptr;          // [N], int64 or int32
+  const bool* mask = nullptr;             // [N]; null: every row counts
+  const void* row_temperature = nullptr;  // [N], fp64 or fp32; null: `temperature` for every row
   double temperature = 1;
   double softcap = 0;
-  bool wide_targets = true;       // int64, else int32
-  bool wide_temperature = false;  // fp64, else fp32
+  bool wide_targets = true;       // int64
+  bool wide_temperature = false;  // fp64
 
   RL_HD int64_t target(int64_t row) const {
     return wide_targets ? static_cast<const int64_t*>(targets)[row]
@@ -77,72 +77,72 @@ struct RowsView {
   }
   RL_HD bool counts(int64_t row) const { return mask == nullptr || mask[row]; }
   template <typename A>
-  RL_HD RowMaths<A> maths(int64_t row) const {
+  RL_HD LogitTransform<A> transform(int64_t row) const {
     const double exact = row_temperature ? row_temperature_of(row) : temperature;
     const A t = static_cast<A>(exact), scale = A(1) / t;
-    const A missed = std::fma(-scale, t, A(1)) - scale * static_cast<A>(exact - t);
-    return {scale, static_cast<A>(softcap), scale * missed};
+    const A error = std::fma(-scale, t, A(1)) - scale * static_cast<A>(exact - t);
+    return {scale, static_cast<A>(softcap), scale * error};
   }
 };
 
-// The view, and the tensors that keep its pointers alive.
-struct Batch {
+// RowArgs and the tensors that own its memory.
+struct RowInputs {
   Tensor logits, targets;
   std::optional<Tensor> mask, row_temperature;
-  RowsView view;
+  RowArgs args;
 };
 
-// Checks the tensors of one value a row, and puts them into the view, whose rows are known.
-inline void set_per_row(Batch& b, const Tensor& targets,
+// Checks the per-row tensors and stores them in `in`, whose args.rows is set.
+inline void set_per_row(RowInputs& in, const Tensor& targets,
                         const std::optional<Tensor>& row_temperature, double temperature,
                         double softcap, const std::optional<Tensor>& mask) {
-  RowsView& v = b.view;
+  RowArgs& v = in.args;
   v.temperature = temperature;
   v.softcap = softcap;
-  b.targets = as_contiguous(targets);
+  in.targets = as_contiguous(targets);
   const ScalarType index = targets.scalar_type();
   RL_CHECK(index == ScalarType::Long || index == ScalarType::Int, "targets must be int32 or int64");
   RL_CHECK(targets.numel() == v.rows.count, "targets must have one element per row of logits");
   v.wide_targets = index == ScalarType::Long;
-  v.targets = b.targets.const_data_ptr();
+  v.targets = in.targets.const_data_ptr();
   if (mask) {
     RL_CHECK(mask->scalar_type() == ScalarType::Bool && mask->numel() == v.rows.count,
              "mask must be bool, one a row");
-    b.mask = as_contiguous(*mask);
-    v.mask = static_cast<const bool*>(b.mask->const_data_ptr());
+    in.mask = as_contiguous(*mask);
+    v.mask = static_cast<const bool*>(in.mask->const_data_ptr());
   }
   if (row_temperature) {
     const ScalarType dtype = row_temperature->scalar_type();
     RL_CHECK((dtype == ScalarType::Float || dtype == ScalarType::Double) &&
                  row_temperature->numel() == v.rows.count,
              "row_temperature must be float32 or float64, one a row");
-    b.row_temperature = as_contiguous(*row_temperature);
+    in.row_temperature = as_contiguous(*row_temperature);
     v.wide_temperature = dtype == ScalarType::Double;
-    v.row_temperature = b.row_temperature->const_data_ptr();
+    v.row_temperature = in.row_temperature->const_data_ptr();
   }
 }
 
-inline Batch make_batch(const Tensor& logits, const Tensor& targets,
-                        const std::optional<Tensor>& row_temperature, double temperature,
-                        double softcap, const std::optional<Tensor>& mask) {
-  Batch b{logits, targets, std::nullopt, std::nullopt, {}};
+inline RowInputs row_inputs(const Tensor& logits, const Tensor& targets,
+                            const std::optional<Tensor>& row_temperature, double temperature,
+                            double softcap, const std::optional<Tensor>& mask) {
+  RowInputs in{logits, targets, std::nullopt, std::nullopt, {}};
   RL_CHECK(is_float_dtype(logits.scalar_type()),
            "logits must be float32, bfloat16, float16 or float64");
-  if (!rows_of(b.logits, b.view.rows)) {
-    b.logits = as_contiguous(logits);
-    rows_of(b.logits, b.view.rows);
+  if (!row_layout(in.logits, in.args.rows)) {
+    in.logits = as_contiguous(logits);
+    row_layout(in.logits, in.args.rows);
   }
-  set_per_row(b, targets, row_temperature, temperature, softcap, mask);
-  return b;
+  set_per_row(in, targets, row_temperature, temperature, softcap, mask);
+  return in;
 }
 
-inline void check_stats(const Batch& b, const Tensor& stats) {
-  RL_CHECK(stats.is_contiguous() && stats.numel() == 3 * b.view.rows.count &&
-               stats.scalar_type() == acc_dtype(b.logits.scalar_type()),
-           "stats must be contiguous [3, N] in the outputs' dtype");
+inline void check_stats(const RowInputs& in, const Tensor& row_stats) {
+  RL_CHECK(row_stats.is_contiguous() && row_stats.numel() == 3 * in.args.rows.count &&
+               row_stats.scalar_type() == acc_dtype(in.logits.scalar_type()),
+           "row_stats must be contiguous [3, N] in the outputs' dtype");
 }
 
-// Upstream gradients of the N rows; a missing one is 0.
+// Upstream gradients [N]; null means 0.
 template <typename A>
 struct Upstream {
   const A* logprob;
@@ -154,19 +154,19 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
   return {sizes.begin(), sizes.end()};
 }
 
-// The rows of `out`, which takes dL/dlogits: the logits themselves or a tensor like them.
-// may_narrow: or of a 16-bit dtype where they are fp32; then it must not overlap them.
-inline Rows gradient_rows(const Tensor& logits, const Tensor& out, bool may_narrow = false) {
-  Rows rows, from;
+// Layout of `out`, the output of dL/dlogits: the logits themselves or a tensor like them. With
+// may_narrow, also a 16-bit tensor for fp32 logits, which must not overlap them.
+inline RowLayout gradient_layout(const Tensor& logits, const Tensor& out, bool may_narrow = false) {
+  RowLayout rows, from;
   const ScalarType dtype = out.scalar_type();
   const bool narrow = may_narrow && logits.scalar_type() == ScalarType::Float &&
                       (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half);
-  RL_CHECK(rows_of(out, rows) && shape_of(out) == shape_of(logits) &&
+  RL_CHECK(row_layout(out, rows) && shape_of(out) == shape_of(logits) &&
                (narrow || dtype == logits.scalar_type()),
            "out must be like logits, with unit last stride and at most two row strides",
            may_narrow ? "; or of 16 bits where they are float32" : "");
-  if (narrow && rows.count > 0 && rows_of(logits, from)) {
-    const auto end = [](const Tensor& t, const Rows& r) {
+  if (narrow && rows.count > 0 && row_layout(logits, from)) {
+    const auto end = [](const Tensor& t, const RowLayout& r) {
       return static_cast<const char*>(t.const_data_ptr()) +
              (r.offset(r.count - 1) + r.width) * t.element_size();
     };

@@ -1,17 +1,17 @@
-// Maths of the sequence ops, shared by csrc/cpu and csrc/cuda: KL rewards, GAE, whitening.
+// Maths of the sequence ops (kl_reward, gae, kl_gae) on both devices: KL rewards and GAE.
 #pragma once
 
 #include "math.h"
 
 namespace rl {
 
-constexpr float kK3Limit = 10.0f;
-
 // ---- KL rewards -------------------------------------------------------------------------------
 
 enum class KlEstimator : int64_t { k1, k2, k3, abs };
+constexpr float kK3Limit = 10.0f;  // upper bound of the k3 estimate
 
-// Estimate of KL(pi | ref) from one sampled token.
+// Estimate of KL(pi | ref) from one sampled token, with d = logprob - ref_logprob:
+//   k1: d,  k2: d^2 / 2,  k3: e^-d - 1 + d,  abs: |d|.
 template <KlEstimator E, typename A>
 RL_HD A kl_term(A logprob, A ref_logprob) {
   const A d = logprob - ref_logprob;
@@ -22,18 +22,8 @@ RL_HD A kl_term(A logprob, A ref_logprob) {
   return kl > A(kK3Limit) ? A(kK3Limit) : kl;
 }
 
-// a * b, never fused with a neighbouring addition on CUDA: kl_reward and kl_gae must agree bit for
-// bit.
-template <typename A>
-RL_HD A rounded_product(A a, A b) {
-#ifdef __CUDA_ARCH__
-  if constexpr (std::is_same_v<A, double>) return __dmul_rn(a, b);
-  if constexpr (std::is_same_v<A, float>) return __fmul_rn(a, b);
-#endif
-  return a * b;
-}
-
-// The reward of a token that does not carry the score.
+// The reward -beta * kl of a token; the caller adds the score to the last one. The product is never
+// contracted with that sum on CUDA, so kl_reward and kl_gae agree bitwise.
 template <typename A>
 RL_HD A kl_penalty(A beta, A kl) {
   return A(0) - rounded_product(beta, kl);
@@ -41,7 +31,7 @@ RL_HD A kl_penalty(A beta, A kl) {
 
 // ---- GAE --------------------------------------------------------------------------------------
 
-// delta_t = r_t + gamma * V_{t+1} - V_t, and A_t = delta_t + gamma * lam * A_{t+1}.
+// delta_t = r_t + gamma * V_{t+1} - V_t;  A_t = delta_t + gamma * lam * A_{t+1}.
 template <typename A>
 RL_HD A td_error(A reward, A value, A next_value, A gamma) {
   return reward + gamma * next_value - value;
@@ -51,16 +41,17 @@ RL_HD A gae_step(A delta, A next_advantage, A gamma_lam) {
   return delta + gamma_lam * next_advantage;
 }
 
-// A run of steps as one: A at its begin = delta + factor * (A behind its end). {0, 1} is no step.
+// A segment of GAE steps as one affine map, A_begin = delta + factor * A_end, where A_end is the
+// advantage of the step after the segment. {0, 1} is the identity. Segments compose associatively.
 template <typename A>
-struct GaeRun {
+struct GaeSegment {
   A delta;
   A factor;
 
-  RL_HD A from(A next_advantage) const { return gae_step(delta, next_advantage, factor); }
-  // This run and then `later`; exact where either is no step.
-  RL_HD GaeRun followed_by(const GaeRun& later) const {
-    return {from(later.delta), factor * later.factor};
+  RL_HD A apply(A next_advantage) const { return gae_step(delta, next_advantage, factor); }
+  // This segment followed in time by `later`; exact if either is the identity.
+  RL_HD GaeSegment followed_by(const GaeSegment& later) const {
+    return {apply(later.delta), factor * later.factor};
   }
 };
 

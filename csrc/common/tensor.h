@@ -1,7 +1,7 @@
-// Argument checks and small tensor helpers on the LibTorch Stable ABI, for csrc/cpu and csrc/cuda.
+// Argument checks and tensor allocation on the LibTorch Stable ABI, for csrc/cpu and csrc/cuda.
 //
-// Users meet their mistakes in fastrlhf/ops (TypeError, ValueError with names); these checks guard
-// the raw ops.
+// fastrlhf/ops reports user errors (TypeError, ValueError) by argument name. The checks here guard
+// direct calls of the raw ops.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -29,7 +29,7 @@ using torch::stable::Tensor;
 
 #define RL_CHECK(cond, ...) STD_TORCH_CHECK(cond, __VA_ARGS__)
 
-// A message without function name and line: for conditions that a user can cause and read about.
+// For user errors that only the kernel can detect: the message carries no function name or line.
 [[noreturn]] inline void user_error(const std::string& message) {
   throw std::runtime_error(message);
 }
@@ -39,19 +39,25 @@ inline bool is_float_dtype(ScalarType t) {
          t == ScalarType::BFloat16;
 }
 
-// The dtype of sums and of per-token outputs: fp64 for fp64 inputs, else fp32.
+// Accumulator dtype, also of per-token outputs: fp64 for fp64 inputs, else fp32.
 inline ScalarType acc_dtype(ScalarType t) {
   return t == ScalarType::Double ? t : ScalarType::Float;
+}
+
+// Calls body(A{}) with the accumulator type of `like`.
+template <typename F>
+auto with_acc(const Tensor& like, const F& body) {
+  return like.scalar_type() == ScalarType::Double ? body(double{}) : body(float{});
 }
 
 inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
-// Tests set it: fresh CPU memory holds NaN, so that reading what nobody wrote shows.
+// Set by tests: fills new CPU tensors with NaN, so that a read of unwritten memory shows.
 inline bool fresh_memory_is_nan = false;
 
-// Not torch::stable::empty, whose way through the dispatcher costs as much as a small op.
+// torch::stable::empty goes through the dispatcher, which costs as much as a small op.
 inline Tensor empty_on(const torch::stable::Device& device, const std::vector<int64_t>& sizes,
                        ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
@@ -72,15 +78,15 @@ inline Tensor empty_like_device(const Tensor& like, const std::vector<int64_t>& 
   return empty_on(like.device(), sizes, dtype);
 }
 
-// An output of one float per token of `like`.
+// An output with the shape of `like` and the accumulator's dtype.
 inline Tensor new_tokens(const Tensor& like) {
   std::vector<int64_t> sizes(like.dim());
   for (int64_t d = 0; d < like.dim(); ++d) sizes[d] = like.size(d);
   return empty_like_device(like, sizes, acc_dtype(like.scalar_type()));
 }
 
-// Several outputs of one shape as one tensor [count, ...]: one allocation, which the C library
-// recycles where it hands the pages of several smaller ones back to the system after each call.
+// `count` outputs with the shape of `like`, stacked: [count, ...]. malloc recycles one large block;
+// it returns the pages of several smaller ones to the system after every call.
 inline Tensor new_stacked_tokens(const Tensor& like, int64_t count) {
   std::vector<int64_t> sizes{count};
   for (int64_t d = 0; d < like.dim(); ++d) sizes.push_back(like.size(d));

@@ -1,15 +1,16 @@
-// The GAE recurrence over many sequences: the core of gae and kl_gae.
+// The GAE recurrence over many sequences, for gae and kl_gae:
+//   A_t = delta_t + gamma * lam * A_{t+1}.
 //
-// Each sequence is one serial chain (A_t needs A_{t+1}), bound by the latency of a multiply and an
-// add. So kLanes sequences advance together, step by step from their ends, and hide each other's
-// latency. Each lane works through chunks of its own: the TD errors of a chunk are vector code,
-// then the chains run until some lane's chunk is done, which is written out, and the lane goes on
-// to its next chunk or to the next sequence. So ragged lengths cost nothing, and memory is read and
-// written in long runs.
+// A sequence is one serial chain, bound by the latency of a multiply and an add. kLanes sequences
+// advance together from their ends and hide each other's latency. Each lane processes its sequence
+// in chunks: vectorised TD errors first, then the chains, until the shortest chunk is done. That
+// lane writes its chunk and takes the next one, of the same sequence or of the next. Ragged lengths
+// therefore cost nothing, and memory is accessed in long runs.
 //
-// The arithmetic of a sequence is that of the naive loop, whatever shares its group. On x86-64 it
-// is equal to that loop bit for bit: no product is fused with an addition, because the chains are
-// compiled for the baseline instruction set and td_errors() rounds its products to memory.
+// Each sequence is computed with the arithmetic of the naive loop, whatever runs in the other
+// lanes. On x86-64 the result is bitwise identical to that loop: the chains are compiled for the
+// baseline instruction set, without FMA, and td_errors() stores its products before it adds to
+// them.
 #pragma once
 
 #include "../common/sequence.h"
@@ -17,7 +18,7 @@
 
 namespace rl {
 
-// Given rewards, with the interface of KlRewards.
+// Rewards given as a tensor, with the interface of KlRewards (sequence.cpp).
 template <typename A>
 class GivenRewards {
  public:
@@ -55,20 +56,20 @@ class GaeScan {
 
  private:
   static constexpr int kLanes = 8;
-  static constexpr int64_t kChunk = 512;  // the advantages of all lanes stay in L1
+  static constexpr int64_t kChunk = 512;  // so that the chunks of all lanes fit L1
   static_assert(kChunk <= kBlock);
 
-  // Rows of T floats lie a power of two apart only too often, and would evict each other from L1:
-  // the chains run in here, with the lanes a cache line off such a distance.
+  // The chains run in this buffer. Sequences are often a power of two apart and would evict each
+  // other from L1; the padding offsets the lanes by a cache line.
   struct alignas(64) Chunk {
     A advantage[kChunk];  // TD errors at first
     A value[kChunk];
     A factor[kChunk];
-    A apart[64 / sizeof(A)];
+    A padding[64 / sizeof(A)];
   };
 
-  // A sequence in progress: the tokens [begin, start) are still to be loaded, the first `left` of
-  // the `count` from `start` still to be scanned. An idle lane scans zeros for ever.
+  // A sequence in progress. Tokens [begin, start) are not loaded yet; of the loaded chunk
+  // [start, start + count), the first `left` are not scanned yet. An idle lane scans zeros.
   struct Lane {
     int64_t b = 0;
     int64_t begin = 0;
@@ -86,14 +87,14 @@ class GaeScan {
   RL_INLINE void run_range(const Sequences& sequences, int64_t next, int64_t last) const {
     Chunk chunks[kLanes];
     Lane lanes[kLanes];
-    Lane upcoming;  // the sequence that the next free lane takes; idle where none is left
+    Lane upcoming;  // the next sequence; idle if none is left
     int busy = 0;
-    int masked = 0;  // lanes whose chunk has holes
+    int masked = 0;  // lanes whose chunk has masked tokens
     const auto prepare = [&]() RL_LAMBDA_INLINE {
       upcoming = Lane{};
       while (next < last && upcoming.start == upcoming.begin) open(upcoming, sequences, next++);
     };
-    // Hands lane i its next chunk, of its own sequence or of the next one.
+    // Loads the next chunk of lane i, of its sequence or of the next one.
     const auto feed = [&](int i) RL_LAMBDA_INLINE {
       Lane& lane = lanes[i];
       if (lane.start == lane.begin) {
@@ -128,8 +129,8 @@ class GaeScan {
     }
   }
 
-  // Only the tokens from the first to the last unmasked one take part; outputs of those outside are
-  // 0. Padding is most of what masks hold.
+  // Starts a lane on sequence b. Scans only from the first to the last unmasked token, because most
+  // masks are padding; outputs outside that range are 0.
   RL_INLINE void open(Lane& lane, const Sequences& sequences, int64_t b) const {
     const int64_t begin = sequences.begin(b), end = sequences.end(b);
     const auto [first, last] = mask_.kept_range(begin, end);
@@ -168,14 +169,14 @@ class GaeScan {
         returns[t] = blend(keep[t], a[t] + v[t], A(0));
       }
     } else {
-      // Two loops: inputs and outputs often lie at the same offset of a page, and a load that
-      // follows a store to such an address waits for it.
+      // Two loops: inputs and outputs often have the same page offset, and a load that follows a
+      // store with the same offset stalls (4K aliasing).
       for (int64_t t = 0; t < lane.count; ++t) returns[t] = a[t] + v[t];
       std::copy(a, a + lane.count, advantages);
     }
   }
 
-  // TD errors to advantages in place, one serial chain per lane.
+  // Turns TD errors into advantages in place, one serial chain per lane.
   __attribute__((noinline)) void scan(Lane* lanes, Chunk* chunks, int64_t steps) const {
     A carry[kLanes];
     A* at[kLanes];
@@ -193,7 +194,7 @@ class GaeScan {
     for (int i = 0; i < kLanes; ++i) lanes[i].next_advantage = carry[i];
   }
 
-  // The same where a masked token has TD error 0 and factor 1, which hands the carry on unchanged.
+  // The same with masks: a masked token has TD error 0 and factor 1, the identity.
   __attribute__((noinline)) void scan_masked(Lane* lanes, Chunk* chunks, int64_t steps) const {
     A carry[kLanes];
     int64_t first[kLanes];
@@ -216,7 +217,7 @@ class GaeScan {
     for (int i = 0; i < kLanes; ++i) lanes[i].next_advantage = carry[i];
   }
 
-  // TD errors of a chunk; returns the value that the token before it sees as V_{t+1}.
+  // TD errors of a chunk. Returns the chunk's first value: V_{t+1} of the token before the chunk.
   RL_INLINE A td_errors(const A* __restrict reward, const Lane& lane, A* __restrict out) const {
     const A* __restrict value = lane.value;
     const int64_t last = lane.count - 1;

@@ -1,4 +1,6 @@
-// masked_whiten on CPU: (x - mean) * rsqrt(var + 1e-8) over the unmasked elements.
+// masked_whiten on CPU: out = (x - mean) / sqrt(var + 1e-8) over the unmasked elements.
+//
+// Shapes: x, mask, out [N] or [B, T].
 #include "whiten.h"
 
 namespace rl {

@@ -1,8 +1,10 @@
 // ppo_loss on CPU: loss, gradients and metrics in one pass over the tokens.
 //
-// Each block of kBlock tokens leaves one Partial; partials are added in the order of the blocks, so
-// that the result does not depend on the number of threads. Only the mask is read beforehand, for
-// the number of tokens that normalises the gradients.
+// Each block of kBlock tokens produces one Partial. Partials are merged in block order, so the
+// result does not depend on the number of threads. The mask alone is read beforehand, because
+// gradients are normalised by the number of unmasked tokens.
+//
+// Shapes: tokens [N] or [B, T]; metrics [kMetrics]. See PpoOutputs for the outputs.
 #include "../common/ppo.h"
 #include "whiten.h"
 
@@ -11,7 +13,7 @@ namespace {
 
 using Partial = PpoSums<double>;
 
-// The tensors of one call, and where the gradients go (null: not wanted).
+// Arguments of one call, and output pointers of the gradients (null: not wanted).
 template <typename A>
 struct Call {
   Tokens logprob, old_logprob, advantages, values, old_values, returns, entropy;
@@ -32,8 +34,8 @@ RL_INLINE void policy_block(const Call<A>& call, int64_t start, int64_t count, c
   const A* advantages = call.advantages.load(start, count, keep, scratch[2]);
   A* grad = call.grad_logprob ? call.grad_logprob + start : grads;
   const A low = call.low, high = call.high, dual_clip = call.dual_clip, per_token = call.per_token;
-  // A masked token has advantage 0 and log-ratio 0, hence loss, gradient, KL and clip 0; its ratio
-  // of 1 is left out below.
+  // Masked tokens load as 0: loss, gradient, KL and clip are 0. Their ratio is 1, which is removed
+  // below.
   A loss = 0, kl = 0, clipped = 0, ratio = 0, ratio_max = 0;
 #pragma omp simd reduction(+ : loss, kl, clipped, ratio) reduction(max : ratio_max)
   for (int64_t i = 0; i < count; ++i) {
@@ -55,7 +57,7 @@ RL_INLINE void policy_block(const Call<A>& call, int64_t start, int64_t count, c
 #pragma omp simd reduction(+ : ratio) reduction(max : ratio_max)
       for (int64_t i = 0; i < count; ++i) {
         const A d = clamp(logprob[i] - old_logprob[i], A(-kLogRatioLimit), A(kLogRatioLimit));
-        const A r = blend(keep[i], exp_far(d), A(0));
+        const A r = blend(keep[i], exp_accurate(d), A(0));
         ratio += r;
         ratio_max = r > ratio_max ? r : ratio_max;
       }
@@ -124,7 +126,7 @@ Partial sum_blocks(const Call<A>& call, const Mask& mask, int64_t tokens) {
   return all;
 }
 
-// See PpoOutputs for what is returned. `dual_clip` and `value_clip` are infinity for none.
+// An infinite dual_clip or value_clip disables that clip.
 std::tuple<Tensor, Tensor, Tensor> ppo_loss_fwd(
     const Tensor& logprob, const Tensor& old_logprob, const Tensor& advantages,
     const std::optional<Tensor>& values, const std::optional<Tensor>& old_values,

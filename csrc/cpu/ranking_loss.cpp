@@ -1,7 +1,7 @@
-// ranking_loss on CPU: all pairs of each prompt, loss and gradient together.
+// ranking_loss on CPU: loss and gradient over all strict pairs of each prompt.
 //
-// M completions of P prompts, K of them per prompt. A batch has thousands of pairs at most: one
-// thread, sums in order.
+// Shapes: P prompts, M completions; scores, ranks [M]; cu_groups [P + 1]; loss [], grad [M]. Single
+// threaded, with sums in order: a batch has a few thousand pairs at most.
 #include "../common/ranking.h"
 #include "tokens.h"
 
@@ -10,7 +10,7 @@ namespace {
 
 struct Pair {
   int64_t better, worse;
-  int64_t of_prompt;  // pairs of the same prompt
+  int64_t pairs;  // of the same prompt
 };
 
 std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& ranks,
@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& 
   Tensor loss = empty_like_device(scores, {}, dtype);
   Tensor grad = with_grad ? new_tokens(scores) : empty_like_device(scores, {0}, dtype);
 
-  // Strict pairs of all prompts, in order; a prompt of ties alone is not counted.
+  // Strict pairs of all prompts, in order. `prompts` counts those with at least one.
   std::vector<Pair> pairs;
   int64_t prompts = 0;
   for (int64_t p = 0; p < groups.count(); ++p) {
@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& 
         if (ranks_above(rank[i], rank[j])) pairs.push_back({i, j, 0});
       }
     }
-    for (size_t k = before; k < pairs.size(); ++k) pairs[k].of_prompt = pairs.size() - before;
+    for (size_t k = before; k < pairs.size(); ++k) pairs[k].pairs = pairs.size() - before;
     prompts += pairs.size() > before;
   }
 
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& 
     using A = decltype(zero);
     std::vector<A> scratch(scores.numel());
     const A* score = Tokens(scores).load(0, scores.numel(), scratch.data());
-    std::vector<double> slope(scores.numel());
+    std::vector<double> grad_sum(scores.numel());
     double total = 0;
     PairTerm<A> term[kBlock];
     for (size_t start = 0; start < pairs.size(); start += kBlock) {
@@ -60,17 +60,17 @@ std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& 
         for (int64_t k = 0; k < count; ++k) term[k] = {value[k], grad[k]};
       });
       for (int64_t k = 0; k < count; ++k) {
-        const double weight = pair_weight(pair[k].of_prompt, prompts);
+        const double weight = pair_weight(pair[k].pairs, prompts);
         const double g = weight * term[k].grad;
         total += weight * term[k].loss;
-        slope[pair[k].better] += g;
-        slope[pair[k].worse] -= g;
+        grad_sum[pair[k].better] += g;
+        grad_sum[pair[k].worse] -= g;
       }
     }
     *static_cast<A*>(loss.mutable_data_ptr()) = static_cast<A>(total);
     if (with_grad) {
       A* out = static_cast<A*>(grad.mutable_data_ptr());
-      for (int64_t i = 0; i < scores.numel(); ++i) out[i] = static_cast<A>(slope[i]);
+      for (int64_t i = 0; i < scores.numel(); ++i) out[i] = static_cast<A>(grad_sum[i]);
     }
   });
   return {loss, grad};

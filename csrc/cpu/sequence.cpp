@@ -1,7 +1,9 @@
-// kl_reward on CPU: r_t = -beta * kl_t, plus the score on the last unmasked token of each sequence.
-// gae on CPU: A_t = delta_t + gamma * lam * A_{t+1}, R_t = A_t + V_t, optionally whitened.
-// kl_gae on CPU: KL-penalised rewards, GAE, returns and whitening; rewards are still in L1 when the
-// scan reads them.
+// The sequence ops on CPU: kl_reward, gae, and kl_gae, which does both in one pass.
+//
+//   kl_reward: r_t = -beta * kl_t, plus the score at the last unmasked token of each sequence
+//   gae:       A_t = delta_t + gamma * lam * A_{t+1}, R_t = A_t + V_t; optionally A is whitened
+//
+// Shapes: tokens [B, T], or [N] with cu_seqlens [B + 1]; score, bootstrap [B]. Outputs are stacked.
 #include "../common/sequence.h"
 
 #include "gae_scan.h"
@@ -10,7 +12,8 @@
 namespace rl {
 namespace {
 
-// Both callers compile it for each instruction set, so that kl_reward and kl_gae agree bit for bit.
+// KL-penalised rewards of a run of tokens. kl_reward and kl_gae both compile it for each
+// instruction set, so that they agree bitwise.
 template <typename A>
 class KlRewards {
  public:
@@ -29,7 +32,7 @@ class KlRewards {
              "unknown estimator");
   }
 
-  // The token of [begin, end) that carries the sequence's score: the last unmasked one, or -1.
+  // The token of sequence [begin, end) that receives the score: the last unmasked one; -1 if none.
   int64_t scored_token(int64_t begin, int64_t end) const {
     const uint8_t* keep = mask_.data();
     int64_t t = end - 1;
@@ -37,14 +40,14 @@ class KlRewards {
     return t >= begin ? t : -1;
   }
 
-  // Outputs of the masked tokens [begin, end).
+  // Writes the outputs of masked tokens [begin, end).
   void skip(int64_t begin, int64_t end) const {
     std::fill(rewards_ + begin, rewards_ + end, A(0));
     std::fill(kl_ + begin, kl_ + end, A(0));
   }
 
-  // Writes and returns the rewards of the `count` tokens from `start` masked by `keep`, which
-  // belong to sequence b scored at `scored`.
+  // Writes and returns the rewards of tokens [start, start + count) of sequence b, masked by
+  // `keep`. `scored`: from scored_token().
   RL_INLINE const A* run(int64_t b, int64_t scored, int64_t start, int64_t count,
                          const uint8_t* keep, A*) const {
     switch (estimator_) {
@@ -86,7 +89,6 @@ class KlRewards {
   A* kl_;
 };
 
-// kl_reward on CPU: r_t = -beta * kl_t, plus the score on the last unmasked token of each sequence.
 Tensor kl_reward(const Tensor& logprob, const Tensor& ref_logprob, const Tensor& score, double beta,
                  int64_t estimator, const std::optional<Tensor>& cu_seqlens,
                  const std::optional<Tensor>& mask) {
@@ -96,17 +98,17 @@ Tensor kl_reward(const Tensor& logprob, const Tensor& ref_logprob, const Tensor&
   with_acc(logprob, [&](auto zero) {
     using A = decltype(zero);
     A* const rewards = static_cast<A*>(out.mutable_data_ptr());
-    const KlRewards<A> core(logprob, ref_logprob,
-                            per_sequence<A>(score, sequences.count(), "score"), keep, beta,
-                            estimator, rewards, rewards + logprob.numel());
+    const KlRewards<A> kl_rewards(logprob, ref_logprob,
+                                  per_sequence<A>(score, sequences.count(), "score"), keep, beta,
+                                  estimator, rewards, rewards + logprob.numel());
     sequences.parallel([&](int64_t first, int64_t last) {
       dispatch_isa([&](auto) RL_LAMBDA_INLINE {
         for (int64_t b = first; b < last; ++b) {
           const int64_t end = sequences.end(b);
-          const int64_t scored = core.scored_token(sequences.begin(b), end);
+          const int64_t scored = kl_rewards.scored_token(sequences.begin(b), end);
           for (int64_t at = sequences.begin(b); at < end; at += kBlock) {
             const int64_t count = std::min(kBlock, end - at);
-            core.run(b, scored, at, count, keep.from(at, count), nullptr);
+            kl_rewards.run(b, scored, at, count, keep.from(at, count), nullptr);
           }
         }
       });
@@ -115,7 +117,6 @@ Tensor kl_reward(const Tensor& logprob, const Tensor& ref_logprob, const Tensor&
   return out;
 }
 
-// gae on CPU: A_t = delta_t + gamma * lam * A_{t+1}, R_t = A_t + V_t, optionally whitened.
 Tensor gae(const Tensor& rewards, const Tensor& values, double gamma, double lam,
            const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& mask,
            const std::optional<Tensor>& bootstrap, bool whitened) {
@@ -138,8 +139,7 @@ Tensor gae(const Tensor& rewards, const Tensor& values, double gamma, double lam
   return out;
 }
 
-// kl_gae on CPU: KL-penalised rewards, GAE, returns and whitening; rewards are still in L1 when the
-// scan reads them.
+// The scan reads each chunk of rewards while it is still in L1.
 Tensor kl_gae(const Tensor& logprob, const Tensor& ref_logprob, const Tensor& score,
               const Tensor& values, double beta, int64_t estimator, double gamma, double lam,
               bool whitened, const std::optional<Tensor>& cu_seqlens,
@@ -154,10 +154,11 @@ Tensor kl_gae(const Tensor& logprob, const Tensor& ref_logprob, const Tensor& sc
     A* const returns = advantages + logprob.numel();
     A* const rewards = returns + logprob.numel();
     A* const kl = rewards + logprob.numel();
-    const KlRewards<A> shaped(logprob, ref_logprob,
-                              per_sequence<A>(score, sequences.count(), "score"), keep, beta,
-                              estimator, rewards, kl);
-    const GaeScan<A, KlRewards<A>> scan(shaped, values, keep, {}, gamma, lam, advantages, returns);
+    const KlRewards<A> kl_rewards(logprob, ref_logprob,
+                                  per_sequence<A>(score, sequences.count(), "score"), keep, beta,
+                                  estimator, rewards, kl);
+    const GaeScan<A, KlRewards<A>> scan(kl_rewards, values, keep, {}, gamma, lam, advantages,
+                                        returns);
     scan.run(sequences);
     if (whitened)
       whiten<A>(Tokens(advantages, logprob.numel()), keep, true, true, advantages, true);

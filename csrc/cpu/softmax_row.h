@@ -1,7 +1,5 @@
-// The rows of logits on CPU: statistics in one walk, the gradient in another; targets checked
-// first.
-//
-// Shapes: a row of V logits; z = softcap * tanh(logits / softcap) / temperature.
+// Softmax of a row of V logits on CPU: one pass for the row statistics, one for the gradient. See
+// common/softmax.h for z, u and the statistics.
 #pragma once
 
 #include <algorithm>
@@ -13,20 +11,20 @@
 
 namespace rl {
 
-// Columns of a block of the canonical reduction: a row's statistics are its blocks' sums, added up
-// in ascending order. Whoever walks a row in parts that begin at multiples of it has the same bits.
+// Columns per block. A row is reduced block by block in ascending order, so processing it in parts
+// that begin at multiples of kBlock gives bitwise identical results.
 constexpr int64_t kBlock = 2048;
-constexpr int64_t kFirst = 512;            // logits whose maximum starts a row
-constexpr int64_t kGrainLogits = 1 << 15;  // least work of a thread
+constexpr int64_t kFirst = 512;            // columns whose maximum is the first base
+constexpr int64_t kGrainLogits = 1 << 15;  // minimum work per thread
 
-// Sums of a block in as many lanes as the widest vector unit keeps in flight.
+// Partial sums per block: as many as keep the widest vector units busy.
 constexpr int64_t kLanes = 64;
 static_assert(kBlock % kLanes == 0 && kFirst <= kBlock);
-// How far ahead the walk asks for memory: the hardware's own prefetch ends with each 4 KiB page.
+// Software prefetch distance: the hardware prefetcher stops at each 4 KiB page.
 constexpr int64_t kPrefetchBytes = 4096;
 
-// f(j + l, l) of the elements j + l of `row`, lane by lane. What the lanes sum up stays in
-// registers: the loop holds nothing but whole vectors.
+// Calls f(j + l, l) for every element j + l of `row`; l is its lane. Whole vectors only in the main
+// loop, so that per-lane sums stay in registers.
 template <typename T, typename F>
 RL_INLINE void for_each_lane(const T* row, int64_t n, const F& f) {
   int64_t j = 0;
@@ -40,16 +38,16 @@ RL_INLINE void for_each_lane(const T* row, int64_t n, const F& f) {
   for (int64_t l = 0; l < n - j; ++l) f(j + l, l);
 }
 
-// Largest z / scale, sum e^(z - base) and sum (z - base) e^(z - base) of a block, by lanes.
+// Of a block, per lane: max u, sum e^(z - base) and sum (z - base) e^(z - base).
 template <typename A>
 struct LaneSums {
   A max[kLanes], sum[kLanes], weighted[kLanes];
 };
 
-// A sum of many blocks, and what its roundings have lost.
+// Compensated (Neumaier) sum.
 template <typename A>
 struct Compensated {
-  A sum, low;
+  A sum, low;  // low: accumulated rounding error
 
   RL_INLINE void add(A x) {
     const A next = sum + x, added = next - sum;
@@ -59,15 +57,15 @@ struct Compensated {
   RL_INLINE A value() const { return sum + low; }
 };
 
-// The same of all columns of a row so far. `max`, the base, is their largest z to within kMaxSlack.
+// Running sums of a row, relative to the base `max`: its largest z so far, to within kMaxSlack.
 template <typename A>
 struct RowSums {
   A max;
   Compensated<A> sum, weighted;
 
-  // Makes `top` the base.
+  // Rescales the sums to base `top`.
   RL_INLINE void rebase(A top) {
-    // Finite, so that a factor of 0 leaves of a sum 0 or NaN.
+    // Clamped to a finite value: a factor of 0 then turns a sum into 0, or keeps NaN.
     const A shift = at_least(exp_floor<A>(), max - top);
     const A factor = exp_clamped(shift);
     weighted = {factor * (weighted.sum + sum.sum * shift),
@@ -85,8 +83,7 @@ RL_INLINE A largest(const A (&lanes)[kLanes]) {
   return max;
 }
 
-// The upper half of the lanes is added to the lower one, until one is left: an order that no
-// instruction set changes.
+// Pairwise sum of the lanes: an order that does not depend on the instruction set.
 template <int64_t kHalf = kLanes / 2, typename A>
 RL_INLINE A total(A (&lanes)[kLanes]) {
 #pragma omp simd
@@ -95,22 +92,22 @@ RL_INLINE A total(A (&lanes)[kLanes]) {
   return lanes[0];
 }
 
-// Beyond this |base| an ulp of it is several units of the exponent: huge logits, or a tiny
-// temperature.
+// A row is "far" if |base| exceeds this (huge logits or a tiny temperature): an ulp of z then spans
+// several units of the exponent.
 template <typename A>
 constexpr A kFarBase = std::is_same_v<A, double> ? A(0x1p55) : A(0x1p26);
 
-// z - base of the columns of a row.
+// z - base = u * scale - base of the columns of a row.
 template <typename A>
-struct Distance {
+struct BaseShift {
   A scale, base;
   A floor = opaque(exp_floor<A>());
   A lowest = opaque(-std::numeric_limits<A>::infinity());
 
   RL_INLINE bool far() const { return !(std::fabs(base) <= kFarBase<A>); }
-  // Rounded once: the base's own rounding cancels, that of z would not. A far base's would leave
-  // the range of exp: there z is rounded as the base is, so that the largest is 0 away from it. (A
-  // product that is compared with something is no part of a fused product and sum.)
+  // Rounded once: the rounding of the base cancels, a separate rounding of z would not. In a far
+  // row that error exceeds the range of exp, so z is rounded like the base and the largest z gives
+  // exactly 0. (The comparison keeps the product from being contracted into an FMA.)
   template <bool kFma, bool kFar>
   RL_INLINE A exact(A u) const {
     if constexpr (kFar) return at_least(lowest, u * scale) - base;
@@ -123,61 +120,61 @@ struct Distance {
   }
 };
 
-// f(std::bool_constant<far>{}): the loops for a far base are apart, for their product costs.
+// Calls f(std::bool_constant<far>{}): far rows have their own loops, which are slower.
 template <typename A, typename F>
-RL_INLINE auto with_far(const Distance<A>& away, const F& f) {
-  return away.far() ? f(std::true_type{}) : f(std::false_type{});
+RL_INLINE auto with_far(const BaseShift<A>& shift, const F& f) {
+  return shift.far() ? f(std::true_type{}) : f(std::false_type{});
 }
 
-// z_t - max of the target, from its logit.
+// z_t - row_max of the target, from its logit.
 template <bool kCap, bool kFma, typename A>
-RL_INLINE A target_distance(A logit, const RowStats<A>& stats, const RowMaths<A>& f) {
-  const Distance<A> away{dz_du<kCap>(f), stats.max};
+RL_INLINE A shifted_target(A logit, const RowStats<A>& row_stats, const LogitTransform<A>& f) {
+  const BaseShift<A> shift{dz_du<kCap>(f), row_stats.row_max};
   const A u = unscaled<kCap>(logit, f);
-  return with_far(away,
-                  [&](auto far) RL_LAMBDA_INLINE { return away.template exact<kFma, far()>(u); });
+  return with_far(shift,
+                  [&](auto far) RL_LAMBDA_INLINE { return shift.template exact<kFma, far()>(u); });
 }
 
 template <bool kCap, bool kFma, typename A>
-RL_INLINE A row_logprob(A target, const RowStats<A>& stats, const RowMaths<A>& f) {
-  return target_distance<kCap, kFma>(target, stats, f) - stats.shifted_lse;
+RL_INLINE A row_logprob(A target, const RowStats<A>& row_stats, const LogitTransform<A>& f) {
+  return shifted_target<kCap, kFma>(target, row_stats, f) - row_stats.shifted_lse;
 }
 
 template <bool kCap, bool kFma, bool kFar, typename T, typename A>
-RL_INLINE void add_block(const T* row, int64_t n, const RowMaths<A>& f, const Distance<A>& away,
-                         LaneSums<A>& out) {
+RL_INLINE void add_block(const T* row, int64_t n, const LogitTransform<A>& f,
+                         const BaseShift<A>& shift, LaneSums<A>& out) {
   for_each_lane(row, n, [&](int64_t j, int64_t l) RL_LAMBDA_INLINE {
     const A u = unscaled<kCap>(load(row[j]), f);
     out.max[l] = u > out.max[l] ? u : out.max[l];
-    const A d = away.template clamped<kFma, kFar>(u);
+    const A d = shift.template clamped<kFma, kFar>(u);
     const A e = exp_clamped(d);
     out.sum[l] += e;
     out.weighted[l] += e * d;
   });
 }
 
-// A row of which no column has been added; `width`: how many of them lie at `row`.
+// Empty sums of a row, with a base from its first columns. `row` holds `width` columns.
 template <bool kCap, typename T, typename A>
-RL_INLINE RowSums<A> start_row(const T* row, int64_t width, const RowMaths<A>& f) {
+RL_INLINE RowSums<A> start_row(const T* row, int64_t width, const LogitTransform<A>& f) {
   A first = -std::numeric_limits<A>::infinity();
 #pragma omp simd reduction(max : first)
   for (int64_t j = 0; j < (width < kFirst ? width : kFirst); ++j) {
     const A z = unscaled<kCap>(load(row[j]), f);
     first = z > first ? z : first;
   }
-  // The base is that product rounded, whatever it meets.
+  // opaque: the product must be rounded here, not contracted where the base is used.
   return {opaque(first * dz_du<kCap>(f)), {0, 0}, {0, 0}};
 }
 
-// Adds the next `width` columns, which lie at `row`: the rest of the row, or a multiple of kBlock.
-// Only a block that passes the maximum so far by more than kMaxSlack is done again, so that sums
-// and maximum come from one walk that hides behind the memory. The slack is small because it
-// cancels in the entropy.
+// Adds the next `width` columns, stored at `row`: the rest of the row, or a multiple of kBlock.
+// Sums and maximum come from one pass. A block is computed again only if it exceeds the base by
+// more than kMaxSlack, which is small because it cancels in the entropy.
 template <bool kCap, bool kFma, typename T, typename A>
-RL_INLINE void add_columns(const T* row, int64_t width, const RowMaths<A>& f, RowSums<A>& all) {
+RL_INLINE void add_columns(const T* row, int64_t width, const LogitTransform<A>& f,
+                           RowSums<A>& all) {
   constexpr A kInf = std::numeric_limits<A>::infinity();
   constexpr A kMaxSlack = 1;
-  Distance<A> away{dz_du<kCap>(f), 0};
+  BaseShift<A> shift{dz_du<kCap>(f), 0};
   LaneSums<A> block;
   for (int64_t start = 0; start < width; start += kBlock) {
     const int64_t n = width - start < kBlock ? width - start : kBlock;
@@ -185,12 +182,12 @@ RL_INLINE void add_columns(const T* row, int64_t width, const RowMaths<A>& f, Ro
       std::fill_n(block.max, kLanes, -kInf);
       std::fill_n(block.sum, kLanes, A(0));
       std::fill_n(block.weighted, kLanes, A(0));
-      // All logits so far -inf: subtract 0 instead, which leaves e^-inf = 0 and keeps a NaN a NaN.
-      away.base = all.max > -kInf ? all.max : A(0);
-      with_far(away, [&](auto far) RL_LAMBDA_INLINE {
-        add_block<kCap, kFma, far()>(row + start, n, f, away, block);
+      // If all logits so far are -inf, the base is 0: e^-inf = 0, and NaN stays NaN.
+      shift.base = all.max > -kInf ? all.max : A(0);
+      with_far(shift, [&](auto far) RL_LAMBDA_INLINE {
+        add_block<kCap, kFma, far()>(row + start, n, f, shift, block);
       });
-      const A top = opaque(largest(block.max) * away.scale);
+      const A top = opaque(largest(block.max) * shift.scale);
       again = top > all.max + kMaxSlack;
       if (again) all.rebase(top);
     }
@@ -206,63 +203,64 @@ RL_INLINE RowStats<A> finished(const RowSums<A>& all) {
 }
 
 template <bool kCap, bool kFma, typename T, typename A>
-RL_INLINE RowStats<A> row_stats(const T* row, int64_t width, const RowMaths<A>& f) {
+RL_INLINE RowStats<A> reduce_row(const T* row, int64_t width, const LogitTransform<A>& f) {
   RowSums<A> all = start_row<kCap>(row, width, f);
   add_columns<kCap, kFma>(row, width, f, all);
   return finished(all);
 }
 
-// dL/dlogits of a row from g = dL/dlogprob and h = dL/dentropy:
-//   dz_j = g (1[j = t] - p_j) - h p_j (log p_j + entropy),  times dz/dlogits.
-// `out` may be `row`, or of a 16-bit type. log p_j + entropy is taken as (z_j - max) - mean, which
-// leaves out the rounding of shifted_lse: the whole row would share it, and a sum over the row keep
-// it.
+// Gradient of a row for g = dL/dlogprob and h = dL/dentropy, with target t:
+//   dL/dlogit_j = (g (1[j = t] - p_j) - h p_j (log p_j + entropy)) dz_j/dlogit_j
+// log p_j + entropy is computed as (z_j - row_max) - shifted_mean, without shifted_lse, whose
+// rounding error would bias the whole row. `out` may be `row`, or of a 16-bit type.
 template <bool kCap, bool kFma, typename T, typename G, typename A>
 RL_INLINE void row_backward(const T* row, G* out, int64_t width, int64_t target, A g, A h,
-                            const RowStats<A>& stats, const RowMaths<A>& f) {
-  const Distance<A> distance{dz_du<kCap>(f), stats.max};
-  const A shifted_lse = stats.shifted_lse, mean = stats.mean, floor = distance.floor;
-  // The target's own element, with 1 - p from expm1, before an in-place pass overwrites its logit.
+                            const RowStats<A>& row_stats, const LogitTransform<A>& f) {
+  const BaseShift<A> shift{dz_du<kCap>(f), row_stats.row_max};
+  const A shifted_lse = row_stats.shifted_lse, shifted_mean = row_stats.shifted_mean,
+          floor = shift.floor;
+  // The target's element uses expm1 for 1 - p. Read its logit before an in-place pass overwrites
+  // it.
   const A target_logit = load(row[target]);
-  const A target_away = at_least(floor, target_distance<kCap, kFma>(target_logit, stats, f));
-  const A target_logprob = row_logprob<kCap, kFma>(target_logit, stats, f);
-  with_far(distance, [&](auto far) RL_LAMBDA_INLINE {
+  const A target_shifted = at_least(floor, shifted_target<kCap, kFma>(target_logit, row_stats, f));
+  const A target_logprob = row_logprob<kCap, kFma>(target_logit, row_stats, f);
+  with_far(shift, [&](auto far) RL_LAMBDA_INLINE {
     for_each_lane(row, width, [&](int64_t j, int64_t) RL_LAMBDA_INLINE {
       const A logit = load(row[j]);
-      const A away = distance.template clamped<kFma, far()>(unscaled<kCap>(logit, f));
-      const A p = exp_clamped(at_least(floor, away - shifted_lse));
-      store(out[j], -p * (h * (away - mean) + g) * dz_dlogit<kCap>(logit, f));
+      const A shifted = shift.template clamped<kFma, far()>(unscaled<kCap>(logit, f));
+      const A p = exp_clamped(at_least(floor, shifted - shifted_lse));
+      store(out[j], -p * (h * (shifted - shifted_mean) + g) * dz_dlogit<kCap>(logit, f));
     });
   });
   store(out[target],
-        target_gradient<kCap>(target_logit, target_logprob, target_away, g, h, mean, f));
+        target_gradient<kCap>(target_logit, target_logprob, target_shifted, g, h, shifted_mean, f));
 }
 
-// ---- rows, threads, dtypes
-// -----------------------------------------------------------------------------------------
+// ---- rows, threads, dtypes --------------------------------------------------------------------
 
-// Targets and temperatures of the rows that count; the wording is what fastrlhf.ops turns into a
+// Checks targets and temperatures of unmasked rows. fastrlhf.ops turns the message into a
 // ValueError.
-inline void check_rows(const Batch& b) {
-  for (int64_t row = 0; row < b.view.rows.count; ++row) {
-    if (!b.view.counts(row)) continue;
-    const int64_t target = b.view.target(row);
-    if (target < 0 || target >= b.view.rows.width) {
-      user_error("targets must be in [0, " + std::to_string(b.view.rows.width) + "); got " +
+inline void check_rows(const RowInputs& in) {
+  for (int64_t row = 0; row < in.args.rows.count; ++row) {
+    if (!in.args.counts(row)) continue;
+    const int64_t target = in.args.target(row);
+    if (target < 0 || target >= in.args.rows.width) {
+      user_error("targets must be in [0, " + std::to_string(in.args.rows.width) + "); got " +
                  std::to_string(target) + " at row " + std::to_string(row));
     }
-    if (b.view.row_temperature && !(b.view.row_temperature_of(row) > 0)) {
+    if (in.args.row_temperature && !(in.args.row_temperature_of(row) > 0)) {
       user_error("temperature must be above 0; got " +
-                 std::to_string(b.view.row_temperature_of(row)) + " at row " + std::to_string(row));
+                 std::to_string(in.args.row_temperature_of(row)) + " at row " +
+                 std::to_string(row));
     }
   }
 }
 
-inline int64_t grain(const Rows& rows) {
+inline int64_t grain(const RowLayout& rows) {
   return std::max<int64_t>(1, kGrainLogits / std::max<int64_t>(rows.width, 1));
 }
 
-// body(T{}) with the C++ type of a floating dtype.
+// Calls body(T{}) with the C++ type of a float dtype.
 template <typename F>
 void dispatch_float(ScalarType dtype, const F& body) {
   if (dtype == ScalarType::Float) return body(float{});
@@ -271,7 +269,7 @@ void dispatch_float(ScalarType dtype, const F& body) {
   body(double{});
 }
 
-// body(T{}, G{}) with the C++ types of logits and of their gradient (see gradient_rows).
+// Calls body(T{}, G{}) with the C++ types of logits and gradient (see gradient_layout).
 template <typename F>
 void dispatch_gradient(ScalarType logits, ScalarType gradient, const F& body) {
   dispatch_float(logits, [&](auto tag) {

@@ -1,14 +1,15 @@
 // token_logprob on CPU: log softmax(z)[target] and the entropy in one read of the logits; backward
-// one read, one write.
+// one read and one write.
 //
-// Shapes: logits [..., V] with any row strides, N rows; targets, mask, row_temperature, outputs: N.
-// z = softcap * tanh(logits / softcap) / temperature. A row is walked once, in blocks: sum e^(z-m)
-// and sum (z-m) e^(z-m), rescaled when a block shows that m is too small. The walk may stop behind
-// any block, with its sums in a state, and go on from there (token_logprob_part_). With the sums
-//   logprob = (z_t - m) - log s,   entropy = log s - (sum (z-m) e^(z-m)) / s  (all terms >= 0: no
-//   cancellation),
-// and m, log s and that mean are kept for the backward, apart, so that a large m costs no
-// precision.
+// Shapes: logits [..., V] with any row strides, N rows; targets, mask, row_temperature [N];
+// logprob, entropy [N]; row_stats [3, N] = (row_max, shifted_lse, shifted_mean), kept for the
+// backward as three numbers so that a large row_max costs no precision.
+//
+//   logprob = (z_t - row_max) - shifted_lse,   entropy = shifted_lse - shifted_mean
+//
+// The entropy subtracts numbers of opposite sign (to within kMaxSlack), so it does not cancel. A
+// row may also be processed in parts, with its running sums in a state tensor (token_logprob_part_,
+// token_logprob_whole).
 
 #include "huge_pages.h"
 #include "softmax_row.h"
@@ -16,52 +17,52 @@
 namespace rl {
 namespace {
 
-// The N-row outputs of a forward.
+// Outputs of a forward.
 struct Outputs {
-  Tensor logprob, entropy, stats;
+  Tensor logprob, entropy, row_stats;
 
   Outputs(const Tensor& targets, ScalarType dtype)
       : logprob(empty_like_device(targets, shape_of(targets), dtype)),
         entropy(empty_like_device(targets, shape_of(targets), dtype)),
-        stats(empty_like_device(targets, {3, targets.numel()}, dtype)) {}
-  std::tuple<Tensor, Tensor, Tensor> tuple() const { return {logprob, entropy, stats}; }
+        row_stats(empty_like_device(targets, {3, targets.numel()}, dtype)) {}
+  std::tuple<Tensor, Tensor, Tensor> tuple() const { return {logprob, entropy, row_stats}; }
 };
 
-// Where they go, row by row.
+// Their pointers.
 template <typename A>
 struct RowOutputs {
-  A *logprob, *entropy, *stats;
+  A *logprob, *entropy, *row_stats;
   int64_t count;
 
   explicit RowOutputs(const Outputs& to)
       : logprob(static_cast<A*>(to.logprob.mutable_data_ptr())),
         entropy(static_cast<A*>(to.entropy.mutable_data_ptr())),
-        stats(static_cast<A*>(to.stats.mutable_data_ptr())),
+        row_stats(static_cast<A*>(to.row_stats.mutable_data_ptr())),
         count(to.logprob.numel()) {}
   RL_INLINE void put(int64_t r, A row_logprob, const RowStats<A>& s) const {
     logprob[r] = row_logprob;
-    entropy[r] = s.shifted_lse - s.mean;
-    stats[r] = s.max;
-    stats[count + r] = s.shifted_lse;
-    stats[2 * count + r] = s.mean;
+    entropy[r] = s.shifted_lse - s.shifted_mean;
+    row_stats[r] = s.row_max;
+    row_stats[count + r] = s.shifted_lse;
+    row_stats[2 * count + r] = s.shifted_mean;
   }
 };
 
 template <typename T, bool kCap>
-void forward_rows(const Batch& b, const RowOutputs<acc_t<T>>& to) {
+void forward_rows(const RowInputs& in, const RowOutputs<acc_t<T>>& to) {
   using A = acc_t<T>;
-  const T* data = static_cast<const T*>(b.logits.const_data_ptr());
-  torch::stable::parallel_for(0, to.count, grain(b.view.rows), [&](int64_t begin, int64_t end) {
+  const T* data = static_cast<const T*>(in.logits.const_data_ptr());
+  torch::stable::parallel_for(0, to.count, grain(in.args.rows), [&](int64_t begin, int64_t end) {
     dispatch_isa([&](auto fma) RL_LAMBDA_INLINE {
       for (int64_t r = begin; r < end; ++r) {
-        if (!b.view.counts(r)) {
+        if (!in.args.counts(r)) {
           to.put(r, 0, {0, 0, 0});
           continue;
         }
-        const RowMaths<A> f = b.view.maths<A>(r);
-        const T* row = data + b.view.rows.offset(r);
-        const RowStats<A> s = row_stats<kCap, fma()>(row, b.view.rows.width, f);
-        to.put(r, row_logprob<kCap, fma()>(load(row[b.view.target(r)]), s, f), s);
+        const LogitTransform<A> f = in.args.transform<A>(r);
+        const T* row = data + in.args.rows.offset(r);
+        const RowStats<A> s = reduce_row<kCap, fma()>(row, in.args.rows.width, f);
+        to.put(r, row_logprob<kCap, fma()>(load(row[in.args.target(r)]), s, f), s);
       }
     });
   });
@@ -70,20 +71,20 @@ void forward_rows(const Batch& b, const RowOutputs<acc_t<T>>& to) {
 std::tuple<Tensor, Tensor, Tensor> token_logprob_fwd(
     Tensor logits, Tensor targets, std::optional<Tensor> row_temperature, double temperature,
     double softcap, std::optional<Tensor> mask, bool /*with_entropy*/, bool /*inplace_backward*/) {
-  const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
-  check_rows(b);
+  const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
+  check_rows(in);
   const Outputs to(targets, acc_dtype(logits.scalar_type()));
   dispatch_float(logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     auto* run = softcap > 0 ? forward_rows<T, true> : forward_rows<T, false>;
-    run(b, RowOutputs<acc_t<T>>(to));
+    run(in, RowOutputs<acc_t<T>>(to));
   });
   return to.tuple();
 }
 
-// ---- forward in parts: the sums of a row's columns so far, and its results behind the last ones
+// ---- forward in parts -------------------------------------------------------------------------
 
-// state [6, N]: the five numbers of RowSums, and the logit of the target.
+// state [6, N]: the five numbers of RowSums, and the target's logit.
 template <typename A>
 struct PartState {
   A* data;
@@ -109,20 +110,20 @@ void check_state(const Tensor& state, int64_t rows, ScalarType dtype) {
 }
 
 template <typename T, bool kCap>
-void part_rows(const Batch& b, int64_t first, const PartState<acc_t<T>>& state) {
+void part_rows(const RowInputs& in, int64_t first, const PartState<acc_t<T>>& state) {
   using A = acc_t<T>;
-  const T* data = static_cast<const T*>(b.logits.const_data_ptr());
-  const Rows& rows = b.view.rows;
+  const T* data = static_cast<const T*>(in.logits.const_data_ptr());
+  const RowLayout& rows = in.args.rows;
   torch::stable::parallel_for(0, rows.count, grain(rows), [&](int64_t begin, int64_t end) {
     dispatch_isa([&](auto fma) RL_LAMBDA_INLINE {
       for (int64_t r = begin; r < end; ++r) {
-        if (!b.view.counts(r)) continue;
-        const RowMaths<A> f = b.view.maths<A>(r);
+        if (!in.args.counts(r)) continue;
+        const LogitTransform<A> f = in.args.transform<A>(r);
         const T* row = data + rows.offset(r);
         RowSums<A> all = first == 0 ? start_row<kCap>(row, rows.width, f) : state.sums(r);
         add_columns<kCap, fma()>(row, rows.width, f, all);
         state.put(r, all);
-        const int64_t target = b.view.target(r);
+        const int64_t target = in.args.target(r);
         const bool here = target >= first && target - first < rows.width;
         if (here) state.target_logit(r) = load(row[target - first]);
       }
@@ -133,27 +134,27 @@ void part_rows(const Batch& b, int64_t first, const PartState<acc_t<T>>& state) 
 void token_logprob_part_(Tensor logits, Tensor targets, int64_t first,
                          std::optional<Tensor> row_temperature, double temperature, double softcap,
                          std::optional<Tensor> mask, Tensor state) {
-  const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
-  check_state(state, b.view.rows.count, acc_dtype(logits.scalar_type()));
+  const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
+  check_state(state, in.args.rows.count, acc_dtype(logits.scalar_type()));
   RL_CHECK(first >= 0 && first % kBlock == 0, "first must be a multiple of ", kBlock, "; got ",
            first);
   dispatch_float(logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     auto* run = softcap > 0 ? part_rows<T, true> : part_rows<T, false>;
-    run(b, first, PartState<acc_t<T>>(state, b.view.rows.count));
+    run(in, first, PartState<acc_t<T>>(state, in.args.rows.count));
   });
 }
 
 template <typename A, bool kCap>
-void whole_rows(const Batch& b, const PartState<A>& state, const RowOutputs<A>& to) {
+void whole_rows(const RowInputs& in, const PartState<A>& state, const RowOutputs<A>& to) {
   dispatch_isa([&](auto fma) RL_LAMBDA_INLINE {
     for (int64_t r = 0; r < to.count; ++r) {
-      if (!b.view.counts(r)) {
+      if (!in.args.counts(r)) {
         to.put(r, 0, {0, 0, 0});
         continue;
       }
       const RowStats<A> s = finished(state.sums(r));
-      to.put(r, row_logprob<kCap, fma()>(state.target_logit(r), s, b.view.maths<A>(r)), s);
+      to.put(r, row_logprob<kCap, fma()>(state.target_logit(r), s, in.args.transform<A>(r)), s);
     }
   });
 }
@@ -162,93 +163,93 @@ std::tuple<Tensor, Tensor, Tensor> token_logprob_whole(Tensor state, int64_t voc
                                                        std::optional<Tensor> row_temperature,
                                                        double temperature, double softcap,
                                                        std::optional<Tensor> mask) {
-  Batch b{state, targets, std::nullopt, std::nullopt, {}};
-  b.view.rows.count = targets.numel();
-  b.view.rows.width = vocab;
-  set_per_row(b, targets, row_temperature, temperature, softcap, mask);
+  RowInputs in{state, targets, std::nullopt, std::nullopt, {}};
+  in.args.rows.count = targets.numel();
+  in.args.rows.width = vocab;
+  set_per_row(in, targets, row_temperature, temperature, softcap, mask);
   const ScalarType dtype = acc_dtype(state.scalar_type());
   check_state(state, targets.numel(), dtype);
-  check_rows(b);
+  check_rows(in);
   const Outputs to(targets, dtype);
   const auto run_as = [&](auto zero) {
     using A = decltype(zero);
     auto* run = softcap > 0 ? whole_rows<A, true> : whole_rows<A, false>;
-    run(b, PartState<A>(state, targets.numel()), RowOutputs<A>(to));
+    run(in, PartState<A>(state, targets.numel()), RowOutputs<A>(to));
   };
   dtype == ScalarType::Double ? run_as(double{}) : run_as(float{});
   return to.tuple();
 }
 
-// ---- backward
+// ---- backward ---------------------------------------------------------------------------------
 
 template <typename T, typename G, bool kCap>
-void backward_rows(const Batch& b, const Upstream<acc_t<T>>& upstream, const acc_t<T>* stats,
-                   G* out, const Rows& out_rows) {
+void backward_rows(const RowInputs& in, const Upstream<acc_t<T>>& upstream,
+                   const acc_t<T>* row_stats, G* out, const RowLayout& out_rows) {
   using A = acc_t<T>;
-  const T* data = static_cast<const T*>(b.logits.const_data_ptr());
-  const int64_t count = b.view.rows.count, width = b.view.rows.width;
-  torch::stable::parallel_for(0, count, grain(b.view.rows), [&](int64_t begin, int64_t end) {
+  const T* data = static_cast<const T*>(in.logits.const_data_ptr());
+  const int64_t count = in.args.rows.count, width = in.args.rows.width;
+  torch::stable::parallel_for(0, count, grain(in.args.rows), [&](int64_t begin, int64_t end) {
     dispatch_isa([&](auto fma) RL_LAMBDA_INLINE {
       for (int64_t r = begin; r < end; ++r) {
         G* to = out + out_rows.offset(r);
         const A g = upstream.logprob ? upstream.logprob[r] : A(0);
         const A h = upstream.entropy ? upstream.entropy[r] : A(0);
-        if (!b.view.counts(r) || (g == 0 && h == 0)) {
+        if (!in.args.counts(r) || (g == 0 && h == 0)) {
           std::memset(static_cast<void*>(to), 0, width * sizeof(G));
           continue;
         }
-        const RowStats<A> s{stats[r], stats[count + r], stats[2 * count + r]};
-        row_backward<kCap, fma()>(data + b.view.rows.offset(r), to, width, b.view.target(r), g, h,
-                                  s, b.view.maths<A>(r));
+        const RowStats<A> s{row_stats[r], row_stats[count + r], row_stats[2 * count + r]};
+        row_backward<kCap, fma()>(data + in.args.rows.offset(r), to, width, in.args.target(r), g, h,
+                                  s, in.args.transform<A>(r));
       }
     });
   });
 }
 
-void run_backward(const Batch& b, const std::optional<Tensor>& grad_logprob,
-                  const std::optional<Tensor>& grad_entropy, const Tensor& stats, const Tensor& out,
-                  const Rows& out_rows) {
-  const ScalarType dtype = acc_dtype(b.logits.scalar_type());
+void run_backward(const RowInputs& in, const std::optional<Tensor>& grad_logprob,
+                  const std::optional<Tensor>& grad_entropy, const Tensor& row_stats,
+                  const Tensor& out, const RowLayout& out_rows) {
+  const ScalarType dtype = acc_dtype(in.logits.scalar_type());
   std::optional<Tensor> g, h;
   if (grad_logprob) g = as_contiguous(*grad_logprob);
   if (grad_entropy) h = as_contiguous(*grad_entropy);
   for (const auto& grad : {g, h}) {
-    RL_CHECK(!grad || (grad->scalar_type() == dtype && grad->numel() == b.view.rows.count),
+    RL_CHECK(!grad || (grad->scalar_type() == dtype && grad->numel() == in.args.rows.count),
              "upstream gradients must have the outputs' dtype and shape");
   }
-  check_stats(b, stats);
-  dispatch_gradient(b.logits.scalar_type(), out.scalar_type(), [&](auto tag, auto out_tag) {
+  check_stats(in, row_stats);
+  dispatch_gradient(in.logits.scalar_type(), out.scalar_type(), [&](auto tag, auto out_tag) {
     using T = decltype(tag);
     using G = decltype(out_tag);
     using A = acc_t<T>;
     const Upstream<A> upstream{g ? static_cast<const A*>(g->const_data_ptr()) : nullptr,
                                h ? static_cast<const A*>(h->const_data_ptr()) : nullptr};
-    auto* run = b.view.softcap > 0 ? backward_rows<T, G, true> : backward_rows<T, G, false>;
-    run(b, upstream, static_cast<const A*>(stats.const_data_ptr()),
+    auto* run = in.args.softcap > 0 ? backward_rows<T, G, true> : backward_rows<T, G, false>;
+    run(in, upstream, static_cast<const A*>(row_stats.const_data_ptr()),
         static_cast<G*>(out.mutable_data_ptr()), out_rows);
   });
 }
 
 Tensor token_logprob_bwd(std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_entropy,
-                         Tensor logits, Tensor targets, Tensor stats,
+                         Tensor logits, Tensor targets, Tensor row_stats,
                          std::optional<Tensor> row_temperature, double temperature, double softcap,
                          std::optional<Tensor> mask) {
-  const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
+  const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
   Tensor out = empty_like_device(logits, shape_of(logits), logits.scalar_type());
   advise_huge_pages(out);
-  Rows out_rows;
-  rows_of(out, out_rows);
-  run_backward(b, grad_logprob, grad_entropy, stats, out, out_rows);
+  RowLayout out_rows;
+  row_layout(out, out_rows);
+  run_backward(in, grad_logprob, grad_entropy, row_stats, out, out_rows);
   return out;
 }
 
 void token_logprob_bwd_(std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_entropy,
-                        Tensor logits, Tensor targets, Tensor stats,
+                        Tensor logits, Tensor targets, Tensor row_stats,
                         std::optional<Tensor> row_temperature, double temperature, double softcap,
                         std::optional<Tensor> mask, Tensor out) {
-  const Rows rows = gradient_rows(logits, out, true);
-  const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
-  run_backward(b, grad_logprob, grad_entropy, stats, out, rows);
+  const RowLayout rows = gradient_layout(logits, out, true);
+  const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
+  run_backward(in, grad_logprob, grad_entropy, row_stats, out, rows);
 }
 
 }  // namespace

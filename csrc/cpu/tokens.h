@@ -1,9 +1,9 @@
-// Per-token arguments on CPU: any float dtype and any strides, read as flat runs in the accumulator
-// type.
+// Per-token arguments on CPU: any float dtype and strides, read in runs and converted to the
+// accumulator type.
 //
-// B sequences, T steps, N tokens. A padded [B, T] tensor is N = B * T tokens in row-major order, so
-// that sequence b is the flat range [b * T, (b + 1) * T); packed, it is [cu_seqlens[b],
-// cu_seqlens[b + 1]). Outputs are contiguous.
+// Shapes: B sequences, T steps, N tokens. A padded [B, T] tensor is N = B * T tokens in row-major
+// order; sequence b is the flat range [b * T, (b + 1) * T). In a packed [N] tensor it is
+// [cu_seqlens[b], cu_seqlens[b + 1]). Outputs are contiguous.
 #pragma once
 
 #include <algorithm>
@@ -16,16 +16,14 @@
 
 namespace rl {
 
-// Tokens per block: the unit of conversion into scratch memory and of the fixed-order sums. Blocks
-// depend on the flat token index alone, hence no sum depends on the number of threads, on strides,
-// or on how [B, T] is cut.
+// Tokens per block: the unit of conversion to scratch memory and of the fixed-order sums. Blocks
+// are cut by flat token index, so sums do not depend on the number of threads or on strides.
 constexpr int64_t kBlock = 1024;
-// Blocks, or tokens, that are worth a thread of their own.
+// Minimum work per thread, in blocks and in tokens.
 constexpr int64_t kGrainBlocks = 12;
 constexpr int64_t kGrainTokens = kGrainBlocks * kBlock;
 
-// a where the mask byte is 1, b where it is 0: bits, because a ragged mask would mispredict a
-// branch.
+// keep ? a : b for a mask byte of 0 or 1, without a branch: ragged masks mispredict.
 template <typename A>
 RL_INLINE A blend(uint8_t keep, A a, A b) {
   using Bits = std::conditional_t<std::is_same_v<A, double>, uint64_t, uint32_t>;
@@ -33,7 +31,7 @@ RL_INLINE A blend(uint8_t keep, A a, A b) {
   return std::bit_cast<A>(other ^ ((other ^ std::bit_cast<Bits>(a)) & (Bits{0} - Bits{keep})));
 }
 
-// A 1-d or 2-d tensor of float tokens.
+// A 1-d or 2-d float tensor of tokens.
 class Tokens {
  public:
   Tokens() = default;
@@ -58,8 +56,8 @@ class Tokens {
   bool defined() const { return data_ != nullptr || count_ > 0; }
   int64_t count() const { return count_; }
 
-  // The `count` tokens from flat index `start`, in place if they are contiguous and of type A, else
-  // in `scratch`.
+  // Tokens [start, start + count): in place if they are contiguous and of type A, else converted
+  // into `scratch`.
   template <typename A>
   const A* load(int64_t start, int64_t count, A* scratch) const {
     if (in_place<A>()) return reinterpret_cast<const A*>(data_) + start;
@@ -75,8 +73,7 @@ class Tokens {
     }
   }
 
-  // The same with 0 where `keep` is 0, so that nothing behind the mask, NaN included, enters any
-  // sum.
+  // The same with masked tokens set to 0, so that masked values, NaN included, never enter a sum.
   template <typename A>
   const A* load(int64_t start, int64_t count, const uint8_t* keep, A* scratch) const {
     const A* x = load(start, count, scratch);
@@ -114,14 +111,14 @@ class Tokens {
   const char* data_ = nullptr;
   ScalarType dtype_ = ScalarType::Float;
   int64_t count_ = 0;
-  int64_t inner_ = 0;         // tokens of one row
+  int64_t inner_ = 0;         // tokens per row
   int64_t inner_stride_ = 1;  // elements
   int64_t outer_stride_ = 0;  // elements
-  bool flat_ = true;          // one stride reaches every token
+  bool flat_ = true;          // a single stride covers all tokens
 };
 
-// The optional bool mask of the tokens as contiguous bytes; null data means that every token
-// counts.
+// The optional bool mask of the tokens as contiguous bytes. Without a mask, data() is null and
+// every token counts.
 class Mask {
  public:
   Mask(const std::optional<Tensor>& mask, int64_t count) {
@@ -131,17 +128,17 @@ class Mask {
     tensor_ = contiguous(*mask);
     data_ = static_cast<const uint8_t*>(tensor_->const_data_ptr());
   }
-  // The bytes of the `count` tokens from flat index `start`; null if all of them count.
+  // Mask bytes of tokens [start, start + count); null if none of them is masked.
   const uint8_t* from(int64_t start, int64_t count) const {
     if (data_ == nullptr) return nullptr;
     uint8_t all = 1;
     for (int64_t i = start; i < start + count; ++i) all &= data_[i];
     return all ? nullptr : data_ + start;
   }
-  // All bytes, or null.
+  // All mask bytes, or null.
   const uint8_t* data() const { return data_; }
-  // The smallest range of [begin, end) that holds every token which counts; empty at `end` if none
-  // does.
+  // The smallest subrange of [begin, end) that holds all unmasked tokens; {end, end} if there are
+  // none.
   std::pair<int64_t, int64_t> kept_range(int64_t begin, int64_t end) const {
     if (data_ == nullptr) return {begin, end};
     constexpr int64_t kLine = 64;
@@ -157,13 +154,13 @@ class Mask {
     while (last > begin && !data_[last - 1]) --last;
     return {begin == end ? end : begin, last};
   }
-  // How many of all tokens count.
+  // Number of unmasked tokens.
   int64_t count_kept(int64_t tokens) const {
     if (data_ == nullptr) return tokens;
     int64_t kept = 0;
     for (int64_t at = 0; at < tokens; at += kBlock) {
       const int64_t end = std::min(at + kBlock, tokens);
-      int32_t block = 0;  // narrow, so that the loop becomes vector code
+      int32_t block = 0;  // 32 bits, so that the loop vectorises well
       for (int64_t i = at; i < end; ++i) block += data_[i];
       kept += block;
     }
@@ -175,7 +172,7 @@ class Mask {
   const uint8_t* data_ = nullptr;
 };
 
-// Where each sequence begins and ends among the N tokens.
+// Sequence boundaries among the N tokens.
 class Sequences {
  public:
   Sequences(const Tensor& like, const std::optional<Tensor>& cu_seqlens) : tokens_(like.numel()) {
@@ -202,7 +199,7 @@ class Sequences {
   int64_t begin(int64_t b) const { return cu_ ? cu_[b] : b * steps_; }
   int64_t end(int64_t b) const { return cu_ ? cu_[b + 1] : (b + 1) * steps_; }
 
-  // f(first, last) over ranges of sequences, cut so that threads get about equally many tokens.
+  // Calls f(first, last) on threads, for ranges of sequences with about equally many tokens.
   template <typename F>
   void parallel(const F& f) const {
     torch::stable::parallel_for(0, tokens_, kGrainTokens, [&](int64_t begin, int64_t end) {
@@ -211,7 +208,7 @@ class Sequences {
   }
 
  private:
-  // The first sequence that begins at `token` or later.
+  // The first sequence that begins at or after `token`.
   int64_t starting_from(int64_t token) const {
     if (cu_) return std::lower_bound(cu_, cu_ + count_, token) - cu_;
     return std::min(count_, (token + steps_ - 1) / steps_);
@@ -224,7 +221,7 @@ class Sequences {
   const int32_t* cu_ = nullptr;
 };
 
-// One [B] value per sequence (score, bootstrap) in type A; empty if absent.
+// A per-sequence argument [B] (score, bootstrap) in type A; empty if absent.
 template <typename A>
 std::vector<A> per_sequence(const std::optional<Tensor>& t, int64_t count, const char* name) {
   std::vector<A> out;
@@ -236,7 +233,7 @@ std::vector<A> per_sequence(const std::optional<Tensor>& t, int64_t count, const
   return out;
 }
 
-// f(block, start, count) for every block of kBlock tokens, on threads; each call takes on the best
+// Calls f(block, start, count) for every block of kBlock tokens, on threads, compiled for the best
 // instruction set.
 template <typename F>
 void for_each_block(int64_t tokens, const F& f) {
@@ -248,12 +245,6 @@ void for_each_block(int64_t tokens, const F& f) {
       }
     });
   });
-}
-
-// f(A{}) with the accumulator type of `like`.
-template <typename F>
-auto with_acc(const Tensor& like, const F& f) {
-  return like.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
 }
 
 }  // namespace rl

@@ -1,5 +1,4 @@
-// Masked whitening with sums in a fixed order: the core of masked_whiten, and the last step of gae
-// and kl_gae.
+// Masked whitening with sums in a fixed order: masked_whiten, and the last step of gae and kl_gae.
 #pragma once
 
 #include "../common/moments.h"
@@ -7,10 +6,11 @@
 
 namespace rl {
 
-// The same about the first value and in double, for squares beyond the range of A: equal values
-// have no deviation, whatever their size.
+// Moments of one block in double, relative to the first value: the fallback of block_moments when
+// squares overflow A. Equal values give m2 = 0 at any magnitude.
 template <typename A>
-__attribute__((noinline)) Moments far_moments(const A* x, const uint8_t* keep, int64_t count) {
+__attribute__((noinline)) Moments moments_in_double(const A* x, const uint8_t* keep,
+                                                    int64_t count) {
   Moments out;
   double origin = 0, sum = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -29,8 +29,8 @@ __attribute__((noinline)) Moments far_moments(const A* x, const uint8_t* keep, i
   return out;
 }
 
-// Moments of one block of at most kBlock tokens in two passes over memory that is in cache. x is 0
-// where keep is 0.
+// Moments of one block of at most kBlock tokens, in two passes over cached memory. x[i] is 0 where
+// keep[i] is 0.
 template <typename A>
 RL_INLINE Moments block_moments(const A* x, const uint8_t* keep, int64_t count) {
   Moments out;
@@ -47,7 +47,7 @@ RL_INLINE Moments block_moments(const A* x, const uint8_t* keep, int64_t count) 
   if (kept == 0) return out;
   const A mean = sum / static_cast<A>(kept);
   A m2 = 0;
-  A drift = 0;  // what rounding left in the mean
+  A drift = 0;  // corrects the rounding error of the mean
   if (keep) {
 #pragma omp simd reduction(+ : m2, drift)
     for (int64_t i = 0; i < count; ++i) {
@@ -63,7 +63,7 @@ RL_INLINE Moments block_moments(const A* x, const uint8_t* keep, int64_t count) 
       drift += d;
     }
   }
-  if (!(m2 <= std::numeric_limits<A>::max())) return far_moments(x, keep, count);
+  if (!(m2 <= std::numeric_limits<A>::max())) return moments_in_double(x, keep, count);
   out.count = kept;
   out.mean = static_cast<double>(mean) + static_cast<double>(drift) / kept;
   const double squares = static_cast<double>(m2) - static_cast<double>(drift) * drift / kept;
@@ -71,8 +71,8 @@ RL_INLINE Moments block_moments(const A* x, const uint8_t* keep, int64_t count) 
   return out;
 }
 
-// out = (x - mean) * rsqrt(var + 1e-8), plus the mean again if not shift_mean; 0 where the mask is
-// 0. With in_place, `out` is what `x` reads, and 0 where the mask is 0.
+// out = (x - mean) / sqrt(var + 1e-8), plus mean unless shift_mean; 0 for masked tokens. in_place:
+// `x` views `out`, and its masked tokens are 0 already.
 template <typename A>
 void whiten(const Tokens& x, const Mask& mask, bool shift_mean, bool unbiased, A* out,
             bool in_place = false) {
@@ -102,7 +102,7 @@ void whiten(const Tokens& x, const Mask& mask, bool shift_mean, bool unbiased, A
 #pragma omp simd
       for (int64_t i = 0; i < last - first; ++i) to[i] = whitened(in[i], mean, scale, shift);
     }
-    if (in_place) return;  // what lies outside is 0 already
+    if (in_place) return;
     std::fill(out + start, out + first, A(0));
     std::fill(out + last, out + start + count, A(0));
   });

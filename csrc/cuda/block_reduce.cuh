@@ -6,7 +6,7 @@
 
 namespace rl {
 
-// In every lane: x summed over the warp.
+// Sum over the warp, in every lane.
 template <typename S>
 __device__ __forceinline__ S warp_total(S x) {
 #pragma unroll
@@ -14,13 +14,13 @@ __device__ __forceinline__ S warp_total(S x) {
   return x;
 }
 
-// The same about the pivot of the first lane that has a value: five additions in a row, and no
-// division.
+// The same for pivoted sums, with the pivot of the first lane that has a value: a chain of five
+// additions, no division.
 __device__ __forceinline__ PivotedSums warp_total(const PivotedSums& x) {
   const unsigned holders = __ballot_sync(~0u, x.count > 0.0);
   const double pivot = __shfl_sync(~0u, x.pivot, holders ? __ffs(holders) - 1 : 0);
-  PivotedSums total = x.count > 0.0 ? x.moved(pivot) : PivotedSums{pivot};
-#pragma unroll 1  // code that runs once is read from memory as often as data is
+  PivotedSums total = x.count > 0.0 ? x.with_pivot(pivot) : PivotedSums{pivot};
+#pragma unroll 1  // runs once: code size matters more than loop overhead
   for (int lanes = 16; lanes > 0; lanes /= 2) {
     total.count += __shfl_xor_sync(~0u, total.count, lanes);
     total.sum += __shfl_xor_sync(~0u, total.sum, lanes);
@@ -29,22 +29,22 @@ __device__ __forceinline__ PivotedSums warp_total(const PivotedSums& x) {
   return total;
 }
 
-// In every thread of the first warp: the total over the block of what warp_total() makes a T of,
-// and again of T; T{} is the total of nothing.
+// Sum over the block, in every thread of the first warp. warp_total(X) gives T; T{} is the
+// identity.
 template <typename X>
 __device__ __forceinline__ auto block_total(const X& mine) {
   using T = decltype(warp_total(mine));
   __shared__ alignas(16) unsigned char of_warps[32 * sizeof(T)];
   T* const of_warp = reinterpret_cast<T*>(of_warps);
   const T total = warp_total(mine);
-  __syncthreads();  // the total before this one has been read
+  __syncthreads();  // an earlier call has read of_warp
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = total;
   __syncthreads();
   if (threadIdx.x >= 32) return total;
   return warp_total(threadIdx.x < blockDim.x / 32 ? of_warp[threadIdx.x] : T{});
 }
 
-// In every thread: what thread 0 has.
+// Broadcasts x of thread 0 to the block.
 template <typename T>
 __device__ __forceinline__ T from_first_thread(const T& x) {
   __shared__ alignas(16) unsigned char first[sizeof(T)];
@@ -53,7 +53,7 @@ __device__ __forceinline__ T from_first_thread(const T& x) {
   return *reinterpret_cast<const T*>(first);
 }
 
-// In every thread: x summed over the block.
+// Sum over the block, in every thread.
 template <typename S>
 __device__ __forceinline__ S block_sum(S x) {
   return from_first_thread(block_total(x));

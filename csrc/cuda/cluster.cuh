@@ -1,8 +1,8 @@
-// Thread-block clusters (sm_90 and later): blocks that run at the same time and write into each
-// other's shared memory; and copies from global to shared memory that threads do not wait for.
+// Thread-block clusters (sm_90 and later), whose blocks are co-scheduled and write to each other's
+// shared memory; and asynchronous copies from global to shared memory.
 //
-// Where the hardware has no clusters every block is a cluster of one, so that a kernel is written
-// once. A kernel may assume no more than the code that was compiled: see cluster_limit.
+// Before sm_90 every block is a cluster of one, so that a kernel is written once. cluster_limit()
+// gives the largest cluster that the compiled code supports.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,9 +13,9 @@
 
 namespace rl {
 
-constexpr int kMaxCluster = 8;  // the largest that every device with clusters takes
+constexpr int kMaxCluster = 8;  // the portable maximum
 
-#ifdef SHIM_CUDACC  // kernels run on a CPU: tests/_support/host_shim/fibers.h
+#ifdef SHIM_CUDACC  // kernels run on the CPU: tests/_support/host_shim/fibers.h
 using shim::close_copies;
 using shim::cluster_arrive;
 using shim::cluster_rank;
@@ -36,7 +36,7 @@ __device__ __forceinline__ unsigned cluster_size() {
 #endif
 }
 
-// This block's number in its cluster.
+// Rank of this block in its cluster.
 __device__ __forceinline__ unsigned cluster_rank() {
 #if RL_PTX >= 900
   unsigned rank;
@@ -47,8 +47,7 @@ __device__ __forceinline__ unsigned cluster_rank() {
 #endif
 }
 
-// A barrier of all threads of the cluster in two halves: what a thread wrote before it arrived is
-// seen by every thread that has waited.
+// Split barrier over all threads of the cluster: arrive releases prior writes, wait acquires them.
 __device__ __forceinline__ void cluster_arrive() {
 #if RL_PTX >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
@@ -62,8 +61,8 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// *to = value in the shared memory of block `rank`; `to` is the address of the same variable here.
-// That block must have started: after a barrier of the cluster.
+// *to = value in the shared memory of block `rank`, where `to` is the variable's address in this
+// block. Block `rank` must have started: call after a cluster barrier.
 __device__ __forceinline__ void store_remote(float* to, unsigned rank, float value) {
 #if RL_PTX >= 900
   const auto here = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -75,7 +74,8 @@ __device__ __forceinline__ void store_remote(float* to, unsigned rank, float val
 #endif
 }
 
-// Starts to copy 16 bytes, both sides aligned. Only the thread itself sees them without a barrier.
+// Starts an asynchronous copy of 16 aligned bytes. After wait_copies() they are visible to this
+// thread; to others only after a barrier.
 __device__ __forceinline__ void copy_async(void* to_shared, const void* from) {
 #if RL_PTX >= 800
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
@@ -85,17 +85,17 @@ __device__ __forceinline__ void copy_async(void* to_shared, const void* from) {
 #endif
 }
 
-// Ends a group of this thread's copies.
+// Closes the current group of this thread's copies (commit_group).
 __device__ __forceinline__ void close_copies() {
 #if RL_PTX >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-// Waits until at most `open` (0 to 3) of this thread's groups are under way.
+// Waits until at most `open` (0 to 3) of this thread's groups are in flight.
 __device__ __forceinline__ void wait_copies(int open) {
 #if RL_PTX >= 800
-  // The instruction takes a constant.
+  // The operand is an immediate.
   if (open == 0) asm volatile("cp.async.wait_group 0;" ::: "memory");
   if (open == 1) asm volatile("cp.async.wait_group 1;" ::: "memory");
   if (open == 2) asm volatile("cp.async.wait_group 2;" ::: "memory");
@@ -105,8 +105,8 @@ __device__ __forceinline__ void wait_copies(int open) {
 
 #endif  // SHIM_CUDACC
 
-// The most blocks of a cluster that a kernel was compiled for: what counts is the code that this
-// device runs, which may be older than the device.
+// Maximum cluster size of a compiled kernel. Depends on the architecture of the code that runs,
+// which may be older than the device.
 inline int cluster_limit(const cudaFuncAttributes& compiled) {
   return compiled.ptxVersion >= 90 ? kMaxCluster : 1;
 }

@@ -1,4 +1,4 @@
-// Device helpers that several kernels share: conversion to the accumulator type.
+// Loads and stores with conversion to and from the accumulator type.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,7 +7,7 @@
 
 #include "../common/math.h"
 
-// The architecture whose PTX may be written here; 0 where a host compiler reads the file.
+// The architecture for inline PTX; 0 when a host compiler builds the file.
 #if defined(__NVCC__) && defined(__CUDA_ARCH__)
 #define RL_PTX __CUDA_ARCH__
 #else
@@ -25,7 +25,7 @@ __device__ __forceinline__ void store(double& to, double x) { to = x; }
 __device__ __forceinline__ void store(__half& to, float x) { to = __float2half_rn(x); }
 __device__ __forceinline__ void store(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
 
-// Elements of 16 bytes, which one instruction moves.
+// Elements per 16-byte vector, the widest load and store.
 template <typename T>
 constexpr int kPerVector = 16 / sizeof(T);
 

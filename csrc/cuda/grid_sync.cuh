@@ -1,10 +1,10 @@
-// Sums over a block, and how the blocks of one launch learn of each other.
+// Detection of the last block of a launch, without a counter.
 //
-// Blocks meet through flags in scratch memory, not through a counter. A counter must be 0 when the
-// launch begins, which costs a memset, or lives between launches, where two streams or the replays
-// of two CUDA graphs could meet in it. A flag is up when it holds the tag of its launch: 64 bits
-// that no other launch of the process has, so that scratch needs no initial value. A replay has the
-// tag of its capture: whoever finishes a launch takes the flags down.
+// A counter must be 0 at launch. That costs a memset, or the counter persists between launches, and
+// two streams or two replayed CUDA graphs can share it by accident. Each block raises a flag in
+// uninitialised scratch memory instead: a flag is up if it holds the tag of the launch, 64 bits
+// that no other launch of the process uses. A graph replay reuses the tag of its capture, so the
+// last block clears the flags.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,8 +17,9 @@ struct Flags {
   uint64_t* flag;
   uint64_t tag;
 
-  // What this thread wrote before is seen by those who see the flag up; and of several blocks that
-  // each raise a flag and then look, one at least sees all of them up.
+  // Release: prior writes are visible to any thread that observes the flag. The second fence orders
+  // the flag before later reads, so of several blocks that raise a flag and then read all flags, at
+  // least one observes all of them.
   __device__ __forceinline__ void raise(int i) const {
     __threadfence();
     *static_cast<volatile uint64_t*>(flag + i) = tag;
@@ -27,7 +28,7 @@ struct Flags {
   __device__ __forceinline__ bool is_up(int i) const {
     return *static_cast<const volatile uint64_t*>(flag + i) == tag;
   }
-  // For a whole block, after a barrier that follows its own raise().
+  // Called by all threads of a block, after a barrier that follows its raise().
   __device__ __forceinline__ bool all_up(int first, int count) const {
     __shared__ int missing;
     if (threadIdx.x == 0) missing = 0;
@@ -40,14 +41,14 @@ struct Flags {
     __syncthreads();
     return missing == 0;
   }
-  // By the block that saw all flags up. A slower block then takes itself for not the last, rightly.
-  __device__ __forceinline__ void take_down(int count) const {
+  // Called only by the last block. Late blocks see cleared flags and exit.
+  __device__ __forceinline__ void clear(int count) const {
     for (int i = threadIdx.x; i < count; i += blockDim.x) flag[i] = 0;
   }
 };
 
-// Multiples of an odd number (the golden ratio of 2^64): they differ for 2^64 launches, and look
-// like no data.
+// Multiples of an odd constant (2^64 / golden ratio): distinct for 2^64 launches, and unlikely as
+// leftover data.
 inline uint64_t next_tag() {
   static std::atomic<uint64_t> launches{0};
   return (launches.fetch_add(1, std::memory_order_relaxed) + 1) * 0x9e3779b97f4a7c15u;

@@ -1,7 +1,7 @@
-// Host side of every CUDA kernel: the launch, the current stream, the dispatch on dtype.
+// Host side of every CUDA kernel: current stream, launch, dispatch on dtype.
 //
-// Only ordinary C++ (cudaLaunchKernelEx, no <<<>>>), so that a host compiler can read the .cu files
-// too.
+// Ordinary C++ (cudaLaunchKernelEx, not <<<>>>), so that a host compiler can build the .cu files
+// too (tests/_support/host_shim).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,16 +13,16 @@
 
 namespace rl {
 
-// The stream that PyTorch works on, for the device of `t`.
+// PyTorch's current stream on the device of `t`.
 inline cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
-// Starts kernel(args...) in clusters of `cluster` blocks (more than 1: sm_90 and later); an error
-// names `op`. The arguments are converted to the kernel's own types. Callers return early on an
-// empty grid, which CUDA refuses.
+// Launches kernel(args...) in clusters of `cluster` blocks (more than 1 needs sm_90). Arguments are
+// converted to the kernel's parameter types; `op` names the op in errors. CUDA rejects an empty
+// grid, so callers return early.
 template <typename... Params, typename... Args>
 void launch_clusters(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block,
                      size_t shared_bytes, unsigned cluster, cudaStream_t stream, Args&&... args) {
@@ -39,7 +39,7 @@ void launch_clusters(const char* op, void (*kernel)(Params...), dim3 grid, dim3 
   config.numAttrs = cluster > 1 ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next call of anybody would report it again
+  cudaGetLastError();  // clears the error, which the next CUDA call would report again
   RL_CHECK(false, op, ": ", cudaGetErrorString(error));
 }
 
@@ -49,7 +49,7 @@ void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, si
   launch_clusters(op, kernel, grid, block, shared_bytes, 1, stream, std::forward<Args>(args)...);
 }
 
-// body(T{}) with the device type of `dtype`.
+// Calls body(T{}) with the device type of a float dtype.
 template <typename F>
 void dispatch_float(ScalarType dtype, const F& body) {
   if (dtype == ScalarType::Float) return body(float{});
@@ -58,8 +58,8 @@ void dispatch_float(ScalarType dtype, const F& body) {
   body(double{});
 }
 
-// body(T{}, O{}) with the device types of logits and of their gradient, which may be of 16 bits
-// where the logits are fp32.
+// Calls body(T{}, O{}) with the device types of logits and gradient, which may be 16-bit for fp32
+// logits.
 template <typename F>
 void dispatch_gradient(ScalarType logits, ScalarType gradient, const F& body) {
   dispatch_float(logits, [&](auto tag) {

@@ -1,6 +1,6 @@
 // masked_whiten on CUDA: (x - mean) / sqrt(var + 1e-8) over the unmasked elements, in two launches.
 //
-// Shapes: x, mask, out: [N] or [B, T].
+// Shapes: x, mask, out [N] or [B, T].
 #include "whiten.cuh"
 
 namespace rl {
@@ -16,14 +16,13 @@ Tensor masked_whiten(Tensor x, std::optional<Tensor> mask, bool shift_mean, bool
   const unsigned blocks = whiten_blocks(tiles);
   const Tensor partials = new_partials(x, blocks);
   const cudaStream_t stream = current_stream(x);
-  const auto run = [&](auto zero) {
+  with_acc(x, [&](auto zero) {
     using A = decltype(zero);
     launch("masked_whiten", whiten_sums_kernel<A>, blocks, kWhitenThreads, 0, stream, view,
            mask_view, tiles, static_cast<PivotedSums*>(partials.mutable_data_ptr()));
     whiten_from<A>("masked_whiten", view, mask_view, tiles, partials, shift_mean, unbiased,
                    static_cast<A*>(out.mutable_data_ptr()), stream);
-  };
-  x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+  });
   return out;
 }
 

@@ -1,10 +1,14 @@
 // ppo_loss on CUDA: loss, gradients and metrics in one launch, one read of every token.
 //
-// N tokens, 1-d or 2-d tensors of any strides; a warp takes a tile of 128 tokens. Block b sums the
-// eight tiles from 8 b on, then those 8 * blocks later, ... and leaves one PpoTotals; the last
-// block to finish merges them in the order of the blocks, so that no sum depends on which it was.
-// The gradients need 1 / n, hence every block has to know the whole mask: it counts a slice, tells
-// the others, and counts further only what it has not been told. No block ever waits for another.
+// Shapes: tokens [N] or [B, T] with any strides, N in all; metrics [kMetrics].
+//
+// A warp takes a tile of 128 tokens; block b takes tiles 8 b to 8 b + 7, then those 8 * blocks
+// later, and so on, and writes one PpoTotals. The last block to finish merges them in block order,
+// so no sum depends on which block that is.
+//
+// Gradients need 1 / n, the number of unmasked tokens, so every block needs a count of the whole
+// mask. It counts one slice, publishes the count, and then counts only slices whose count is not
+// published yet. No block waits for another.
 #include "../common/ppo.h"
 #include "block_reduce.cuh"
 #include "grid_sync.cuh"
@@ -15,13 +19,12 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxBlocks = kThreads;  // one thread of the last block for each
-constexpr int64_t kSlice = 65536;     // bytes of mask that a block counts rather than be told
+constexpr int kMaxBlocks = kThreads;  // the last block reads one total per thread
+constexpr int64_t kSlice = 65536;     // minimum bytes of mask per published count
 
-// What one thread has seen, and what threads, warps and blocks have seen together: plain sums, and
-// those about a pivot for the two variances. Adding two of them divides nothing.
+// Sums of a warp or block in fp64. Variances use PivotedSums, which merge without division.
 struct PpoTotals {
-  double sum[kMetrics] = {};  // kRatioMax holds the largest, kExplainedVariance is unused
+  double sum[kMetrics] = {};  // kRatioMax: a maximum; kExplainedVariance: unused
   PivotedSums target, error;
 
   __device__ __forceinline__ PpoSums<double> sums() const {
@@ -35,7 +38,7 @@ struct PpoTotals {
 };
 constexpr int64_t kTotalWords = sizeof(PpoTotals) / sizeof(double);
 
-// The sums and the maximum over a warp, in every lane.
+// Reduces the metrics over a warp: sums, and a maximum for kRatioMax.
 template <typename S>
 __device__ __forceinline__ void sum_metrics(S (&sum)[kMetrics]) {
 #pragma unroll 1
@@ -60,7 +63,7 @@ __device__ __forceinline__ PpoTotals warp_total(PpoTotals x) {
   return x;
 }
 
-// What one thread has seen. Its warp adds the metrics in A, then all is fp64.
+// Sums of a thread. Metrics are reduced in A within a warp, in fp64 beyond it.
 template <typename A>
 struct PpoTerms {
   A sum[kMetrics] = {};
@@ -83,23 +86,23 @@ struct PpoCall {
   Tiles tiles;
   A low, high, dual_clip, value_clip;
   double value_coef, entropy_coef;
-  A *grad_logprob, *grad_values, *grad_entropy;  // null: not wanted
+  A *grad_logprob, *grad_values, *grad_entropy;  // outputs; null: not wanted
   A* loss;
   float* metrics;
   int blocks;
-  int slices;      // of the mask, at most kMaxBlocks; 0 without a mask
-  int64_t slice;   // tiles of one
-  Flags flags;     // slices + blocks of them
-  int64_t* kept;   // [slices]
+  int slices;      // of the mask, at most kMaxBlocks; 0: no mask
+  int64_t slice;   // tiles per slice
+  Flags flags;     // [slices + blocks]
+  int64_t* kept;   // [slices]: unmasked tokens
   double* totals;  // [kTotalWords, blocks]
 };
 
-// One byte of 0 or 1 for each token: the sum of sixteen.
+// Sum of sixteen mask bytes of 0 or 1.
 __device__ __forceinline__ int count_bytes(uint4 v) {
   return static_cast<int>(((v.x + v.y + v.z + v.w) * 0x01010101u) >> 24);
 }
 
-// The unmasked tokens of one slice, counted by a block.
+// Number of unmasked tokens of a slice; called by a whole block.
 template <typename A>
 __device__ __forceinline__ int64_t count_slice(const PpoCall<A>& call, int slice) {
   const int64_t first = slice * call.slice;
@@ -108,7 +111,7 @@ __device__ __forceinline__ int64_t count_slice(const PpoCall<A>& call, int slice
   int64_t tile = first, kept = 0;
   if (call.tiles.width == call.tiles.tokens && call.mask.vector != 0 &&
       reinterpret_cast<uintptr_t>(call.mask.data) % 16 == 0) {
-    // Sixteen tokens of a thread at a time; what such vectors do not cover is left to the tiles.
+    // Vectors of sixteen mask bytes. The loop over tiles below handles the rest.
     const int64_t whole = end * kTile <= call.tiles.tokens ? end : end - 1;
     const int64_t vectors = whole > first ? (whole - first) * (kTile / 16) : 0;
 #pragma unroll 8
@@ -122,7 +125,7 @@ __device__ __forceinline__ int64_t count_slice(const PpoCall<A>& call, int slice
   return block_sum(kept);
 }
 
-// All unmasked tokens. Blocks begin at different slices, so that most of them are told most.
+// Number of all unmasked tokens. Blocks start at different slices, so each counts few itself.
 template <typename A>
 __device__ __forceinline__ int64_t count_kept(const PpoCall<A>& call) {
   __shared__ int nearest;
@@ -137,31 +140,31 @@ __device__ __forceinline__ int64_t count_kept(const PpoCall<A>& call) {
       call.flags.raise(slice);
     }
     __syncthreads();
-    int64_t told = 0;
+    int64_t published = 0;
     if (mine < call.slices) {
       if (call.flags.is_up(mine)) {
         __threadfence();
-        told = *static_cast<const volatile int64_t*>(call.kept + mine);
+        published = *static_cast<const volatile int64_t*>(call.kept + mine);
       } else {
         atomicMin(&nearest, mine > slice ? mine - slice : mine - slice + call.slices);
       }
     }
-    told = block_sum(told);
-    if (nearest == call.slices) return told;
+    published = block_sum(published);
+    if (nearest == call.slices) return published;
     slice = (slice + nearest) % call.slices;
   }
 }
 
-// The tensors of one tile. Those of type A are in flight together; a tensor of 16-bit floats, and a
-// tile that goes on in the next row, are read one after the other: rare, and code that is not
-// needed costs time too where a launch lives for some microseconds.
+// Reads several tensors of one tile. Reads of tensors of type A are in flight together. 16-bit
+// tensors and tiles that span rows are rare and are read one after the other, which keeps the code
+// small: in a launch of a few microseconds, loading instructions takes measurable time.
 template <typename A>
 struct TileReader {
   const Tiles& tiles;
   const int64_t tile;
   const Place place;
   A* const stage;
-  unsigned own = 0;  // a bit for each tensor whose tokens are the lane's own
+  unsigned own = 0;  // bit per tensor: the lane already holds its own four tokens
 
   template <unsigned kBit>
   __device__ __forceinline__ RawTile<A> start(const TokenView& view) {
@@ -178,7 +181,7 @@ struct TileReader {
     }
     return raw;
   }
-  // The lane's tokens, 0 where masked, so that nothing behind the mask enters any sum.
+  // The lane's tokens, with masked ones set to 0, so that masked values never enter a sum.
   template <unsigned kBit>
   __device__ __forceinline__ void finish(const RawTile<A>& raw, unsigned keep,
                                          A (&x)[kPerLane]) const {
@@ -199,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 2 : 1)
   double normaliser = call.tiles.tokens > 0 ? static_cast<double>(call.tiles.tokens) : 1.0;
   bool counted = call.slices == 0;
   PpoTerms<A> mine;
-  // The whole block counts in the first round, so that every warp goes through it.
+  // count_kept() is called by the whole block, so every warp executes the first round.
   for (int64_t first = int64_t(block) * kWarps; first < call.tiles.count();
        first += int64_t(call.blocks) * kWarps) {
     const int64_t tile = first + warp;
@@ -214,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 2 : 1)
     const auto raw_returns = reader.template start<32>(call.returns);
     const auto raw_entropy = reader.template start<64>(call.entropy);
     const unsigned keep = read_mask(call.mask, call.tiles, place);
-    if (!counted) {  // while the reads above are under way
+    if (!counted) {  // overlaps with the reads above
       const int64_t count = count_kept(call);
       normaliser = count > 0 ? static_cast<double>(count) : 1.0;
       counted = true;
@@ -273,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 2 : 1)
       grad_entropy[k] = keep >> k & 1u ? entropy_weight : A(0);
     }
     const auto write = [&](A* to, const A(&x)[kPerLane]) {
-      if (to != nullptr) put(to + tile * kTile, place.count, stages[warp], x);
+      if (to != nullptr) write_tile(to + tile * kTile, place.count, stages[warp], x);
     };
     write(call.grad_logprob, grad_logprob);
     write(call.grad_values, grad_value);
@@ -281,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 2 : 1)
   }
   PpoTotals all = block_total(mine);
   if (threadIdx.x == 0) {
-    // By word, then by block: the last block reads a word of many blocks at once.
+    // Layout [word, block]: the last block reads each word of all blocks as one contiguous run.
     const double* words = reinterpret_cast<const double*>(&all);
     for (int i = 0; i < kTotalWords; ++i) call.totals[i * call.blocks + block] = words[i];
     call.flags.raise(call.slices + block);
@@ -300,7 +303,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 2 : 1)
     *call.loss = static_cast<A>(
         ppo_finish(all.sums(), normaliser, call.value_coef, call.entropy_coef, call.metrics));
   }
-  call.flags.take_down(call.slices + call.blocks);
+  call.flags.clear(call.slices + call.blocks);
 }
 
 std::tuple<Tensor, Tensor, Tensor> ppo_loss_fwd(
@@ -320,14 +323,14 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss_fwd(
   const Tiles tiles = tiles_of(
       logprob, {views[0], views[1], views[2], views[3], views[4], views[5], views[6], views[7]});
   const PpoOutputs out(in, with_grad);
-  // Where there is nothing to sum, one block writes the zeros.
+  // With no tokens, one block writes the zeros.
   const int blocks = tiles.tokens > 0 ? blocks_for(tiles.count(), kWarps, kMaxBlocks) : 1;
   const int slices = mask.has_value() ? blocks_for(tiles.tokens, kSlice, kMaxBlocks) : 0;
   const int64_t slice = slices > 0 ? (tiles.count() + slices - 1) / slices : 0;
   const Tensor scratch = empty_like_device(
       logprob, {blocks * kTotalWords + slices + slices + blocks}, ScalarType::Long);
   int64_t* words = static_cast<int64_t*>(scratch.mutable_data_ptr());
-  const auto run = [&](auto zero) {
+  with_acc(logprob, [&](auto zero) {
     using A = decltype(zero);
     const PpoCall<A> call{
         views[0],
@@ -358,12 +361,7 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss_fwd(
         reinterpret_cast<double*>(words)};
     launch("ppo_loss_fwd", ppo_loss_fwd_kernel<A>, static_cast<unsigned>(blocks), kThreads, 0,
            current_stream(logprob), call);
-  };
-  if (logprob.scalar_type() == ScalarType::Double) {
-    run(double{});
-  } else {
-    run(float{});
-  }
+  });
   return out.tuple();
 }
 

@@ -1,10 +1,11 @@
 // ranking_loss on CUDA: all pairs of each prompt, loss and gradient in one launch.
 //
-// Shapes: P prompts, M completions in all; scores, ranks [M], cu_groups [P + 1]. A warp takes a
-// prompt; its lanes take the completions, each with all the others, so that no two threads add to
-// one gradient. A pair's weight needs the number of prompts that have a strict pair: every block
-// counts them, in time linear in M. cu_groups that do not rise from 0 to M are not followed: loss
-// and gradients are NaN (a check without a host sync).
+// Shapes: P prompts, M completions in all; scores, ranks [M]; cu_groups [P + 1]; loss [], grad [M].
+//
+// A warp takes a prompt; each lane takes a completion and pairs it with all others, so a gradient
+// is written by one thread. The weight of a pair needs the number of prompts with a strict pair;
+// every block counts them, in time linear in M. Invalid cu_groups (not ascending from 0 to M) give
+// NaN loss and gradients: a check without a host sync.
 #include "../common/ranking.h"
 #include "block_reduce.cuh"
 #include "grid_sync.cuh"
@@ -15,7 +16,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxBlocks = kThreads;  // one thread of the last block for each
+constexpr int kMaxBlocks = kThreads;  // the last block reads one partial per thread
 
 template <typename T>
 struct RankingCall {
@@ -25,9 +26,9 @@ struct RankingCall {
   int64_t stride_scores, stride_ranks, stride_cu_groups;
   int64_t prompts, completions;
   acc_t<T>* loss;
-  acc_t<T>* grad;  // null: not wanted
+  acc_t<T>* grad;  // [M]; null: not wanted
   int blocks;
-  Flags flags;      // blocks of them
+  Flags flags;      // [blocks]
   double* partial;  // [blocks]
 
   __device__ __forceinline__ int64_t cut(int64_t p) const {
@@ -39,7 +40,7 @@ struct RankingCall {
   }
 };
 
-// The number of prompts with a strict pair, or -1 where cu_groups do not rise from 0 to M.
+// Number of prompts with a strict pair; -1 if cu_groups is invalid.
 template <typename T>
 __device__ __forceinline__ int64_t count_prompts(const RankingCall<T>& call) {
   int64_t strict = 0;
@@ -58,12 +59,12 @@ __device__ __forceinline__ int64_t count_prompts(const RankingCall<T>& call) {
   }
   if (threadIdx.x == 0 && (call.cut(0) != 0 || call.cut(call.prompts) != call.completions))
     wrong = 1;
-  // Both in one sum: there are fewer than 2^40 prompts.
+  // One reduction for both: there are fewer than 2^40 prompts.
   strict = block_sum(strict + wrong * (int64_t{1} << 40));
   return strict >> 40 ? -1 : strict;
 }
 
-// The strict pairs of the prompt begin .. end - 1, counted by a warp.
+// Number of strict pairs among completions [begin, end); called by a whole warp.
 template <typename T>
 __device__ __forceinline__ int64_t count_pairs(const RankingCall<T>& call, int64_t begin,
                                                int64_t end) {
@@ -72,12 +73,10 @@ __device__ __forceinline__ int64_t count_pairs(const RankingCall<T>& call, int64
     const int64_t rank = call.rank(i);
     for (int64_t j = begin; j < end; ++j) pairs += ranks_above(rank, call.rank(j));
   }
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) pairs += __shfl_xor_sync(~0u, pairs, lanes);
-  return pairs;
+  return warp_total(pairs);
 }
 
-// This lane's share of the loss of a prompt; writes the gradients of its completions.
+// This lane's part of the loss of a prompt. Writes the gradients of its completions.
 template <typename T>
 __device__ __forceinline__ double prompt_loss(const RankingCall<T>& call, int64_t begin,
                                               int64_t end, double weight) {
@@ -86,17 +85,17 @@ __device__ __forceinline__ double prompt_loss(const RankingCall<T>& call, int64_
   for (int64_t i = begin + threadIdx.x % 32; i < end; i += 32) {
     const int64_t rank = call.rank(i);
     const A score = call.score(i);
-    double slope = 0;
+    double grad = 0;
     for (int64_t j = begin; j < end; ++j) {
       const int64_t other = call.rank(j);
       if (rank == other) continue;
       const bool better = ranks_above(rank, other);
       const A there = call.score(j);
       const PairTerm<A> term = pair_term(better ? score : there, better ? there : score);
-      slope += better ? term.grad : -term.grad;
+      grad += better ? term.grad : -term.grad;
       loss += better ? term.loss : A(0);
     }
-    if (call.grad != nullptr) call.grad[i] = static_cast<A>(weight * slope);
+    if (call.grad != nullptr) call.grad[i] = static_cast<A>(weight * grad);
   }
   return weight * loss;
 }
@@ -130,7 +129,7 @@ __global__ void __launch_bounds__(kThreads) ranking_loss_fwd_kernel(const Rankin
   loss = static_cast<int>(threadIdx.x) < call.blocks ? call.partial[threadIdx.x] : 0.0;
   loss = block_sum(loss);
   if (threadIdx.x == 0) *call.loss = static_cast<A>(loss);
-  call.flags.take_down(call.blocks);
+  call.flags.clear(call.blocks);
 }
 
 std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& ranks,
@@ -148,7 +147,7 @@ std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& 
   const ScalarType dtype = acc_dtype(scores.scalar_type());
   const Tensor loss = empty_like_device(scores, {}, dtype);
   const Tensor grad = empty_like_device(scores, {with_grad ? completions : 0}, dtype);
-  // Where there is no prompt, one block writes the zero.
+  // With no prompts, one block writes the zero.
   const int64_t wanted = prompts > 0 ? (prompts + kWarps - 1) / kWarps : 1;
   const int blocks = static_cast<int>(wanted < kMaxBlocks ? wanted : kMaxBlocks);
   const Tensor scratch = empty_like_device(scores, {2 * blocks}, ScalarType::Long);

@@ -1,51 +1,59 @@
-// KL rewards and the GAE recurrence over many sequences: the core of kl_reward, gae and kl_gae.
+// The sequence ops on CUDA: kl_reward, gae, and kl_gae, which does both in one launch.
 //
-// B sequences, T steps, N tokens. A sequence is cut into tiles of 128 tokens, counted from its
-// begin. A warp composes its tile's steps into one (GaeRun) by a shuffle scan, and the advantage is
-// carried from tile to tile in order, from the end. So the bits of a sequence depend on its tokens
-// alone: not on the warps that share it, its neighbours, its place in memory, or masked tokens
-// behind its end.
+//   kl_reward: r_t = -beta * kl_t, plus the score at the last unmasked token of each sequence
+//   gae:       A_t = delta_t + gamma * lam * A_{t+1}, R_t = A_t + V_t; optionally A is whitened by
+//   a
+//              second launch (whiten.cuh)
 //
-// Walks. A group of 1 to 8 warps walks a sequence from its end, in each round a tile for every
-// warp. Rounds of whole tiles of aligned fp32 (or fp64) have a loop of their own, which reads the
-// next round before it uses this one. Few long sequences would leave most of a GPU idle: they are
-// cut into ranges of 4096 tokens. One launch composes every tile (gae_runs_kernel), a second one
-// walks all ranges at the same time, each carrying the advantage over the tiles behind it first.
-// Limits: one long sequence among many short packed ones is walked by one group; and where a masked
-// gap follows a range, a warp searches it.
+// Shapes: B sequences, T steps, N tokens; tokens [B, T], or [N] with cu_seqlens [B + 1]; score,
+// bootstrap [B]. Outputs are stacked.
+//
+// A sequence is cut into tiles of 128 tokens, counted from its first token. A warp composes the
+// steps of its tile into one GaeSegment by a shuffle scan; the advantage is carried from tile to
+// tile, from the last to the first. Results of a sequence therefore depend on its tokens alone: not
+// on how many warps share it, on its neighbours, on its address, or on masked tokens after its end.
+//
+// A group of 1 to 8 warps processes a sequence from its end, one tile per warp and round. Padded,
+// aligned fp32 rows have a variant that reads vectors only (kFlat). A few long sequences would
+// leave most of the GPU idle, so they are cut into ranges of 4096 tokens: gae_segments_kernel
+// composes all tiles, then a second launch processes all ranges in parallel, each after carrying
+// the advantage over the segments behind it.
+//
+// Limits: one long sequence among many short packed ones is processed by a single group. If a
+// masked gap follows a range, one warp searches the gap.
 #include "../common/sequence.h"
 #include "whiten.cuh"
 
 namespace rl {
 
-constexpr int kMaxWarps = 8;  // of a group
+constexpr int kMaxWarps = 8;  // per group, and per block
 constexpr int kRangeTiles = 32;
 constexpr int64_t kRange = kRangeTiles * kTile;
-constexpr int64_t kFewSequences = 128;  // fewer, and long: cut into ranges
+constexpr int64_t kFewSequences = 128;  // below this, long sequences are cut into ranges
 
 template <typename A>
 struct SequenceArgs {
-  TokenView logprob, ref_logprob, score;  // with KL: rewards are made here
-  TokenView given_rewards;                // without KL
+  TokenView logprob, ref_logprob, score;  // kKl: rewards are computed
+  TokenView given_rewards;                // otherwise
   TokenView values, bootstrap;
   TokenView mask;
   const int32_t* cu_seqlens;  // null: padded
   int sequences;
   int64_t steps, tokens;
-  unsigned work;    // sequences, or ranges
-  bool ranges;      // a group walks a range, not a sequence
+  unsigned work;    // number of sequences, or of ranges
+  bool ranges;      // a group processes a range, not a sequence
   int group_warps;  // 1, 2, 4 or 8
-  int groups;       // of a block
+  int groups;       // per block
   KlEstimator estimator;
   A beta, gamma, gamma_lam;
   A *advantages, *returns, *rewards, *kl;
-  GaeRun<A>* runs;        // of every tile, if ranges are scanned
-  PivotedSums* partials;  // of the advantages, one a block, or null
+  GaeSegment<A>* segments;  // one per tile, if there are ranges
+  PivotedSums* partials;    // of the advantages, one per block; null: no whitening
 };
 
 namespace {
 
-// Sequence b, or the tiles [first, last) of it.
+// Tiles [first, last) of sequence b, whose tokens are [begin, begin + length).
 struct Walk {
   int64_t begin, length;
   int b, first, last;
@@ -53,22 +61,22 @@ struct Walk {
   __device__ __forceinline__ int tiles() const {
     return static_cast<int>((length + kTile - 1) / kTile);
   }
-  // Tokens of a tile.
+  // Number of tokens of a tile.
   __device__ __forceinline__ int count(int tile) const {
     const int64_t left = length - int64_t{tile} * kTile;
     return left <= 0 ? 0 : left < kTile ? static_cast<int>(left) : kTile;
   }
 };
 
-// A wrong cu_seqlens cannot reach memory: ends are clamped to the tokens, and 0 <= begin <= end.
+// Invalid cu_seqlens cannot cause out-of-bounds access: ends are clamped to [0, N].
 template <typename A>
 __device__ __forceinline__ int64_t end_of(const SequenceArgs<A>& p, int64_t b) {
   if (p.cu_seqlens == nullptr) return b * p.steps;
   return clamp(static_cast<int64_t>(p.cu_seqlens[b]), int64_t{0}, p.tokens);
 }
 
-// Sequence b's units (ranges, or tiles of scratch) are numbered from here: sequences of any
-// lengths have numbers of their own, below N / unit + B, and nobody needs to count lengths first.
+// First unit (range or tile) of sequence b. Numbers are distinct for any lengths and below
+// N / unit + B, without a prefix sum over the lengths.
 template <typename A>
 __device__ __forceinline__ int64_t first_unit(const SequenceArgs<A>& p, int64_t b, int64_t unit) {
   return end_of(p, b) / unit + b;
@@ -79,7 +87,7 @@ __device__ __forceinline__ Walk walk_of(const SequenceArgs<A>& p, unsigned work)
   Walk walk;
   walk.b = static_cast<int>(work);
   if (p.ranges) {
-    int low = 0, high = p.sequences;  // the last b whose first unit is at most `work`
+    int low = 0, high = p.sequences;  // binary search: the last b with first unit <= work
     while (high - low > 1) {
       const int middle = (low + high) / 2;
       (first_unit(p, middle, kRange) <= work ? low : high) = middle;
@@ -95,20 +103,20 @@ __device__ __forceinline__ Walk walk_of(const SequenceArgs<A>& p, unsigned work)
     walk.first = static_cast<int>(work - first_unit(p, walk.b, kRange)) * kRangeTiles;
     const int last = walk.first + kRangeTiles;
     walk.last = walk.last < last ? walk.last : last;
-    if (walk.first < 0) walk.last = walk.first = 0;  // only where cu_seqlens is wrong
+    if (walk.first < 0) walk.last = walk.first = 0;  // invalid cu_seqlens
   }
   return walk;
 }
 
-// What stands behind a token: the next unmasked value (the bootstrap if there is none), and the
-// advantage.
+// State after a token: value and advantage of the next unmasked token. If there is none, value is
+// the bootstrap and advantage 0.
 template <typename A>
 struct Carry {
   A value, advantage;
-  bool found;  // there is an unmasked token behind
+  bool found;  // an unmasked token follows
 };
 
-// The first unmasked token from `tile` on.
+// Sets value and found of `carry` from the first unmasked token at or after `tile`.
 template <typename A, bool kScan>
 __device__ Carry<A> look_ahead(const SequenceArgs<A>& p, const Walk& walk, Carry<A> carry,
                                int tile) {
@@ -120,7 +128,7 @@ __device__ Carry<A> look_ahead(const SequenceArgs<A>& p, const Walk& walk, Carry
     const int64_t begin = column + int64_t{tile} * kTile;
     const bool as_vectors = vectors && count == kTile;
     const uint32_t raw = fetch_mask(p.mask, p.mask.at(row, begin), count, as_vectors);
-    const unsigned keep = settle_mask(p.mask, raw, count, as_vectors);
+    const unsigned keep = unpack_mask(p.mask, raw, count, as_vectors);
     const unsigned holders = __ballot_sync(kAllLanes, keep != 0);
     if (holders == 0) continue;
     const int lane = __ffs(holders) - 1;
@@ -132,48 +140,48 @@ __device__ Carry<A> look_ahead(const SequenceArgs<A>& p, const Walk& walk, Carry
   return carry;
 }
 
-// The advantage behind `tile`, over the runs of the tiles from the sequence's end.
+// The advantage after tile - 1: composes the segments of tiles [tile, end) of the sequence.
 template <typename A>
 __device__ A carry_over(const SequenceArgs<A>& p, const Walk& walk, int tile) {
-  const GaeRun<A>* runs = p.runs + first_unit(p, walk.b, kTile);
+  const GaeSegment<A>* segments = p.segments + first_unit(p, walk.b, kTile);
   A advantage = 0;
 #pragma unroll 1
   for (int last = walk.tiles(); last > tile; last -= 32) {
     const int mine = last - 1 - lane_id();
-    GaeRun<A> run{A(0), A(1)};
-    if (mine >= tile) run = runs[mine];
+    GaeSegment<A> segment{A(0), A(1)};
+    if (mine >= tile) segment = segments[mine];
 #pragma unroll 8
     for (int lane = 0; lane < 32; ++lane) {
-      const GaeRun<A> next{__shfl_sync(kAllLanes, run.delta, lane),
-                           __shfl_sync(kAllLanes, run.factor, lane)};
-      advantage = next.from(advantage);
+      const GaeSegment<A> next{__shfl_sync(kAllLanes, segment.delta, lane),
+                               __shfl_sync(kAllLanes, segment.factor, lane)};
+      advantage = next.apply(advantage);
     }
   }
   return advantage;
 }
 
-// A value that the compiler takes for a new one: what it makes of it is made again in each turn of
-// a loop, where keeping it would cost registers.
-__device__ __forceinline__ float made_again(float x) {
+// Hides x from the optimiser, so that values derived from it are recomputed in every iteration
+// rather than kept in registers.
+__device__ __forceinline__ float recomputed(float x) {
 #if RL_PTX
   asm volatile("" : "+f"(x));
 #endif
   return x;
 }
-__device__ __forceinline__ double made_again(double x) {
+__device__ __forceinline__ double recomputed(double x) {
 #if RL_PTX
   asm volatile("" : "+d"(x));
 #endif
   return x;
 }
-// A lane's reads of one tile: all are in flight before the first is used. kFlat: padded rows of a
-// multiple of four tokens, contiguous and aligned to 16 bytes, in A: a lane's tokens are a vector
-// in every tile, or are not there.
+// A lane's reads of one tile, all issued before the first is used. kFlat: padded rows of type A,
+// contiguous, aligned to 16 bytes, with a multiple of four tokens; every lane reads one vector or
+// nothing.
 template <typename A, bool kKl, bool kScan, bool kFlat>
 struct TileReads {
-  RawTile<A> first, second, values;  // logprob and ref_logprob, or the given rewards
+  RawTile<A> first, second, values;  // first, second: logprob and ref_logprob, or the rewards
   uint32_t mask;
-  unsigned vectors;  // a bit for each of the above
+  unsigned vectors;  // bit per member above: read as vectors
 
   __device__ __forceinline__ void start(const SequenceArgs<A>& p, const Walk& walk, int tile) {
     const TokenView& first_view = kKl ? p.logprob : p.given_rewards;
@@ -208,7 +216,7 @@ struct TileReads {
   }
 };
 
-// body(kl of two log-probs) with the estimator of the call: one switch for many tokens.
+// Calls body(kl_term of the estimator): one switch for many tokens.
 template <typename A, typename F>
 __device__ __forceinline__ void with_estimator(KlEstimator estimator, const F& body) {
   switch (estimator) {
@@ -223,33 +231,32 @@ __device__ __forceinline__ void with_estimator(KlEstimator estimator, const F& b
   }
 }
 
-// gamma * lam to the powers that the scan of a tile without masked tokens needs.
+// Powers of gamma * lam for the scan of a tile without masked tokens.
 template <typename A>
 struct Powers {
-  A lane;    // of a lane's four tokens
-  A behind;  // of the tokens of all lanes behind this one
+  A lane;   // over the four tokens of a lane
+  A after;  // over the tokens of all later lanes
 
   __device__ __forceinline__ explicit Powers(A gamma_lam) {
     A power = gamma_lam * gamma_lam;
     lane = power *= power;
-    behind = 1;
+    after = 1;
 #pragma unroll
     for (int lanes = 1; lanes < 32; lanes *= 2, power *= power)
-      if (!(lane_id() & lanes)) behind *= power;
+      if (!(lane_id() & lanes)) after *= power;
   }
 };
 
-// What a warp tells the others of its group about its tile.
+// Exchange between the warps of a group, one entry per warp and tile.
 template <typename A>
 struct Shared {
   A first_value[kMaxWarps];
-  GaeRun<A> run[kMaxWarps];
+  GaeSegment<A> segment[kMaxWarps];
   unsigned char found[kMaxWarps];
 };
 
-// One round of a group: each warp takes a tile. kRuns: it composes the tile and writes nothing
-// else.
-template <typename A, bool kKl, bool kScan, bool kFlat, bool kRuns>
+// One round of a group: one tile per warp. kSegments: only computes and writes the tile's segment.
+template <typename A, bool kKl, bool kScan, bool kFlat, bool kSegments>
 struct Round {
   const SequenceArgs<A>& p;
   const Powers<A> powers;
@@ -257,13 +264,14 @@ struct Round {
   Shared<A>& shared;
   int warp, warps;
 
-  // What stands behind this warp's tile, but for the advantage; moves carry.value and carry.found
-  // over the group. `first`: the tile's first unmasked value, if it has one.
-  __device__ __forceinline__ Carry<A> behind_tile(bool found, A first, Carry<A>& carry) const {
-    Carry<A> behind = carry;
+  // State after this warp's tile, except the advantage. Advances carry.value and carry.found over
+  // the tiles of the group. `found`, `first`: whether the tile has an unmasked token, and its first
+  // value.
+  __device__ __forceinline__ Carry<A> state_after_tile(bool found, A first, Carry<A>& carry) const {
+    Carry<A> after = carry;
     if (warps == 1) {
       if (found) carry.value = first, carry.found = true;
-      return behind;
+      return after;
     }
     if (lane_id() == 0) {
       if constexpr (kScan) shared.first_value[warp] = first;
@@ -271,79 +279,80 @@ struct Round {
     }
     __syncthreads();
     const int of = lane_id() < warps ? lane_id() : 0;
-    const unsigned founders = __ballot_sync(kAllLanes, lane_id() < warps && shared.found[of]);
-    const unsigned later = founders & ~((2u << warp) - 1u);
+    const unsigned holders = __ballot_sync(kAllLanes, lane_id() < warps && shared.found[of]);
+    const unsigned later = holders & ~((2u << warp) - 1u);
     if constexpr (kScan) {
       const A value = shared.first_value[of];
       const A next = __shfl_sync(kAllLanes, value, later ? __ffs(later) - 1 : 0);
-      const A head = __shfl_sync(kAllLanes, value, founders ? __ffs(founders) - 1 : 0);
-      if (later) behind.value = next;
-      if (founders) carry.value = head;
+      const A head = __shfl_sync(kAllLanes, value, holders ? __ffs(holders) - 1 : 0);
+      if (later) after.value = next;
+      if (holders) carry.value = head;
     } else {
       __syncthreads();  // before the next round writes `shared`
     }
-    behind.found |= later != 0;
-    carry.found |= founders != 0;
-    return behind;
+    after.found |= later != 0;
+    carry.found |= holders != 0;
+    return after;
   }
 
-  // The advantage behind this warp's tile, of which `run` is the whole; moves carry.advantage over
-  // the group.
-  __device__ __forceinline__ A advantage_behind_tile(const GaeRun<A>& run, Carry<A>& carry) const {
+  // Advantage after this warp's tile, whose segment is given. Advances carry.advantage over the
+  // tiles of the group.
+  __device__ __forceinline__ A advantage_after_tile(const GaeSegment<A>& segment,
+                                                    Carry<A>& carry) const {
     A mine = carry.advantage;
     if (warps == 1) {
-      carry.advantage = run.from(mine);
+      carry.advantage = segment.apply(mine);
       return mine;
     }
-    if (lane_id() == 0) shared.run[warp] = run;
+    if (lane_id() == 0) shared.segment[warp] = segment;
     __syncthreads();
     A advantage = mine;
 #pragma unroll
     for (int w = kMaxWarps - 1; w >= 0; --w) {
       if (w >= warps) continue;
       if (w == warp) mine = advantage;
-      advantage = shared.run[w].from(advantage);
+      advantage = shared.segment[w].apply(advantage);
     }
     carry.advantage = advantage;
     return mine;
   }
 
-  // The steps of the tile composed: `tile`, and `behind`, those of the lanes behind this one.
-  // `next` is the value behind this lane's tokens; a token's delta goes to where its reward was.
-  // kWhole: no token is masked, so that the factors are known.
+  // Composes the segment of the tile, `tile`, and that of all later lanes, `after`. `next`: value
+  // after this lane's tokens. Replaces each reward by the token's TD error. kWhole: no token is
+  // masked, so all factors are known powers of gamma * lam.
   template <bool kWhole>
   __device__ __forceinline__ void compose(unsigned keep, A next, const A (&value)[kPerLane],
-                                          A (&reward)[kPerLane], GaeRun<A>& behind,
-                                          GaeRun<A>& tile) const {
-    GaeRun<A> run{A(0), A(1)};  // this lane's tokens, then with those of more and more lanes behind
+                                          A (&reward)[kPerLane], GaeSegment<A>& after,
+                                          GaeSegment<A>& tile) const {
+    GaeSegment<A> segment{A(0), A(1)};  // of this lane; the scan appends later lanes
 #pragma unroll
     for (int j = kPerLane - 1; j >= 0; --j) {
       if (!kWhole && !(keep >> j & 1u)) continue;
       reward[j] = td_error(reward[j], value[j], next, p.gamma);
       next = value[j];
-      run = GaeRun<A>{reward[j], p.gamma_lam}.followed_by(run);
+      segment = GaeSegment<A>{reward[j], p.gamma_lam}.followed_by(segment);
     }
-    A power = made_again(powers.lane);  // then of more and more lanes
+    A power = recomputed(powers.lane);
 #pragma unroll
     for (int lanes = 1; lanes < 32; lanes *= 2, power *= power) {
-      const A delta = __shfl_down_sync(kAllLanes, run.delta, lanes);
-      const A factor = kWhole ? power : __shfl_down_sync(kAllLanes, run.factor, lanes);
+      const A delta = __shfl_down_sync(kAllLanes, segment.delta, lanes);
+      const A factor = kWhole ? power : __shfl_down_sync(kAllLanes, segment.factor, lanes);
       if (lane_id() + lanes >= 32) continue;
       if constexpr (kWhole) {
-        run.delta = gae_step(run.delta, delta, power);
+        segment.delta = gae_step(segment.delta, delta, power);
       } else {
-        run = run.followed_by({delta, factor});
+        segment = segment.followed_by({delta, factor});
       }
     }
-    tile = {__shfl_sync(kAllLanes, run.delta, 0),
-            kWhole ? power : __shfl_sync(kAllLanes, run.factor, 0)};
-    behind = {__shfl_down_sync(kAllLanes, run.delta, 1),
-              kWhole ? powers.behind : __shfl_down_sync(kAllLanes, run.factor, 1)};
-    if (lane_id() == 31) behind = {A(0), A(1)};
+    tile = {__shfl_sync(kAllLanes, segment.delta, 0),
+            kWhole ? power : __shfl_sync(kAllLanes, segment.factor, 0)};
+    after = {__shfl_down_sync(kAllLanes, segment.delta, 1),
+             kWhole ? powers.after : __shfl_down_sync(kAllLanes, segment.factor, 1)};
+    if (lane_id() == 31) after = {A(0), A(1)};
   }
 
-  // `tile` of this warp; behind the last tile of the round stands `carry`, which moves to its
-  // begin.
+  // Processes this warp's `tile`. `carry`: state after the last tile of the round; advanced to the
+  // begin of the round.
   __device__ __forceinline__ void run(const TileReads<A, kKl, kScan, kFlat>& reads,
                                       const Walk& walk, int tile, Carry<A>& carry, A score,
                                       PivotedValues<A, double>& advantages) const {
@@ -356,18 +365,18 @@ struct Round {
       if constexpr (kFlat) {
         as_numbers(raw, x);
       } else {
-        settle(view, raw, (vectors & bit) != 0, stage, x);
+        unpack(view, raw, (vectors & bit) != 0, stage, x);
       }
     };
     const auto write = [&](A* to, const A(&x)[kPerLane]) {
       if constexpr (kFlat) {
-        if (here) put_vectors(to + out, x);
+        if (here) write_vectors(to + out, x);
       } else {
-        put(to + out, count, stage, x);
+        write_tile(to + out, count, stage, x);
       }
     };
     const unsigned keep =
-        kFlat ? nibble(reads.mask) : settle_mask(p.mask, reads.mask, count, (vectors & 8) != 0);
+        kFlat ? nibble(reads.mask) : unpack_mask(p.mask, reads.mask, count, (vectors & 8) != 0);
     const unsigned holders = __ballot_sync(kAllLanes, keep != 0);
     const unsigned later = holders & ~((2u << lane_id()) - 1u);
     A reward[kPerLane], value[kPerLane], next = 0, first = 0;
@@ -381,8 +390,8 @@ struct Round {
       next = __shfl_sync(kAllLanes, own, later ? __ffs(later) - 1 : 0);
       first = __shfl_sync(kAllLanes, own, holders ? __ffs(holders) - 1 : 0);
     }
-    const Carry<A> behind = behind_tile(holders != 0, first, carry);
-    if (later == 0) next = behind.value;
+    const Carry<A> after = state_after_tile(holders != 0, first, carry);
+    if (later == 0) next = after.value;
     if constexpr (kKl) {
       A kl[kPerLane];
       numbers(p.ref_logprob, reads.second, 2, kl);
@@ -396,28 +405,28 @@ struct Round {
         kl[j] = kept ? kl[j] : A(0);
         reward[j] = kept ? kl_penalty(p.beta, kl[j]) : A(0);
       }
-      if (!behind.found && later == 0) {  // here is the last unmasked token of the sequence, if any
+      if (!after.found && later == 0) {  // the last unmasked token of the sequence, if any
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j)
           if (keep >> j == 1u) reward[j] += score;
       }
-      if constexpr (!kRuns) {
+      if constexpr (!kSegments) {
         write(p.kl, kl);
         write(p.rewards, reward);
       }
     }
     if constexpr (kScan) {
-      GaeRun<A> after_lane, all;
+      GaeSegment<A> after_lane, all;
       if (__all_sync(kAllLanes, keep == 0xfu)) {
         compose<true>(keep, next, value, reward, after_lane, all);
       } else {
         compose<false>(keep, next, value, reward, after_lane, all);
       }
-      if constexpr (kRuns) {
-        if (lane_id() == 0) p.runs[first_unit(p, walk.b, kTile) + tile] = all;
+      if constexpr (kSegments) {
+        if (lane_id() == 0) p.segments[first_unit(p, walk.b, kTile) + tile] = all;
         return;
       }
-      A advantage = after_lane.from(advantage_behind_tile(all, carry));
+      A advantage = after_lane.apply(advantage_after_tile(all, carry));
 #pragma unroll
       for (int j = kPerLane - 1; j >= 0; --j) {
         const bool kept = keep >> j & 1u;
@@ -432,7 +441,7 @@ struct Round {
   }
 };
 
-// Blocks of eight warps on one SM, at least: as many as leave the kernel enough registers. The
+// Minimum blocks of eight warps per SM for __launch_bounds__: the most that do not spill. The
 // largest kernel spills at three on sm_100.
 template <typename A, bool kKl, bool kScan, bool kFlat>
 constexpr int kResident = std::is_same_v<A, double> ? 2
@@ -440,13 +449,14 @@ constexpr int kResident = std::is_same_v<A, double> ? 2
                           : RL_PTX < 1000           ? 3
                                                     : 2;
 
-// Walks every sequence, or every range. Idle warps of a group's last tiles carry on unchanged.
+// One group per sequence or range, grid-stride. A warp without a tile in a round passes the carry
+// on.
 template <typename A, bool kKl, bool kScan, bool kFlat>
 __global__ void __launch_bounds__(kMaxWarps * 32, kResident<A, kKl, kScan, kFlat>)
     sequence_kernel(const SequenceArgs<A> p) {
   __shared__ alignas(16) A stages[kMaxWarps][kTile];
   __shared__ Shared<A> shared;
-  // A block has one group of several warps, or several of one warp.
+  // A block has one group of several warps, or several groups of one warp.
   const int warps = p.group_warps, mine = threadIdx.x / 32;
   const int warp = warps > 1 ? mine : 0, group = warps > 1 ? 0 : mine;
   const Round<A, kKl, kScan, kFlat, false> round{
@@ -464,7 +474,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kResident<A, kKl, kScan, kFlat
       carry = look_ahead<A, kScan>(p, walk, carry, walk.last);
       if constexpr (kScan) carry.advantage = carry_over(p, walk, walk.last);
     }
-    // A range that does not end its sequence is a whole number of rounds.
+    // Only the last range of a sequence can end in an incomplete round.
     int tile = walk.first + (walk.last - walk.first - 1) / warps * warps + warp;
 #pragma unroll 1
     for (; tile >= walk.first; tile -= warps) {
@@ -480,9 +490,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kResident<A, kKl, kScan, kFlat
   }
 }
 
-// The run of every tile, a warp each; `work` counts ranges.
+// Writes the segment of every tile, one warp per tile. `work`: number of ranges.
 template <typename A, bool kKl>
-__global__ void __launch_bounds__(kMaxWarps * 32, 2) gae_runs_kernel(const SequenceArgs<A> p) {
+__global__ void __launch_bounds__(kMaxWarps * 32, 2) gae_segments_kernel(const SequenceArgs<A> p) {
   __shared__ alignas(16) A stages[kMaxWarps][kTile];
   __shared__ Shared<A> shared;
   const unsigned item = blockIdx.x * kMaxWarps + threadIdx.x / 32;
@@ -505,7 +515,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 2) gae_runs_kernel(const Seque
 
 // ---- host -------------------------------------------------------------------------------------
 
-// Fills in the layout of `like`; the tensor returned keeps cu_seqlens alive.
+// Sets the sequence layout of `like`. The caller must keep the returned cu_seqlens alive.
 template <typename A>
 std::optional<Tensor> set_layout(SequenceArgs<A>& p, const Tensor& like,
                                  const std::optional<Tensor>& cu_seqlens) {
@@ -528,18 +538,12 @@ std::optional<Tensor> set_layout(SequenceArgs<A>& p, const Tensor& like,
   return cu;
 }
 
-// One value of each sequence (score, bootstrap).
+// A per-sequence argument [B] (score, bootstrap).
 template <typename A>
 TokenView per_sequence(const SequenceArgs<A>& p, const std::optional<Tensor>& t, const char* name) {
   if (!t) return {};
   RL_CHECK(t->dim() == 1 && t->numel() == p.sequences, name, ": expected [", p.sequences, "]");
   return view_of(*t, name);
-}
-
-// body(A{}) with the accumulator type of `like`.
-template <typename F>
-void with_acc(const Tensor& like, const F& body) {
-  like.scalar_type() == ScalarType::Double ? body(double{}) : body(float{});
 }
 
 template <typename A>
@@ -571,11 +575,11 @@ void set_gae(SequenceArgs<A>& p, const Tensor& like, const Tensor& values, doubl
   p.returns = returns_ptr;
 }
 
-// Whether the kernel that reads nothing but vectors will do.
+// Whether the kFlat variant applies.
 template <typename A>
 bool is_flat(const SequenceArgs<A>& p) {
   bool flat = p.cu_seqlens == nullptr && p.steps % kPerLane == 0;
-  // Arrays: of a list in braces nvcc makes no loop that a host compiler takes.
+  // Arrays: nvcc's host pass of a range-for over a braced list does not compile with g++.
   const TokenView views[] = {p.logprob, p.ref_logprob, p.given_rewards, p.values, p.mask};
   for (const TokenView& v : views) {
     if (v.data == nullptr) continue;
@@ -587,34 +591,36 @@ bool is_flat(const SequenceArgs<A>& p) {
   return flat;
 }
 
-// Runs the kernels, and whitens p.advantages on request. All but the walks must be set.
+// Launches the kernels; whitens p.advantages if asked. Sets the work distribution of `p`; the
+// caller sets the rest.
 template <typename A, bool kKl, bool kScan>
 void run_sequences(const char* op, SequenceArgs<A> p, const Tensor& like, bool whiten) {
   if (p.tokens == 0) return;
   RL_CHECK(p.sequences > 0, op, ": tokens, but no sequence");
   const cudaStream_t stream = current_stream(like);
-  // The same bits either way. Padded rows tell their length; packed ones only their mean.
+  // The distribution does not change results. The length of packed sequences is estimated by their
+  // mean.
   const int64_t tiles = (p.tokens / p.sequences + kTile - 1) / kTile;
   p.ranges = p.sequences < kFewSequences && tiles > 2 * kRangeTiles;
   p.work = static_cast<unsigned>((p.ranges ? p.tokens / kRange : 0) + p.sequences);
-  const int64_t likely = p.cu_seqlens ? 2 * tiles : tiles;  // ragged: many are longer
+  const int64_t likely = p.cu_seqlens ? 2 * tiles : tiles;  // many ragged ones exceed the mean
   p.group_warps = kMaxWarps;
   while (p.group_warps > 1 && p.group_warps / 2 >= likely) p.group_warps /= 2;
-  // Groups of several warps meet in __syncthreads, so each has a block of its own.
+  // Groups of several warps use __syncthreads, so each needs its own block.
   p.groups = p.group_warps == 1 ? kMaxWarps : 1;
   const int64_t most = whiten ? kMaxPartials : std::numeric_limits<int32_t>::max();
   const unsigned blocks = blocks_for(p.work, p.groups, most);
-  std::optional<Tensor> partials, runs;
+  std::optional<Tensor> partials, segments;
   if (whiten) {
     partials = new_partials(like, blocks);
     p.partials = static_cast<PivotedSums*>(partials->mutable_data_ptr());
   }
   if constexpr (kScan) {
     if (p.ranges) {
-      runs = empty_like_device(like, {p.tokens / kTile + p.sequences, 2},
-                               acc_dtype(like.scalar_type()));
-      p.runs = static_cast<GaeRun<A>*>(runs->mutable_data_ptr());
-      launch(op, gae_runs_kernel<A, kKl>,
+      segments = empty_like_device(like, {p.tokens / kTile + p.sequences, 2},
+                                   acc_dtype(like.scalar_type()));
+      p.segments = static_cast<GaeSegment<A>*>(segments->mutable_data_ptr());
+      launch(op, gae_segments_kernel<A, kKl>,
              blocks_for(int64_t{p.work} * kRangeTiles, kMaxWarps, INT32_MAX), kMaxWarps * 32, 0,
              stream, p);
     }
@@ -634,10 +640,8 @@ void run_sequences(const char* op, SequenceArgs<A> p, const Tensor& like, bool w
                  true, p.advantages, stream);
 }
 
-// kl_reward on CUDA: r_t = -beta * kl_t, plus the score on the last unmasked token of each
-// sequence.
-//
-// Shapes: logprob, ref_logprob, mask, outputs: [B, T], or [N] with cu_seqlens [B + 1]; score [B].
+// ---- ops --------------------------------------------------------------------------------------
+
 Tensor kl_reward(Tensor logprob, Tensor ref_logprob, Tensor score, double beta, int64_t estimator,
                  std::optional<Tensor> cu_seqlens, std::optional<Tensor> mask) {
   const torch::stable::accelerator::DeviceGuard guard(logprob.get_device_index());
@@ -654,9 +658,6 @@ Tensor kl_reward(Tensor logprob, Tensor ref_logprob, Tensor score, double beta, 
   return out;
 }
 
-// gae on CUDA: A_t = delta_t + gamma * lam * A_{t+1}, R_t = A_t + V_t, optionally whitened.
-//
-// Shapes: rewards, values, mask, outputs: [B, T], or [N] with cu_seqlens [B + 1]; bootstrap [B].
 Tensor gae(Tensor rewards, Tensor values, double gamma, double lam,
            std::optional<Tensor> cu_seqlens, std::optional<Tensor> mask,
            std::optional<Tensor> bootstrap, bool whiten) {
@@ -676,11 +677,6 @@ Tensor gae(Tensor rewards, Tensor values, double gamma, double lam,
   return out;
 }
 
-// kl_gae on CUDA: KL-penalised rewards, GAE and returns in one launch; whitening takes a second
-// one.
-//
-// Shapes: logprob, ref_logprob, values, mask, outputs: [B, T], or [N] with cu_seqlens [B + 1];
-// score [B].
 Tensor kl_gae(Tensor logprob, Tensor ref_logprob, Tensor score, Tensor values, double beta,
               int64_t estimator, double gamma, double lam, bool whiten,
               std::optional<Tensor> cu_seqlens, std::optional<Tensor> mask) {

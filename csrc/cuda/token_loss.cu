@@ -1,18 +1,19 @@
 // token_loss and token_loss_rows on CUDA: loss, log-probability, entropy and dL/dlogits with one
 // read of the logits and one write of the gradient.
 //
-// Shapes: logits [..., V] with any row strides, N rows; targets, advantages, old_logprob, mask,
-// outputs: N. The gradient is of the logits' type T, or of a narrower O. A cluster of 1 to 8 blocks
-// takes one row. Each block copies its tiles (softmax_row.cuh) into shared memory as they are and
-// reduces them while others arrive; every warp leaves its tile's sums in the shared memory of all
-// blocks of the cluster. After one barrier the first warp of each block merges all tiles in the
-// same order and makes the row's loss and grad_logprob, and the block writes gradients from shared
-// memory. Several clusters share a multiprocessor: one reads while another writes. Where the row
-// does not fit, for fp64 and for soft-caps above kFastCap, one block takes the row and reads it
-// twice.
+// Shapes: logits [..., V] with any row strides, N rows; targets, advantages, old_logprob, mask and
+// outputs [N]; row_stats [2, N]. The gradient has the logits' type T, or a narrower type O.
 //
-// Bits depend on V and dtype alone: no atomics, no neighbours. A target outside [0, V) is not read:
-// its row is NaN (a check without a host sync).
+// A cluster of 1 to 8 blocks processes one row. Each block copies its tiles (softmax_row.cuh) to
+// shared memory unconverted and reduces them while later ones arrive. Every warp writes the sums of
+// its tiles to the shared memory of all blocks of the cluster. After one cluster barrier, the first
+// warp of each block merges all tiles in the same order and computes loss and grad_logprob; the
+// block then writes gradients from shared memory. Several clusters share an SM, so one reads while
+// another writes. Rows that do not fit, fp64, and soft-caps above kFastCap are processed by one
+// block that reads the row twice.
+//
+// Results depend on V and dtype alone: no atomics. A target outside [0, V) is not read: its row is
+// NaN (a check without a host sync).
 
 #include "../common/token_loss.h"
 #include "cluster.cuh"
@@ -23,18 +24,18 @@ namespace rl {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * 32;
-constexpr int kStages = 4;  // groups of copies: the first are reduced while the last arrive
+constexpr int kStages = 4;  // pipeline stages: early tiles are reduced while later ones arrive
 constexpr int kTilePacks = 32 * kTileVectors;
 
-// Blocks a multiprocessor, which the launch bounds leave registers for and plan_row() counts on.
+// Blocks per SM: limits registers through __launch_bounds__, and plan_row() relies on it.
 template <typename T, Cap kCap, bool kOnChip>
 constexpr int kResident = is_rare<acc_t<T>, kCap>     ? 1
                           : kCap == kNoCap && kOnChip ? 3
                                                       : 2;
 
-// The tiles of a row that a block holds in shared memory, as copied: pack a of the chip is pack
-// first * kTilePacks + a of the row, counted from the 16-byte boundary at or before its start.
-// kCap: what lies beyond the row is -inf there, whose soft-capped z is not.
+// Tiles of a row in shared memory (`chip`). Pack a of the chip is pack first * kTilePacks + a of
+// the row, counted from the 16-byte boundary at or before its start. Elements outside the row are
+// -inf; kCap: a soft-cap would make their z finite, so tiles at the end are guarded.
 template <typename T, bool kAligned, bool kCap>
 struct ChipTiles {
   static constexpr bool kReadsWhole = true, kGuards = kCap;
@@ -58,11 +59,11 @@ struct ChipTiles {
       if constexpr (kAligned) {
         x.vector[k] = *reinterpret_cast<const Pack<T>*>(at);
       } else if constexpr (sizeof(T) == 2) {
-        x.vector[k] = shifted<T>(*reinterpret_cast<const Pack<T>*>(at),
-                                 *reinterpret_cast<const Pack<T>*>(at + kSize), skew);
+        x.vector[k] = unaligned_pack<T>(*reinterpret_cast<const Pack<T>*>(at),
+                                        *reinterpret_cast<const Pack<T>*>(at + kSize), skew);
       } else {
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) x.vector[k].at[i] = at[skew + i];
+        for (int i = 0; i < kSize; ++i) x.vector[k].word[i] = at[skew + i];
       }
     }
     return x;
@@ -70,8 +71,8 @@ struct ChipTiles {
   __device__ __forceinline__ Tile<T> read_guarded(int64_t tile) const { return read(tile); }
 };
 
-// Starts to copy this lane's packs of a tile of the chip; what lies beyond the row is -inf.
-// `column`: of the row, where the chip's first element lies; below 0 in a misaligned row.
+// Starts asynchronous copies of this lane's packs of a tile; elements outside the row become -inf.
+// `column`: column of the chip's first element, negative in a misaligned row.
 template <typename T>
 __device__ __forceinline__ void copy_tile(T* chip, const T* row, int column, int tile, int width,
                                           int packs) {
@@ -97,8 +98,8 @@ __device__ __forceinline__ void copy_tile(T* chip, const T* row, int column, int
   }
 }
 
-// In every thread: what make() returns in the first warp, where all lanes call it. A block's warps
-// would otherwise issue the same instructions once each.
+// Broadcasts the result of make(), called by the first warp only, to the block: the other warps do
+// not repeat its instructions.
 template <typename Make>
 __device__ __forceinline__ auto from_first_warp(const Make& make) {
   using X = decltype(make());
@@ -111,61 +112,60 @@ __device__ __forceinline__ auto from_first_warp(const Make& make) {
   return *reinterpret_cast<const X*>(bytes);
 }
 
-// grad_ptr: nullptr where only the values are wanted; may be the logits (no __restrict__: the
-// thread that reads an element writes it, and all have read the target's before any writes).
+// grad_ptr: null if only the values are wanted. It may be the logits (hence no __restrict__): each
+// element is read and written by the same thread, and the target's logit is read before any write.
 template <typename T, typename O, Cap kCap, bool kOnChip, bool kEntropy>
 __global__ void __launch_bounds__(kThreads, kResident<T, kCap, kOnChip>)
-    token_loss_fwd_kernel(const T* logits_ptr, RowsView view, LossView<acc_t<T>> loss,
-                          LossOutputs<acc_t<T>> to, O* grad_ptr, Rows grad_rows) {
+    token_loss_fwd_kernel(const T* logits_ptr, RowArgs args, LossArgs<acc_t<T>> loss,
+                          LossOutputs<acc_t<T>> to, O* grad_ptr, RowLayout grad_rows) {
   using A = acc_t<T>;
   constexpr int64_t kColumns = kTileColumns<T>;
   extern __shared__ int4 chip_bytes[];
   __shared__ Slots<A> slots;
   T* const chip = reinterpret_cast<T*>(chip_bytes);
   const int blocks = kOnChip ? cluster_size() : 1, rank = kOnChip ? cluster_rank() : 0;
-  const int64_t r = blockIdx.x / blocks, width = view.rows.width;
+  const int64_t r = blockIdx.x / blocks, width = args.rows.width;
   const int tiles = static_cast<int>((width + kColumns - 1) / kColumns);
   const int each = (tiles + blocks - 1) / blocks, first = rank * each;
   const int count = max(0, min(each, tiles - first));
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const T* const row = logits_ptr + view.rows.offset(r);
+  const T* const row = logits_ptr + args.rows.offset(r);
   O* const out = grad_ptr ? grad_ptr + grad_rows.offset(r) : nullptr;
-  // This block's share of the row. Made where it is needed: kept, it would cost registers that the
-  // tiles want.
+  // This block's share of the row. Recomputed where it is needed, to save registers.
   const auto share_of_row = [&] {
     const int64_t begin = int64_t{first} * kTilePacks;
     return Share<T>(row, width, begin, begin + int64_t{each} * kTilePacks, rank == 0);
   };
-  const bool speaker = rank == 0 && thread == 0;  // writes the row's values
-  if (!view.counts(r)) {
-    if (speaker) to.put(r, view.rows.count, {0, 0}, 0, 0, {0, 0, 0});
+  const bool writer = rank == 0 && thread == 0;  // writes the per-row outputs
+  if (!args.counts(r)) {
+    if (writer) to.put(r, args.rows.count, {0, 0}, 0, 0, {0, 0, 0});
     if (out) zero_row(out, width, rank, blocks);
     return;
   }
 
   const int skew = skew_of(row);
-  // Whole tiles of every warp, and as many groups of copies as the block's share fills.
+  // Tiles per stage, a multiple of the warps, and stages that the block's share fills.
   const int stage = (count + kStages * kWarps - 1) / (kStages * kWarps) * kWarps;
   const int stages = count > 0 ? (count + stage - 1) / stage : 0;
   if constexpr (kOnChip) {
-    cluster_arrive();  // "this block has started"
+    cluster_arrive();  // this block has started
     const int column = first * static_cast<int>(kColumns) - skew, end = static_cast<int>(width);
-    // Each thread copies the packs that it will reduce.
+    // In an aligned row each thread copies the packs that it will reduce.
 #pragma unroll 1
     for (int s = 0; s < stages; ++s) {
       for (int i = s * stage + warp; i < min(count, (s + 1) * stage); i += kWarps) {
         copy_tile(chip, row, column, i, end, kTilePacks);
       }
-      // The elements of a misaligned tile end in the pack behind it.
+      // A misaligned tile ends in the pack after it.
       if (s == stages - 1 && skew > 0 && warp == 0) copy_tile(chip, row, column, count, end, 1);
       close_copies();
     }
 #pragma unroll 1
     for (int s = stages; s < kStages; ++s) close_copies();  // the wait below counts kStages
   }
-  // While the copies are under way.
-  const Exponent<A, kCap> exponent(view.maths<A>(r));
-  const int64_t target = view.target(r);
+  // Overlaps with the copies.
+  const Exponent<A, kCap> exponent(args.transform<A>(r));
+  const int64_t target = args.target(r);
   const bool inside = target >= 0 && target < width;
   const A target_logit = inside ? load(row[target]) : A(0);
   const int64_t single_at = share_of_row().single;
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kCap, kOnChip>)
   Partial<A> all;
   if constexpr (kOnChip) {
     cluster_wait();  // all blocks have started
-    const auto tell = [&](int i, const Partial<A>& part) {
+    const auto publish = [&](int i, const Partial<A>& part) {
       if (lane < blocks) {
         store_remote(&slots.max[first + i], lane, part.max);
         store_remote(&slots.sum[first + i], lane, part.sum);
@@ -189,17 +189,17 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kCap, kOnChip>)
         reduce_tiles<false, kEntropy>(
             ChipTiles<T, true, kCap != kNoCap>{chip, first, width, 0}, begin,
             min(count, begin + stage) - begin, exponent, A(0),
-            [&](int i, const Partial<A>& part) { tell(begin + i, part); });
+            [&](int i, const Partial<A>& part) { publish(begin + i, part); });
       }
     } else {
       wait_copies(0);
-      __syncthreads();  // packs that other threads copied
+      __syncthreads();  // copies of other threads
       reduce_tiles<false, kEntropy>(ChipTiles<T, false, kCap != kNoCap>{chip, first, width, skew},
-                                    0, count, exponent, A(0), tell);
+                                    0, count, exponent, A(0), publish);
     }
     __syncwarp();
     cluster_arrive();
-    cluster_wait();  // parts of all tiles are here, and packs that other threads copied
+    cluster_wait();  // the sums of all tiles have arrived, and the copies of other threads
     all = from_first_warp([&] { return merge_slots<false, kEntropy>(slots, tiles, exponent); });
   } else {
     all = reduce_row<kEntropy>(row, width, exponent, slots);
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kCap, kOnChip>)
   const bool far = exponent.far(all.max);
   if (far) {
     all = reduce_row_far<kEntropy>(row, width, exponent, slots, all.max);
-    if constexpr (kOnChip) {  // nobody writes before all have read
+    if constexpr (kOnChip) {  // all blocks have read the row before any writes
       cluster_arrive();
       cluster_wait();
     }
@@ -218,11 +218,12 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kCap, kOnChip>)
     const A logprob = inside ? sums.logprob(target_logit) : A(NAN);
     TokenTerm<A> term = loss.term(r, logprob);
     if (!inside) term.grad_logprob = A(NAN);
-    if (speaker) {
-      to.put(r, view.rows.count, term, logprob, sums.shifted_lse - sums.mean, sums.stats);
+    if (writer) {
+      to.put(r, args.rows.count, term, logprob, sums.shifted_lse - sums.shifted_mean,
+             sums.row_stats);
     }
     const A h = kEntropy ? loss.grad_entropy() : A(0);
-    return RowGradient<A, kCap, kEntropy>(exponent, sums.stats, term.grad_logprob, h);
+    return RowGradient<A, kCap, kEntropy>(exponent, sums.row_stats, term.grad_logprob, h);
   });
   if (out == nullptr) return;
   if (grad.g_row == A(0) && grad.h_row == A(0)) return zero_row(out, width, rank, blocks);
@@ -233,17 +234,17 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kCap, kOnChip>)
     from = chip + (share.first - int64_t{first} * kTilePacks) * kPerVector<T>;
   }
   write_share<kThreads>(grad, share, from, single, out);
-  // The target's element once more, by the thread that wrote it.
+  // The target's element again, by the thread that wrote it.
   if (inside && share.owns(target)) store(out[target], grad.at_target(target_logit));
 }
 
-// grad[r] *= upstream[r] where that is not 1: a row with 1 is not touched, one with 0 not read.
+// grad[r] *= upstream[r]. A row with 1 is neither read nor written; one with 0 is not read.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    token_loss_bwd_kernel(T* grad_ptr, Rows rows, const acc_t<T>* __restrict__ upstream_ptr,
+    token_loss_bwd_kernel(T* grad_ptr, RowLayout rows, const acc_t<T>* __restrict__ upstream_ptr,
                           int64_t stride_upstream) {
   using A = acc_t<T>;
-  using C = Cells<T>;
+  using W = Words<T>;
   for (int64_t r = blockIdx.x; r < rows.count; r += gridDim.x) {
     const A factor = upstream_ptr[r * stride_upstream];
     if (factor == A(1)) continue;
@@ -256,12 +257,12 @@ __global__ void __launch_bounds__(kThreads)
     for (int v = threadIdx.x; v < share.count; v += kThreads) {
       Pack<T> x = read_pack(row + share.column(v));
 #pragma unroll
-      for (int i = 0; i < Pack<T>::kCells; ++i) {
-        A both[C::kEach];
-        C::split(x.at[i], both);
+      for (int i = 0; i < Pack<T>::kWords; ++i) {
+        A both[W::kPerWord];
+        W::unpack(x.word[i], both);
 #pragma unroll
-        for (int j = 0; j < C::kEach; ++j) both[j] *= factor;
-        x.at[i] = C::join(both);
+        for (int j = 0; j < W::kPerWord; ++j) both[j] *= factor;
+        x.word[i] = W::pack(both);
       }
       write_pack(row + share.column(v), x);
     }
@@ -269,31 +270,30 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- launch
-// --------------------------------------------------------------------------------------------------------
+// ---- launch -----------------------------------------------------------------------------------
 
 int device_limit(cudaDeviceAttr which, int device) {
   int value = 0;
   RL_CHECK(cudaDeviceGetAttribute(&value, which, device) == cudaSuccess,
-           "token_loss: the device does not tell its limits");
+           "token_loss: cannot read the limits of the device");
   return value;
 }
 
-// How a row is kept on chip: blocks of a cluster (0: not at all) and bytes of shared memory each.
+// How a row is held in shared memory: blocks per cluster (0: not at all) and bytes per block.
 struct Plan {
   int blocks = 0;
   int64_t bytes = 0;
 };
 
-// As few blocks a row as leave room for `resident` blocks a multiprocessor, so that some read while
-// others reduce or write; else for fewer. One alone cannot overlap reading and writing: without
-// clusters (one block a row) the two-read path is taken instead.
+// The fewest blocks per row that allow most_resident blocks per SM, so that some read while others
+// reduce or write; if none do, fewer resident blocks. A single resident block cannot overlap reads
+// with writes: without clusters (one block per row) the two-read path is taken instead.
 template <typename Kernel>
 Plan plan_row(Kernel* kernel, int device, int most_resident, int64_t tiles, int64_t tile_bytes) {
   cudaFuncAttributes compiled;
   RL_CHECK(cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess,
-           "token_loss: no kernel for this device in the extension");
-  const int64_t of_system = 1024;  // bytes a block
+           "token_loss: the extension has no kernel for this device");
+  const int64_t of_system = 1024;  // bytes per block reserved by CUDA
   const int64_t fixed = static_cast<int64_t>(compiled.sharedSizeBytes);
   const int64_t per_sm = device_limit(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   const int64_t per_block = device_limit(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
@@ -301,7 +301,7 @@ Plan plan_row(Kernel* kernel, int device, int most_resident, int64_t tiles, int6
   if (tiles > kSlots) return {};
   for (int resident = most_resident; resident >= (most > 1 ? 1 : 2); --resident) {
     for (int blocks = 1; blocks <= most; blocks *= 2) {
-      // And the pack behind a misaligned share.
+      // 16: the pack after a misaligned share.
       const int64_t bytes = (tiles + blocks - 1) / blocks * tile_bytes + 16;
       if (bytes + fixed <= per_block && (bytes + fixed + of_system) * resident <= per_sm) {
         return {blocks, bytes};
@@ -312,17 +312,17 @@ Plan plan_row(Kernel* kernel, int device, int most_resident, int64_t tiles, int6
 }
 
 template <typename T, typename O, Cap kCap, bool kEntropy>
-void launch_fwd(const Batch& b, const LossView<acc_t<T>>& loss, const LossOutputs<acc_t<T>>& to,
-                O* grad, const Rows& grad_rows) {
-  const Rows& rows = b.view.rows;
-  const T* logits = static_cast<const T*>(b.logits.const_data_ptr());
-  const cudaStream_t stream = current_stream(b.logits);
-  // Without gradients one read is enough anyway.
+void launch_fwd(const RowInputs& in, const LossArgs<acc_t<T>>& loss,
+                const LossOutputs<acc_t<T>>& to, O* grad, const RowLayout& grad_rows) {
+  const RowLayout& rows = in.args.rows;
+  const T* logits = static_cast<const T*>(in.logits.const_data_ptr());
+  const cudaStream_t stream = current_stream(in.logits);
+  // Without gradients, every path reads the row once.
   if constexpr (!is_rare<acc_t<T>, kCap>) {
     auto* kernel = token_loss_fwd_kernel<T, O, kCap, true, kEntropy>;
     Plan plan;
     if (grad) {
-      plan = plan_row(kernel, b.logits.get_device_index(), kResident<T, kCap, true>,
+      plan = plan_row(kernel, in.logits.get_device_index(), kResident<T, kCap, true>,
                       (rows.width + kTileColumns<T> - 1) / kTileColumns<T>, 16 * kTilePacks);
     }
     if (plan.blocks > 0) {
@@ -332,34 +332,34 @@ void launch_fwd(const Batch& b, const LossView<acc_t<T>>& loss, const LossOutput
               cudaSuccess &&
           cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                cudaSharedmemCarveoutMaxShared) == cudaSuccess;
-      RL_CHECK(allowed, "token_loss: the device refuses ", bytes, " bytes of shared memory");
+      RL_CHECK(allowed, "token_loss: cannot reserve ", bytes, " bytes of shared memory");
       const dim3 grid(static_cast<unsigned>(rows.count * plan.blocks));
       return launch_clusters("token_loss_fwd", kernel, grid, dim3(kThreads), plan.bytes,
-                             static_cast<unsigned>(plan.blocks), stream, logits, b.view, loss, to,
+                             static_cast<unsigned>(plan.blocks), stream, logits, in.args, loss, to,
                              grad, grad_rows);
     }
   }
   launch("token_loss_fwd", token_loss_fwd_kernel<T, O, kCap, false, kEntropy>,
-         dim3(static_cast<unsigned>(rows.count)), dim3(kThreads), 0, stream, logits, b.view, loss,
+         dim3(static_cast<unsigned>(rows.count)), dim3(kThreads), 0, stream, logits, in.args, loss,
          to, grad, grad_rows);
 }
 
-// `to` has the pointers of the outputs; `out`: nullptr where only the values are wanted.
+// `to`: LossTensors or RowPassTensors. `out`: output of the gradient, or null.
 template <typename Outputs>
-void run(const Batch& b, const LossInputs& loss, const Outputs& to, bool entropy, const Tensor* out,
-         const Rows& out_rows) {
-  const Rows& rows = b.view.rows;
+void run(const RowInputs& in, const LossInputs& loss, const Outputs& to, bool entropy,
+         const Tensor* out, const RowLayout& out_rows) {
+  const RowLayout& rows = in.args.rows;
   if (rows.count == 0) return;
   RL_CHECK(rows.width < int64_t{1} << 30 && rows.count < int64_t{1} << 27,
-           "token_loss takes less than 2^30 classes and 2^27 rows");
-  const ScalarType dtype = b.logits.scalar_type();
+           "token_loss takes fewer than 2^30 classes and 2^27 rows");
+  const ScalarType dtype = in.logits.scalar_type();
   dispatch_gradient(dtype, out ? out->scalar_type() : dtype, [&](auto tag, auto of_out) {
     using T = decltype(tag);
     using O = decltype(of_out);
     using A = acc_t<T>;
-    dispatch_cap<T>(b.view.softcap, entropy, [&](auto cap, auto entropy_too) {
+    dispatch_cap<T>(in.args.softcap, entropy, [&](auto cap, auto entropy_too) {
       launch_fwd<T, O, cap(), entropy_too()>(
-          b, loss.view<A>(), to.template outputs<A>(),
+          in, loss.args<A>(), to.template outputs<A>(),
           out ? static_cast<O*>(out->mutable_data_ptr()) : nullptr, out_rows);
     });
   });
@@ -371,12 +371,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd(
     std::optional<Tensor> row_temperature, double temperature, double softcap,
     std::optional<Tensor> mask, std::optional<Tensor> scale_tensor, double scale) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
+  const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
   const LossInputs loss =
-      make_loss(b, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
-  const LossTensors to = new_outputs(b, targets);
-  run(b, loss, to, false, nullptr, Rows{});
-  return {to.loss, to.logprob, to.grad_logprob, to.stats};
+      loss_inputs(in, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
+  const LossTensors to = new_outputs(in, targets);
+  run(in, loss, to, false, nullptr, RowLayout{});
+  return {to.loss, to.logprob, to.grad_logprob, to.row_stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd_(
@@ -385,12 +385,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd_(
     std::optional<Tensor> row_temperature, double temperature, double softcap,
     std::optional<Tensor> mask, std::optional<Tensor> scale_tensor, double scale, Tensor out) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
+  const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
   const LossInputs loss =
-      make_loss(b, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
-  const LossTensors to = new_outputs(b, targets);
-  run(b, loss, to, false, &out, gradient_rows(logits, out));
-  return {to.loss, to.logprob, to.grad_logprob, to.stats};
+      loss_inputs(in, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
+  const LossTensors to = new_outputs(in, targets);
+  run(in, loss, to, false, &out, gradient_layout(logits, out));
+  return {to.loss, to.logprob, to.grad_logprob, to.row_stats};
 }
 
 void token_loss_rows_(Tensor logits, Tensor targets, std::optional<Tensor> advantages,
@@ -400,23 +400,23 @@ void token_loss_rows_(Tensor logits, Tensor targets, std::optional<Tensor> advan
                       Tensor dlogits, Tensor logprob, std::optional<Tensor> entropy,
                       std::optional<Tensor> grad_logprob) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  const Batch b = make_batch(logits, targets, row_temperature, temperature, softcap, mask);
+  const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
   const LossInputs loss =
-      make_loss(b, advantages, old_logprob, clip, dual_clip, scale, 1, entropy_coef);
-  const RowPassTensors to(b, logprob, entropy, grad_logprob, entropy_coef);
-  run(b, loss, to, entropy.has_value(), &dlogits, gradient_rows(logits, dlogits, true));
+      loss_inputs(in, advantages, old_logprob, clip, dual_clip, scale, 1, entropy_coef);
+  const RowPassTensors to(in, logprob, entropy, grad_logprob, entropy_coef);
+  run(in, loss, to, entropy.has_value(), &dlogits, gradient_layout(logits, dlogits, true));
 }
 
 void token_loss_bwd_(Tensor grad, Tensor upstream) {
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
-  Rows rows;
-  RL_CHECK(rows_of(grad, rows), "grad must have unit last stride and at most two row strides");
+  RowLayout rows;
+  RL_CHECK(row_layout(grad, rows), "grad must have unit last stride and at most two row strides");
   const RowScales scales = row_scales(grad, upstream, rows);
   if (rows.count == 0 || rows.width == 0) return;
   dispatch_float(grad.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    // Mostly nothing is to be done: few blocks that look at many rows; more a row where rows are
-    // few.
+    // Most upstream gradients are 1: few blocks check many rows each. Few rows get several blocks
+    // each.
     const int64_t across = std::min<int64_t>(rows.count, 1024);
     const int64_t vectors = rows.width / kPerVector<T>;
     const int64_t down = std::clamp<int64_t>(vectors / kThreads, 1, 1024 / across);

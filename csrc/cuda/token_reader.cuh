@@ -1,9 +1,10 @@
-// Per-token arguments on CUDA: warps read tiles of 128 tokens of any strides and any float dtype.
+// Per-token arguments on CUDA: a warp reads tiles of 128 tokens with any strides and float dtype.
 //
-// N tokens: padded [B, T] or packed [N]. In a tile each lane owns four consecutive tokens. Where a
-// tile is whole, aligned and of unit stride, a lane reads and writes them as vectors; elsewhere
-// lanes take every 32nd token, which is coalesced at any offset, and exchange them in shared
-// memory. Both ways give a lane the same tokens, so no result depends on where they lie in memory.
+// Shapes: N tokens, padded [B, T] or packed [N]. Each lane owns four consecutive tokens of a tile.
+// It reads and writes them as vectors if the tile is complete, aligned and has unit stride.
+// Otherwise the lanes read every 32nd token, which coalesces at any offset, and exchange them
+// through shared memory. A lane gets the same tokens either way, so results do not depend on the
+// layout.
 #pragma once
 
 #include <algorithm>
@@ -19,38 +20,38 @@ constexpr unsigned kAllLanes = ~0u;
 
 enum class TokenKind : int { f64, f32, bf16, f16, mask };
 
-// A 1-d or 2-d tensor (null data: absent), by value in kernel arguments.
+// A strided 1-d or 2-d tensor, passed to kernels by value. Null data: absent.
 struct TokenView {
   const char* data = nullptr;
-  int64_t step = 0;      // bytes from a token to the next one
-  int64_t row_step = 0;  // bytes from a row to the next one
+  int64_t step = 0;      // bytes between tokens
+  int64_t row_step = 0;  // bytes between rows
   TokenKind kind = TokenKind::f32;
-  unsigned vector = 0;  // what a lane's four tokens are aligned to as vectors; 0: they are not
+  unsigned vector = 0;  // alignment in bytes that vector access needs; 0: not possible
 
   __device__ __forceinline__ const char* at(int64_t row, int64_t column) const {
     return data + row * row_step + column * step;
   }
-  // Whether a whole tile at `from` is read as vectors. It holds for all tiles of a row or for none.
+  // Whether a complete tile at `from` is read as vectors: the same for all tiles of a row.
   RL_HD bool vectors(const char* from) const {
     return vector != 0 && (reinterpret_cast<uintptr_t>(from) & (vector - 1)) == 0;
   }
 };
 
-// Up to 128 tokens of a matrix, in row-major order: `count` of them exist.
+// Position of a tile in a matrix, in row-major order; `count` of its 128 tokens exist.
 struct Place {
   int64_t row, column;
   int count;
 };
 
-// N tokens in rows of `width`, cut into tiles by their number in row-major order, whatever their
-// strides: the tile of a token, and the order of every sum, is the same in every layout.
+// N tokens in rows of `width`, cut into tiles by row-major index. The tile of a token, hence the
+// order of every sum, does not depend on strides.
 struct Tiles {
   int64_t tokens, width;
   double rows_per_token;
-  int64_t whole;  // tiles before this one are 16-byte vectors in each view, and 4 bytes in a mask
+  int64_t whole;  // tiles [0, whole) can be read as vectors in every view
 
   RL_HD int64_t count() const { return (tokens + kTile - 1) / kTile; }
-  // A product and a correction by one row: integer division of 64 bits is a call.
+  // Floating-point product and correction by one row: a 64-bit integer division is a call.
   __device__ __forceinline__ Place of_token(int64_t token, int count) const {
     int64_t row = static_cast<int64_t>(static_cast<double>(token) * rows_per_token);
     int64_t column = token - row * width;
@@ -74,7 +75,7 @@ __device__ __forceinline__ To read_as(const char* from) {
   return *reinterpret_cast<const To*>(from);
 }
 
-// One element.
+// Reads one token.
 template <typename A>
 __device__ __forceinline__ A read_one(const TokenView& view, int64_t row, int64_t column) {
   const char* from = view.at(row, column);
@@ -90,8 +91,8 @@ __device__ __forceinline__ A read_one(const TokenView& view, int64_t row, int64_
   }
 }
 
-// What a lane has read of a tile, before conversion, so that the reads of several tensors and tiles
-// are in flight together: its own four tokens as a vector, or every 32nd.
+// Unconverted data of a lane: its four tokens as a vector, or every 32nd token. Conversion is a
+// separate step, so that reads of several tensors and tiles are in flight together.
 template <typename A>
 struct RawTile {
   uint32_t bits[kPerLane];
@@ -101,9 +102,9 @@ struct RawTile<double> {
   double bits[kPerLane];
 };
 
-// ---- reading: fetch() starts the loads, settle() uses them -------------------------------------
+// ---- reads: fetch() issues the loads, unpack() converts ----------------------------------------
 
-// bits[j] of every 32nd token; 0 where there is none.
+// bits[j]: token j * 32 + lane; 0 beyond `count`.
 template <typename Word, typename Bits>
 __device__ __forceinline__ void read_striped(const char* from, int64_t step, int count,
                                              Bits (&bits)[kPerLane]) {
@@ -115,7 +116,7 @@ __device__ __forceinline__ void read_striped(const char* from, int64_t step, int
   }
 }
 
-// The lane's four numbers of a tile of vectors.
+// The lane's four numbers, as 16-byte vectors.
 __device__ __forceinline__ void read_vectors(const char* from, RawTile<float>& raw) {
   const int4 v = read_as<int4>(from + lane_id() * 16);
   raw.bits[0] = v.x, raw.bits[1] = v.y, raw.bits[2] = v.z, raw.bits[3] = v.w;
@@ -126,7 +127,7 @@ __device__ __forceinline__ void read_vectors(const char* from, RawTile<double>& 
   raw.bits[0] = low.x, raw.bits[1] = low.y, raw.bits[2] = high.x, raw.bits[3] = high.y;
 }
 
-// `count` tokens of one row from address `from` on, as vectors if told so; then they are 128.
+// `count` tokens of one row at address `from`. as_vectors requires all 128.
 template <typename A>
 __device__ __forceinline__ void fetch(const TokenView& view, const char* from, int count,
                                       bool as_vectors, RawTile<A>& raw) {
@@ -144,7 +145,7 @@ __device__ __forceinline__ void fetch(const TokenView& view, const char* from, i
   }
 }
 
-// A tile in one row. Returns whether it reads vectors, for settle().
+// A tile within one row. Returns as_vectors, for unpack().
 template <typename A>
 __device__ __forceinline__ bool fetch(const TokenView& view, const Place& place, RawTile<A>& raw) {
   const char* from = view.at(place.row, place.column);
@@ -161,7 +162,7 @@ __device__ __forceinline__ float from_bits16(uint32_t bits, TokenKind kind) {
   return load(half);
 }
 
-// The lane's four tokens of a tile of vectors of type A.
+// The lane's four tokens, if they were read as vectors of type A.
 __device__ __forceinline__ void as_numbers(const RawTile<float>& raw, float (&x)[kPerLane]) {
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) x[j] = __uint_as_float(raw.bits[j]);
@@ -194,7 +195,7 @@ __device__ __forceinline__ void convert(const RawTile<double>& raw, bool, TokenK
   as_numbers(raw, x);
 }
 
-// From every 32nd token to the lane's own four. `stage`: kTile elements of shared memory of this
+// Exchanges every 32nd token for the lane's own four. `stage`: kTile elements of shared memory per
 // warp.
 template <typename A>
 __device__ __forceinline__ void to_own_tokens(A* stage, A (&x)[kPerLane]) {
@@ -206,15 +207,15 @@ __device__ __forceinline__ void to_own_tokens(A* stage, A (&x)[kPerLane]) {
   for (int j = 0; j < kPerLane; ++j) x[j] = stage[lane_id() * kPerLane + j];
 }
 
-// The lane's four tokens as numbers.
+// Converts to the lane's four tokens.
 template <typename A>
-__device__ __forceinline__ void settle(const TokenView& view, const RawTile<A>& raw,
+__device__ __forceinline__ void unpack(const TokenView& view, const RawTile<A>& raw,
                                        bool as_vectors, A* stage, A (&x)[kPerLane]) {
   convert(raw, as_vectors, view.kind, x);
   if (!as_vectors) to_own_tokens(stage, x);
 }
 
-// The same of any tile of a matrix, read where it is used.
+// Reads and converts any tile, also one that spans several rows.
 template <typename A>
 __device__ __forceinline__ void read_across(const TokenView& view, const Tiles& tiles, int64_t tile,
                                             A* stage, A (&x)[kPerLane]) {
@@ -232,7 +233,7 @@ __device__ __forceinline__ void read_across(const TokenView& view, const Tiles& 
   for (int j = 0; j < kPerLane; ++j) x[j] = stage[lane_id() * kPerLane + j];
 }
 
-// ---- masks: bytes of 0 or 1, four in a word; an absent mask keeps every token ------------------
+// ---- masks: bytes of 0 or 1, four per word; an absent mask keeps every token -------------------
 
 __device__ __forceinline__ uint32_t fetch_mask(const TokenView& view, const char* from, int count,
                                                bool as_vectors) {
@@ -243,18 +244,18 @@ __device__ __forceinline__ uint32_t fetch_mask(const TokenView& view, const char
   return bytes[0] | bytes[1] << 8 | bytes[2] << 16 | bytes[3] << 24;
 }
 
-// Bits 0, 8, 16 and 24 side by side.
+// Packs bits 0, 8, 16 and 24 into bits 0 to 3.
 __device__ __forceinline__ unsigned nibble(uint32_t bytes) { return bytes * 0x10204080u >> 28; }
 
-// Bit j: the lane's token j exists and counts.
-__device__ __forceinline__ unsigned settle_mask(const TokenView& view, uint32_t raw, int count,
+// Bit j is set if the lane's token j exists and is not masked.
+__device__ __forceinline__ unsigned unpack_mask(const TokenView& view, uint32_t raw, int count,
                                                 bool as_vectors) {
   if (view.data == nullptr) {
     const int left = count - lane_id() * kPerLane;
     return left >= kPerLane ? 0xfu : left <= 0 ? 0u : (1u << left) - 1u;
   }
   if (as_vectors) return nibble(raw);
-  // Word j has a bit for each of the tokens [32 j, 32 j + 32); the lane's four lie in one word.
+  // Ballot j has a bit for each token of [32 j, 32 j + 32); the lane's four are in one ballot.
   const int word = lane_id() * kPerLane / 32;
   unsigned keep = 0;
 #pragma unroll
@@ -265,13 +266,13 @@ __device__ __forceinline__ unsigned settle_mask(const TokenView& view, uint32_t 
   return keep;
 }
 
-// The same of any tile of a matrix.
+// Reads the mask of any tile, also one that spans several rows.
 __device__ __forceinline__ unsigned read_mask(const TokenView& view, const Tiles& tiles,
                                               const Place& place) {
   if (view.data == nullptr || tiles.in_one_row(place)) {
     const char* from = view.at(place.row, place.column);
     const bool as_vectors = place.count == kTile && view.vectors(from);
-    return settle_mask(view, fetch_mask(view, from, place.count, as_vectors), place.count,
+    return unpack_mask(view, fetch_mask(view, from, place.count, as_vectors), place.count,
                        as_vectors);
   }
   uint32_t raw = 0;
@@ -282,25 +283,25 @@ __device__ __forceinline__ unsigned read_mask(const TokenView& view, const Tiles
     const Place one = tiles.of_token(place.row * tiles.width + place.column + i, 1);
     raw |= uint32_t{read_as<uint8_t>(view.at(one.row, one.column))} << (8 * j);
   }
-  return settle_mask(view, raw, place.count, false);
+  return unpack_mask(view, raw, place.count, false);
 }
 
-// ---- writing -----------------------------------------------------------------------------------
+// ---- writes ------------------------------------------------------------------------------------
 
-// Writes the lane's four tokens to the contiguous tile at `to`, which is aligned to 16 bytes. Not
-// as a Pack, whose copy the compiler takes apart into four stores.
-__device__ __forceinline__ void put_vectors(float* to, const float (&x)[kPerLane]) {
+// Writes the lane's four tokens to the contiguous tile at `to`, aligned to 16 bytes. A copy of a
+// struct would be split into four stores.
+__device__ __forceinline__ void write_vectors(float* to, const float (&x)[kPerLane]) {
   reinterpret_cast<float4*>(to)[lane_id()] = make_float4(x[0], x[1], x[2], x[3]);
 }
-__device__ __forceinline__ void put_vectors(double* to, const double (&x)[kPerLane]) {
+__device__ __forceinline__ void write_vectors(double* to, const double (&x)[kPerLane]) {
   reinterpret_cast<double2*>(to)[lane_id() * 2] = make_double2(x[0], x[1]);
   reinterpret_cast<double2*>(to)[lane_id() * 2 + 1] = make_double2(x[2], x[3]);
 }
 
-// The same at any address, of the first `count` tokens.
+// Writes the first `count` tokens at any address.
 template <typename A>
-__device__ __forceinline__ void put(A* to, int count, A* stage, const A (&x)[kPerLane]) {
-  if (count == kTile && reinterpret_cast<uintptr_t>(to) % 16 == 0) return put_vectors(to, x);
+__device__ __forceinline__ void write_tile(A* to, int count, A* stage, const A (&x)[kPerLane]) {
+  if (count == kTile && reinterpret_cast<uintptr_t>(to) % 16 == 0) return write_vectors(to, x);
   __syncwarp();
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) stage[lane_id() * kPerLane + j] = x[j];
@@ -339,7 +340,7 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return same;
 }
 
-// An argument with the shape of `like`; fp64 only together with fp64.
+// Checks an argument with the shape of `like`; float64 only if both are.
 inline TokenView tokens_like(const Tensor& t, const Tensor& like, const char* name) {
   RL_CHECK(is_float_dtype(t.scalar_type()), name, ": expected a float tensor");
   RL_CHECK(same_shape(t, like), name, ": expected the shape of the first argument");
@@ -358,8 +359,7 @@ inline TokenView mask_like(const std::optional<Tensor>& mask, const Tensor& like
   return view_of(*mask, "mask");
 }
 
-// The tiles of views (and of an output) of the shape of `like`: one long row if one stride reaches
-// every token of each.
+// Tiles over views with the shape of `like`: one long row if each view has a single stride.
 inline Tiles tiles_of(const Tensor& like, std::initializer_list<TokenView> views) {
   const int64_t tokens = like.numel(), width = like.size(like.dim() - 1);
   bool flat = true, vectors = true;

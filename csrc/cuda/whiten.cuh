@@ -1,9 +1,9 @@
-// Masked whitening on CUDA in two launches: the sums of each block, then each block adds them all
-// in the same order and normalises. No atomics: bitwise the same every time.
+// Masked whitening on CUDA in two launches: partial sums per block, then every block reduces all
+// partials in the same order and normalises. No atomics: bitwise reproducible.
 //
-// Dependent fp64 operations: in each launch 16 (two levels of one move of the pivot and five
-// additions), then in the second one 3 divisions and a root for mean and scale. A merge of moments
-// at each step would divide there, too.
+// PivotedSums keep the fp64 dependency chain short: 16 operations per launch (two levels of a
+// change of pivot and five additions), then 3 divisions and a square root for mean and scale.
+// Merging moments would divide at every step.
 #pragma once
 
 #include "../common/moments.h"
@@ -14,19 +14,19 @@ namespace rl {
 
 constexpr int kWhitenThreads = 512;
 constexpr int kWhitenWarps = kWhitenThreads / 32;
-constexpr int kWhitenBlocks = 256;                // about two an SM
-constexpr int kWhitenBatch = 4;                   // tiles of a warp in flight
-constexpr int64_t kMaxPartials = kWhitenThreads;  // one for each thread of the second launch
+constexpr int kWhitenBlocks = 256;                // about two per SM
+constexpr int kWhitenBatch = 4;                   // tiles in flight per warp
+constexpr int64_t kMaxPartials = kWhitenThreads;  // one per thread of the second launch
 
 namespace {
 
 __device__ __forceinline__ int64_t first_tile() {
   return int64_t{blockIdx.x} * kWhitenWarps + threadIdx.x / 32;
 }
-// Tiles of all warps of the launch.
+// Number of warps of the launch: the stride between a warp's tiles.
 __device__ __forceinline__ int64_t tile_step() { return int64_t{gridDim.x} * kWhitenWarps; }
 
-// A warp's next whole tiles, read at once.
+// A warp's next complete tiles, read together.
 template <typename A>
 struct TileBatch {
   RawTile<A> raw[kWhitenBatch];
@@ -45,9 +45,9 @@ struct TileBatch {
   }
 };
 
-// body(whether it is one of the whole tiles, tokens before it, how many it has, the lane's tokens,
-// which of them count) for the warp's tiles in order. between(): after the first reads have
-// started.
+// Calls body(whole, first, count, x, keep) for the warp's tiles in order: whether the tile is read
+// as vectors (bool constant), its first token, its number of tokens, the lane's tokens, and their
+// mask bits. Calls between() once, after the first reads are issued.
 template <typename A, typename Between, typename Body>
 __device__ __forceinline__ void for_each_tile(const TokenView& x_view, const TokenView& mask_view,
                                               const Tiles& tiles, A* stage, const Between& between,
@@ -66,7 +66,7 @@ __device__ __forceinline__ void for_each_tile(const TokenView& x_view, const Tok
       if (tile >= tiles.whole) continue;
       as_numbers(batch.raw[k], x);
       body(std::true_type{}, tile * kTile, kTile, x,
-           settle_mask(mask_view, batch.mask[k], kTile, true));
+           unpack_mask(mask_view, batch.mask[k], kTile, true));
     }
   } while (tile < tiles.whole);
   while (tile >= tiles.whole + tile_step()) tile -= tile_step();
@@ -76,7 +76,7 @@ __device__ __forceinline__ void for_each_tile(const TokenView& x_view, const Tok
     if (tiles.in_one_row(place)) {
       RawTile<A> raw;
       const bool as_vectors = fetch(x_view, place, raw);
-      settle(x_view, raw, as_vectors, stage, x);
+      unpack(x_view, raw, as_vectors, stage, x);
     } else {
       read_across(x_view, tiles, tile, stage, x);
     }
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kWhitenThreads, std::is_same_v<A, double> ? 1 
   if (threadIdx.x == 0) partials_ptr[blockIdx.x] = all;
 }
 
-// In place where x_view shows out: a warp has read its tiles before it writes them.
+// x_view may view out: a warp reads each of its tiles before it writes it.
 template <typename A>
 __global__ void __launch_bounds__(kWhitenThreads, std::is_same_v<A, double> ? 1 : 2)
     whiten_kernel(TokenView x_view, TokenView mask_view, Tiles tiles,
@@ -121,9 +121,9 @@ __global__ void __launch_bounds__(kWhitenThreads, std::is_same_v<A, double> ? 1 
           x[j] = keep >> j & 1u ? whitened(x[j], whitening.mean, whitening.scale, whitening.shift)
                                 : A(0);
         if constexpr (decltype(whole)::value) {
-          put_vectors(out_ptr + first, x);
+          write_vectors(out_ptr + first, x);
         } else {
-          put(out_ptr + first, count, stage, x);
+          write_tile(out_ptr + first, count, stage, x);
         }
       });
 }
@@ -141,7 +141,7 @@ inline Tensor new_partials(const Tensor& like, int64_t count) {
   return empty_like_device(like, {count, kWords}, ScalarType::Double);
 }
 
-// The second launch.
+// Runs the second launch.
 template <typename A>
 void whiten_from(const char* op, const TokenView& x, const TokenView& mask, const Tiles& tiles,
                  const Tensor& partials, bool shift_mean, bool unbiased, A* out,

@@ -42,18 +42,16 @@ class DemoConfig(RuntimeConfig):
 
     out: str = "runs/demo"  # output folder
     overwrite: bool = False  # replace another demo in `out`
-    recipe: str = (
-        "quickstart"  # name of a shipped recipe, or a YAML file with a section for each stage
-    )
+    recipe: str = "quickstart"  # a shipped recipe, or a YAML file with a section for each stage
     from_scratch: bool = False  # pretrain the base model instead of using the shipped one
     rankings: str = ""  # JSONL of human rankings to train the reward model on, not the labeler's
     split: Literal["test", "dev"] = "test"  # records to evaluate on; dev is for choosing settings
     comparisons: int = 1500  # prompts whose completions are sampled and ranked
     completions_low: int = 4  # lower bound of K, the random number of completions of a prompt
     completions_high: int = 9  # upper bound of K
-    label_temperatures: list[float] = field(default_factory=lambda: [1.0, 0.4])  # cycled over the K
+    label_temperatures: list[float] = field(default_factory=lambda: [1.0, 0.4])  # of the K, cycled
     samples: int = 2  # completions per record in the evaluation at temperature 1
-    limit: int = 0  # number of records to evaluate on, from the first; 0: all
+    limit: int = 0  # use only the first `limit` records; 0: all
 
 
 def main(cfg: DemoConfig) -> dict:

@@ -29,13 +29,13 @@ class EvalConfig(RuntimeConfig):
     prompts: str = ""  # JSONL: prompt, optional completion (human references, for BLEU)
     text: str = ""  # held-out text: loss per token
     rankings: str = ""  # JSONL: prompt, completions, ranks, optional criterion
-    judge: str = ""  # module:function(prompt, completion) that returns a number or a judgement
+    judge: str = ""  # module:function(prompt, completion); returns a number or a judgement
     out: str = ""  # JSON file for the figures and the samples
     overwrite: bool = False  # replace `out`
-    limit: int = 0  # number of prompts to evaluate on, from the first; 0: all
+    limit: int = 0  # use only the first `limit` prompts; 0: all
     samples: int = 1  # completions per prompt
-    max_new_tokens: int = 96  # of a completion
-    temperature: float = 1.0  # of sampling; 0: greedy
+    max_new_tokens: int = 96  # limit of a completion
+    temperature: float = 1.0  # sampling temperature; 0: greedy
     window: int = 0  # tokens of a text window; 0: the model's context
     max_tokens: int = 8192  # tokens of a micro-batch
 

@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastrlhf.integrations import PatchError
+
 ABSENT = object()
-
-
-class PatchError(RuntimeError):
-    """A function to replace is missing or has another signature, so nothing was patched."""
 
 
 class Unsupported(Exception):

@@ -19,17 +19,13 @@ class OptimConfig:
     """Optimizer settings of every training stage. Betas and epsilon are the paper's (appendix C)."""
 
     lr: float = 1e-5  # peak learning rate
-    optimizer: Literal["adamw", "muon"] = (
-        "adamw"  # muon: Muon for hidden matrices, AdamW for the rest
-    )
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for hidden matrices; AdamW for the rest
     muon_lr: float | None = None  # peak learning rate of the hidden matrices under muon; null: lr
     beta1: float = 0.9  # Adam's decay of the first moment
     beta2: float = 0.95  # Adam's decay of the second moment
     adam_eps: float = 1e-8  # Adam's epsilon
-    weight_decay: float = 0.0  # decoupled; 0 in the paper
-    max_grad_norm: float | None = (
-        1.0  # limit of the global gradient norm; not in the paper; null: no clipping
-    )
+    weight_decay: float = 0.0  # decoupled weight decay; 0 in the paper
+    max_grad_norm: float | None = 1.0  # limit of the gradient norm; not in the paper; null: off
 
 
 class Muon(torch.optim.Optimizer):

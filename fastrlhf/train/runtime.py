@@ -38,9 +38,9 @@ class RuntimeConfig:
 
     device: Literal["auto", "cpu"] = "auto"  # auto: the GPU if there is one
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of autocast; trained weights are fp32
-    seed: int = 0  # of data order, sampling, dropout and fresh weights
-    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"  # of the fused ops
-    trust_remote_code: bool = False  # run Python code that a model folder brings
+    seed: int = 0  # random seed
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"  # backend of the ops
+    trust_remote_code: bool = False  # run Python code from a model folder
 
 
 class SharedScaler:
@@ -138,11 +138,10 @@ class Runtime:
     def describe(self) -> str:
         """Device, ranks, precision, threads and attention kernel, in one line."""
         kernel = attention.plan(self.device, self.compute_dtype).kernel
+        dtype = str(self.compute_dtype).removeprefix("torch.")
         return (
-            f"device {self.device.type} x{self.world}{' (FSDP2)' * self.fsdp}, {self.compute_dtype}".replace(
-                "torch.", ""
-            )
-            + f", {torch.get_num_threads()} threads, attention: {kernel}"
+            f"device {self.device.type} x{self.world}{' (FSDP2)' * self.fsdp}, {dtype}, "
+            f"{torch.get_num_threads()} threads, attention: {kernel}"
         )
 
     def prepare(self, module, optimizer):
@@ -170,6 +169,7 @@ class Runtime:
             )
 
     def unwrap(self, module):
+        """The module that `prepare` wrapped."""
         return self.accelerator.unwrap_model(module)
 
     def sum(self, *numbers: float) -> list[float]:

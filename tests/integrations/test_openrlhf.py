@@ -12,8 +12,8 @@ import torch
 
 from _support import small_llama, unpacked
 from _support.patched import compare, each, outputs_and_gradients, ragged, randint, randn
+from fastrlhf.integrations import PatchError
 from fastrlhf.integrations import openrlhf as integration
-from fastrlhf.integrations._targets import PatchError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STEP_DTYPES = (torch.float32, torch.float64)

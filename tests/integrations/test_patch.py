@@ -9,9 +9,9 @@ import warnings
 
 import pytest
 
-from fastrlhf.integrations import _targets, _versions
+from fastrlhf.integrations import PatchError, _targets, _versions
 from fastrlhf.integrations._patch import Integration
-from fastrlhf.integrations._targets import NotReplaced, PatchError, Target, Unsupported
+from fastrlhf.integrations._targets import NotReplaced, Target, Unsupported
 
 PACKAGE = "fastrlhf_fake_package"
 FILES = {

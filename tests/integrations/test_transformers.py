@@ -12,9 +12,9 @@ from transformers.loss import loss_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from _support.patched import assert_no_worse
+from fastrlhf.integrations import PatchError
 from fastrlhf.integrations import transformers as integration
 from fastrlhf.integrations._lazy_logits import LazyLogits
-from fastrlhf.integrations._targets import PatchError
 from fastrlhf.ops import _backend
 
 LOSS = "transformers.loss.loss_utils.ForCausalLMLoss"

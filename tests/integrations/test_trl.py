@@ -14,9 +14,9 @@ from trl.trainer.reward_trainer import RewardTrainer  # noqa: E402
 
 from _support import small_llama  # noqa: E402
 from _support.patched import assert_no_worse, outputs_and_gradients  # noqa: E402
+from fastrlhf.integrations import PatchError  # noqa: E402
 from fastrlhf.integrations import trl as integration  # noqa: E402
 from fastrlhf.integrations._common import pairwise_loss  # noqa: E402
-from fastrlhf.integrations._targets import PatchError  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOGPROB, ENTROPY = (
@@ -25,7 +25,6 @@ LOGPROB, ENTROPY = (
 )
 BOTH = "trl.trainer.utils.selective_log_softmax_and_entropy"
 HEAD = "trl.kernels.chunked_logprob.ChunkedLogProbFunction.apply"
-REWARD = "trl.trainer.reward_trainer.RewardTrainer.compute_loss"
 
 
 @pytest.fixture(autouse=True)

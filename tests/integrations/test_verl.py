@@ -14,8 +14,8 @@ import torch
 from _support import unpacked
 from _support.oracles import VerlActorConfig
 from _support.patched import compare, each, ragged, randint, randn
+from fastrlhf.integrations import PatchError
 from fastrlhf.integrations import verl as integration
-from fastrlhf.integrations._targets import PatchError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STEP_DTYPES = (torch.float32, torch.float64)

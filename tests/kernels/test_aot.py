@@ -1,8 +1,8 @@
-"""Every GPU kernel is compiled for the GPUs we name, on machines that have none.
+"""Every GPU kernel compiles for every supported GPU, on machines without one.
 
-Triton kernels go through triton.compile for sm_80, sm_90, sm_100 and gfx942; each .cu through nvcc for sm_80, sm_90 and
-sm_100 (device code alone: g++ compiles the host's side in test_cuda_on_host.py). The assembler's report is read: a
-spill or a stack frame fails the test.
+Triton kernels are compiled by triton.compile for sm_80, sm_90, sm_100 and gfx942, each .cu by nvcc for sm_80, sm_90 and
+sm_100 (device code only; test_cuda_on_host.py compiles the host side). A spill or a stack frame in the assembler's
+report fails the test.
 """
 
 import json
@@ -22,8 +22,8 @@ BENCHMARKS = ROOT / "benchmarks"
 NO_NVCC = "nvcc is not on PATH" if shutil.which("nvcc") is None else ""
 
 
-# Kernel -> variants (constexpr arguments and the dtype of the logits) that are compiled. The flags that are off leave
-# code out, so all of them on, for the widest and the narrowest dtype, covers every line.
+# Kernel -> compiled variants: constexpr arguments and the dtype of the logits. A flag that is off removes code, so all
+# flags on, for the widest and the narrowest dtype, cover every line.
 def cases(everything, least):
     """All flags in fp32 and fp64, none of them in bf16."""
     return [
@@ -37,19 +37,28 @@ FLAGS = dict.fromkeys(("HAS_MASK", "HAS_ROW_T"), True)
 PLAIN = dict.fromkeys(FLAGS, False) | {"CAP": 0}
 # As row_tile of kernels/_launch.py.
 TILE = {"R": 8, "L": 256, "STAGES": 4, "num_warps": 1, "enable_fp_fusion": False}
-SMALL = TILE | {"R": 2}  # the exact soft-cap, and fp64
+SMALL = TILE | {"R": 2}  # EXACT_CAP, and fp64
 ROW = {"BLOCK": 4096, "num_warps": 4, "enable_fp_fusion": False}
-SMALL_ROW = ROW | {"BLOCK": 2048}  # a soft-cap
+SMALL_ROW = ROW | {"BLOCK": 2048}  # with a soft-cap
 # token_loss: the row pass of the linear losses, without and with the entropy, and the op's forward.
 TERMS = dict.fromkeys(("HAS_ADVANTAGES", "HAS_OLD", "HAS_SCALE", "WITH_GRAD"), True)
 TERMS |= {"BLOCK": 1024}
-PASS = TERMS | dict.fromkeys(("HAS_H", "WITH_ENTROPY", "WITH_LOSS"), False) | {"WITH_SLOPE": True}
+PASS = (
+    TERMS
+    | dict.fromkeys(("HAS_H", "WITH_ENTROPY", "WITH_LOSS"), False)
+    | {"WITH_GRAD_LOGPROB": True}
+)
 ENTROPY = PASS | {"HAS_H": True, "WITH_ENTROPY": True}
 LOSS = PASS | {"WITH_LOSS": True}
 EVERY = ENTROPY | {"WITH_LOSS": True}
-LEAST_LOSS = {**dict.fromkeys(LOSS, False), "WITH_LOSS": True, "WITH_SLOPE": True, "BLOCK": 1024}
-TO_BF16 = "fp32->bf16"  # fp32 logits, a gradient of 16 bits
-# The same for the sequence ops and the losses: strided, masked and packed, or as plain as it gets.
+LEAST_LOSS = {
+    **dict.fromkeys(LOSS, False),
+    "WITH_LOSS": True,
+    "WITH_GRAD_LOGPROB": True,
+    "BLOCK": 1024,
+}
+TO_BF16 = "fp32->bf16"  # fp32 logits, 16-bit gradient
+# The sequence ops and the losses: strided, masked and packed, or with all flags off.
 KL = {"PACKED": False, "HAS_MASK": True, "BLOCK": 1024, "num_warps": 8}
 KL |= {"enable_fp_fusion": False}
 GAE = {**KL, "WHITEN": True}
@@ -129,7 +138,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 
-# Runs in a process of its own: here the kernels may be decorated for the interpreter.
+# Runs in a separate process: in this one the kernels may be decorated for the interpreter.
 COMPILE = """
 import json, re, subprocess, sys, tempfile
 import triton
@@ -180,7 +189,7 @@ def test_triton_kernels(module, tmp_path):
 
 
 def spills(report):
-    """(kernel, line) of every kernel in an assembler report that uses its stack or spills."""
+    """(kernel, line) for every kernel in an assembler report with a stack frame or spills."""
     found, kernel = [], "?"
     for line in report.splitlines():
         named = re.search(r"Function properties for (\S+)|Compiling entry function '(\S+?)'", line)
@@ -192,7 +201,7 @@ def spills(report):
 
 
 def test_the_report_is_read():
-    """The reader finds what it looks for, so that its silence means something."""
+    """spills() finds a stack frame and a spill, so that an empty result is meaningful."""
     clean = "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
     assert spills(clean) == []
     for bad in (
@@ -223,7 +232,7 @@ def test_cuda_kernels(compilers, source, arch):
 @pytest.mark.skipif(bool(NO_NVCC), reason=NO_NVCC)
 @pytest.mark.parametrize("source", CUDA_FILES, ids=[p.name for p in CUDA_FILES])
 def test_the_host_pass(compilers, source, tmp_path):
-    """What nvcc makes of the host's side is C++ that g++ takes: not of a range-for over a list in braces."""
+    """g++ compiles the output of nvcc's host pass, which fails for e.g. a range-for over a braced list."""
     out = tmp_path / "host.ii"
     done = compilers.nvcc(source, out, "-cuda", "-arch=compute_90", "-Xcicc", "-O0")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -233,12 +242,12 @@ def test_the_host_pass(compilers, source, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-# Instructions without which a kernel is right and slow: (source, architecture) -> what its PTX must hold.
-# token_loss keeps a row on chip: asynchronous copies into shared memory, and on sm_90 and later a
-# cluster of blocks that write into each other's.
+# (source, architecture) -> instructions that its PTX must contain: without them a kernel is correct but slow.
+# token_loss holds a row in shared memory: asynchronous copies, and on sm_90 and later a cluster of blocks that write to
+# each other's shared memory.
 ON_CHIP = ("cp.async.cg.shared.global",)
 CLUSTER = ("barrier.cluster.arrive.release", "barrier.cluster.wait.acquire", "mapa.shared::cluster")
-# The sequence ops read and write tokens as 16-byte vectors.
+# The sequence ops and whitening access tokens as 16-byte vectors.
 VECTORS = ("ld.global.v4.u32", "st.global.v4.f32")
 # File -> how many of its kernels do both: all that write fp32 tokens. Those of gae, kl_gae and kl_reward have two
 # variants each (any layout, and flat); whitening has one.
@@ -261,7 +270,7 @@ def test_the_fast_path_is_compiled(compilers, kernel, arch):
         entries = re.split(r"\.entry ", text)[1:]
         fast = [entry for entry in entries if all(needed in entry for needed in VECTORS)]
         assert len(fast) == SEQUENCES[kernel]
-        # Mean and scale of the whitening, in fp32 and fp64: no merge of moments divides.
+        # Only mean and scale of the whitening divide, in fp32 and fp64; merging sums does not.
         assert text.count("div.rn.f64") <= 6
-    if arch == "80":  # the test reads what it should: no clusters there
+    if arch == "80":  # sm_80 has no clusters: the search can fail
         assert not [instruction for instruction in CLUSTER if instruction in text]

@@ -21,12 +21,12 @@ import cubin  # noqa: E402
 sys.path.remove(str(BENCHMARKS))
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-MARGIN = 1.02  # other releases of nvcc and Triton arrange a loop a little differently
+MARGIN = 1.02  # releases of nvcc and Triton differ slightly in instruction counts
 
 
 @pytest.fixture(scope="module")
 def rows():
-    """The table of `make budgets`, in a process where Triton compiles: here it may interpret."""
+    """The table of `make budgets`, from a process in which Triton compiles; in this one it may interpret."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -40,7 +40,7 @@ def rows():
 
 
 def over(rows):
-    """What breaks its bound, as lines."""
+    """Violations, one line each."""
     found = []
     for row in rows:
         name = f"{row['kernel']} {row['dtype']} V = {row['V']}"
@@ -59,7 +59,7 @@ def over(rows):
             mufu = row["ex2"] + row["mufu"]
             if mufu > row["mufu_budget"] * MARGIN:
                 found.append(f"{name}: {mufu:.2f} MUFU a logit, {row['mufu_budget']} allowed")
-        # A walk through shared memory loads nothing itself; Triton's compiler arranges its loads.
+        # A pass over shared memory has no global loads; Triton schedules its loads itself.
         from_global = row["aligned"] and row["loads"] and not row["kernel"].startswith("triton")
         if from_global and row["loads"] < budgets.LOADS_IN_FLIGHT:
             found.append(
@@ -79,7 +79,7 @@ def test_every_kernel_keeps_its_budget(rows):
 @needs_nvcc
 @pytest.mark.slow
 def test_a_budget_that_is_met_is_the_bound(rows):
-    """TODAY holds what is still over budget, or has none: no other entry may loosen a bound."""
+    """TODAY bounds only kernels that are over budget or have none; other entries would loosen a bound."""
     met = [
         f"{r['kernel']} {r['dtype']} V = {r['V']}: {r['instructions']:.2f}, budget {r['budget']}"
         for r in rows
@@ -102,14 +102,14 @@ def test_a_figure_over_its_bound_is_found():
     assert len(over([row | {"mufu": 2.5, "mufu_budget": 3}])) == 1
 
 
-# Of every dtype and with the soft-cap: launch bounds, registers and shared memory leave room for as many blocks as
-# plan_row counts on.
+# For every dtype, with and without the soft-cap: launch bounds, registers and shared memory allow as many resident
+# blocks as plan_row assumes.
 @needs_nvcc
 @pytest.mark.slow
 def test_token_loss_has_as_many_blocks_resident_as_it_plans_for(rows):
     on_chip = [r for r in rows if r["planned"]]
     assert {r["dtype"] for r in on_chip} == {"bf16", "fp16", "fp32", budgets.NARROW}
-    # With the soft-cap, which needs more registers, the launch counts on two.
+    # The soft-cap needs more registers: two resident blocks.
     for r in on_chip:
         if r["V"] == 128256:
             assert r["planned"] == (2 if "soft-cap" in r["kernel"] else 3)
@@ -122,18 +122,18 @@ def test_token_loss_has_as_many_blocks_resident_as_it_plans_for(rows):
 
 
 def test_plan_row_is_read_from_the_source():
-    """Rows of bf16, 2048 logits a tile: by hand from the rule of token_loss.cu."""
-    # 63 tiles, 16 a block: two groups of one tile for each of eight warps. 25 tiles, 13 a block.
+    """bf16 rows, 2048 logits per tile: computed by hand from the rule in token_loss.cu."""
+    # 63 tiles, 16 per block: two stages of one tile for each of eight warps. 25 tiles, 13 per block.
     assert budgets.plan_row(128256, 2, 3072, 3) == budgets.Plan(4, 16 * 4096 + 16, 3, 2)
     assert budgets.plan_row(50257, 2, 3072, 3) == budgets.Plan(2, 13 * 4096 + 16, 3, 2)
-    # Eight blocks of 128 KB: only one fits a multiprocessor.
+    # Eight blocks of 128 KB: one per SM.
     assert budgets.plan_row(512 * 1024, 2, 3072, 3) == budgets.Plan(8, 32 * 4096 + 16, 1, 4)
     with pytest.raises(ValueError, match="does not fit"):
         budgets.plan_row(2048 * 1024, 2, 3072, 3)
 
 
 def test_fp32_rows_of_common_vocabularies_stay_on_chip():
-    """On an H100 or H200, 1024 logits a tile; more than 256 tiles, whose sums cannot wait at once, are read twice."""
+    """On H100 and H200, 1024 logits per tile. Rows of more than 256 tiles exceed kSlots and are read twice."""
     plans = {
         width: budgets.plan_row(width, 4, 3072, 3)
         for width in (32000, 50257, 128256, 151936, 256000, 262144)
@@ -155,7 +155,7 @@ def test_fp32_rows_of_common_vocabularies_stay_on_chip():
     [
         (32, 512, 0, 4),  # threads
         (32, 256, 0, 8),
-        (32, 32, 0, 32),  # the most blocks
+        (32, 32, 0, 32),  # maximum blocks
         (40, 512, 0, 3),  # registers
         (41, 512, 0, 2),
         (64, 512, 0, 2),

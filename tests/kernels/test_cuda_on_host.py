@@ -1,10 +1,10 @@
 """The CUDA kernels run on the CPU: the same .cu source, built by g++ with AddressSanitizer (host_shim/build.py).
 
-The op's own test files run in a process where backend="cuda" is that library, on CPU tensors: values and gradients
-against the reference, layouts, masks, empty inputs (not torch.compile: that is Python's side). Every call of an op
-runs twice, with blocks and threads in another order, and must give the same bits. The shim itself is tried on faults
-at the end of this file. The device that it plays has sm_80; token_loss, whose blocks work in clusters on sm_90, runs
-there too. It cannot run PTX: kernels take their plain instructions here, those are proven on a GPU.
+The op's test files run in a process where backend="cuda" is that library, on CPU tensors: values and gradients against
+the reference, layouts, masks, empty inputs (not torch.compile, which tests the Python side). Every call runs twice,
+with blocks and threads in another order, and must be bitwise reproducible. The end of this file tests the shim itself
+on faults. The emulated device is sm_80; token_loss, which uses clusters on sm_90, also runs as sm_90. The shim cannot
+run PTX: kernels use their plain C++ fallbacks, and PTX is tested on a GPU.
 """
 
 import json
@@ -43,7 +43,7 @@ def run(libraries, *command, sm=80):
 
 
 CLUSTERED = ROOT / "csrc" / "cuda" / "token_loss.cu"
-# (source, op, device) -> the tests that run there, in a process of their own.
+# (source, op, device) -> test files, run in one process per key.
 RUNS = {(source, op, 80): op_tests(op) for source in SOURCES for op in build.ops_of(source)}
 RUNS[CLUSTERED, "token_loss", 90] = [
     *op_tests("token_loss"),
@@ -53,10 +53,10 @@ RUNS[CLUSTERED, "token_loss", 90] = [
 
 @pytest.fixture(scope="module")
 def runs():
-    """{(source, op, device): the library or the error of its build, and the finished run of the tests or None}."""
+    """{key of RUNS: (library or build error, finished process or None)}."""
     jobs = int(os.environ.get("MAX_JOBS", os.cpu_count()))
     libraries = build.build_all([*SOURCES, FAULTS], jobs)
-    # All ops in each process, for tests and backwards that use more than their own.
+    # Every process loads all ops: tests and backwards use ops of other files.
     good = [build.build_schemas(), *(p for s, p in libraries.items() if isinstance(p, Path))]
 
     def job(key):
@@ -67,7 +67,7 @@ def runs():
         if source == FAULTS:
             script = ROOT / "tests" / "_support" / "host_shim" / "try_faults.py"
             return library, run([library], script, *SOUND, *SEEN, *POISONED, sm=sm)
-        # Not --capture=fd: the sanitizer's report must not die with the process.
+        # --capture=fd would lose the sanitizer's report when the process aborts.
         options = ("-p", "shim_plugin", "-p", "no:cacheprovider", "--capture=sys", "-q")
         return library, run(good, "-m", "pytest", *options, *RUNS[key], sm=sm)
 
@@ -102,13 +102,13 @@ def kernels_run(done):
 
 
 def test_every_kernel_ran(runs):
-    """Those in headers too, which several ops share."""
+    """Also kernels in headers, which several ops share."""
     defined = {k for p in DEVICE_CODE for k in build.kernels_of(p)}
     ran = set().union(*(kernels_run(done) for _, done in runs.values() if done))
     assert len(defined) >= len(SOURCES) and defined <= ran, f"run by no test: {defined - ran}"
 
 
-# Kind of fault in host_shim/faults.cu -> what the shim must say.
+# Fault in host_shim/faults.cu -> expected message of the shim.
 SEEN = {
     "read past the end": "heap-buffer-overflow",
     "write past the end": "heap-buffer-overflow",
@@ -139,7 +139,7 @@ SEEN = {
     "misaligned copy": "misaligned address",
     "copy past the end": "heap-buffer-overflow",
 }
-# What must stay NaN of the kernel's output.
+# Fault -> elements of the output that must stay NaN.
 POISONED = {
     "unwritten shared": range(0, 64, 2),
     "unwritten tensor": range(61),

@@ -1,6 +1,6 @@
-"""The linear ops as they run on a GPU, on CPU tensors: benchmarks/fake_gpu.py stands in for the device.
+"""The GPU path of the linear ops on CPU tensors, with benchmarks/fake_gpu.py in place of the device.
 
-Results beside the reference in fp64; num_rows, capture, compact_rows and odd operands.
+Results against the reference in fp64; num_rows, graph capture, compact_rows and unusual operands.
 """
 
 import random
@@ -34,15 +34,15 @@ OPS = ("linear_logprob", "linear_cross_entropy", "linear_ppo_loss", "linear_toke
 LOSSES = OPS[1:]
 each_op = pytest.mark.parametrize("op", OPS)
 each_loss = pytest.mark.parametrize("op", LOSSES)
-MASK = torch.arange(N) % 5 != 2  # row 0 counts: on CPU a wrong target is an error
+MASK = torch.arange(N) % 5 != 2  # row 0 is unmasked: on CPU an invalid target raises
 COUNT = int(MASK.sum())
-# Of gradients, relative to the largest: dlogits of 16-bit operands are rounded to their dtype.
+# Of gradients, relative to the largest element: with 16-bit operands, dlogits are rounded to their dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 @contextmanager
 def small_chunks(keep=False, rows=ROWS):
-    """On the fake GPU alone. `keep`: whether linear_logprob keeps small logits."""
+    """Chunks of `rows` rows on the fake GPU. `keep`: whether linear_logprob keeps small logits for the backward."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_chunks, "chunk_rows", lambda *_: rows)
         if not keep:
@@ -51,7 +51,7 @@ def small_chunks(keep=False, rows=ROWS):
 
 
 class Problem:
-    """Inputs of all four ops; `options` are those of the op, by name."""
+    """Inputs of all four ops. `choice`: deviations from the defaults, by name."""
 
     def __init__(self, **choice):
         self.choice = choice
@@ -60,7 +60,7 @@ class Problem:
         self.shape = choice.get("shape", (N,))
         self.mask = choice.get("mask")
         self.targets = randint(V, (N,), 2)
-        if self.mask is not None:  # of rows that do not count nobody reads it
+        if self.mask is not None:  # targets of masked rows are not read
             self.targets = self.targets.masked_fill(~self.mask, -100)
         self.count = N if self.mask is None else int(self.mask.sum())
         self.old, self.advantages = randn(N, seed=3) - 4, randn(N, seed=4)
@@ -71,7 +71,7 @@ class Problem:
         self.needs = choice.get("needs", (True, True, True))
 
     def leaves(self, dtype=None):
-        """hidden, weight, bias or None, values or None, in `dtype` or their own."""
+        """[hidden, weight, bias or None, values or None], in `dtype` or in the dtypes of the problem."""
         choice = self.choice
         x = randn(N, H, seed=0).to(self.dtype).to(dtype or self.dtype)
         w = randn(V, H, seed=1).to(self.weight_dtype).to(dtype or self.weight_dtype)
@@ -97,7 +97,7 @@ class Problem:
         return None if x is None else x.view(self.shape)
 
     def call(self, op, leaves, **more):
-        """(results to differentiate, constants) of the op."""
+        """(differentiable results, constants) of the op."""
         x, w, b, values = leaves
         choice = self.choice
         options = self.options(b) | {"workspace": choice.get("workspace", "fast")}
@@ -115,7 +115,7 @@ class Problem:
         return self.others(fastrlhf, op, rows, options | more)
 
     def reference(self, op, leaves):
-        """The same of plain PyTorch with all logits, in fp64."""
+        """The same by the reference, with all logits, in fp64."""
         x, w, b, values = leaves
         rows, options = (x, w, self.rows(self.targets)), self.options(b)
         if "row_temperature" in self.choice:
@@ -166,7 +166,7 @@ class Problem:
         given = {"advantages": self.rows(self.advantages), "bonus": self.rows(self.bonus)}
         if library is reference:
             given = {name: x.double() for name, x in given.items()}
-        out = function(*rows, token_loss, per_token=given, with_entropy=True, **options)
+        out = function(*rows, loss_fn, per_token=given, with_entropy=True, **options)
         return [out.loss], [out.logprob, out.entropy, *out.metrics.values()]
 
     def upstream(self, op, outs):
@@ -175,8 +175,8 @@ class Problem:
         return [randn(N, seed=7 + i).to(x.dtype).view_as(x) for i, x in enumerate(outs)]
 
 
-def token_loss(logprob, entropy, advantages, bonus):
-    """Some rows have a gradient of the log-prob, some of the entropy, some of both or none."""
+def loss_fn(logprob, entropy, advantages, bonus):
+    """Rows with a gradient of the logprob, of the entropy, of both, or of none."""
     return -(logprob.exp() * advantages) - 0.1 * entropy * bonus, {"ratio": logprob.exp()}
 
 
@@ -187,7 +187,7 @@ def gradients(op, problem, leaves, **options):
 
 
 def exact(op, problem):
-    """Results, constants and leaves with gradients, of the reference."""
+    """(results, constants, leaves with gradients) of the reference."""
     leaves = problem.leaves(torch.float64)
     outs, constants = problem.reference(op, leaves)
     torch.autograd.backward(outs, problem.upstream(op, outs))
@@ -195,7 +195,7 @@ def exact(op, problem):
 
 
 def check(op, problem, *, capturing=False, adds_in_place=True) -> FakeGpu:
-    """Values and gradients of the fake GPU beside the reference's in fp64."""
+    """Compares values and gradients on the fake GPU with the reference in fp64."""
     expected, constants, wide = exact(op, problem)
     leaves, options, into = problem.leaves(), {}, None
     if "into" in problem.choice and op in LOSSES:
@@ -274,7 +274,7 @@ ALONE = {
     "sum of fp16": {
         "reduction": "sum",
         "dtype": torch.float16,
-        "upstream": 2.0**-15,  # dW of the sum does not fit into fp16 before
+        "upstream": 2.0**-15,  # without it, dW of the sum overflows fp16
         "scale": 2.0**15,
     },
     "3-d": {"shape": (2, 11), "mask": MASK},
@@ -297,7 +297,7 @@ def test_results(op, choice, rows, poisoned):
 
 
 def drawn(seed):
-    """Some of everything."""
+    """A random combination of options."""
     draw = random.Random(seed)
     some = lambda value, of=2: {} if draw.randrange(of) else value  # noqa: E731
     choice = {"dtype": draw.choice(list(TOLERANCE))}
@@ -333,13 +333,13 @@ def test_results_of_drawn_options(op, seed, poisoned):
     check(op, Problem(**choice))
 
 
-# ---- what each call costs the host ---------------------------------------------------------------
+# ---- host syncs, GEMMs and memory ----------------------------------------------------------------
 
 
 @each_op
 def test_host_syncs(op):
     forward_and_backward = 2 if op == "linear_logprob" else 1
-    if op != "linear_cross_entropy":  # which has a mask in its targets
+    if op != "linear_cross_entropy":  # its targets always act as a mask
         assert check(op, Problem()).syncs == 0
     assert check(op, Problem(mask=MASK)).syncs == forward_and_backward
     assert check(op, Problem(mask=MASK, num_rows=True)).syncs == 0
@@ -349,14 +349,14 @@ def test_host_syncs(op):
 @pytest.mark.parametrize("choice", [{}, {"num_rows": True}])
 def test_masked_rows_enter_no_gemm(op, choice):
     gpu = check(op, Problem(mask=MASK, **choice))
-    again = 2 if op == "linear_logprob" else 1  # its backward makes the logits once more
+    again = 2 if op == "linear_logprob" else 1  # its backward recomputes the logits
     assert sum(gpu.gemm_rows["logits"]) == again * COUNT and sum(gpu.gemm_rows["hidden"]) == COUNT
 
 
 @each_loss
 @pytest.mark.parametrize("workspace", ["fast", "compact"])
 def test_forward_and_update_multiply_logits_in_the_same_shapes(op, workspace):
-    """Whether a GEMM gives a logit the same bits in another shape is for the library to say."""
+    """The bits of a logit may depend on the shape of the GEMM, so forward and update must use the same shapes."""
     choice = {"mask": MASK, "workspace": workspace}
     with torch.no_grad(), small_chunks(), FakeGpu(V, H) as forward:
         Problem(**choice).call("linear_logprob", Problem(**choice).leaves())
@@ -370,12 +370,12 @@ def test_compact_rows_packs_the_chunks_of_a_product(op, workspace):
     problem = Problem(compact_rows=True, workspace=workspace, **choice)
     gpu = check(op, problem)
     _, _, (hidden, *_) = exact(op, problem)
-    carrying = int((hidden.grad != 0).any(-1).sum())  # clipped rows have none either
+    carrying = int((hidden.grad != 0).any(-1).sum())  # clipped rows have no gradient either
     assert 0 < carrying < N and sum(gpu.gemm_rows["hidden"]) == carrying
     assert sum(gpu.gemm_rows["logits"]) == N and gpu.syncs == 2 * -(-N // ROWS)
     assert (
         1 <= gpu.gemms["weight"] <= (2 if workspace == "fast" else 3)
-    )  # none of a product without rows
+    )  # a product without rows is skipped
 
 
 @each_op
@@ -389,12 +389,12 @@ def test_dw_is_added_up_by_the_gemm(op):
     for gpu in (fast, compact):
         names = {name for name, _, _ in gpu.passes_over("weight")}
         assert names <= {"to", "_to_copy", "token_loss_bwd_"}, names
-    # An older torch adds the product of a GEMM in a pass of its own.
+    # An older torch adds the product of a GEMM in a separate pass.
     old = check(op, Problem(), adds_in_place=False)
     assert "add_" in {name for name, _, _ in old.passes_over("weight")}
 
 
-def test_the_gemm_is_asked_once_whether_it_adds():
+def test_whether_the_gemm_adds_in_place_is_probed_once():
     for answer in (True, False):
         with FakeGpu(V, H, adds_in_place=answer) as gpu:
             _gemms._adds_in_place.clear()
@@ -404,8 +404,8 @@ def test_the_gemm_is_asked_once_whether_it_adds():
 
 
 @each_op
-def test_memory_begins_each_row_on_a_vector(op):
-    """Of logits and dlogits, and no GEMM copies an operand."""
+def test_rows_are_aligned_to_vectors(op):
+    """Rows of logits and dlogits are 16-byte aligned, and no GEMM copies an operand."""
     for choice in ({}, {"strided": "columns"}, {"mask": MASK}):
         gpu = check(op, Problem(**choice))
         assert gpu.copies == 0
@@ -415,8 +415,8 @@ def test_memory_begins_each_row_on_a_vector(op):
 # ---- num_rows and capture ------------------------------------------------------------------------
 
 
-def test_a_wrong_number_of_rows_is_nan_where_the_token_loss_clips():
-    """Autograd makes 0 of a NaN behind a clip."""
+def test_a_wrong_num_rows_is_nan_even_if_loss_fn_clips():
+    """The NaN must not vanish in the gradient of a clip, which is 0."""
     problem = Problem(mask=MASK)
     x, w, *_ = problem.leaves()
     with small_chunks(), FakeGpu(V, H):
@@ -427,7 +427,7 @@ def test_a_wrong_number_of_rows_is_nan_where_the_token_loss_clips():
 
 
 @pytest.mark.parametrize("capturing", [False, True])
-def test_kept_logits_cost_no_wait_where_the_number_of_rows_is_known(capturing):
+def test_kept_logits_need_no_sync_if_num_rows_is_given(capturing):
     problem = Problem(mask=MASK, num_rows=True)
     with small_chunks(keep=True), FakeGpu(V, H, capturing=capturing) as gpu:
         gradients("linear_logprob", problem, problem.leaves())
@@ -436,7 +436,7 @@ def test_kept_logits_cost_no_wait_where_the_number_of_rows_is_known(capturing):
 
 @pytest.mark.parametrize("forward", [False, True])
 def test_one_half_in_a_graph_and_the_other_outside(forward):
-    """In a graph every row takes part, outside those that count: neither may take the other's logits."""
+    """A graph computes all rows, eager mode the unmasked ones: neither may reuse the other's kept logits."""
     problem = Problem(mask=MASK)
     wide = problem.leaves(torch.float64)
     g = randn(N, seed=7)
@@ -456,7 +456,7 @@ def test_one_half_in_a_graph_and_the_other_outside(forward):
 @each_op
 @pytest.mark.parametrize("into", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", [0, 1, COUNT - 1, COUNT + 1, N])
-def test_a_wrong_number_of_rows_is_nan(op, wrong, into):
+def test_a_wrong_num_rows_is_nan(op, wrong, into):
     if into is not None and op == "linear_logprob":
         pytest.skip("it has no accumulate_into")
     problem = Problem(mask=MASK, bias=True)
@@ -484,20 +484,20 @@ def test_a_wrong_number_of_rows_is_nan(op, wrong, into):
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "linear_cross_entropy"])
-def test_rows_where_none_count_are_nan(op):
-    """Row 0 stands in for rows that do not exist. (Of linear_cross_entropy it has no target here.)"""
+def test_num_rows_above_0_with_all_rows_masked_is_nan(op):
+    """Row 0 replaces missing rows. (linear_cross_entropy is left out: there row 0 has no valid target.)"""
     problem = Problem(bias=True)
     problem.mask = torch.zeros(N, dtype=torch.bool)
     leaves = problem.leaves()
     with small_chunks(), FakeGpu(V, H):
         outs, constants = gradients(op, problem, leaves, num_rows=2)
-    if op != "linear_logprob":  # which has a result for no row
+    if op != "linear_logprob":  # its results are all masked
         assert outs[0].isnan()
     assert op != "linear_ppo_loss" or all(x.isnan() for x in constants)
     assert all(leaf.grad.isnan().any() for leaf in leaves[:3])
 
 
-def test_an_error_of_the_token_loss_leaves_into_alone():
+def test_an_error_in_loss_fn_leaves_accumulate_into_unchanged():
     calls = []
 
     def fails(logprob):
@@ -517,7 +517,7 @@ def test_an_error_of_the_token_loss_leaves_into_alone():
 @each_op
 @pytest.mark.parametrize("into", [{}, {"into": torch.float32}])
 @pytest.mark.parametrize("more", [{}, {"compact_rows": True, "some_advantages": 0}])
-def test_while_a_graph_is_captured_nothing_waits(op, into, more):
+def test_graph_capture_has_no_sync(op, into, more):
     gpu = check(op, Problem(mask=MASK, bias=True, **into, **more), capturing=True)
     assert gpu.syncs == 0
     check(op, Problem(mask=MASK, num_rows=True, **into, **more), capturing=True)
@@ -536,7 +536,7 @@ def test_the_gradient_of_the_gradient_is_refused(op):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("mask", [None, MASK])
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_second_backward_finds_what_the_first_found(op, dtype, mask, keep):
+def test_a_second_backward_is_bitwise_identical(op, dtype, mask, keep):
     problem = Problem(dtype=dtype, mask=mask, bias=True)
     found = []
     with small_chunks(keep), FakeGpu(V, H):
@@ -565,7 +565,7 @@ def test_an_upstream_gradient_scales(op):
 
 @pytest.mark.parametrize("op", LOSSES)
 def test_an_upstream_gradient_of_mixed_float64_scales(op):
-    """The loss is float64, the accumulator of the other operand's gradient float32."""
+    """The loss is float64; the gradient of the float32 operand is accumulated in float32."""
     x, w = randn(N, H, seed=0).double().requires_grad_(), randn(V, H, seed=1).requires_grad_()
     targets = randint(V, (N,), 2)
     rows = {"old_logprob": randn(N, seed=3).double(), "advantages": randn(N, seed=4).double()}
@@ -582,7 +582,7 @@ def test_an_upstream_gradient_of_mixed_float64_scales(op):
 
 
 @each_loss
-def test_into_takes_an_upstream_gradient_of_1_alone(op):
+def test_accumulate_into_requires_an_upstream_gradient_of_1(op):
     problem = Problem(upstream=2.0, bias=True)
     leaves = problem.leaves()
     with small_chunks(), FakeGpu(V, H) as gpu:
@@ -636,7 +636,7 @@ def test_without_gradients(op):
     assert gpu.gemms["weight"] == gpu.gemms["hidden"] == 0
 
 
-# ---- the vocabulary shared out over two processes ------------------------------------------------
+# ---- vocabulary sharded over two processes -------------------------------------------------------
 
 SHARED = {
     "plain": {"bias": True},
@@ -648,7 +648,7 @@ SHARED = {
 
 
 def shared(rank):
-    """For each op and choice: results and constants, and gradients of hidden and of the rank's rows."""
+    """For each op and choice: [results and constants, gradients of hidden and of the rank's shard, syncs]."""
     each, found = V // ranks.WORLD, []
     for op in OPS:
         for choice in SHARED.values():
@@ -665,7 +665,7 @@ def shared(rank):
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
-def test_the_vocabulary_shared_out():
+def test_the_sharded_vocabulary():
     first, second = ranks.run(shared)
     cases = [(op, choice) for op in OPS for choice in SHARED.values()]
     for (op, choice), mine, other in zip(cases, first, second, strict=True):

@@ -1,4 +1,4 @@
-"""What stands in for the interpreter's scan gives what the interpreter's own gives, and bf16 is rounded as by torch."""
+"""The faster scan of the Triton interpreter matches the original one, and bf16 is rounded as in torch."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_equals_the_interpreters_own(size, reverse, monkeypatch):
 
     assert ScanOps.generic_scan.__module__ == "fast_scan"
     generator = torch.Generator().manual_seed(size)
-    # Small integers, which every order of the sums gives exactly; the function does not commute.
+    # Small integers: exact in every order. The combining function does not commute.
     start = torch.randint(-1, 3, (2, size), generator=generator).double()
     got, expected = start.clone(), start.clone()
     scan_kernel[(1,)](*got, REVERSE=reverse, BLOCK=size)

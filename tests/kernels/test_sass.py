@@ -1,4 +1,4 @@
-"""The counter of instructions a logit, on machine code written here and on a kernel of known cost."""
+"""The counter of instructions per logit, on handwritten machine code and on a kernel of known cost."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 
 def code(text):
-    """Machine code from lines `LABEL: @P0 OPCODE operands`; a label as the last operand is an address."""
+    """Parses lines `LABEL: @P0 OPCODE operands`; a label as the last operand is replaced by its address."""
     lines = [line.strip() for line in text.strip().splitlines()]
     labels, bare = {}, []
     for n, line in enumerate(lines):
@@ -98,8 +98,8 @@ def test_a_rare_block_out_of_line_belongs_to_the_loop():
     assert figure.ex2 == 1
 
 
-def test_a_block_that_leaves_the_loop_does_not_belong_to_it():
-    """It lies between the loop's first and last address."""
+def test_a_block_that_leaves_the_loop_is_not_part_of_it():
+    """Even if its address is inside the loop."""
     found = code("""
         TOP: LDG.E.128 R4, [R2.64]
         @P0 BRA ON
@@ -113,7 +113,7 @@ def test_a_block_that_leaves_the_loop_does_not_belong_to_it():
     assert ways(found) == (4, 4)
 
 
-def test_of_two_sides_the_longer_counts():
+def test_the_longer_of_two_branches_counts():
     found = code("""
         TOP: LDG.E.128 R4, [R2.64]
         @P0 BRA OTHER
@@ -132,10 +132,10 @@ def test_of_two_sides_the_longer_counts():
         ON: @!P1 BRA TOP
         EXIT
     """)
-    assert ways(found) == (2 + 7 + 1, 2 + 7 + 1)  # no short way around: neither is rare
+    assert ways(found) == (2 + 7 + 1, 2 + 7 + 1)  # the paths are of similar length: neither is rare
 
 
-def test_nested_loops_are_counted_apart():
+def test_nested_loops_are_counted_separately():
     found = code(f"""
         MOV R1, R1
         OUTER: MOV R2, R2
@@ -151,7 +151,7 @@ def test_nested_loops_are_counted_apart():
     assert outer.inner == [inner] and inner.outer is outer
     assert ways(found, 0x30) == (10, 10)
     assert ways(found, 0x10) == (4, 4)
-    # Two pieces of a row, 128 vectors each, dealt to 32 threads; the outer loop runs once a piece.
+    # Two pieces of a row, 128 vectors each, over 32 threads; the outer loop runs once per piece.
     figure = walks.count_row(found, 2048, 2, one_walk(lanes=32, pieces=2))
     assert figure.instructions == pytest.approx((256 * 10 + 2 * 32 * 4) / 2048)
 
@@ -171,8 +171,8 @@ def test_backward_branches_of_every_form():
         assert ways(found)[0] == 3 + (exit_ != "NOP"), branch
 
 
-def test_barriers_of_convergence_lead_where_they_were_set():
-    """A BSYNC in the middle of another part of the code returns behind its BSSY's region."""
+def test_bsync_continues_after_its_bssy_region():
+    """Even if the BSYNC is in another part of the code."""
     found = code("""
         TOP: BSSY B0, ON
         @P0 BRA FAR
@@ -231,8 +231,8 @@ def test_what_cannot_be_counted_is_refused():
         )
 
 
-def test_the_two_ways_to_the_same_logits_are_one():
-    """Predicated loads: a vector, or eight single elements."""
+def test_alternative_loads_of_the_same_logits_count_once():
+    """Predicated loads: one vector, or eight single elements."""
     singles = "\n".join(["@P3 LDG.E.U16 R8, [R2.64]"] * 8)
     found = code(f"TOP: @!P3 LDG.E.128 R4, [R2.64]\n{singles}\n{EX2}\n@P0 BRA TOP\nEXIT")
     figure = walks.count_row(found, 1024, 2, one_walk(lanes=32))
@@ -244,7 +244,7 @@ MASKED = "\n".join(["@P4 LDG.E.128 R4, [R2.64]"] * 2) + "\nSEL R4, R4, R5, P4\n"
 
 
 def test_a_masked_last_tile_takes_the_rest():
-    """Tiles of 32 lanes x 16 logits; a row of 4.5 of them."""
+    """A row of 4.5 tiles of 32 lanes x 16 logits."""
     both = f"TOP: {WHOLE}\n@P0 BRA TOP\n@P1 BRA LAST\nEXIT\nLAST: {MASKED}"
     for last in ("\n@P2 BRA LAST\nEXIT", "\nEXIT"):  # a loop, or straight code
         figure = walks.count_row(code(both + last), 32 * 72, 2, one_walk())
@@ -255,7 +255,7 @@ def test_a_masked_last_tile_takes_the_rest():
 
 
 def test_a_last_tile_that_is_padded_or_guarded():
-    """Without conditional accesses: in the loop of the other tiles, or in a dearer one behind it."""
+    """Without conditional accesses: in the loop of the other tiles, or in a more expensive one after it."""
     padded = code(f"TOP: {WHOLE}\n@P0 BRA TOP\nEXIT")
     guard = f"NEXT: {WHOLE}\nSEL R4, R4, R5, P4\n@P0 BRA NEXT\nEXIT"
     guarded = code(f"TOP: {WHOLE}\n@P0 BRA TOP\n{guard}")
@@ -266,7 +266,7 @@ def test_a_last_tile_that_is_padded_or_guarded():
 
 
 def test_loops_of_misaligned_rows():
-    """Told by shifts of data or by vectors that overlap; aligned rows do not use them, misaligned ones no others."""
+    """Recognised by funnel shifts or by overlapping vectors; used by misaligned rows only, which use no other loops."""
     shift = "\n".join(["SHF.R.W.U32 R4, R4, R20, R5"] * 8)
     aligned = f"@P6 BRA ODD\nTOP: {WHOLE}\n@P0 BRA TOP\nEXIT\n"
     by_shift = f"ODD: {WHOLE}\n{shift}\n@P0 BRA ODD\nEXIT"
@@ -279,7 +279,7 @@ def test_loops_of_misaligned_rows():
 
 
 def test_misaligned_rows_of_single_elements():
-    """Many a pass, beside a loop of vectors: no aligned row comes there. One a pass is a head or a tail."""
+    """Many elements per iteration beside a vector loop: misaligned rows only. One per iteration: a head or a tail."""
     singles = "\n".join(["LDG.E R4, [R2.64]"] * 8)
     found = code(f"""
         @P6 BRA ODD
@@ -324,7 +324,7 @@ def test_loads_in_flight():
     loads = [f"LDG.E.128 R{n}, [R2.64+{16 * n:#x}]" for n in range(4, 36, 4)]
     use = "FADD R40, R4, R40"
     assert walks.loads_in_flight(parse_lines([*loads, use])) == 8
-    # Of one pass the last five, and of the next the first three.
+    # The last five of one iteration and the first three of the next.
     assert walks.loads_in_flight(parse_lines([*loads[:3], use, *loads[3:]])) == 8
     in_turn = [loads[0], use, loads[1], use.replace("R4,", "R8,")]
     assert walks.loads_in_flight(parse_lines(in_turn)) == 1
@@ -332,7 +332,7 @@ def test_loads_in_flight():
 
 
 def test_a_pass_without_exponentials_counts():
-    """The maximum in a loop of its own; copies into shared memory."""
+    """A separate loop for the maximum, and copies to shared memory."""
     maximum = "FIRST: LDG.E.128 R4, [R2.64]\nHMNMX2 R4, R4, R5, PT\n@P0 BRA FIRST\n"
     found = code(f"{maximum}TOP: {WHOLE}\n@P0 BRA TOP\nEXIT")
     assert walks.count_row(found, 4096, 2, one_walk()).instructions == pytest.approx(
@@ -345,15 +345,15 @@ def test_a_pass_without_exponentials_counts():
     assert walks.count_row(found, 4096, 2, phases).instructions == pytest.approx(3 / 8 + 19 / 16)
 
 
-def test_a_row_that_is_walked_twice_costs_twice():
+def test_two_passes_over_a_row_cost_twice():
     twice = f"TOP: {WHOLE}\n@P0 BRA TOP\nNEXT: {WHOLE}\n@P0 BRA NEXT\nEXIT"
     either = f"@P5 BRA NEXT\nTOP: {WHOLE}\n@P0 BRA TOP\nEXIT\nNEXT: {WHOLE}\nNOP\nFADD R1, R1, R1\n@P0 BRA NEXT\nEXIT"
     assert walks.count_row(code(twice), 4096, 2, one_walk()).instructions == pytest.approx(38 / 16)
     assert walks.count_row(code(either), 4096, 2, one_walk()).instructions == pytest.approx(20 / 16)
 
 
-def test_an_unrolled_loop_and_its_rest_share_a_row():
-    """Vectors dealt to 32 threads: 7 each, of which a pass of the unrolled loop takes 2."""
+def test_an_unrolled_loop_and_its_remainder_share_a_row():
+    """7 vectors for each of 32 threads; an iteration of the unrolled loop takes 2."""
     found = code(
         f"TOP: {WHOLE}\n@P0 BRA TOP\nREST: LDG.E.128 R4, [R2.64]\n{EX2}\n@P1 BRA REST\nEXIT"
     )
@@ -361,7 +361,7 @@ def test_an_unrolled_loop_and_its_rest_share_a_row():
     assert figure.instructions == pytest.approx((3 * 19 + 10) / 56)
 
 
-def test_gradients_are_a_walk_of_their_own():
+def test_gradients_are_a_separate_phase():
     read = f"TOP: {WHOLE}\n@P0 BRA TOP\n"
     zero = "ZERO: STG.E.128 [R2.64], RZ\n@P1 BRA ZERO\nEXIT\n"
     write = f"GRAD: LDG.E.128 R4, [R2.64]\n{EX2}\nSTG.E.128 [R2.64], R4\n@P1 BRA GRAD\nEXIT"
@@ -374,7 +374,7 @@ def test_gradients_are_a_walk_of_their_own():
 
 
 def test_a_gradient_may_be_stored_in_fewer_bytes():
-    """fp32 logits, 16 bits of gradient: four of a pass's 16 bytes are stored as 8; and one by one where rows differ."""
+    """fp32 logits, 16-bit gradient: 16 bytes are stored as 8, or one by one if the alignments differ."""
     four = "\n".join(["MUFU.EX2 R9, R9"] * 4)
     wide = f"TOP: LDG.E.128 R4, [R2.64]\n{four}\nSTG.E.64 [R8.64], R4\n@P1 BRA TOP\nEXIT\n"
     ones = "\n".join(["STG.E.U16 [R8.64], R4"] * 4)
@@ -384,14 +384,14 @@ def test_a_gradient_may_be_stored_in_fewer_bytes():
         figure = walks.count_row(code(text), 4096, 4, phases, stored=2)
         assert figure.instructions == pytest.approx(each / 4)
         assert [w.take for _, _, w in figure.parts] == [4]
-    # Counted as fp32 such a pass would take 2 logits only.
+    # Counted as fp32, such an iteration takes only 2 logits.
     figure = walks.count_row(code(wide), 4096, 4, phases)
     assert [w.take for _, _, w in figure.parts] == [2]
 
 
 TOY = """
 #include <cuda_bf16.h>
-// Walks a row of n vectors of 8 bf16 logits; EXTRA instructions more a vector that the compiler cannot drop.
+// Reads a row of n vectors of 8 bf16 logits, with EXTRA instructions per vector that the compiler cannot remove.
 __global__ void __launch_bounds__(256) toy_kernel(const int4* row, float* out, int n) {
   float sum = 0;
 #pragma unroll 1
@@ -415,7 +415,7 @@ __global__ void __launch_bounds__(256) toy_kernel(const int4* row, float* out, i
 
 @needs_nvcc
 def test_a_kernel_of_known_cost(tmp_path):
-    """A pass of 8 logits: 1 load, 8 exponentials, 8 conversions, 8 additions; then 16 multiplications more."""
+    """Per 8 logits: 1 load, 8 exponentials, 8 conversions, 8 additions; then 16 multiplications in addition."""
     figures = []
     for extra in (0, 16):
         (tmp_path / "toy.cu").write_text(TOY)
@@ -426,6 +426,6 @@ def test_a_kernel_of_known_cost(tmp_path):
         figures.append(walks.count_row(kernel.code, 128256, 2, one_walk(lanes=256)))
     plain, more = figures
     assert plain.ex2 == more.ex2 == 1
-    # 25 as above; the loop itself is an address, a step, a comparison and a branch, of one or two instructions each.
+    # 25 as above. Address, step, comparison and branch of the loop take one or two instructions each.
     assert 25 + 4 <= plain.instructions * 8 <= 25 + 8
     assert more.instructions - plain.instructions == pytest.approx(16 / 8)

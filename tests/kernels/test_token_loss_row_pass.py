@@ -1,9 +1,9 @@
-"""token_loss_rows_ on CUDA, the row pass of the linear losses: the bits of the kernels that it stands in for.
+"""token_loss_rows_ on CUDA, the row pass of the linear losses: bitwise identical to the kernels that it replaces.
 
-A row's log-prob, entropy and statistics have one reduction in every kernel, its gradient comes from those statistics in
-every kernel, and the loss's terms are those of ppo_loss: all of them agree to the last bit. On a GPU, and in the host
-shim (tests/kernels/test_cuda_on_host.py), which also varies how many blocks share a row: clusters of 1, 2, 4 and 8,
-or two reads by one.
+All kernels share one reduction for a row's logprob, entropy and statistics, and compute the gradient from these
+statistics; the loss terms are those of ppo_loss. The tests run on a GPU and in the host shim
+(tests/kernels/test_cuda_on_host.py), which also varies the blocks per row: clusters of 1, 2, 4 and 8, and the two-read
+path.
 """
 
 import math
@@ -26,14 +26,14 @@ cuda = each_backend("token_loss", ("cuda",))
 
 
 def matrix(rows, width, dtype, offset=0, extra=0):
-    """NaN [rows, V] that begins `offset` elements behind a 16-byte boundary, rows `extra` elements apart."""
+    """NaN [rows, V] that begins `offset` elements after a 16-byte boundary, with row stride V + `extra`."""
     size = offset + rows * (width + extra)
     buffer = torch.full((size,), torch.nan, dtype=dtype, device=DEVICE["cuda"])
     assert buffer.data_ptr() % 16 == 0
     return buffer[offset:].as_strided((rows, width), (width + extra, 1))
 
 
-def same_bits(a, b):
+def bitwise_equal(a, b):
     """Equal, or both NaN."""
     assert a.dtype == b.dtype and a.shape == b.shape
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
@@ -53,7 +53,7 @@ class Problem:
 
     @property
     def scale(self):
-        """1 / n, as ppo_loss rounds it."""
+        """1 / n, rounded as in ppo_loss."""
         dtype = torch.float64 if self.logits.dtype == torch.float64 else F32
         return torch.tensor(1 / max(1, int(self.mask.sum())), dtype=dtype, device=DEVICE["cuda"])
 
@@ -62,13 +62,13 @@ class Problem:
         return replace(self, **parts)
 
     def forward(self, with_entropy=True):
-        """(logprob, entropy, stats) of token_logprob."""
+        """(logprob, entropy, row_stats) of token_logprob."""
         return OPS.token_logprob_fwd(
             *(self.logits, self.targets, self.temperature, 1.0, self.softcap, self.mask),
             *(with_entropy, False),
         )
 
-    def backward(self, grad_logprob, h, stats, out):
+    def backward(self, grad_logprob, h, row_stats, out):
         """token_logprob's gradient, written to `out`."""
         OPS.token_logprob_bwd_(
             *(
@@ -76,7 +76,7 @@ class Problem:
                 h,
                 self.logits,
                 self.targets,
-                stats,
+                row_stats,
                 self.temperature,
                 1.0,
                 self.softcap,
@@ -86,7 +86,7 @@ class Problem:
         return out
 
     def token_loss(self, out=None):
-        """(loss, logprob, grad_logprob, stats) of token_loss."""
+        """(loss, logprob, grad_logprob, row_stats) of token_loss."""
         op, more = (OPS.token_loss_fwd, ()) if out is None else (OPS.token_loss_fwd_, (out,))
         return op(
             *(self.logits, self.targets, self.advantages, self.old_logprob, CLIP, DUAL_CLIP),
@@ -107,7 +107,7 @@ class Problem:
 
 
 def problem(width, dtype=F32, softcap=0.0, offset=0):
-    """Beside common rows: a masked one of NaN, one of huge z ("far"), one half -inf, one without a target."""
+    """Common rows, and a masked one of NaN, one with a huge z ("far"), one half -inf, one with an invalid target."""
     wide = torch.float64 if dtype == torch.float64 else F32
     logits = matrix(ROWS, width, dtype, offset)
     logits.copy_(randn(ROWS, width, seed=0, dtype=dtype, scale=3))
@@ -117,7 +117,7 @@ def problem(width, dtype=F32, softcap=0.0, offset=0):
     logits[2, width - 7], temperature[2], targets[2] = 6e4, 1e-4, width - 7
     logits[4, : width // 2] = -torch.inf
     targets[3], targets[4], targets[WITHOUT_TARGET] = 0, width - 1, width
-    # Inside the clips but for row 5, which the clip stops, 6, which the dual one stops, and 8.
+    # All ratios are inside the clips except rows 5 (clip) and 6 (dual clip). Row 8 has advantage 0.
     numbers = {"dtype": wide, "device": logits.device}
     steps = torch.tensor([0.1, 0.0, -0.1, 0.05, 0.15, 1.0, 1.0, 0.0, 1.0], **numbers)
     advantages = torch.tensor([0.7, -1.2, 0.4, -0.9, 1.1, 1.0, -1.0, 0.3, 0.0], **numbers)
@@ -127,7 +127,7 @@ def problem(width, dtype=F32, softcap=0.0, offset=0):
 
 
 def plans(width, dtype):
-    """[(bytes of shared memory that a block may take, blocks that then share a row)]; a GPU has its own."""
+    """[(shared memory limit per block in bytes, resulting blocks per row)]; on a GPU its own limit applies."""
     if not IN_SHIM:
         return [(0, 0)]
     if SM < 90:
@@ -150,28 +150,28 @@ def check_launch(blocks, on_chip):
     ("width", "offset", "cap"),
     [(20011, 0, "plain"), (20011, 1, "capped"), (5003, 3, "plain"), (5003, 0, "exact cap")],
 )
-def test_bits_are_those_of_the_kernels_apart(width, offset, cap, backend, monkeypatch):
+def test_is_bitwise_identical_to_the_separate_kernels(width, offset, cap, backend, monkeypatch):
     p = problem(width, softcap=CAPS[cap], offset=offset)
-    logprob, entropy, stats = p.forward()
-    plain, _, plain_stats = p.forward(with_entropy=False)
-    assert same_bits(plain, logprob) and same_bits(plain_stats[:2], stats[:2])
+    logprob, entropy, row_stats = p.forward()
+    plain, _, plain_row_stats = p.forward(with_entropy=False)
+    assert bitwise_equal(plain, logprob) and bitwise_equal(plain_row_stats[:2], row_stats[:2])
     finite = torch.arange(ROWS, device=DEVICE["cuda"]) != WITHOUT_TARGET
     assert logprob[finite & p.mask].isfinite().all() and logprob[WITHOUT_TARGET].isnan()
 
-    # ppo_loss on the log-probs that the row pass is to make: grad_logprob, and h = dL/dentropy.
+    # Expected grad_logprob and h = dL/dentropy: ppo_loss on these log-probs.
     safe = logprob.masked_fill(~finite, 0.0)
     *_, grads = OPS.ppo_loss_fwd(
         *(safe, p.old_logprob, p.advantages, None, None, None, entropy, p.mask),
         *(CLIP, DUAL_CLIP, math.inf, 0.0, COEF, True),
     )
-    # Its masked tokens have -0.0 or 0.0, by the sign of their advantage.
+    # Masked tokens are -0.0 or 0.0, by the sign of the advantage.
     grad_logprob, h = grads[0].masked_fill(~p.mask, 0.0).masked_fill(~finite, math.nan), grads[1]
     assert (grad_logprob[p.mask & finite] == 0).sum() == 3 and (
         grad_logprob[p.mask & finite] != 0
     ).sum() == 4
     expected = {
         (dtype, coef): p.backward(
-            grad_logprob, h if coef else None, stats, matrix(ROWS, width, dtype)
+            grad_logprob, h if coef else None, row_stats, matrix(ROWS, width, dtype)
         )
         for dtype in (F32, *NARROW)
         for coef in (0.0, COEF)
@@ -183,39 +183,43 @@ def test_bits_are_those_of_the_kernels_apart(width, offset, cap, backend, monkey
                 got = p.rows(matrix(ROWS, width, dtype, offset), coef, with_entropy)
                 on_chip = shared > 0 and cap != "exact cap"
                 check_launch(blocks if on_chip else 1, on_chip)
-                assert same_bits(got[0], gradient), (shared, dtype, coef)
-                assert same_bits(got[1], logprob) and same_bits(got[3], grad_logprob), (
+                assert bitwise_equal(got[0], gradient), (shared, dtype, coef)
+                assert bitwise_equal(got[1], logprob) and bitwise_equal(got[3], grad_logprob), (
                     shared,
                     dtype,
                 )
-                assert not with_entropy or same_bits(got[2], entropy), (shared, dtype)
+                assert not with_entropy or bitwise_equal(got[2], entropy), (shared, dtype)
         out = matrix(ROWS, width, F32, offset)
-        _, of_loss, its_grad_logprob, its_stats = p.token_loss(out)
-        assert same_bits(of_loss, logprob) and same_bits(its_stats, stats[:2])
-        assert same_bits(its_grad_logprob, grad_logprob) and same_bits(out, expected[F32, 0.0])
-        _, of_loss, its_grad_logprob, its_stats = p.token_loss()
-        assert same_bits(of_loss, logprob) and same_bits(its_stats, stats[:2])
-        assert same_bits(its_grad_logprob, grad_logprob)
+        _, of_loss, loss_grad_logprob, loss_stats = p.token_loss(out)
+        assert bitwise_equal(of_loss, logprob) and bitwise_equal(loss_stats, row_stats[:2])
+        assert bitwise_equal(loss_grad_logprob, grad_logprob) and bitwise_equal(
+            out, expected[F32, 0.0]
+        )
+        _, of_loss, loss_grad_logprob, loss_stats = p.token_loss()
+        assert bitwise_equal(of_loss, logprob) and bitwise_equal(loss_stats, row_stats[:2])
+        assert bitwise_equal(loss_grad_logprob, grad_logprob)
     for dtype in NARROW:  # one rounding, at the store
         for coef in (0.0, COEF):
-            assert same_bits(expected[dtype, coef], expected[F32, coef].to(dtype))
+            assert bitwise_equal(expected[dtype, coef], expected[F32, coef].to(dtype))
 
 
 @cuda
 @pytest.mark.parametrize("width", [256 * 1024, 256 * 1024 + 1])
-def test_the_widest_row_on_chip(width, backend, monkeypatch):
-    """256 tiles wait for their merge at once; one more is merged later, in every kernel, and the row is read twice."""
+def test_the_widest_row_in_shared_memory(width, backend, monkeypatch):
+    """256 tiles are merged at once. With one more, every kernel merges twice, and the row is read twice."""
     monkeypatch.delenv("HOST_SHIM_SHARED", raising=False)
     p = problem(width)
     one = p.first(1)
     one = replace(one, old_logprob=one.forward()[0] - 0.1)
-    logprob, entropy, stats = one.forward()
+    logprob, entropy, row_stats = one.forward()
     dlogits, *got, grad_logprob = one.rows(matrix(1, width, torch.bfloat16))
     on_chip = SM >= 90 and width == 256 * 1024
     check_launch(8 if on_chip else 1, on_chip)
-    assert same_bits(got[0], logprob) and same_bits(got[1], entropy)
+    assert bitwise_equal(got[0], logprob) and bitwise_equal(got[1], entropy)
     h = -COEF * one.scale.view(1)
-    assert same_bits(one.backward(grad_logprob, h, stats, torch.empty_like(dlogits)), dlogits)
+    assert bitwise_equal(
+        one.backward(grad_logprob, h, row_stats, torch.empty_like(dlogits)), dlogits
+    )
 
 
 @cuda
@@ -230,9 +234,9 @@ def test_masked_rows_give_0_and_are_not_read(backend):
         assert dlogits[rest].isfinite().all()
         certain = (
             torch.arange(ROWS, device=DEVICE["cuda"]) == 2
-        )  # p = 1 at the target, whose gradient is 0 as well
+        )  # p = 1 at the target: the gradient is 0
         assert (dlogits != 0).any(-1)[rest & ~certain].all()
-    # Without the entropy's part, rows that the clips stop are 0 as well.
+    # Without an entropy term, clipped rows have gradient 0 too.
     clipped, _, _, grad_logprob = p.rows(matrix(ROWS, 301, F32), coef=0.0)
     assert not clipped[grad_logprob == 0].any() and (grad_logprob == 0).sum() == 4
 
@@ -242,9 +246,9 @@ def test_masked_rows_give_0_and_are_not_read(backend):
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("clipped", [False, True])
 def test_is_the_gradient_of_the_loss(clipped, cap, dtype, backend):
-    """Against autograd in fp64, and no worse than twice eager's error in the logits' dtype."""
+    """Against fp64 autograd; the error is at most twice that of eager in the logits' dtype."""
     p = problem(701, dtype, CAPS[cap])
-    # Where eager has numbers: no huge z, no -inf.
+    # Only rows for which eager is finite: no huge z, no -inf.
     keep = p.mask.clone()
     keep[[WITHOUT_TARGET, 2, 4]] = False
     p = replace(p, mask=keep, old_logprob=p.old_logprob if clipped else None)
@@ -284,27 +288,27 @@ def test_in_place(dtype, backend, monkeypatch):
         monkeypatch.setenv("HOST_SHIM_SHARED", str(shared))
         expected = p.rows(matrix(ROWS, 5003, dtype, 1))
         inside = replace(p, logits=matrix(ROWS, 5003, dtype, 1).copy_(p.logits))
-        assert all(map(same_bits, inside.rows(inside.logits), expected))
+        assert all(map(bitwise_equal, inside.rows(inside.logits), expected))
 
 
 @cuda
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
-def test_wherever_the_gradient_lies(offset, dtype, backend):
-    """Rows on and off the boundaries of both tensors; nothing beside them is written."""
+def test_every_alignment_of_the_gradient(offset, dtype, backend):
+    """Aligned and misaligned rows of both tensors; nothing outside the rows is written."""
     width = 1027
     p = problem(width, offset=offset)
     expected = p.rows(matrix(ROWS, width, dtype))
-    _, _, stats = p.forward()
+    _, _, row_stats = p.forward()
     h = torch.where(p.mask, -COEF * p.scale, 0.0)
     for out_offset in range(8):
         for extra in (0, 1, 5):
             out = matrix(ROWS, width, dtype, out_offset, extra)
-            assert all(map(same_bits, p.rows(out), expected))
+            assert all(map(bitwise_equal, p.rows(out), expected))
             whole = out.as_strided((ROWS - 1, width + extra), (width + extra, 1), out_offset)
             assert whole[:, width:].isnan().all()
             apart = matrix(ROWS, width, dtype, out_offset, extra)
-            assert same_bits(p.backward(expected[3], h, stats, apart), expected[0])
+            assert bitwise_equal(p.backward(expected[3], h, row_stats, apart), expected[0])
             whole = apart.as_strided((ROWS - 1, width + extra), (width + extra, 1), out_offset)
             assert whole[:, width:].isnan().all()
 
@@ -314,29 +318,29 @@ def test_wherever_the_gradient_lies(offset, dtype, backend):
 @pytest.mark.parametrize("dtype", NARROW)
 def test_token_logprobs_backward_rounds_once(dtype, cap, backend):
     p = problem(2051, softcap=CAPS[cap], offset=1)
-    _, _, stats = p.forward()
+    _, _, row_stats = p.forward()
     grad_logprob = randn(ROWS, seed=5, device=DEVICE["cuda"])
     grad_logprob[3] = 0
     h = randn(ROWS, seed=6, device=DEVICE["cuda"])
     h[3:5] = 0
     for g, of_entropy in ((grad_logprob, None), (None, h), (grad_logprob, h)):
-        wide = p.backward(g, of_entropy, stats, matrix(ROWS, 2051, F32))
-        assert same_bits(
-            p.backward(g, of_entropy, stats, matrix(ROWS, 2051, dtype)), wide.to(dtype)
+        wide = p.backward(g, of_entropy, row_stats, matrix(ROWS, 2051, F32))
+        assert bitwise_equal(
+            p.backward(g, of_entropy, row_stats, matrix(ROWS, 2051, dtype)), wide.to(dtype)
         )
         assert not wide[3].any() or g is None or of_entropy is None
 
 
 @cuda
-def test_rows_that_a_chunk_is_a_slice_of(backend):
-    """Outputs are slices of [N] vectors; no row is none of the kernel's business."""
+def test_outputs_that_are_slices(backend):
+    """Outputs may be slices of [N] vectors; zero rows are allowed."""
     p, width = problem(301), 301
     every = torch.full((3, ROWS + 4), 7.0, device=DEVICE["cuda"])
     parts = [v[2 : 2 + ROWS] for v in every]
     arguments = (p.logits, p.targets, p.advantages, p.old_logprob, CLIP, DUAL_CLIP, COEF)
     arguments += (p.temperature, 1.0, 0.0, p.mask, p.scale, matrix(ROWS, width, torch.bfloat16))
     OPS.token_loss_rows_(*arguments, *parts)
-    assert all(map(same_bits, parts, p.rows(matrix(ROWS, width, torch.bfloat16))[1:]))
+    assert all(map(bitwise_equal, parts, p.rows(matrix(ROWS, width, torch.bfloat16))[1:]))
     assert all((v[:2] == 7).all() and (v[2 + ROWS :] == 7).all() for v in every)
     p.first(0).rows(matrix(0, width, F32))
 
@@ -379,7 +383,7 @@ def test_bad_input(backend):
         with pytest.raises(RuntimeError, match=message):
             OPS.token_loss_rows_(**(good | change))
     OPS.token_loss_rows_(**(good | {"entropy": None, "entropy_coef": 0.0, "grad_logprob": None}))
-    _, _, stats = p.forward()
+    _, _, row_stats = p.forward()
     for out in (halves[:, :64], halves[:, 64:]):
         with pytest.raises(RuntimeError, match="must not overlap"):
-            p.backward(torch.ones_like(p.advantages), None, stats, out)
+            p.backward(torch.ones_like(p.advantages), None, row_stats, out)

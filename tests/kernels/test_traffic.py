@@ -1,4 +1,4 @@
-"""The audit of benchmarks/traffic.py: its budgets hold, it sees an added pass, and no two streams race."""
+"""benchmarks/traffic.py: its budgets hold, it detects an extra pass, and streams do not race."""
 
 import sys
 
@@ -27,7 +27,7 @@ CASES = {case.name: case for case in traffic.CASES}
 def test_budgets(name):
     found = traffic.measure(CASES[name])
     assert not traffic.over(found, CASES[name].budget)
-    # A budget that is far off would hold nothing.
+    # A budget far above the measurement would detect nothing.
     for field, is_, allowed in zip(found._fields, found, CASES[name].budget, strict=True):
         assert is_ >= 0.5 * allowed, f"{field}: {is_:.4g} of {allowed:g}"
 
@@ -106,11 +106,11 @@ def test_products_that_only_a_gpu_has(dtype):
         torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
 
 
-# ---- what somebody might add ---------------------------------------------------------------------
+# ---- regressions that must be detected -----------------------------------------------------------
 
 
 def over(name):
-    """Which fields are above their budget, now."""
+    """Names of the fields that exceed their budget."""
     return [
         line.split(":")[0]
         for line in traffic.over(traffic.measure(CASES[name]), CASES[name].budget)
@@ -118,7 +118,7 @@ def over(name):
 
 
 def after(monkeypatch, owner, name, more):
-    """`more` gets the result of the method and its arguments."""
+    """Patches a method to return more(result, *arguments)."""
     method = getattr(owner, name)
 
     def both(self, *arguments, **options):
@@ -156,7 +156,7 @@ def test_an_older_torch_is_over_the_budget(monkeypatch):
 
 
 def test_a_scaled_gradient_is_seen(monkeypatch):
-    """As the backward did before: it multiplies by an upstream gradient of 1."""
+    """A backward that multiplies by an upstream gradient of 1."""
     monkeypatch.setattr(_linear_loss, "_keeps_graph", lambda: True)
     assert {"dw", "dx"} <= set(over("linear_ppo_loss"))
 
@@ -178,7 +178,7 @@ def test_more_chunks_than_needed_are_seen(monkeypatch):
 
 
 def test_larger_chunks_are_seen(monkeypatch):
-    # The instances share the class's table.
+    # Instances share the class attribute.
     monkeypatch.setitem(_gemms.CudaGemms.logits_bytes, "compact", 512 << 20)
     assert {"workspace"} <= set(over("linear_logprob forward compact"))
 
@@ -189,7 +189,7 @@ N, H, V = 64, 8, 40
 
 
 def forward(mask=None, chunk_rows=5, **options):
-    """(logprob, entropy) of a fake GPU and of the reference; the fake."""
+    """Compares logprob and entropy on a fake GPU with the reference; returns the fake GPU."""
     hidden, weight, targets = randn(N, H, seed=0), randn(V, H, seed=1), randint(V, (N,), 2)
     expected = fastrlhf.linear_logprob(
         hidden.bfloat16().double(), weight.bfloat16().double(), targets,
@@ -221,7 +221,7 @@ def nothing(*arguments):
     return None
 
 
-def test_a_wait_of_the_main_stream_that_is_missing_is_a_race(monkeypatch):
+def test_a_missing_wait_of_the_main_stream_is_a_race(monkeypatch):
     monkeypatch.setattr(_gemms.SideStream, "main_waits", nothing)
     with pytest.raises(
         fake_gpu.Race, match="mm on stream 0 writes a logits tensor while token_logprob_fwd"
@@ -229,7 +229,7 @@ def test_a_wait_of_the_main_stream_that_is_missing_is_a_race(monkeypatch):
         forward()
 
 
-def test_a_wait_of_the_side_stream_that_is_missing_is_a_race(monkeypatch):
+def test_a_missing_wait_of_the_side_stream_is_a_race(monkeypatch):
     monkeypatch.setattr(fake_gpu.Stream, "wait_stream", nothing)
     with pytest.raises(
         fake_gpu.Race, match="token_logprob_fwd on stream 1 reads a logits tensor while mm"
@@ -248,10 +248,10 @@ def test_one_memory_for_two_chunks_is_a_race(monkeypatch):
         forward()
 
 
-def test_the_last_waits_count_too(monkeypatch):
-    """Without them the caller would read log-probs that are not there, and memory would go back too early."""
+def test_the_last_waits_are_needed(monkeypatch):
+    """Without them the caller would read log-probs before they are written, and memory would be freed too early."""
     real = _gemms.SideStream.main_waits
-    left = iter(range(-(-N // 5) - 2))  # one a chunk, but for the first two
+    left = iter(range(-(-N // 5) - 2))  # one per chunk, except for the first two
     monkeypatch.setattr(
         _gemms.SideStream,
         "main_waits",
@@ -262,8 +262,8 @@ def test_the_last_waits_count_too(monkeypatch):
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
-def test_an_error_on_the_side_stream_leaves_no_trace(monkeypatch, chunk):
-    """The caller is on its own stream again, and no memory went back too early."""
+def test_an_error_on_the_side_stream_restores_the_streams(monkeypatch, chunk):
+    """The caller's stream is current again, and no memory is freed too early."""
     calls = []
     forward = _rows.RowKernels.forward
 
@@ -285,7 +285,7 @@ def test_an_error_on_the_side_stream_leaves_no_trace(monkeypatch, chunk):
         assert gpu.current is gpu.streams[0] and len(calls) == chunk
 
 
-def test_memory_that_goes_back_while_another_stream_uses_it_is_a_race():
+def test_freeing_memory_that_another_stream_uses_is_a_race():
     with pytest.raises(
         fake_gpu.Race, match="logits tensor is freed on stream 0 while mul_ on stream 1"
     ):
@@ -310,7 +310,7 @@ def test_a_host_sync_orders_streams():
 
 
 def test_training_does_not_keep_logits_that_the_side_stream_writes(monkeypatch):
-    """Forward and backward with chunks: the backward works on the main stream alone."""
+    """The backward runs on the main stream only."""
     monkeypatch.setattr(linear_logprob, "KEEP_BYTES", 0)
     monkeypatch.setattr(_chunks, "chunk_rows", lambda *_: 5)
     hidden = randn(N, H, seed=0).bfloat16().requires_grad_()

@@ -1,8 +1,8 @@
-"""Triton's sums have the same bits in every layout of their arguments: shown on machines without a GPU.
+"""Triton's sums are bitwise identical for every layout of the arguments: checked on compiled code, without a GPU.
 
-The interpreter cannot show it: there a sum is numpy's. On a GPU its order is that of the registers, which Triton lays
-out by how wide the loads of that variant may be, and the compiler fuses products and sums. So all variants that must
-agree are compiled, aligned and not, and their reductions, scans and arithmetic compared.
+The interpreter cannot show it, because it sums with numpy. On a GPU the order of a sum is that of the registers, which
+depends on the load width of each variant, and the compiler contracts products into FMAs. So all variants that must
+agree are compiled, aligned and misaligned, and their reductions, scans and arithmetic are compared.
 """
 
 import json
@@ -19,15 +19,17 @@ SEQUENCE = TOKENS | {"num_warps": 8, "WHITEN": True}
 ROW = {"HAS_ROW_T": False, "HAS_MASK": False, "CAP": 0, "ACC": "fp32", "enable_fp_fusion": False}
 WALK = ROW | {"R": 8, "L": 256, "STAGES": 4, "num_warps": 1}
 LOSS = WALK | {"BLOCK": 1024}
-LOSS |= dict.fromkeys(("HAS_ADVANTAGES", "HAS_OLD", "HAS_SCALE", "WITH_SLOPE", "WITH_GRAD"), True)
+LOSS |= dict.fromkeys(
+    ("HAS_ADVANTAGES", "HAS_OLD", "HAS_SCALE", "WITH_GRAD_LOGPROB", "WITH_GRAD"), True
+)
 PPO = TOKENS | {"HAS_VALUES": True, "HAS_ENTROPY": True, "WITH_GRAD": True, "HAS_MASK": True}
 LAYOUTS = ({"PACKED": True, "HAS_MASK": False}, {"PACKED": False, "HAS_MASK": False})
 MASKED = {
     "PACKED": False,
     "HAS_MASK": True,
-}  # one scan more: the value of the next step that counts
+}  # one more scan, for the value of the next unmasked step
 
-# (module, kernel) -> variants that must agree, each also with strides of 1 and with everything aligned.
+# (module, kernel) -> variants that must agree; each is also compiled with unit strides and with aligned arguments.
 SAME = {
     ("gae", "gae_kernel"): [SEQUENCE | {"HAS_BOOTSTRAP": False} | x for x in (*LAYOUTS, MASKED)],
     ("kl_gae", "kl_gae_kernel"): [SEQUENCE | {"ESTIMATOR": 2} | x for x in (*LAYOUTS, MASKED)],
@@ -58,7 +60,7 @@ kernel = kernels_of(module)[name]
 arguments = [p.name for p in kernel.params]
 
 def orders(ttgir):
-    # [kind, what is done to two elements, layout] of each operand of each reduction and scan
+    # [kind, combining operation, layout] of each operand of each reduction and scan
     named = dict(re.findall(r"^(#\\w+) = (.*)$", ttgir, re.M))
     def in_full(text):
         while any(n in named for n in re.findall(r"#\\w+", text)):
@@ -111,7 +113,7 @@ def all_compiled(module, kernel, dtype, folder):
 
 @pytest.mark.parametrize(("module", "kernel"), [k for k in SAME if "token" not in k[0]])
 def test_sums_over_tokens(module, kernel, tmp_path):
-    """One layout at every reduction and scan, the same arithmetic, and no fused products."""
+    """All reductions and scans have one layout, the arithmetic is the same, and there is no FMA."""
     per_variant = all_compiled(module, kernel, "fp32", tmp_path)
     plain = per_variant[0][1][0]
     assert plain[0] and len({layout for _, _, layout in plain[0]}) == 1
@@ -130,7 +132,7 @@ def test_sums_over_tokens(module, kernel, tmp_path):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32->bf16"])
 @pytest.mark.parametrize(("module", "kernel"), [k for k in SAME if "token" in k[0]])
 def test_sums_over_rows_of_logits(module, kernel, dtype, tmp_path):
-    """Nothing is left to a layout but the maximum; products are fused where the kernel says so, in every variant."""
+    """Only the maximum is reduced in layout order; every variant has the same number of explicit FMAs."""
     for _, found in all_compiled(module, kernel, dtype, tmp_path):
         for order, counts in found:
             assert {x[1] for x in order} <= {"arith.maxnumf", "arith.maximumf"}

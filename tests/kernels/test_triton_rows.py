@@ -1,4 +1,4 @@
-"""token_loss_rows_ of Triton, the row pass of the linear losses: the bits of its parts, float64, and edges."""
+"""token_loss_rows_ in Triton, the row pass of the linear losses: bitwise against separate ops, float64, edge cases."""
 
 import math
 
@@ -10,7 +10,7 @@ from _support import loss_cases
 from _support.logit_cases import DEVICE, assert_near, randint, randn
 from fastrlhf.ops import ppo_loss, token_logprob, token_loss
 
-V = 5003  # odd; two tiles of the statistics and a part of one
+V = 5003  # odd; two and a half tiles of the statistics
 NAN, INF = float("nan"), float("inf")
 NARROW = (torch.bfloat16, torch.float16)
 EVERY_DTYPE = (*cases.DTYPES, torch.float64)
@@ -33,7 +33,7 @@ def settings_of(options, rows, device):
 
 
 def problem(rows, width, dtype, settings=PLAIN, *, device, seed=0):
-    """(logits, targets, advantages, old_logprob): ratios on both sides of the clips, an advantage of 0."""
+    """(logits, targets, advantages, old_logprob) with clipped and unclipped ratios and an advantage of 0."""
     logits = randn(rows, width, seed=seed, scale=3, dtype=dtype, device=device)
     targets = randint(width, (rows,), seed + 1, device=device)
     options = {"dtype": acc_of(logits), "device": device}
@@ -47,7 +47,7 @@ def problem(rows, width, dtype, settings=PLAIN, *, device, seed=0):
 def row_pass(
     logits, *policy, settings=PLAIN, scale=0.3, entropy_coef=0.0, dlogits=None, wanted=True
 ):
-    """(dlogits, logprob, entropy, grad_logprob) of a call over outputs of NaN. `wanted`: the last two are given."""
+    """(dlogits, logprob, entropy, grad_logprob) of a call on NaN outputs. `wanted`: pass the last two."""
     options = {"dtype": acc_of(logits), "device": logits.device}
     logprob, entropy, grad_logprob = torch.full((3, *policy[0].shape), NAN, **options)
     dlogits = torch.full_like(logits, NAN) if dlogits is None else dlogits
@@ -61,20 +61,20 @@ def row_pass(
 
 
 def in_parts(logits, targets, *policy, settings=PLAIN, scale=0.3, entropy_coef=0.0, into=None):
-    """The same of token_logprob's forward, token_loss's, and token_logprob_bwd_ into the dtype `into`."""
+    """The same by token_logprob forward, token_loss forward, and token_logprob_bwd_ with gradient dtype `into`."""
     ops = token_logprob.ops("triton")
-    logprob, entropy, stats = ops.fwd(logits, targets, *settings, True, False)
+    logprob, entropy, row_stats = ops.fwd(logits, targets, *settings, True, False)
     scale = torch.tensor(scale, dtype=logprob.dtype, device=logits.device)
     terms = token_loss.ops("triton").fwd(logits, targets, *policy, 0.2, 3.0, *settings, scale, 1.0)
-    _, same_logprob, grad_logprob, same_stats = terms
-    same((same_logprob, same_stats), (logprob, stats[:2]))
+    _, same_logprob, grad_logprob, loss_stats = terms
+    assert_bitwise((same_logprob, loss_stats), (logprob, row_stats[:2]))
     h = (-entropy_coef * scale).expand_as(grad_logprob) if entropy_coef else None
     dlogits = torch.full_like(logits, NAN, dtype=into)
-    ops.bwd_(grad_logprob, h, logits, targets, stats, *settings, dlogits)
+    ops.bwd_(grad_logprob, h, logits, targets, row_stats, *settings, dlogits)
     return dlogits, logprob, entropy, grad_logprob
 
 
-def same(ours, theirs):
+def assert_bitwise(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
@@ -83,7 +83,7 @@ def same(ours, theirs):
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
 @pytest.mark.parametrize("options", cases.OPTIONS)
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
-def test_bits_of_the_ops_one_after_the_other(backend, dtype, options, entropy_coef, poisoned):
+def test_is_bitwise_identical_to_the_separate_ops(backend, dtype, options, entropy_coef, poisoned):
     """token_logprob, ppo_loss or token_loss, and token_logprob_bwd_."""
     turn = [*cases.OPTIONS].index(options) + EVERY_DTYPE.index(dtype) + (entropy_coef > 0)
     if cases.interpreted(backend) and dtype != torch.float32 and turn % 2:
@@ -93,23 +93,25 @@ def test_bits_of_the_ops_one_after_the_other(backend, dtype, options, entropy_co
     device = DEVICE[backend]
     settings = settings_of(options, 4, device)
     logits, *policy = problem(4, V, dtype, settings, device=device)
-    logits[1] += torch.linspace(-12, 12, V, device=device).to(dtype)  # the maximum keeps moving
+    logits[1] += torch.linspace(-12, 12, V, device=device).to(
+        dtype
+    )  # the running maximum keeps rising
     kwargs = {"settings": settings, "entropy_coef": entropy_coef}
     expected = in_parts(logits, *policy, **kwargs)
     _, logprob, entropy, grad_logprob = expected
     rest = (None, None, None, entropy, settings[-1], 0.2, 3.0, INF, 0.0, entropy_coef, True)
-    grad_logprobs = ppo_loss.ops("triton")(logprob, policy[2], policy[1], *rest)[3]
+    grads = ppo_loss.ops("triton")(logprob, policy[2], policy[1], *rest)[3]
     assert torch.equal(
-        grad_logprob, grad_logprobs[0] * torch.tensor(0.3, dtype=grad_logprob.dtype, device=device)
+        grad_logprob, grads[0] * torch.tensor(0.3, dtype=grad_logprob.dtype, device=device)
     )
-    same(row_pass(logits, *policy, **kwargs), expected)
+    assert_bitwise(row_pass(logits, *policy, **kwargs), expected)
     copy = logits.clone()
-    same(row_pass(copy, *policy, dlogits=copy, **kwargs), expected)  # in place
+    assert_bitwise(row_pass(copy, *policy, dlogits=copy, **kwargs), expected)  # in place
     assert (grad_logprob != 0).any() and expected[0].isfinite().all()
     if dtype == torch.float32:
         half = NARROW[entropy_coef == 0.0]
         out = torch.full_like(logits, NAN, dtype=half)
-        same(
+        assert_bitwise(
             row_pass(logits, *policy, dlogits=out, **kwargs),
             in_parts(logits, *policy, into=half, **kwargs),
         )
@@ -118,7 +120,7 @@ def test_bits_of_the_ops_one_after_the_other(backend, dtype, options, entropy_co
 
 @triton
 def test_log_probs_of_many_rows(backend):
-    """Enough rows, of long sums, that another order of a sum would move some log-prob."""
+    """Enough long rows that another summation order would change some log-prob."""
     device, rows = DEVICE[backend], 32 if cases.interpreted(backend) else 512
     logits, targets, _, _ = problem(rows, 4 * V, torch.float32, device=device)
     ops = token_logprob.ops("triton")
@@ -129,17 +131,17 @@ def test_log_probs_of_many_rows(backend):
 
 
 @triton
-def test_bits_of_the_exact_soft_cap(backend):
+def test_the_exact_soft_cap_is_bitwise_identical(backend):
     logits, *policy = problem(3, 1501, torch.float32, device=DEVICE[backend])
     kwargs = {"settings": (None, 0.7, 50.0, None), "entropy_coef": 0.01}
     out = torch.full_like(logits, NAN, dtype=torch.bfloat16)
     expected = in_parts(logits, *policy, into=out.dtype, **kwargs)
-    same(row_pass(logits, *policy, dlogits=out, **kwargs), expected)
+    assert_bitwise(row_pass(logits, *policy, dlogits=out, **kwargs), expected)
 
 
 @triton
-def test_the_entropy_moves_no_bit_of_the_rest(backend):
-    """Nor does the company of other rows, or an output that nobody wants."""
+def test_the_entropy_changes_no_other_output(backend):
+    """Neither do other rows, nor optional outputs that are absent."""
     logits, *policy = problem(4, V, torch.float32, device=DEVICE[backend])
     dlogits, logprob, _, grad_logprob = full = row_pass(logits, *policy)
     alone, same_logprob, _, _ = row_pass(logits, *policy, wanted=False)
@@ -149,13 +151,13 @@ def test_the_entropy_moves_no_bit_of_the_rest(backend):
     assert torch.equal(entropy, full[2])
     some = torch.tensor([3, 1], device=logits.device)
     few = row_pass(logits[some], *(x[some] for x in policy))
-    same(few, [x[some] for x in full])
+    assert_bitwise(few, [x[some] for x in full])
 
 
 @triton
 @pytest.mark.parametrize("into", [None, torch.bfloat16])
 def test_rows_of_padded_buffers(backend, into):
-    """Any alignment and row stride: the same bits, and nothing beside the rows is written."""
+    """Any alignment and row stride: bitwise identical, and nothing outside the rows is written."""
     device = DEVICE[backend]
     rows, *policy = problem(2, 2501, torch.float32, device=device)
     kwargs = {"entropy_coef": 0.1}
@@ -165,18 +167,20 @@ def test_rows_of_padded_buffers(backend, into):
         logits = cases.moved(rows, offset, extra)
         buffer = torch.full((2, 2501 + extra + 2), 42.0, dtype=out.dtype, device=device)
         view = buffer[:, 2 : 2 + 2501]
-        same(row_pass(logits, *policy, dlogits=view, **kwargs), expected)
+        assert_bitwise(row_pass(logits, *policy, dlogits=view, **kwargs), expected)
         assert (buffer[:, :2] == 42).all() and (buffer[:, 2 + 2501 :] == 42).all()
-    # A buffer for more rows, whose rest holds NaN.
+    # A buffer for more rows, with NaN in the rest.
     chunk = torch.full((5, 2501 + 27), NAN, device=device)
     chunk[:2, :2501] = rows
     if into is None:
-        same(row_pass(chunk[:2, :2501], *policy, dlogits=chunk[:2, :2501], **kwargs), expected)
+        assert_bitwise(
+            row_pass(chunk[:2, :2501], *policy, dlogits=chunk[:2, :2501], **kwargs), expected
+        )
         assert chunk[2:].isnan().all() and chunk[:, 2501:].isnan().all()
 
 
 def in_double(logits, targets, advantages, old_logprob, options, entropy_coef, eager=False):
-    """(dL/dlogits, log-probs, entropies) by autograd: in float64, or as a trainer has it in fp32."""
+    """(dL/dlogits, logprob, entropy) by autograd in float64, or eager in the given dtype."""
     kwargs = cases.OPTIONS[options]((len(logits),), logits.device)
     policy = {"advantages": advantages, "old_logprob": old_logprob}
     if not eager:
@@ -199,7 +203,7 @@ def in_double(logits, targets, advantages, old_logprob, options, entropy_coef, e
 @pytest.mark.parametrize("given", [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("options", ["plain", "temperature", "all"])
 def test_against_float64(backend, options, given):
-    """L = sum of scale * (token_loss - entropy_coef * entropy), of every loss."""
+    """L = sum of scale * (token_loss - entropy_coef * entropy), for each form of the loss."""
     device = DEVICE[backend]
     settings = settings_of(options, 6, device)
     for dtype in (torch.float32, torch.float64):
@@ -213,7 +217,7 @@ def test_against_float64(backend, options, given):
                 torch.testing.assert_close(o.cpu(), t, rtol=1e-10, atol=1e-13)
             continue
         rounded = truth
-        if given[1]:  # a ratio hands on the rounding of the log-prob
+        if given[1]:  # the ratio propagates the rounding error of the log-prob
             off = policy[1] - 2.0**-24 * truth[1].to(device)
             rounded = in_double(logits, targets, policy[0], off, options, 0.1)
         eager = in_double(logits, targets, *policy, options, 0.1, eager=True)
@@ -233,14 +237,14 @@ def test_large_and_tiny_vocabularies(backend):
         kwargs = {"entropy_coef": 0.01}
         expected = in_parts(logits, *policy, into=out.dtype, **kwargs)
         got = row_pass(logits, *policy, dlogits=out, **kwargs)
-        same(got, expected)
-        if width == 1:  # p = 1: what is left is the rounding of max z
+        assert_bitwise(got, expected)
+        if width == 1:  # p = 1: only the rounding error of max z remains
             assert all(x.abs().max() < 1e-7 for x in got[:3])
 
 
 @triton
 def test_rows_that_do_not_count(backend, poisoned):
-    """Masked: not read, 0 in all. No grad_logprob: zero-filled, but for the gradient of the entropy."""
+    """Masked rows are not read and give 0. Rows with grad_logprob 0 have only the gradient of the entropy."""
     device = DEVICE[backend]
     mask = torch.tensor([1, 0, 1, 0, 1], device=device) > 0
     logits, targets, advantages, old_logprob = problem(5, 50, torch.float32, device=device)
@@ -259,7 +263,7 @@ def test_rows_that_do_not_count(backend, poisoned):
             assert grad_logprob[2] == grad_logprob[4] == 0 and grad_logprob[0] != 0
             carries = (out != 0).any(-1)
             assert carries.tolist() == [True, False, entropy_coef > 0, False, entropy_coef > 0]
-    # A loss that is not scaled at all.
+    # A scale of 0.
     got = row_pass(logits, *policy, scale=0.0, entropy_coef=0.5, **kwargs)
     assert (got[0] == 0).all() and (got[3] == 0).all() and (got[1][mask] != 0).all()
 
@@ -267,7 +271,7 @@ def test_rows_that_do_not_count(backend, poisoned):
 @triton
 @pytest.mark.parametrize("bad", [-1, 7, -100, 2**40])
 def test_target_outside_the_vocabulary(backend, bad):
-    """Its row is NaN; the entropy, which has no target, is that of token_logprob."""
+    """The row is NaN, except the entropy, which does not depend on the target."""
     logits, targets, *policy = problem(3, 7, torch.float32, device=DEVICE[backend])
     targets[1] = bad
     out = torch.full_like(logits, 42.0, dtype=torch.bfloat16)
@@ -289,22 +293,22 @@ def test_nan_and_infinite_logits(backend):
     for x in (got[0].sum(-1), *got[1:3]):
         assert x.isnan().tolist() == [False, True, True, False]
     assert (got[0][0, 30:] == 0).all()
-    same(got, in_parts(logits, *policy, **kwargs))
+    assert_bitwise(got, in_parts(logits, *policy, **kwargs))
 
 
 @triton
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("options", ["plain", "all"])
 def test_backward_into_16_bits_rounds_once(backend, dtype, options):
-    """token_logprob_bwd_: fp32 logits, a gradient that the next GEMM takes as it is."""
+    """token_logprob_bwd_ of fp32 logits into a 16-bit gradient: the fp32 gradient, rounded once."""
     device = DEVICE[backend]
     settings, ops = settings_of(options, 5, device), token_logprob.ops("triton")
     logits, targets, g, h = problem(5, V, torch.float32, device=device)
-    stats = ops.fwd(logits, targets, *settings, True, False)[2]
-    for grad_logprobs in ((g, h), (g, None), (None, h)):
-        wide = ops.bwd(*grad_logprobs, logits, targets, stats, *settings)
+    row_stats = ops.fwd(logits, targets, *settings, True, False)[2]
+    for grads in ((g, h), (g, None), (None, h)):
+        wide = ops.bwd(*grads, logits, targets, row_stats, *settings)
         buffer = torch.full((5, V + 3), 42.0, dtype=dtype, device=device)
-        ops.bwd_(*grad_logprobs, logits, targets, stats, *settings, buffer[:, :V])
+        ops.bwd_(*grads, logits, targets, row_stats, *settings, buffer[:, :V])
         assert torch.equal(buffer[:, :V], wide.to(dtype)) and (buffer[:, V:] == 42).all()
 
 

@@ -79,7 +79,7 @@ def test_options_reach_the_stage(stub, tmp_path):
         (["sft", "--steps", "--overwrite"], "--steps: expected a value, got none"),
         (["sft", "steps=3"], "unexpected argument 'steps=3'; options are given as --key value"),
         (["sft", "--config", "no.yaml"], "config no.yaml: no such file"),
-        (["sft", "--section", "x"], "--section x: needs --config, the file that holds the section"),
+        (["sft", "--section", "x"], "--section x: needs --config, the file with the section"),
     ],
 )
 def test_bad_input_is_one_line(stub, capsys, arguments, line):

@@ -129,7 +129,7 @@ def test_marked_snippets_run(block, tmp_path):
     if importlib.util.find_spec(block.needs) is None:
         pytest.skip(f"{block} needs {block.needs}, which is not installed beside fastrlhf here")
     before = [b for b in PYTHON if b.page == block.page and b.line < block.line and not b.needs]
-    run_python([*before, block], tmp_path)
+    assert run_python([*before, block], tmp_path) < MAX_SECONDS
 
 
 def test_marked_snippets_are_counted():
@@ -156,7 +156,8 @@ def commands() -> list[tuple[str, list[str]]]:
     for block in BLOCKS:
         if block.language not in ("bash", "console"):
             continue
-        for line in block.text.replace("\\\n", " ").splitlines():
+        lines = block.text.replace("\\\n", " ").replace("&&", "\n").splitlines()
+        for line in lines:
             words = shlex.split(line.removeprefix("$ "), comments=True)
             while words and re.match(r"\w+=", words[0]):
                 words.pop(0)
@@ -244,8 +245,15 @@ def test_extras_of_the_installation_page_exist():
     assert named and named <= set(PYPROJECT["project"]["optional-dependencies"]), named
 
 
+@functools.cache
+def pytest_help() -> str:
+    return run("-m", "pytest", "--help", "benchmarks/", cwd=ROOT).stdout
+
+
 def check_pytest(words: list[str]) -> None:
     for word in words:
+        if word.startswith("--") and importlib.util.find_spec("pytest_benchmark"):
+            assert word.partition("=")[0] in pytest_help(), word
         if "/" in word and not word.startswith("-"):
             assert (ROOT / word.partition("::")[0]).exists(), word
 

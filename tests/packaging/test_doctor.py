@@ -57,6 +57,16 @@ def test_library_facts(capsys):
     assert kernels == {"present": True, **_library.build_info()}
 
 
+@pytest.mark.skipif(bool(_backend._extension_error), reason="the kernel library is not built")
+def test_library_of_another_version_is_a_broken_install(capsys, monkeypatch):
+    monkeypatch.setattr(fastrlhf, "__version__", "99.0")
+    (problem,) = report_of(capsys, status=1)["problems"]
+    assert (
+        problem
+        == f"the kernel library is of fastrlhf {_library.build_info()['version']}: build it again"
+    )
+
+
 def test_missing_library_is_no_broken_install(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(_library, "PATH", tmp_path / "libfastrlhf.so")
     kernels = report_of(capsys)["kernels"]
@@ -89,9 +99,15 @@ def test_missing_extra_is_no_broken_install(capsys, monkeypatch):
     assert report["versions"]["no-such-package"] is None
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert (
-        "[train] lacks no-such-package (pip install 'fastrlhf[train]'); [report] installed" in text
-    )
+    assert "[train] lacks no-such-package: pip install 'fastrlhf[train]'\n" in text
+    assert "[report] installed\n" in text
+
+
+def test_tree_that_is_not_installed(capsys, monkeypatch):
+    monkeypatch.setattr(extras, "packages", lambda extra: [])
+    assert report_of(capsys)["extras"] == {}
+    assert cli.main(["doctor"]) == 0
+    assert "extras        unknown" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("built", [False, True])

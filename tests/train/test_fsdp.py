@@ -265,4 +265,4 @@ def test_unsupported_settings_are_refused():
     assert done.returncode and "FSDP_VERSION: expected 2, got '1'" in done.stderr
     cfg = pretrain.PretrainConfig(**tiny.QUIET, out=str(tiny.folder() / "no"), text="x")
     done = ranks.commands(*tiny.lines([("pretrain", cfg)]), ACCELERATE_USE_FSDP="true")
-    assert done.returncode and "pretrain: expected one process or data-parallel" in done.stderr
+    assert done.returncode and "pretrain: expected one process or DDP, got FSDP2" in done.stderr

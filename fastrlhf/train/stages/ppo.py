@@ -65,16 +65,16 @@ class PPOConfig(OptimConfig, RuntimeConfig, OutputConfig):
     prompts: str = ""  # JSONL: prompt
     text: str = ""  # pretraining text, needed if ptx_coef > 0
     iterations: int = 500  # rounds of sampling and updating
-    batch: int = 512  # episodes (responses) an iteration
-    minibatch: int = 64  # episodes an optimizer step
+    batch: int = 512  # episodes (responses) per iteration
+    minibatch: int = 64  # episodes per optimizer step
     inner_epochs: int = 1  # passes over an iteration's episodes
-    max_new_tokens: int = 1024  # of a response; prompt + response must fit the model's context
-    temperature: float = 1.0  # of sampling and of all log-probs
-    lr: float = 5e-6  # of the policy; the paper scanned 2.55e-6 to 2.55e-5
+    max_new_tokens: int = 1024  # limit of a response; prompt + response must fit the context
+    temperature: float = 1.0  # sampling temperature, also applied to all log-probs
+    lr: float = 5e-6  # peak learning rate of the policy; the paper scanned 2.55e-6 to 2.55e-5
     value_lr: float = 9e-6  # learning rate of the value model
     warmup_iterations: int = 10  # the policy's learning rate rises from a tenth over these
     kl_coef: float = 0.02  # beta: penalty per nat of KL to the reference
-    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"  # of the KL in the reward
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"  # estimator of the KL in the reward
     gamma: float = 1.0  # discount of GAE
     lam: float = 0.95  # lambda of GAE; from Stiennon et al. 2020
     clip: float = 0.2  # clip range of the probability ratio
@@ -86,7 +86,7 @@ class PPOConfig(OptimConfig, RuntimeConfig, OutputConfig):
     ptx_coef: float = 0.0  # weight of the pretraining loss; paper: 27.8 (gamma in equation 2)
     ptx_ratio: float = 8.0  # pretraining sequences per episode
     ptx_length: int = 0  # tokens of a pretraining sequence; 0: the model's context
-    ema_decay: float = 0.992  # of the averaged policy, per optimizer step; 0: no average
+    ema_decay: float = 0.992  # decay of the averaged policy per optimizer step; 0: no average
     max_tokens: int = 8192  # tokens of a micro-batch
 
 

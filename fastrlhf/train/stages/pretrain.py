@@ -32,20 +32,20 @@ class PretrainConfig(OptimConfig, RuntimeConfig, OutputConfig):
     text: str = ""  # training text: .txt(.gz), or .jsonl(.gz) with "text"
     valid_text: str = ""  # held-out text, for the loss at the end
     tokenizer: str = ""  # folder with a tokenizer; empty: train one
-    vocab_size: int = 1024  # of a trained tokenizer
-    tokenizer_text: list[str] = field(default_factory=list)  # more text files to train it on
+    vocab_size: int = 1024  # vocabulary size of a trained tokenizer
+    tokenizer_text: list[str] = field(default_factory=list)  # more text to train the tokenizer on
     special_tokens: list[str] = field(default_factory=list)  # strings that are one token each
-    hidden_size: int = 128  # H
+    hidden_size: int = 128  # hidden size
     intermediate_size: int = 384  # width of the MLP
     layers: int = 4  # transformer layers
     heads: int = 4  # attention heads
     context: int = 256  # tokens of a training sequence
     steps: int = 1000  # optimizer steps
-    batch: int = 32  # sequences of `context` tokens a step
+    batch: int = 32  # sequences of `context` tokens per step
     max_tokens: int = 8192  # tokens of a micro-batch
     warmup: int = 20  # steps of linear warmup
     lr_floor: float = 0.1  # end of the cosine schedule, as a share of lr
-    save_precision: Literal["fp32", "bf16"] = "fp32"  # of the saved weights; bf16 halves the file
+    save_precision: Literal["fp32", "bf16"] = "fp32"  # dtype of the saved weights
 
 
 def main(cfg: PretrainConfig) -> dict:

@@ -44,7 +44,7 @@ class RewardConfig(OptimConfig, RuntimeConfig, OutputConfig):
     demonstrations: str = ""  # JSONL: prompt, completion; their mean score becomes 0
     lr: float = 9e-6  # peak learning rate
     epochs: int = 1  # passes over the rankings; more than one overfits
-    batch: int = 64  # prompts a step, each with all its completions
+    batch: int = 64  # prompts per step, each with all its completions
     max_tokens: int = 16384  # tokens of a micro-batch; a prompt's completions stay together
     warmup: int = 0  # steps of linear warmup
     lr_floor: float = 0.1  # end of the cosine schedule, as a share of lr

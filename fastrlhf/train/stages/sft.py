@@ -38,11 +38,11 @@ class SFTConfig(OptimConfig, RuntimeConfig, OutputConfig):
     pretrain_length: int = 0  # tokens of a pretraining sequence; 0: the model's context
     lr: float = 9.65e-6  # peak learning rate
     epochs: float = 16.0  # passes over the demonstrations
-    batch: int = 32  # demonstrations a step
+    batch: int = 32  # demonstrations per step
     max_tokens: int = 8192  # tokens of a micro-batch
     warmup: int = 0  # steps of linear warmup
     lr_floor: float = 0.1  # end of the cosine schedule, as a share of lr
-    dropout: float = 0.2  # residual
+    dropout: float = 0.2  # residual dropout
     loss_on: Literal["response", "full"] = "response"  # full: on the prompt too; not in the paper
 
 

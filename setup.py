@@ -156,7 +156,7 @@ def kernel_library(kind, ext):
         *defines,
         *prefix_maps,
     ]
-    files = ["csrc/registration.cpp", "csrc/build_info.cpp", *sources("csrc/cpu/*.cpp")]
+    files = ["csrc/build_info.cpp", *sources("csrc/cpu/*.cpp")]
     # py_limited_api leaves out libtorch_python.
     options = {"include_dirs": [str(ROOT / "csrc")], "py_limited_api": True}
     if kind == "cpu":

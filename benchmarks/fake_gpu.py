@@ -117,7 +117,9 @@ class FakeGpu(contextlib.AbstractContextManager):
         self.peak = live.total()
 
     def __enter__(self):
-        on_cuda = mock.patch.multiple(_backend, _CUDA_OPS=_backend._CPU_OPS, _chosen={})
+        kernels = _backend.kernels
+        as_cuda = lambda op: kernels(op) | {"cuda"} if "cpu" in kernels(op) else kernels(op)  # noqa: E731
+        on_cuda = mock.patch.multiple(_backend, kernels=as_cuda, _chosen={})
         streams = mock.patch.multiple(
             torch.cuda,
             Stream=lambda device, priority=0: self.new_stream(),
@@ -133,7 +135,7 @@ class FakeGpu(contextlib.AbstractContextManager):
         probed = {(DEVICE, x): self.adds_in_place for x in (torch.bfloat16, torch.float16)}
         self._open.enter_context(mock.patch.dict(_gemms._adds_in_place, probed, clear=True))
         # Ops call their Python body directly, as they do when no dispatch mode is active.
-        at_once = mock.patch.object(_register, "_nobody_looks", lambda *arguments: True)
+        at_once = mock.patch.object(_register, "_unobserved", lambda *arguments: True)
         self._open.enter_context(at_once)
         on_device = self._open.enter_context(_OnDevice(self.lies_on))
         self._open.enter_context(_Recorder(self))

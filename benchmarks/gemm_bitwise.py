@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import blocks
-from fastrlhf.ops import _chunks
+from fastrlhf.ops import _gemms
 from fastrlhf.ops._gemms import gemms_for
 from harness import machine, plain
 
@@ -36,8 +36,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 def chunks(preset: str, x: Tensor, rows: int, weight: Tensor) -> list[slice]:
     """The chunks that an op uses for `rows` rows."""
     gemms = gemms_for(x, weight)
-    step = _chunks.chunk_rows(gemms.logits_bytes[preset], len(weight), gemms.acc)
-    return _chunks.cuts(rows, step)
+    step = _gemms.chunk_rows(gemms.logits_bytes[preset], len(weight), gemms.acc)
+    return _gemms.cuts(rows, step)
 
 
 class Comparison:
@@ -73,7 +73,7 @@ def measure(sizes: tuple[int, int, int], device: str) -> list[dict]:
     weight = (torch.randn(v, h, generator=generator, device=device) / h**0.5).bfloat16()
     shapes = Comparison(x, weight)
     rows = [{"what": "the same product again"} | shapes.compare(shapes.home[0])]
-    for preset in _chunks.WORKSPACES:
+    for preset in _gemms.Gemms.logits_bytes:
         for share in SHARES:
             cut = chunks(preset, x, int(share * n), weight)
             for chunk in {c.stop - c.start: c for c in (cut[-1], cut[0])}.values():

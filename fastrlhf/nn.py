@@ -1,14 +1,14 @@
 """The losses as torch.nn modules: settings in the constructor, which checks them, tensors in `forward`.
 
-A module's settings have the names and defaults of its op, and its results are the op's, bit for bit. None
-holds a parameter or a buffer: the weight of a head belongs to the model.
+The settings of a module have the names and defaults of its op, and its results are bitwise identical to the op's. The
+modules have no parameters and no buffers: the weight of a head belongs to the model.
 Shapes: B sequences, T steps, N tokens, H hidden, V vocabulary, M completions, P prompts.
 """
 
 import torch
 from torch import Tensor, nn
 
-from fastrlhf.ops import _backend, _checks, _chunks
+from fastrlhf.ops import _backend, _checks
 from fastrlhf.ops import linear_cross_entropy as _linear_cross_entropy
 from fastrlhf.ops import linear_ppo_loss as _linear_ppo_loss
 from fastrlhf.ops import ppo_loss as _ppo_loss
@@ -19,7 +19,7 @@ __all__ = ["LinearCrossEntropy", "LinearPPOLoss", "PPOLoss", "RankingLoss"]
 
 
 class _Loss(nn.Module):
-    """An op and its settings; `forward` adds the tensors."""
+    """An op with its settings; `forward` takes the tensors."""
 
     def __init__(self, op: str, **settings):
         super().__init__()
@@ -29,7 +29,7 @@ class _Loss(nn.Module):
             setattr(self, name, value)
 
     def _current(self) -> dict:
-        """The settings as they are now: a schedule may change `module.clip` between steps."""
+        """The current settings, because a schedule may change `module.clip` between steps."""
         return {name: getattr(self, name) for name in self._settings}
 
     def extra_repr(self) -> str:
@@ -60,7 +60,7 @@ class PPOLoss(_Loss):
         entropy_coef: float = 0.0,
         backend: str = "auto",
     ):
-        _ppo_loss.check_settings("PPOLoss", clip, dual_clip, value_clip, value_coef, entropy_coef)
+        _checks.ppo_settings("PPOLoss", clip, dual_clip, value_clip, value_coef, entropy_coef)
         super().__init__(
             "PPOLoss",
             clip=clip,
@@ -134,11 +134,10 @@ class LinearPPOLoss(_Loss):
         _checks.number(op, "temperature", temperature, low=0, strict=True)
         if softcap is not None:
             _checks.number(op, "softcap", softcap, low=0, strict=True)
-        _ppo_loss.check_settings(op, clip, dual_clip, value_clip, value_coef, entropy_coef)
+        _checks.ppo_settings(op, clip, dual_clip, value_clip, value_coef, entropy_coef)
         _checks.number(op, "scale", scale)
-        if not isinstance(compact_rows, bool):
-            raise TypeError(f"{op}: compact_rows must be a bool; got {type(compact_rows).__name__}")
-        _chunks.check_workspace(op, workspace)
+        _checks.flag(op, "compact_rows", compact_rows)
+        _checks.check_workspace(op, workspace)
         super().__init__(
             op,
             temperature=temperature,
@@ -231,7 +230,7 @@ class LinearCrossEntropy(_Loss):
         if softcap is not None:
             _checks.number(op, "softcap", softcap, low=0, strict=True)
         _checks.number(op, "scale", scale)
-        _chunks.check_workspace(op, workspace)
+        _checks.check_workspace(op, workspace)
         super().__init__(
             op,
             ignore_index=ignore_index,

@@ -36,10 +36,6 @@ class PPOLossOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-# ---------------------------------------------------------------------------------------------
-# sequences
-
-
 class LinearTokenLossOutput(NamedTuple):
     """`loss` is differentiable; logprob and entropy [...] (or None), metrics {name: [...]} are detached."""
 
@@ -49,9 +45,13 @@ class LinearTokenLossOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-def _upcast(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """fp64 stays; everything else becomes fp32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ---------------------------------------------------------------------------------------------
+# sequences
 
 
 class _Padded:
@@ -69,7 +69,7 @@ class _Padded:
         self.index = (start.unsqueeze(1) + position).clamp(max=like.numel())
 
     def pad(self, x: Tensor) -> Tensor:
-        x = _upcast(x)
+        x = upcast(x)
         if self.index is not None:
             x = F.pad(x, (0, 1))[self.index]  # one more, so that there is one to index
         return x.masked_fill(~self.mask, 0.0)
@@ -102,7 +102,7 @@ def kl_reward(logprob, ref_logprob, score, *, beta, estimator="k1", cu_seqlens=N
     after = layout.mask.flip(1).cumsum(1).flip(1)
     last = layout.mask & (after == 1)
     rewards = -beta * kl
-    rewards = torch.where(last, rewards + _upcast(score).unsqueeze(1), rewards)
+    rewards = torch.where(last, rewards + upcast(score).unsqueeze(1), rewards)
     return layout.unpad(rewards), layout.unpad(kl)
 
 
@@ -169,7 +169,7 @@ def masked_whiten(x, *, cu_seqlens=None, mask=None, shift_mean=True, unbiased=Tr
     The unbiased variance divides by n - 1, and by 1 where n < 2. Reads s (+1) twice, writes 4.
     """
     del cu_seqlens  # a packed tensor has no padding: every element counts
-    x = _upcast(x)
+    x = upcast(x)
     keep = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
     count = keep.sum()
     mean = x.masked_fill(~keep, 0.0).sum() / count.clamp(min=1)
@@ -219,7 +219,7 @@ def ppo_loss(
     count = keep.sum().clamp(min=1)
 
     def load(x):
-        return _upcast(x).masked_fill(~keep, 0.0)
+        return upcast(x).masked_fill(~keep, 0.0)
 
     def mean(x):
         return x.masked_fill(~keep, 0.0).sum() / count
@@ -254,15 +254,20 @@ def ppo_loss(
             square = torch.where(value_clipped, clipped_error * clipped_error, square)
         value_loss = mean(0.5 * square)
         loss = loss + value_coef * value_loss
-        noise, spread = variance(error.detach()), variance(target)
+        noise, total = variance(error.detach()), variance(target)
         metrics["value_loss"] = value_loss
         metrics["value_clip_fraction"] = mean(value_clipped.to(v.dtype))
-        metrics["explained_variance"] = torch.where(spread > 0, 1 - noise / spread, 0.0)
+        metrics["explained_variance"] = torch.where(total > 0, 1 - noise / total, 0.0)
     if entropy is not None:
         mean_entropy = mean(load(entropy))
         loss = loss - entropy_coef * mean_entropy
         metrics["entropy"] = mean_entropy
     return PPOLossOutput(loss, {name: x.detach().float() for name, x in metrics.items()})
+
+
+def _nan_where(wrong: Tensor, x: Tensor) -> Tensor:
+    """x, with NaN for values and gradients where `wrong`."""
+    return x * torch.where(wrong, torch.nan, 1.0).to(x.dtype)
 
 
 def token_logprob(
@@ -275,12 +280,12 @@ def token_logprob(
     return_entropy=False,
     inplace_backward=False,
 ):
-    """log softmax(z)[target] with z = softcap * tanh(logits / softcap) / temperature.
+    """log softmax(z)[target] with z = softcap * tanh(logits / softcap) / temperature; NaN for a target outside [0, V).
 
     Reads V*s per row, writes 4 (8 with the entropy); the backward reads and writes V*s per row.
     """
-    del inplace_backward  # a licence to reuse the logits' memory, which autograd cannot take
-    z = _upcast(logits)
+    del inplace_backward  # autograd cannot reuse the memory of the logits
+    z = upcast(logits)
     targets = targets.long()
     if mask is not None:
         mask = mask.bool()
@@ -293,7 +298,9 @@ def token_logprob(
     elif temperature != 1.0:
         z = z / temperature
     logp = torch.log_softmax(z, dim=-1)
-    logprob = logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    wrong = (targets < 0) | (targets >= z.shape[-1])  # a gather there would crash a GPU
+    logprob = logp.gather(-1, targets.masked_fill(wrong, 0).unsqueeze(-1)).squeeze(-1)
+    logprob = _nan_where(wrong, logprob)
     if mask is not None:
         logprob = logprob.masked_fill(~mask, 0.0)
     if not return_entropy:
@@ -303,6 +310,27 @@ def token_logprob(
     if mask is not None:
         entropy = entropy.masked_fill(~mask, 0.0)
     return logprob, entropy
+
+
+def _linear(x, w, b):
+    """x @ w.T + b in the operands' dtype, forward and backward, whether or not autocast is on."""
+    if torch.is_autocast_enabled(x.device.type):
+        return _WideLinear.apply(x, w, b)
+    return F.linear(x, w, b)
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, b):
+        ctx.save_for_backward(x, w)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, w, b)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            return grad @ w, grad.t() @ x, grad.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def linear_logprob(
@@ -315,19 +343,21 @@ def linear_logprob(
     softcap=None,
     mask=None,
     return_entropy=False,
+    num_rows=None,
     process_group=None,
     workspace="fast",
 ):
     """`token_logprob` of hidden @ weight.T + bias, by chunks of rows that the backward recomputes.
 
-    Never holds more than one chunk of fp32 logits; dX and dW are summed in fp32 and rounded once.
+    Holds one chunk of fp32 logits; dX and dW are summed in fp32 and rounded once. If `num_rows` is not the number of
+    rows that the mask counts, their results are NaN.
     Reads H*s + 4 per row, V*H*s per chunk, writes 4 (8) per row; 2*N*H*V FLOP, 8*N*H*V trained.
     """
     if process_group is not None:
         raise ValueError("process_group: a vocab-sharded weight is not supported; expected None")
     shape, (vocab, width) = targets.shape, weight.shape
-    x, w = _upcast(hidden).reshape(-1, width), _upcast(weight)
-    b = None if bias is None else _upcast(bias)
+    x, w = upcast(hidden).reshape(-1, width), upcast(weight)
+    b = None if bias is None else upcast(bias)
     rows = [x, targets.reshape(-1)]
     rows.append(mask.reshape(-1) if mask is not None else None)
     if isinstance(temperature, Tensor):
@@ -337,7 +367,9 @@ def linear_logprob(
         rows.append(None)
 
     def chunk_logprob(x, targets, mask, row_temperature, w, b):
-        logits = F.linear(x, w, b)
+        if mask is not None:  # dW must not see what is in a masked row
+            x = x.masked_fill(~mask.bool().unsqueeze(-1), 0.0)
+        logits = _linear(x, w, b)
         return token_logprob(
             logits,
             targets,
@@ -351,7 +383,7 @@ def linear_logprob(
     outputs = []
     for start in range(0, max(x.shape[0], 1), size):
         chunk = [None if row is None else row[start : start + size] for row in rows]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
             out = checkpoint(
                 chunk_logprob, *chunk, w, b, use_reentrant=False, preserve_rng_state=False
             )
@@ -359,6 +391,9 @@ def linear_logprob(
             out = chunk_logprob(*chunk, w, b)
         outputs.append(out if return_entropy else (out,))
     joined = [torch.cat(parts).reshape(shape) for parts in zip(*outputs, strict=True)]
+    if num_rows is not None:
+        wrong = mask.bool() & (mask.bool().sum() != num_rows)
+        joined = [_nan_where(wrong, x) for x in joined]
     return tuple(joined) if return_entropy else joined[0]
 
 
@@ -372,6 +407,7 @@ def linear_cross_entropy(
     reduction="mean",
     temperature=1.0,
     softcap=None,
+    num_rows=None,
     process_group=None,
     workspace="fast",
 ):
@@ -388,6 +424,7 @@ def linear_cross_entropy(
         temperature=temperature,
         softcap=softcap,
         mask=counted,
+        num_rows=num_rows,
         process_group=process_group,
         workspace=workspace,
     )
@@ -412,13 +449,14 @@ def linear_token_loss(
     scale=1.0,
     accumulate_into=None,
     compact_rows=False,
+    num_rows=None,
     workspace="fast",
 ):
     """scale * mean, sum or rows of loss_fn(logprob, [entropy,] **per_token) -> LinearTokenLossOutput.
 
     `loss_fn` gets [N] tensors of the rows that count. 8*N*H*V FLOP, as `linear_logprob`.
     """
-    del accumulate_into, compact_rows  # where dW goes, and what work is saved on the way
+    del accumulate_into, compact_rows  # they do not change the result
     logprob, entropy = linear_logprob(
         hidden,
         weight,
@@ -428,6 +466,7 @@ def linear_token_loss(
         softcap=softcap,
         mask=mask,
         return_entropy=True,
+        num_rows=num_rows,
         workspace=workspace,
     )
     keep = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask.bool()
@@ -435,19 +474,19 @@ def linear_token_loss(
     out = loss_fn(*leaves, **{name: x[keep] for name, x in (per_token or {}).items()})
     loss, metrics = out if isinstance(out, tuple) else (out, {})
 
-    def spread(x):
+    def scatter(x):
         return torch.zeros(keep.shape, dtype=x.dtype, device=x.device).masked_scatter(keep, x)
 
     if reduction != "none":
         total = loss.sum()
         loss = total / keep.sum().clamp(min=1) if reduction == "mean" else total
     else:
-        loss = spread(loss)
+        loss = scatter(loss)
     return LinearTokenLossOutput(
         scale * loss,
         logprob.detach(),
         entropy.detach() if with_entropy else None,
-        {name: spread(x.detach()) for name, x in metrics.items()},
+        {name: scatter(x.detach()) for name, x in metrics.items()},
     )
 
 
@@ -465,14 +504,15 @@ def linear_ppo_loss(
     scale=1.0,
     accumulate_into=None,
     compact_rows=False,
+    num_rows=None,
     workspace="fast",
     **options,
 ):
     """scale * `ppo_loss` of `linear_logprob`'s log-probs and entropies; the metrics are not scaled.
 
-    8*N*H*V FLOP, of which the op saves the second making of the logits. `options`: as `ppo_loss`.
+    8*N*H*V FLOP; the op saves the recomputation of the logits. `options`: as `ppo_loss`.
     """
-    del accumulate_into, compact_rows  # where dW goes, and what work is saved on the way
+    del accumulate_into, compact_rows  # they do not change the result
     logprob, entropy = linear_logprob(
         hidden,
         weight,
@@ -482,6 +522,7 @@ def linear_ppo_loss(
         softcap=softcap,
         mask=mask,
         return_entropy=True,
+        num_rows=num_rows,
         workspace=workspace,
     )
     out = ppo_loss(logprob, old_logprob, advantages, entropy=entropy, mask=mask, **options)
@@ -512,7 +553,7 @@ def token_loss(
     keep = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask.bool()
 
     def load(x):
-        return _upcast(x.detach()).masked_fill(~keep, 0.0)
+        return upcast(x.detach()).masked_fill(~keep, 0.0)
 
     a = torch.ones_like(logprob) if advantages is None else load(advantages)
     if old_logprob is None:

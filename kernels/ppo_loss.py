@@ -200,13 +200,16 @@ def ppo_loss_metrics_kernel(
     tl.store(metrics_ptr + 8, entropy.to(tl.float32))
 
 
-def forward(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef, with_grad):
-    """(loss, metrics [9], 1 / n, gradients * n [k, ...]) of `fastrlhf.ppo_loss`; n: unmasked tokens, at least 1.
+def forward(
+    logprob, old_logprob, advantages, values, old_values, returns, entropy, mask, *settings
+):
+    """(loss, metrics [9], gradients [k, ...]) of `fastrlhf.ppo_loss`, which has checked the arguments.
 
-    The gradients are with respect to logprob, values and entropy, without those of absent tensors.
-    tensors: logprob, old_logprob, advantages, values, old_values, returns, entropy; the caller checks them.
+    The gradients are with respect to logprob, values and entropy, without those of absent tensors; k = 0 unless
+    with_grad.
     """
-    logprob, _, _, values, _, _, entropy = tensors
+    clip, dual_clip, value_clip, value_coef, entropy_coef, with_grad = settings
+    tensors = (logprob, old_logprob, advantages, values, old_values, returns, entropy)
     count = logprob.numel()
     acc = torch.float64 if logprob.dtype == torch.float64 else torch.float32
     fill = torch.zeros if count == 0 else torch.empty
@@ -216,7 +219,7 @@ def forward(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef
     given = 1 + (values is not None) + (entropy is not None) if with_grad else 0
     grads = torch.empty((given, *logprob.shape), dtype=acc, device=logprob.device)
     if count == 0:
-        return loss, metrics, per_token, grads
+        return loss, metrics, grads
     (*tensors, mask), steps, flat, strides = token_layout(*tensors, mask)
     if tensors[4] is None:  # old_values is not used without a value clip
         tensors[4], strides[4] = tensors[3], strides[3]
@@ -259,7 +262,8 @@ def forward(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef
             num_warps=4,
             enable_fp_fusion=False,  # bitwise identical in every layout
         )
-    return loss, metrics, per_token, grads
+    # The kernel cannot divide by n: another program may still be counting.
+    return loss, metrics, grads.mul_(per_token) if with_grad else grads
 
 
 def _grads_by_input(grads, has_values):

@@ -96,7 +96,7 @@ def ranking_loss_sum_kernel(
 
 
 def forward(scores, ranks, cu_groups, with_grad):
-    """(loss, 1 / prompts, gradients * prompts) of `fastrlhf.ranking_loss`; prompts: those with a strict pair."""
+    """(loss, dL/dscores) of `fastrlhf.ranking_loss`; the gradient is empty unless `with_grad`."""
     count, prompts = scores.shape[0], cu_groups.shape[0] - 1
     acc = torch.float64 if scores.dtype == torch.float64 else torch.float32
     grad = torch.empty(count if with_grad else 0, dtype=acc, device=scores.device)
@@ -104,7 +104,7 @@ def forward(scores, ranks, cu_groups, with_grad):
     loss = fill((), dtype=acc, device=scores.device)
     per_prompt = fill((), dtype=acc, device=scores.device)
     if count == 0:
-        return loss, per_prompt, grad
+        return loss, grad
     grid = (min(prompts, PROGRAMS),)
     partials = scores.new_empty((2, *grid), dtype=torch.float64)
     with device_guard(scores):
@@ -126,4 +126,5 @@ def forward(scores, ranks, cu_groups, with_grad):
         ranking_loss_sum_kernel[(1,)](
             partials, loss, per_prompt, grid[0], PROGRAMS=PROGRAMS, num_warps=4
         )
-    return loss, per_prompt, grad
+    # The kernel cannot divide by the counted prompts: another program may still be counting.
+    return loss, grad.mul_(per_prompt) if with_grad else grad

@@ -171,11 +171,21 @@ def token_logprob_bwd_kernel(
     )
 
 
-def forward(logits, targets, row_temperature, temperature, softcap, mask, with_entropy=True):
+def forward(
+    logits,
+    targets,
+    row_temperature,
+    temperature,
+    softcap,
+    mask,
+    with_entropy=True,
+    inplace_backward=False,
+):
     """(logprob, entropy, row_stats) of `fastrlhf.token_logprob`, whose checks were made before.
 
     Without `with_entropy` the entropy and its statistic, row_stats[2], are not made: zeros.
     """
+    del inplace_backward  # for the backward
     logits, rows, targets, row_t, mask, flags = row_inputs(logits, targets, row_temperature, mask)
     count, inner, stride_inner, stride_outer = rows
     double = logits.dtype == torch.float64
@@ -259,3 +269,10 @@ def backward(
             enable_fp_fusion=False,
             **flags,
         )
+
+
+def gradient(grad_logprob, grad_entropy, logits, *rest):
+    """dL/dlogits as a new tensor."""
+    out = logits.new_empty(logits.shape)
+    backward(grad_logprob, grad_entropy, logits, *rest, out)
+    return out

@@ -29,9 +29,11 @@ using torch::stable::Tensor;
 
 #define RL_CHECK(cond, ...) STD_TORCH_CHECK(cond, __VA_ARGS__)
 
-// For user errors that only the kernel can detect: the message carries no function name or line.
+// For user errors that only the kernel can detect. The stable ABI has one type of exception: a
+// prefix marks the message, and fastrlhf/ops/_register.py translates it into a ValueError of the
+// public op.
 [[noreturn]] inline void user_error(const std::string& message) {
-  throw std::runtime_error(message);
+  throw std::runtime_error("[fastrlhf ValueError] " + message);
 }
 
 inline bool is_float_dtype(ScalarType t) {

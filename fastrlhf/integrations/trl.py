@@ -187,8 +187,6 @@ def _with_statistics(names, hidden, weight, targets, temperature, softcap, **opt
     logprob, entropy = linear_logprob_with(
         observe, hidden, weight, targets, temperature=temperature, softcap=softcap, **options
     )
-    if not parts:  # no rows
-        observe(logprob.new_empty(0, weight.shape[0]), targets)
     columns = [torch.cat(column) for column in zip(*parts, strict=True)]
     return logprob, entropy, dict(zip(names, columns, strict=True))
 

@@ -5,59 +5,30 @@ fastest; where that is only the reference, it warns once and says why. A backend
 run is an error which says why and what to use.
 """
 
+import importlib
 import importlib.util
 import os
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
-from fastrlhf.ops import _autograd, _library
+import fastrlhf
+from fastrlhf.ops import _library
 
 # Why the C++ ops are unavailable; empty when they are registered.
 _extension_error = _library.load()
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Public op -> the C++ op whose kernel serves it.
-_CPP_OPS = {
-    "token_logprob": "token_logprob_fwd",
-    "linear_logprob": "token_logprob_fwd",
-    "linear_cross_entropy": "token_loss_rows_",
-    "linear_ppo_loss": "token_loss_rows_",
-    "linear_token_loss": "token_logprob_fwd",
-    "kl_reward": "kl_reward_fwd",
-    "gae": "gae",
-    "kl_gae": "kl_gae",
-    "masked_whiten": "masked_whiten_fwd",
-    "ppo_loss": "ppo_loss_fwd",
-    "ranking_loss": "ranking_loss_fwd",
-    "token_loss": "token_loss_fwd",
-}
-OPS = tuple(_CPP_OPS)
-# Their outputs are constants to autograd.
-_CONSTANTS = frozenset({"kl_reward", "gae", "kl_gae", "masked_whiten"})
-# Their reference, too, is an op with a backward of its own: elsewhere it is plain PyTorch.
-_OWN_AUTOGRAD = frozenset(
-    {"linear_logprob", "linear_cross_entropy", "linear_ppo_loss", "linear_token_loss"}
-)
-# Public op -> the file under fastrlhf/kernels that serves it.
-_TRITON_KERNELS = {
-    "token_logprob": "token_logprob",
-    "linear_logprob": "token_logprob",
-    "linear_cross_entropy": "token_loss",
-    "linear_ppo_loss": "token_loss",
-    "linear_token_loss": "token_logprob",
-    "kl_reward": "kl_reward",
-    "gae": "gae",
-    "kl_gae": "kl_gae",
-    "masked_whiten": "masked_whiten",
-    "ppo_loss": "ppo_loss",
-    "ranking_loss": "ranking_loss",
-    "token_loss": "token_loss",
-}
+OPS = tuple(name for name, home in fastrlhf._HOME.items() if home == f"fastrlhf.ops.{name}")
+# Filled by `provide` when an op's module is imported: public op -> the fused backends that have all of its kernels;
+# the ops that have a gradient.
+_provided: dict[str, frozenset[str]] = {}
+differentiable: set[str] = set()
 
 
 class Auto(NamedTuple):
@@ -99,26 +70,22 @@ AUTO = {
 }
 
 
-def _has_cpp_kernel(op: str, key: str) -> bool:
-    name = _CPP_OPS[op]
-    candidates = (name, name.removesuffix("_fwd"))
-    return any(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"fastrlhf::{candidate}", key)
-        for candidate in candidates
-        if torch._C._dispatch_has_kernel(f"fastrlhf::{candidate}")
-    )
+def provide(op: str, backends: Iterable[str], *, gradient: bool) -> None:
+    """Records that `op` needs a kernel which these backends have. Several such calls are a conjunction."""
+    _provided[op] = _provided.get(op, frozenset(BACKENDS)) & frozenset(backends)
+    if gradient:
+        differentiable.add(op)
 
 
-# Fixed at import, so that torch.compile meets constants.
-_CPU_OPS = frozenset(op for op in OPS if not _extension_error and _has_cpp_kernel(op, "CPU"))
-_CUDA_OPS = frozenset(op for op in OPS if not _extension_error and _has_cpp_kernel(op, "CUDA"))
+def kernels(op: str) -> frozenset[str]:
+    """The fused backends that have kernels for `op`, whether or not they can run here."""
+    if op not in _provided:
+        importlib.import_module(f"fastrlhf.ops.{op}")
+    return _provided[op]
+
+
 _TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _TRITON_MISSING = importlib.util.find_spec("triton") is None
-_TRITON_OPS = frozenset(
-    op
-    for op, file in _TRITON_KERNELS.items()
-    if importlib.util.find_spec(f"fastrlhf.kernels.{file}") is not None
-)
 
 # Public calls by (op, backend): the proof of what ran. Calls that torch.compile traces do not count.
 calls: Counter = Counter()
@@ -135,20 +102,20 @@ def unavailable_reason(op: str, backend: str, device: str = "cpu") -> str:
     if backend == "cpu":
         if device != "cpu":
             return f"it needs CPU tensors; got {device}"
-        if op in _CPU_OPS:
+        if "cpu" in kernels(op):
             return ""
         return _extension_error or "the op has no C++ kernel"
     if backend == "triton":
-        if op not in _TRITON_OPS:
+        if "triton" not in kernels(op):
             return "the op has no Triton kernel"
         if _TRITON_MISSING:
             return "triton is not installed"
         if device != "cuda" and not _TRITON_INTERPRET:
             return f"it needs CUDA tensors; got {device}"
         return ""
-    if op in _CUDA_OPS:
+    if "cuda" in kernels(op):
         return "" if device == "cuda" else f"it needs CUDA tensors; got {device}"
-    if not _extension_error and op in _CPU_OPS:
+    if "cpu" in kernels(op):
         return "the extension was built without CUDA (FASTRLHF_BUILD=cuda)"
     return _extension_error or "the op has no CUDA kernel"
 
@@ -190,33 +157,8 @@ def check_name(op: str, backend: str) -> None:
         raise ValueError(f"{op}: backend must be one of {('auto', *BACKENDS)}; got {backend!r}")
 
 
-def choose(
-    op: str, backend: str, tensor: torch.Tensor, *others: torch.Tensor | None, compiling=None
-) -> str:
-    """The backend that will run `op` on `tensor`; ValueError for a name that cannot run here.
-
-    `others`: the op's other tensors that are no constants to autograd: no tangent may be lost. `compiling`: what
-    torch.compiler says, where the caller has asked.
-    """
-    device = "cpu" if tensor.is_cpu else tensor.device.type
-    if compiling is None:
-        compiling = torch.compiler.is_compiling()
-    chosen = None
-    if not compiling and type(backend) is str:
-        chosen = _chosen.get((op, backend, device))
-    if chosen is None:
-        chosen = _choose(op, backend, device, compiling)
-    if _autograd.transforming() and (chosen != "reference" or op in _OWN_AUTOGRAD):
-        way_out = "torch.autograd.grad" + (", or backend='reference'" * (op not in _OWN_AUTOGRAD))
-        tensors = (tensor, *others)
-        _autograd.refuse_transforms(op, tensors, constant=op in _CONSTANTS, way_out=way_out)
-    if not compiling:
-        with _lock:
-            calls[op, chosen] += 1
-    return chosen
-
-
-def _choose(op, backend, device, compiling):
+def resolve(op: str, backend: str, device: str, compiling: bool) -> str:
+    """The backend that `backend` means for `op` on `device`; kept in `_chosen` for the next eager call."""
     check_name(op, backend)
     if backend == "auto":
         chosen = auto(op, device)

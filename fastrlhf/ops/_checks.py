@@ -1,19 +1,32 @@
-"""Argument checks shared by the ops: TypeError or ValueError with name, expected and got."""
+"""Argument checks of all ops: TypeError or ValueError with the argument's name, what was expected and what was given.
 
+Shapes: logits [..., V] and hidden [..., H] of N rows, B sequences, T steps. A check that reads values (a mask of 0 and
+1, the ends of cu_seqlens, targets) is made on CPU only: on a GPU it would synchronize with the device.
+"""
+
+import difflib
+import math
 import operator
 import sys
 
 import torch
+from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# What nearly every argument is. The checks have one look at it, and a closer one at anything else.
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-_MAX = sys.float_info.max
 INDEX_DTYPES = (torch.int32, torch.int64)
+WORKSPACES = ("fast", "compact")
+# In the order of KlEstimator in csrc/common/sequence.h.
+ESTIMATORS = ("k1", "k2", "k3", "abs")
+# The types of nearly all tensor arguments: they pass on one look, anything else is examined.
+_PLAIN = (Tensor, torch.nn.Parameter)
+_MAX = sys.float_info.max
+
+
+# ---- one argument -------------------------------------------------------------------------------
 
 
 def tensor(op: str, name: str, value: object) -> None:
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(value).__name__}")
     if value.layout is not torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else str(value.layout)
@@ -42,7 +55,6 @@ def whole_tensor(op: str, name: str, value: object) -> None:
 
 
 def whole_float_tensor(op: str, name: str, value: object) -> None:
-    """Both of the above."""
     if type(value) in _PLAIN and value.dtype in FLOAT_DTYPES and value.layout is torch.strided:
         if not value.is_nested:
             return
@@ -59,20 +71,20 @@ def index_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be int32 or int64; got {value.dtype}")
 
 
-def shape(op: str, name: str, value: torch.Tensor, expected: tuple) -> None:
+def shape(op: str, name: str, value: Tensor, expected: tuple) -> None:
     if value.shape != expected:
         raise ValueError(
             f"{op}: {name} must have shape {tuple(expected)}; got {tuple(value.shape)}"
         )
 
 
-def same_device(op: str, name: str, value: torch.Tensor, device: torch.device) -> None:
+def same_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(f"{op}: {name} must be on {device}; got {value.device}")
 
 
-def constants(op: str, **tensors: torch.Tensor | None) -> None:
-    """Refuses tensors that ask for a gradient which the op does not give: it would be lost without a word."""
+def constants(op: str, **tensors: Tensor | None) -> None:
+    """Refuses tensors that require grad: no gradient reaches them, and none would be reported missing."""
     for name, value in tensors.items():
         if value is not None and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -83,7 +95,7 @@ def constants(op: str, **tensors: torch.Tensor | None) -> None:
 
 def number(op: str, name: str, value: object, *, low: float | None = None, strict=False) -> float:
     """A finite Python number, at least (or, if strict, above) `low`."""
-    # What nearly every call has; the rest finds out what is wrong, or makes a float of an int.
+    # The common case. The rest names the error, or converts an int.
     if type(value) is float and -_MAX <= value <= _MAX and (low is None or value > low):
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -95,8 +107,8 @@ def number(op: str, name: str, value: object, *, low: float | None = None, stric
     return float(value)
 
 
-def mask(op: str, value: object, expected: tuple, device: torch.device) -> torch.Tensor | None:
-    """The mask as bool (True = counts), or None. Masks of 0 and 1 of any real dtype are taken."""
+def row_mask(op: str, value: object, expected: tuple, device: torch.device) -> Tensor | None:
+    """The mask as bool, or None. It may have any real dtype; a row counts where it is not 0."""
     if value is None:
         return None
     tensor(op, "mask", value)
@@ -107,27 +119,230 @@ def mask(op: str, value: object, expected: tuple, device: torch.device) -> torch
     return value if value.dtype == torch.bool else value != 0
 
 
-def cu_seqlens(op: str, value: object, tokens: int, device: torch.device) -> torch.Tensor:
-    """int32 [B + 1]. On CPU the values are checked: from 0 to the tokens, never falling."""
-    tensor(op, "cu_seqlens", value)
+def fraction(op: str, name: str, value: object) -> float:
+    """A number in [0, 1]."""
+    checked = number(op, name, value, low=0)
+    if checked > 1:
+        raise ValueError(f"{op}: {name} must be in [0, 1]; got {value}")
+    return checked
+
+
+# ---- tokens of sequences ------------------------------------------------------------------------
+
+
+def same_tokens(op: str, first: str, like: Tensor, **others: Tensor | None) -> None:
+    """Float tensors of one shape on one device; float64 only together with float64. None passes."""
+    float_tensor(op, first, like)
+    tokens_of(op, first, like.shape, like.dtype, like.device, **others)
+
+
+def tokens_of(op, first, expected, dtype, device, **others: Tensor | None) -> None:
+    """`same_tokens` of `others`, where `first` has this shape, dtype and device."""
+    for name, value in others.items():
+        if value is None:
+            continue
+        if isinstance(value, Tensor) and value.dtype is dtype and value.device == device:
+            if value.layout is torch.strided and not value.is_nested and value.shape == expected:
+                continue  # the common case
+        float_tensor(op, name, value)
+        shape(op, name, value, expected)
+        _same_kind(op, name, value, first, dtype, device)
+
+
+def per_sequence(op: str, name: str, value: Tensor, first: str, like: Tensor, count: int) -> None:
+    """One float per sequence, of the precision and on the device of `like`."""
+    float_tensor(op, name, value)
+    shape(op, name, value, (count,))
+    _same_kind(op, name, value, first, like.dtype, like.device)
+
+
+def _same_kind(op, name, value, first, dtype, device):
+    same_device(op, name, value, device)
+    if (value.dtype == torch.float64) != (dtype == torch.float64):
+        raise TypeError(
+            f"{op}: {name} must be float64 if and only if {first} is ({dtype}); got {value.dtype}"
+        )
+
+
+def token_mask(op: str, value: Tensor | None, like: Tensor) -> Tensor | None:
+    """The mask as bool, or None. Its dtype is bool, or any real dtype with the values 0 and 1."""
+    if value is None:
+        return None
+    checked = row_mask(op, value, like.shape, like.device)
+    on_cpu = like.device.type == "cpu" and not torch.compiler.is_compiling()
+    if value.dtype != torch.bool and on_cpu:
+        wrong = value[checked & (value != 1)]
+        if wrong.numel():
+            raise ValueError(
+                f"{op}: mask must be bool, or hold only 0 and 1; got {wrong[0].item()}"
+            )
+    return checked
+
+
+def offsets(
+    op: str, value: object, tokens: int, device: torch.device, *, name="cu_seqlens", axis="B"
+) -> Tensor:
+    """int32 [B + 1]. On CPU the values must rise (not strictly) from 0 to `tokens`."""
+    tensor(op, name, value)
     if value.dtype != torch.int32:
-        raise TypeError(f"{op}: cu_seqlens must be int32; got {value.dtype}")
+        raise TypeError(f"{op}: {name} must be int32; got {value.dtype}")
     if value.dim() != 1 or value.numel() < 1:
         raise ValueError(
-            f"{op}: cu_seqlens must have shape (B + 1,) with B >= 0; got {tuple(value.shape)}"
+            f"{op}: {name} must have shape ({axis} + 1,) with {axis} >= 0; got {tuple(value.shape)}"
         )
-    same_device(op, "cu_seqlens", value, device)
+    same_device(op, name, value, device)
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        ends = value.tolist()  # one copy; three tensor ops cost more at the B of a batch
+        ends = value.tolist()  # one copy; for a batch's B it is cheaper than three tensor ops
         if ends[0] != 0 or ends[-1] != tokens or any(map(operator.gt, ends, ends[1:])):
             raise ValueError(
-                f"{op}: cu_seqlens must rise from 0 to {tokens}; got {ends[:8]}"
+                f"{op}: {name} must rise from 0 to {tokens}; got {ends[:8]}"
                 f"{' ...' if len(ends) > 8 else ''}"
             )
     return value.contiguous()
 
 
-def overwritable(logits: torch.Tensor) -> bool:
+def layout(
+    op: str, first: str, like: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Checked (cu_seqlens, bool mask, number of sequences) of the tokens `like`."""
+    if cu_seqlens is not None:
+        if mask is not None:
+            raise ValueError(f"{op}: give cu_seqlens (packed) or mask (padded), not both; got both")
+        if like.dim() != 1:
+            raise ValueError(
+                f"{op}: {first} must be packed, [N], with cu_seqlens; got {tuple(like.shape)}"
+            )
+        cu_seqlens = offsets(op, cu_seqlens, like.shape[0], like.device)
+        return cu_seqlens, None, cu_seqlens.shape[0] - 1
+    if like.dim() != 2:
+        raise ValueError(
+            f"{op}: {first} must be [B, T], or packed [N] with cu_seqlens; got {tuple(like.shape)}"
+        )
+    return None, token_mask(op, mask, like), like.shape[0]
+
+
+def estimator(op: str, value: object) -> int:
+    """Index of a KL estimator, which the kernels take in place of its name."""
+    if value in ESTIMATORS:
+        return ESTIMATORS.index(value)
+    close = difflib.get_close_matches(str(value), ESTIMATORS, n=1, cutoff=0.3)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ValueError(f"{op}: estimator must be one of {ESTIMATORS}; got {value!r}{hint}")
+
+
+def acc_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums and of outputs: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def empty_tokens(x: Tensor) -> Tensor:
+    """An output with one float per element of `x`, as the kernels allocate it: contiguous, in `acc_dtype`."""
+    return x.new_empty(x.shape, dtype=acc_dtype(x))
+
+
+def empty_stacked(x: Tensor, count: int) -> Tensor:
+    """`count` such outputs in one tensor [count, ...]."""
+    return x.new_empty((count, *x.shape), dtype=acc_dtype(x))
+
+
+def as_rows(x: Tensor | None) -> Tensor | None:
+    """The tokens as a 1-d or 2-d tensor, the layouts that the kernels read in place."""
+    if x is None or x.dim() in (1, 2):
+        return x
+    return x.reshape(1) if x.dim() == 0 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+# ---- rows of logits -----------------------------------------------------------------------------
+
+
+def logit_rows(op, logits, targets, temperature, softcap, mask, vocab=None):
+    """Checked (row_temperature | None, temperature, softcap or 0.0, bool mask | None) of logits [..., V].
+
+    `vocab`: V, where `logits` are hidden states [..., H], which `linear_head` has checked.
+    """
+    if vocab is None:
+        float_tensor(op, "logits", logits)
+    dense = type(targets) in _PLAIN and targets.layout is torch.strided
+    if not dense or targets.is_nested or targets.dtype not in INDEX_DTYPES:
+        index_tensor(op, "targets", targets)
+    if logits.dim() < 1:
+        name = "logits" if vocab is None else "hidden"
+        raise ValueError(f"{op}: {name} must have a last axis; got a 0-d tensor")
+    if targets.shape != logits.shape[:-1]:
+        shape(op, "targets", targets, logits.shape[:-1])
+    if targets.device != logits.device:
+        same_device(op, "targets", targets, logits.device)
+    if (logits.shape[-1] if vocab is None else vocab) == 0 and targets.numel() > 0:
+        raise ValueError(f"{op}: the vocabulary must have at least 1 entry; got 0")
+    softcap = 0.0 if softcap is None else number(op, "softcap", softcap, low=0, strict=True)
+    row_temperature = None
+    if isinstance(temperature, Tensor):
+        row_temperature, temperature = _row_temperature(op, temperature, logits, targets), 1.0
+    elif temperature != 1.0 or type(temperature) is not float:
+        temperature = number(op, "temperature", temperature, low=0, strict=True)
+    if mask is not None:
+        mask = row_mask(op, mask, targets.shape, logits.device)
+    return row_temperature, temperature, softcap, mask
+
+
+def _row_temperature(op, temperature, logits, targets):
+    float_tensor(op, "temperature", temperature)
+    same_device(op, "temperature", temperature, logits.device)
+    constants(op, temperature=temperature)
+    try:
+        rows = temperature.expand(targets.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{op}: temperature must broadcast to {tuple(targets.shape)}; "
+            f"got {tuple(temperature.shape)}"
+        ) from None
+    return rows.to(acc_dtype(logits)).contiguous()
+
+
+def row_constant(op: str, name: str, value: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """A float tensor [...] of the rows that is a constant to autograd, in the accumulator's dtype, contiguous."""
+    float_tensor(op, name, value)
+    shape(op, name, value, targets.shape)
+    same_device(op, name, value, logits.device)
+    if value.requires_grad:
+        constants(op, **{name: value})
+    dtype = acc_dtype(logits)
+    return (value if value.dtype == dtype else value.to(dtype)).contiguous()
+
+
+def scale_tensor(op: str, scale: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A 0-d scale as a constant of `dtype`."""
+    float_tensor(op, "scale", scale)
+    shape(op, "scale", scale, ())
+    same_device(op, "scale", scale, device)
+    constants(op, scale=scale)
+    return scale.detach().to(dtype)
+
+
+def row_values(op: str, targets: Tensor, vocab: int, mask, row_temperature) -> None:
+    """On CPU and in eager mode: targets in [0, vocab) and temperatures above 0 wherever the mask is True.
+
+    For backends whose kernels do not check, and for ops that would find out in a later chunk.
+    """
+    if (
+        targets.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return
+    counted = targets if mask is None else targets[mask]
+    if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= vocab):
+        bad = ((targets < 0) | (targets >= vocab)) & (True if mask is None else mask)
+        row = int(bad.reshape(-1).nonzero()[0])
+        value = int(targets.reshape(-1)[row])
+        raise ValueError(f"{op}: targets must be in [0, {vocab}); got {value} at row {row}")
+    if row_temperature is not None:
+        counted = row_temperature if mask is None else row_temperature[mask]
+        if not bool((counted > 0).all()):
+            raise ValueError(f"{op}: temperature must be above 0; got {counted.min():g}")
+
+
+def overwritable(logits: Tensor) -> bool:
     """Whether a backward may write the gradient of [..., V] logits over them.
 
     Not where rows share memory (an expanded view), nor in layouts that the kernels copy before they
@@ -148,3 +363,100 @@ def overwritable(logits: torch.Tensor) -> bool:
         row_axes += stride != merges_at
         end = merges_at = stride * size
     return row_axes <= 2
+
+
+# ---- the head of a linear op --------------------------------------------------------------------
+
+
+def check_workspace(op: str, value: object) -> None:
+    if value not in WORKSPACES:
+        raise ValueError(f"{op}: workspace must be 'fast' or 'compact'; got {value!r}")
+
+
+def linear_head(op, hidden, weight, bias, workspace) -> torch.dtype:
+    """Checks hidden [..., H], weight [V, H] and bias [V]; returns the dtype of sums over their products."""
+    whole_float_tensor(op, "hidden", hidden)
+    whole_float_tensor(op, "weight", weight)
+    expected, given = hidden.shape, weight.shape
+    if not expected or len(given) != 2 or given[1] != expected[-1]:
+        width = expected[-1] if expected else "H"
+        raise ValueError(
+            f"{op}: weight must have shape (V, {width}) for hidden {tuple(expected)}; "
+            f"got {tuple(given)}"
+        )
+    if expected[-1] == 0:
+        raise ValueError(f"{op}: hidden must have at least 1 feature; got {tuple(expected)}")
+    if weight.device != hidden.device:
+        same_device(op, "weight", weight, hidden.device)
+    if bias is not None:
+        whole_float_tensor(op, "bias", bias)
+        shape(op, "bias", bias, given[:1])
+        same_device(op, "bias", bias, hidden.device)
+    if workspace not in WORKSPACES:
+        check_workspace(op, workspace)
+    return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+
+
+def num_rows(op: str, value: object, mask: Tensor | None, targets: Tensor) -> None:
+    """On CPU and in eager mode, `value` must also be the number of rows that `mask` counts."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: num_rows must be an int; got {type(value).__name__}")
+    if mask is None:
+        raise ValueError(f"{op}: num_rows must come with mask; got mask=None")
+    if not 0 <= value <= targets.numel():
+        raise ValueError(f"{op}: num_rows must be in [0, {targets.numel()}]; got {value}")
+    if mask.is_cpu and type(mask) is Tensor:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return
+        count = int(mask.sum())
+        if count != value:
+            raise ValueError(f"{op}: num_rows must be {count}, the rows that count; got {value}")
+
+
+def reduction(op: str, value: object) -> None:
+    if value not in ("mean", "sum", "none"):
+        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none'; got {value!r}")
+
+
+def flag(op: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool; got {type(value).__name__}")
+
+
+# ---- the PPO loss -------------------------------------------------------------------------------
+
+
+def ppo_settings(op, clip, dual_clip, value_clip, value_coef, entropy_coef):
+    """The five numbers of the loss as the raw op takes them: infinite for a clip that is None."""
+    return (
+        number(op, "clip", clip, low=0, strict=True),
+        math.inf if dual_clip is None else number(op, "dual_clip", dual_clip, low=1, strict=True),
+        math.inf
+        if value_clip is None
+        else number(op, "value_clip", value_clip, low=0, strict=True),
+        number(op, "value_coef", value_coef),
+        number(op, "entropy_coef", entropy_coef),
+    )
+
+
+def ppo_values(op, values, old_values, returns, value_clip):
+    """Which of the value tensors must come together."""
+    if values is None:
+        for name, given in (("old_values", old_values), ("returns", returns)):
+            if given is not None:
+                raise ValueError(f"{op}: {name} must come with values; got values=None")
+        return
+    if returns is None:
+        raise ValueError(f"{op}: returns must be given with values; got None")
+    if old_values is None and value_clip is not None:
+        raise ValueError(
+            f"{op}: old_values must be given with values, or value_clip=None; got None"
+        )
+
+
+def ppo_constants(op, old_logprob, advantages, old_values, returns):
+    given = (old_logprob, advantages, old_values, returns)
+    for x in given:
+        if x is not None and x.requires_grad:
+            names = ("old_logprob", "advantages", "old_values", "returns")
+            constants(op, **dict(zip(names, given, strict=True)))

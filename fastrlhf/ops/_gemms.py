@@ -1,9 +1,9 @@
-"""The matrix products of the linear ops, and what a device asks of the loop around them.
+"""The matrix products of the linear ops: sizes of chunks, memory for logits, and what differs between devices.
 
-Shapes: n rows of a chunk, H hidden, V vocabulary. Logits, dX, dW and db are fp32 (fp64 for fp64 operands).
-`Gemms` is the CPU's: operands are widened, for a 16-bit GEMM would round its result. `CudaGemms` gives
-16-bit operands to the tensor cores as they are. The loop (_linear.py) sees no other difference between the
-devices. benchmarks/fake_gpu.py runs it with `CudaGemms` on CPU and meta tensors.
+Shapes: N rows, n rows of a chunk, H hidden, V vocabulary. Logits, dX, dW and db are fp32 (fp64 for fp64 operands).
+`Gemms` is for the CPU: it widens operands, because a 16-bit GEMM rounds its result. `CudaGemms` passes 16-bit
+operands to the tensor cores. The chunk loop (_linear.py) is the same for both. benchmarks/fake_gpu.py runs it with
+`CudaGemms` on CPU and meta tensors.
 """
 
 import functools
@@ -11,7 +11,48 @@ import functools
 import torch
 from torch import Tensor
 
-from fastrlhf.ops import _chunks
+from fastrlhf.ops._register import value_error
+
+_CPU = torch.device("cpu")
+_MIN_ROWS = 64  # a GEMM with fewer rows is bound by reading the weight
+
+
+# ---- chunks -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def chunk_rows(logits_bytes: int, vocab: int, dtype: torch.dtype) -> int:
+    """How many rows of fp32 (fp64) logits fit into `logits_bytes`, at least 64."""
+    row_bytes = max(vocab, 1) * (8 if dtype == torch.float64 else 4)
+    return max(_MIN_ROWS, logits_bytes // row_bytes)
+
+
+def logits_rows(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for the logits of a chunk, [rows, vocab].
+
+    On a GPU the row stride is a multiple of 16 elements: CUDA's vector loads need rows that begin on 16-byte
+    boundaries, and Triton's compiler specializes on multiples of 16.
+    """
+    if device == _CPU:
+        return torch.empty((rows, vocab), dtype=dtype, device=device)
+    return torch.empty((rows, -(-vocab // 16) * 16), dtype=dtype, device=device)[:, :vocab]
+
+
+@functools.lru_cache(256)
+def cuts(total: int, most: int) -> tuple[slice, ...]:
+    """[0, total) in slices of at most `most` and of nearly equal length.
+
+    A GEMM of very few rows or columns is not bitwise identical to those rows or columns of a larger one.
+    """
+    if total <= 0:
+        return ()
+    if total <= most:
+        return (slice(0, total),)
+    size = -(-total // -(-total // max(most, 1)))
+    return tuple(slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+# ---- products -----------------------------------------------------------------------------------
 
 
 class Gemms:
@@ -30,11 +71,6 @@ class Gemms:
 
     def operand(self, x: Tensor | None) -> Tensor | None:
         return x if x is None or x.dtype is self.acc else x.to(self.acc)
-
-    def fits_at_once(self, hidden: Tensor, weight: Tensor, workspace: str) -> bool:
-        """Whether all rows are one chunk."""
-        step = _chunks.chunk_rows(self.logits_bytes[workspace], weight.shape[0], self.acc)
-        return 0 < hidden.shape[:-1].numel() <= step
 
     def logits(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         """x @ weight.T + bias [n, V] into `out`; None: into fresh memory."""
@@ -73,9 +109,9 @@ class Gemms:
         return (None if index.numel() == flat.numel() else index), None
 
 
-def check_count(count: int, num_rows: int, op: str = "") -> None:
+def check_count(count: int, num_rows: int) -> None:
     if count != num_rows:
-        raise ValueError(f"{op}num_rows must be {count}, the rows that count; got {num_rows}")
+        raise value_error(f"num_rows must be {count}, the rows that count; got {num_rows}")
 
 
 class SideStream:
@@ -192,15 +228,25 @@ def gemms_for(hidden: Tensor, weight: Tensor) -> Gemms:
 
 @functools.cache
 def _gemms_of(dtype: torch.dtype, weight_dtype: torch.dtype, on_cuda: bool) -> Gemms:
-    acc = acc_dtype(torch.promote_types(dtype, weight_dtype))
+    wide = torch.float64 in (dtype, weight_dtype)
+    acc = torch.float64 if wide else torch.float32
     return (CudaGemms if on_cuda else Gemms)(acc, dtype if dtype == weight_dtype else acc)
-
-
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def acc_of(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of the sums over products of the two."""
     wide = torch.float64 in (hidden.dtype, weight.dtype)
     return torch.float64 if wide else torch.float32
+
+
+def as_parameters(grads: list, parameters, dtype_of) -> list[Tensor | None]:
+    """The same list with each gradient shaped as its parameter, of `dtype_of(parameter)`."""
+    for i, like in enumerate(parameters):
+        grad = grads[i]
+        if grad is not None:
+            if grad.dtype is not like.dtype:
+                grad = grad.to(dtype_of(like))
+            if grad.shape != like.shape:
+                grad = grad.reshape(like.shape)
+            grads[i] = grad  # the one before is given up before the next is cast
+    return grads

@@ -1,19 +1,18 @@
-"""hidden @ weight.T + bias by chunks of rows: the one loop of every linear op.
+"""The chunk loop of all linear ops: hidden @ weight.T + bias, a chunk of rows at a time.
 
-Shapes: N rows, of which R count; n rows of a chunk, H hidden, V vocabulary. The caller of the loop works on a
-chunk's logits while they are there. With gradients, it leaves dL/dlogits in the chunk, and the loop multiplies
-them into dX, dW and db. On a GPU it does so for several chunks at a time, because each product into dW reads
-and writes all V x H numbers of it.
+Shapes: N rows, of which R count; n rows of a chunk, H hidden, V vocabulary. The loop yields each chunk with its logits.
+For gradients, its caller leaves dL/dlogits in the chunk, and the loop multiplies them into dX, dW and db. On a GPU it
+multiplies several chunks at once, because each product into dW reads and writes all of its V x H numbers.
 """
 
 import torch
 from torch import Tensor
 
-from fastrlhf.ops import _chunks
+from fastrlhf.ops import _gemms
 from fastrlhf.ops._gemms import Gemms
 
-# From so many rows on, the forward on CPU walks the vocabulary in blocks, with all rows before each: every
-# GEMM call packs its part of the weight once.
+# From this many rows on, the forward on CPU loops over blocks of the vocabulary, each with all rows: a GEMM call packs
+# its part of the weight once, however many rows it has.
 BY_BLOCK_ROWS = 64
 
 
@@ -42,7 +41,9 @@ class Chunk:
         self.whole = rows.stop - rows.start == head.rows
         mine = head.of_rows
         self.targets, self.row_temperature, self.mask = mine if self.whole else self.of(*mine)
-        self.carries = None  # bool [n], where the caller knows that other rows have a gradient of 0
+        self.carries = (
+            None  # bool [n]: rows with a gradient; set by the caller if other rows have none
+        )
 
     def of(self, *per_row: Tensor | None):
         """The chunk's rows of tensors [R]; None stays None."""
@@ -52,10 +53,10 @@ class Chunk:
 
 
 class Head:
-    """The operands, and what belongs to each row; `index`: which of the N rows count, None for all."""
+    """The operands and the tensors of one number a row. `index`: which of the N rows count, None for all."""
 
-    # On a GPU a wrong num_rows is not known here: `wrong` is a 0-d bool tensor, or None. `counted` [N]: which rows
-    # it was to count.
+    # `wrong`: on a GPU, whether num_rows is wrong, as a 0-d bool tensor; else None. `counted` [N]: the rows that it
+    # should have counted.
     index = wrong = mask = counted = None
 
     def __init__(
@@ -90,19 +91,19 @@ class Head:
         self.of_rows = self.take(targets), rows_temperature, self.mask
 
     def take(self, per_row: Tensor | None) -> Tensor | None:
-        """[R]: the entries [...] of the rows that count."""
+        """[R]: the elements of [...] for the rows that count."""
         if per_row is None:
             return None
         rows = per_row if per_row.dim() == 1 else per_row.reshape(-1)
         return rows if self.index is None else rows.index_select(0, self.index)
 
     def numbers(self, per_row: Tensor) -> Tensor:
-        """The same in the accumulator's dtype."""
+        """`take` in the accumulator's dtype."""
         rows = per_row if per_row.dtype is self.acc else per_row.to(self.acc)
         return rows if self.index is None and rows.dim() == 1 else self.take(rows)
 
-    def spread(self, per_row: Tensor) -> Tensor:
-        """[..., N] of [..., R]: 0 where a row does not count; NaN where it does and num_rows is wrong."""
+    def scatter(self, per_row: Tensor) -> Tensor:
+        """[..., N] from [..., R]: 0 for rows that do not count; NaN for those that do if num_rows is wrong."""
         whole = per_row
         if self.index is not None:
             whole = per_row.new_zeros((*per_row.shape[:-1], self.count))
@@ -115,11 +116,11 @@ class Head:
         return x if x is None or rows.stop - rows.start == self.rows else x[rows]
 
     def new_rows(self, *shape: int) -> Tensor:
-        """Memory for results of the R rows."""
+        """Memory for results [..., R]."""
         return torch.empty((*shape, self.rows), dtype=self.acc, device=self.device)
 
     def where(self, rows: slice) -> slice | Tensor:
-        """Which of the N rows some of the R are."""
+        """Indices among the N rows of `rows` among the R."""
         return rows if self.index is None else self.index[rows]
 
     def operand(self, where: slice | Tensor) -> Tensor:
@@ -139,15 +140,17 @@ class Head:
         kept: Tensor | None = None,
         overlap: bool = False,
     ):
-        """Each chunk, with its logits; afterwards its dlogits go into `grads`.
+        """Yields each chunk with its logits, and then adds its dlogits to `grads`.
 
-        `width`: of the chunk's memory, which the caller fills block by block of the vocabulary. `memory`:
-        [R, V] or more, for all logits at once. `kept`: the logits [R, V], where they are there already.
-        `overlap`: without `grads`, the caller's work may run beside the next chunk's GEMM.
+        Args:
+            width: of the chunk's memory, if the caller fills it itself, a block of the vocabulary at a time.
+            memory: [R, V] or more rows, to hold all logits.
+            kept: [R, V], logits that a forward has kept.
+            overlap: without `grads`, the caller's work may run while the next chunk's GEMM does.
         """
         gemms = self.gemms
         step = self.rows if memory is not None else self._step(width)
-        cuts = _chunks.cuts(self.rows, step)
+        cuts = _gemms.cuts(self.rows, step)
         most = cuts[0].stop if cuts else 0
         apart = grads is not None and (gemms.dlogits_dtype is not None or kept is not None)
         if memory is None and kept is None and (len(cuts) > 1 or width or gemms.dlogits_dtype):
@@ -189,7 +192,7 @@ class Head:
                 grads.add_parts(parts, dlogits[:filled])
 
     def _overlapped(self, side, cuts: list[slice], memories: tuple[Tensor, Tensor]):
-        """The chunks, by turns in two memories: the caller works on a side stream."""
+        """The chunks, alternately in two memories; the caller's work runs on a side stream."""
         free = [None, None]
         try:
             for i, rows in enumerate(cuts):
@@ -202,27 +205,27 @@ class Head:
                 with side:
                     yield Chunk(self, rows, x, z, None)
                 free[turn] = side.mark()
-        finally:  # an error gives memory back, too
+        finally:  # an error, too, frees memory that the side stream may use
             side.main_waits(side.mark())
 
     def _step(self, width: int | None) -> int:
         logits_bytes = self.gemms.logits_bytes[self.workspace]
-        return _chunks.chunk_rows(logits_bytes, width or self.vocab, self.acc)
+        return _gemms.chunk_rows(logits_bytes, width or self.vocab, self.acc)
 
     def _logits(
         self, rows: int, width: int | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        return _chunks.logits_rows(rows, width or self.vocab, dtype or self.acc, self.device)
+        return _gemms.logits_rows(rows, width or self.vocab, dtype or self.acc, self.device)
 
 
 class Gradients:
-    """Sums of dX, dW and db over the chunks; those nobody needs cost no GEMM and stay None.
+    """Sums of dX, dW and db over the chunks. Those that are not needed cost no GEMM and stay None.
 
-    `into`: what dW is added to instead, at once, or with `apart` only in `finish`, so that an error on the way leaves
-    it as it was. `sums`: who adds up dX over the ranks of a group. `scattered`: not every row will be added.
+    `into`: the tensor that dW is added to; with `apart` only in `finish`, so that an error before leaves it unchanged.
+    `sums`: sums dX over the ranks of a group. `scattered`: not every row will be added.
     """
 
-    # Made where the first chunk is added: the gradient of all rows is a GEMM's result as it is.
+    # Allocated with the first chunk: if it holds all rows, the result of its GEMM is the gradient.
     hidden = weight = bias = None
 
     def __init__(
@@ -245,7 +248,7 @@ class Gradients:
             self.bias = head.weight.new_zeros(head.vocab, dtype=head.acc)
 
     def add_parts(self, parts: list, dlogits: Tensor) -> None:
-        """Chunks (where of the N rows, x, dlogits); `dlogits`: of all of them."""
+        """Adds chunks (indices of the N rows, x, dlogits) at once; `dlogits` [sum of n, V] holds those of all."""
         wheres = [where for where, _, _ in parts]
         if all(isinstance(where, slice) for where in wheres):
             where = slice(wheres[0].start, wheres[-1].stop)
@@ -256,7 +259,7 @@ class Gradients:
         self.add(where, None, dlogits)
 
     def add(self, where: slice | Tensor, x: Tensor | None, dlogits: Tensor) -> None:
-        """Rows `where` of the N, which are `x` as operands (None: not made yet)."""
+        """Adds the rows `where` of the N; `x` [n, H]: the rows as an operand, if there is one already."""
         head, gemms = self.head, self.head.gemms
         if self.needs_hidden:
             if isinstance(where, slice):
@@ -285,7 +288,7 @@ class Gradients:
         return self.hidden
 
     def finish(self) -> list[Tensor | None]:
-        """[dX, dW, db], which are the caller's alone now; None where not needed, or dW went elsewhere."""
+        """[dX, dW, db], with no reference kept here; None where not needed, or for dW where `into` got it."""
         head = self.head
         if self.needs_hidden:
             self._all_hidden()
@@ -306,60 +309,53 @@ class Gradients:
         return found
 
 
-def as_parameters(grads: list, parameters, dtype_of) -> list[Tensor | None]:
-    """The same list with each gradient shaped as its parameter, of `dtype_of(parameter)`."""
-    for i, like in enumerate(parameters):
-        grad = grads[i]
-        if grad is not None:
-            if grad.dtype is not like.dtype:
-                grad = grad.to(dtype_of(like))
-            if grad.shape != like.shape:
-                grad = grad.reshape(like.shape)
-            grads[i] = grad  # the one before is given up before the next is cast
-    return grads
-
-
 def pack(rows: Tensor, carries: Tensor) -> Tensor:
-    """Which rows [n, V] carry a gradient, in the order in which they lie at the front afterwards.
+    """Moves the rows of [n, V] that carry a gradient to the front; returns their former indices in the new order.
 
-    A row without one makes room for one from behind. On a GPU this waits twice: for the number of rows, and
-    of those that move.
+    Only rows behind the front move, into the gaps. On a GPU the host waits twice: for the number of rows, and of gaps.
     """
     count = int(carries.sum())
     order = torch.arange(len(carries), device=carries.device)
     holes = (~carries[:count]).nonzero().squeeze(1)
     movers = torch.nonzero_static(carries[count:], size=len(holes)).squeeze(1) + count
-    for start in range(0, len(holes), 64):  # the copies on the way stay small
+    for start in range(0, len(holes), 64):  # bounds the temporary copy
         to, of = holes[start : start + 64], movers[start : start + 64]
         rows.index_copy_(0, to, rows.index_select(0, of))
     order[holes] = movers
     return order[:count]
 
 
-def statistics(head: Head, kernels, memory: Tensor | None = None):
-    """(logprob [R], entropy [R], stats [3, R]); `memory`: where all logits shall stay."""
-    logprob, entropy, stats = head.new_rows(), head.new_rows(), head.new_rows(3)
-    blocks = kernels.blocks(head) if memory is None and head.rows >= BY_BLOCK_ROWS else None
+def statistics(head: Head, kernels, memory: Tensor | None = None, look=None):
+    """(logprob [R], entropy [R], row_stats [3, R]); `memory` [R, V]: to keep all logits in.
+
+    `look`: called with the logits [n, V] and targets [n] of each chunk.
+    """
+    logprob, entropy, row_stats = head.new_rows(), head.new_rows(), head.new_rows(3)
+    whole = memory is not None or look is not None or head.rows < BY_BLOCK_ROWS
+    blocks = None if whole else kernels.blocks(head)
     width = blocks and max(columns.stop - columns.start for columns in blocks)
-    for chunk in head.chunks(width=width, memory=memory, overlap=True):
+    for chunk in head.chunks(width=width, memory=memory, overlap=look is None):
+        if look is not None:
+            look(chunk.logits, chunk.targets)
         if blocks is None:
             given = (chunk.targets, chunk.row_temperature, chunk.mask)
             found = kernels.forward(chunk.logits, *given)
         else:
             found = kernels.forward_by_blocks(head, chunk, blocks)
-        logprob[chunk.rows], entropy[chunk.rows], stats[:, chunk.rows] = found
-    return logprob, entropy, stats
+        logprob[chunk.rows], entropy[chunk.rows], row_stats[:, chunk.rows] = found
+    return logprob, entropy, row_stats
 
 
-def add_gradients(head, kernels, grads, upstream, stats, logits=None) -> None:
-    """Adds the gradients from those of logprob and entropy [...] (None: 0) and stats [3, N] of all rows.
+def add_gradients(head, kernels, grads, upstream, row_stats, logits=None) -> None:
+    """Adds the gradients that follow from dL/dlogprob and dL/dentropy [...] (None: 0) and row_stats [3, N].
 
-    `logits`: [R, V], where they are there. Where num_rows is wrong, all rows that take part are NaN.
+    `logits` [R, V]: those that the forward has kept. If num_rows is wrong, the rows that take part get NaN.
     """
     upstream = [head.take(grad) for grad in upstream]
     if head.wrong is not None:
         upstream = [g if g is None else g.masked_fill(head.wrong, torch.nan) for g in upstream]
-    stats = stats if head.index is None else stats.index_select(1, head.index)
+    if head.index is not None:
+        row_stats = row_stats.index_select(1, head.index)
     for chunk in head.chunks(grads, kept=logits):
         g, h = (head.per_row(x, chunk.rows) for x in upstream)
         kernels.backward(
@@ -367,7 +363,7 @@ def add_gradients(head, kernels, grads, upstream, stats, logits=None) -> None:
             h,
             chunk.logits,
             chunk.targets,
-            stats[:, chunk.rows].contiguous(),
+            row_stats[:, chunk.rows].contiguous(),
             chunk.row_temperature,
             chunk.mask,
             chunk.dlogits,

@@ -1,36 +1,32 @@
-"""The linear losses: their raw op, and what those share that cannot be one.
+"""The linear losses: their one raw op, and the paths that an op cannot take.
 
-Shapes: N rows, of which R count; H hidden, V vocabulary. A chunk's logits become log-probs, loss terms and
-dlogits in one pass over each row (_rows.py), and dlogits become dX, dW and db (_linear.py): three GEMMs. A loss
-outside of the head needs the logits again, and four. The gradients are there when the forward returns; the
-backward scales them.
+Shapes: N rows, of which R count; H hidden, V vocabulary. One pass over each row turns a chunk's logits into log-probs,
+loss terms and dlogits (_rows.py), and dlogits are multiplied into dX, dW and db (_linear.py): three GEMMs. (A loss
+outside of the head needs the logits again: four.) The forward returns the gradients, and the backward scales them.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastrlhf import reference
-from fastrlhf.ops import _autograd, _checks, _chunks, token_loss
-from fastrlhf.ops import ppo_loss as _ppo
-from fastrlhf.ops._gemms import acc_dtype, acc_of, gemms_for
-from fastrlhf.ops._linear import Gradients, Head, as_parameters, statistics
-from fastrlhf.ops._register import differentiable, plain, register
+from fastrlhf.ops import _checks, _gemms, ppo_loss, token_loss
+from fastrlhf.ops._gemms import acc_of, as_parameters, gemms_for
+from fastrlhf.ops._linear import Gradients, Head, statistics
+from fastrlhf.ops._register import differentiable, needs, refuse_second_order, register_python
 from fastrlhf.ops._rows import RowKernels, TokenLoss
-from fastrlhf.ops.token_logprob import check_target_values
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
-PPO, CROSS_ENTROPY = "ppo", "cross_entropy"
+PPO, CROSS_ENTROPY = "linear_ppo_loss", "linear_cross_entropy"  # the raw op's `loss`
 NO_CLIP = 1.0, math.inf, 0.0  # clip, dual_clip, entropy_coef of a loss that has none
-OF = {PPO: "linear_ppo_loss", CROSS_ENTROPY: "linear_cross_entropy"}  # the public op
 
 
 class Work(NamedTuple):
-    """What the loop over a head's chunks works with: the rows' kernels, and the sums of the gradients or None."""
+    """What the chunk loop needs: the head, the row kernels, and the sums of the gradients (None: forward only)."""
 
     head: Head
     kernels: RowKernels
@@ -40,12 +36,12 @@ class Work(NamedTuple):
 def work_of(
     head: Head, temperature, softcap, backend, needs, *, into=None, apart=False, compact=False, group=None
 ) -> Work:  # fmt: skip
-    """`group`: its ranks share out the vocabulary. `compact`: not every row will have a gradient."""
+    """`group`: the vocabulary is split over its ranks. `compact`: some rows have no gradient."""
     sums = None
     if group is None:
         kernels = RowKernels(backend, temperature, softcap)
     else:
-        from fastrlhf.ops import _vocab_parallel  # torch.distributed: only where it is asked for
+        from fastrlhf.ops import _vocab_parallel  # imports torch.distributed
 
         kernels = _vocab_parallel.ShardKernels(backend, temperature, softcap, group, head.vocab)
         sums = _vocab_parallel.HiddenSums(group)
@@ -59,18 +55,15 @@ def _forward(
     hidden, weight, bias, values, targets, mask, row_temperature, factor, per_token, settings, num_rows, compact,
     loss, workspace, backend, needs, *, into=None, group=None,
 ):  # fmt: skip
-    gemms, ppo, parameters = gemms_for(hidden, weight), loss == PPO, (hidden, weight, bias)
-    if (
-        backend == "cpu"
-        and mask is into is group is None
-        and not compact
-        and True in needs[:3]
-        and gemms.fits_at_once(hidden, weight, workspace)
-    ):
-        logprob, entropy, scale, found = _at_once(
-            gemms, parameters, targets, row_temperature, factor, per_token, settings, ppo, needs
-        )
-        head = wrong = None
+    gemms = gemms_for(hidden, weight)
+    ppo, parameters = loss == PPO, (hidden, weight, bias)
+    one = None
+    if backend == "cpu" and mask is into is group is None and not compact and True in needs[:3]:
+        given = (targets, row_temperature, factor, per_token, settings)
+        one = _one_chunk(gemms, parameters, *given, ppo, needs, workspace)
+    if one is not None:
+        logprob, entropy, scale, found = one
+        wrong = None
     else:
         head = Head(gemms, *parameters, targets, row_temperature, mask, workspace, num_rows)
         wrong = head.wrong
@@ -80,9 +73,14 @@ def _forward(
         logprob, entropy = _by_chunks(work, per_token, settings, scale, ppo, compact)
         found = [None] * 3 if work.grads is None else work.grads.finish()
     if ppo:
-        total, metrics, d_values = _ppo_of(
-            head, backend, logprob, entropy, values, per_token, mask, settings[2:], needs[3]
-        )
+        if mask is not None:
+            logprob, entropy = head.scatter(logprob), head.scatter(entropy)
+        old_logprob, advantages, old_values, returns = per_token
+        if math.isinf(settings[4]):
+            old_values = None
+        tokens = (logprob, old_logprob, advantages, values, old_values, returns, entropy, mask)
+        total, metrics, stacked = ppo_loss.FWD[backend].raw(*tokens, *settings[2:], needs[3])
+        d_values = stacked[1] if needs[3] else None
         if factor is not None:
             total = total * factor
             d_values = None if d_values is None else d_values * factor
@@ -115,11 +113,16 @@ def _by_chunks(work: Work, per_token, settings, scale, ppo: bool, compact: bool)
     return logprob, entropy
 
 
-def _at_once(gemms, parameters, targets, row_temperature, factor, per_token, settings, ppo, needs):
-    """(logprob [N], entropy [N] or None, scale, [dX, dW, db]) on CPU, where every row counts and all are one chunk.
+def _one_chunk(
+    gemms, parameters, targets, row_temperature, factor, per_token, settings, ppo, needs, workspace
+):
+    """(logprob [N], entropy [N] or None, scale, [dX, dW, db]) on CPU, if all rows count; None if they exceed one chunk.
 
-    The loop and what it keeps would cost a small batch as much as its kernels do: 12 us of 70.
+    For a small batch the loop would cost as much as its kernels: 12 us of 70.
     """
+    logits_bytes, vocab = gemms.logits_bytes[workspace], parameters[1].shape[0]
+    if not 0 < targets.numel() <= _gemms.chunk_rows(logits_bytes, vocab, gemms.acc):
+        return None
     hidden, weight, bias = map(gemms.operand, parameters)
     if hidden.dim() != 2:
         hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -139,7 +142,7 @@ def _at_once(gemms, parameters, targets, row_temperature, factor, per_token, set
     scale = _cpu_scalar(1 / rows if ppo or rest[0] != 0 else 1.0, gemms.acc)
     if factor is not None:
         scale = scale * factor
-    token_loss.ops("cpu").rows_.inside(
+    token_loss.ROWS_["cpu"].raw(
         logits,
         targets,
         advantages,
@@ -152,7 +155,7 @@ def _at_once(gemms, parameters, targets, row_temperature, factor, per_token, set
         softcap,
         None,
         scale,
-        logits,  # where dlogits go
+        logits,  # dlogits overwrite them
         logprob,
         entropy,
         None,
@@ -166,8 +169,8 @@ def _at_once(gemms, parameters, targets, row_temperature, factor, per_token, set
 
 
 def scale_of(head: Head, factor: Tensor | None, *, mean: bool) -> Tensor:
-    """What the loss of a row is multiplied by, 0-d: `factor` (None: 1), over the number of rows that count."""
-    if mean and head.mask is not None and head.wrong is None:  # which nobody has counted
+    """The factor of a row's loss, 0-d: `factor` (None: 1), for a mean divided by the number of rows that count."""
+    if mean and head.mask is not None and head.wrong is None:  # the rows have not been counted
         scale = head.mask.sum(dtype=torch.float64).clamp(min=1).reciprocal().to(head.acc)
     else:
         share = 1 / head.rows if mean and head.rows else 1.0
@@ -182,90 +185,28 @@ def scale_of(head: Head, factor: Tensor | None, *, mean: bool) -> Tensor:
 
 @functools.lru_cache(64)
 def _cpu_scalar(value: float, dtype: torch.dtype) -> Tensor:
-    """A constant that nobody writes to. (Made anew it is 4 % of a small call.)
+    """A 0-d constant that is never written to; a new one would take 4 % of a small call.
 
-    It outlives the mode and the default device that its first caller has set.
+    It is made outside of the modes that its first caller has entered, because it outlives them.
     """
     with torch.inference_mode(False), _disable_current_modes():
         return torch.scalar_tensor(value, dtype=dtype, device="cpu")
 
 
-def _ppo_of(head, backend, logprob, entropy, values, per_token, mask, settings, needs_values):
-    """(loss, metrics [9], dL/dvalues or None) of the whole batch."""
-    old_logprob, advantages, old_values, returns = per_token
-    if mask is not None:
-        logprob, entropy = head.spread(logprob), head.spread(entropy)
-    if backend == "reference":
-        return _reference_ppo(logprob, entropy, values, per_token, mask, settings, needs_values)
-    if math.isinf(settings[2]):
-        old_values = None
-    total, metrics, *factor, stacked = _ppo.ops(backend).inside(
-        logprob,
-        old_logprob,
-        advantages,
-        values,
-        old_values,
-        returns,
-        entropy,
-        mask,
-        *settings,
-        needs_values,
-    )
-    if not needs_values:
-        return total, metrics, None
-    # Triton leaves 1 / n out of its gradients.
-    return total, metrics, stacked[1] * factor[0] if factor else stacked[1]
-
-
-def _reference_ppo(logprob, entropy, values, per_token, mask, settings, needs_values):
-    leaf = values.detach().requires_grad_(needs_values) if values is not None else None
-    with torch.set_grad_enabled(needs_values):
-        out = reference_loss((logprob, entropy), leaf, per_token, mask, settings)
-        found = torch.autograd.grad(out.loss, leaf)[0] if needs_values else None
-    zero = torch.zeros((), device=logprob.device)
-    return (
-        out.loss.detach(),
-        torch.stack([out.metrics.get(name, zero) for name in _ppo.METRICS]),
-        found,
-    )
-
-
-def reference_loss(head, values, per_token, mask, settings):
-    """reference.ppo_loss of (logprob, entropy)."""
-    old_logprob, advantages, old_values, returns = per_token
-    clip, dual_clip, value_clip, value_coef, entropy_coef = settings
-    return reference.ppo_loss(
-        head[0],
-        old_logprob,
-        advantages,
-        values=values,
-        old_values=old_values,
-        returns=returns,
-        entropy=head[1],
-        mask=mask,
-        clip=clip,
-        dual_clip=None if math.isinf(dual_clip) else dual_clip,
-        value_clip=None if math.isinf(value_clip) else value_clip,
-        value_coef=value_coef,
-        entropy_coef=entropy_coef,
-    )
-
-
 def kept_dtype(like: Tensor) -> torch.dtype:
-    """Of a gradient between forward and backward: that of a sum passes 65504 before it is scaled down."""
+    """The dtype of a gradient between forward and backward. fp16 could overflow before it is scaled down; use fp32."""
     return torch.float32 if like.dtype == torch.float16 else like.dtype
 
 
 def scaled(ctx, grad_loss: Tensor, wanted) -> list[Tensor | None]:
-    """The saved gradients times the upstream one, in ctx.dtypes; None where not wanted.
+    """The saved gradients times the upstream gradient, in ctx.dtypes; None where not wanted.
 
-    In place where no later backward will want them: autograd is giving up the graph. (What traces a
-    graph passes tensors of a type of its own.) Where the upstream one is 1, nothing moves: the CPU is asked
-    for it, and a fused kernel on a GPU looks for itself.
+    In place, unless autograd retains the graph. (A tracer passes a subclass of Tensor.) An upstream gradient of 1 costs
+    nothing: on CPU it is compared here, on a GPU by the kernel that multiplies.
     """
     keep = type(grad_loss) is not Tensor or _keeps_graph()
     one = not keep and grad_loss.is_cpu and grad_loss.item() == 1
-    looks = not (keep or grad_loss.is_cpu or ctx.backend == "reference")
+    by_kernel = not (keep or grad_loss.is_cpu or ctx.backend == "reference")
     out = []
     for grad, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, wanted, strict=True):
         if not want:
@@ -273,8 +214,8 @@ def scaled(ctx, grad_loss: Tensor, wanted) -> list[Tensor | None]:
         else:
             if keep:
                 grad = grad * grad_loss
-            elif looks and acc_dtype(grad.dtype) is grad_loss.dtype:
-                token_loss.ops(ctx.backend).bwd_(grad, grad_loss.expand(grad.shape[:-1]))
+            elif by_kernel and _checks.acc_dtype(grad) is grad_loss.dtype:
+                token_loss.BWD_[ctx.backend](grad, grad_loss.expand(grad.shape[:-1]))
             elif not one:
                 grad.mul_(grad_loss)
             if grad.dtype is not dtype:
@@ -298,7 +239,7 @@ def _setup(ctx, arguments, outputs):
 
 def _backward(ctx, grad_loss):
     if torch.is_grad_enabled():
-        _autograd.refuse(ctx.op, "; got create_graph=True")
+        refuse_second_order(ctx.op, "; got create_graph=True")
     wanted = list(ctx.needs_input_grad[:-2])
     if ctx.accumulated:
         if ctx.spent:
@@ -312,17 +253,22 @@ def _backward(ctx, grad_loss):
 
 
 _with_gradients = differentiable(
-    _run_body, op="linear", wrt=(4, 5, 6, 7), setup=_setup, backward=_backward, create_graph=True
+    _run_body,
+    op=lambda arguments: arguments[0],
+    wrt=(4, 5, 6, 7),
+    setup=_setup,
+    backward=_backward,
+    create_graph=True,
 )
 
 
 def gradients_in_forward(
     op, body, backend, accumulated, hidden, weight, bias, values=None
 ) -> Tensor:
-    """The loss that `body` returns, with its gradients [dX, dW, db, ...] of these parameters.
+    """The loss of `body() -> (loss, [dX, dW, db, ...])`, with these gradients of the parameters.
 
-    Eager mode's way where an op cannot go: `body` holds Python functions, or adds to a tensor. With
-    `accumulated`, dW has been added where it belongs, times an upstream gradient of 1.
+    Eager mode only, for a `body` that calls a Python function, adds to a tensor or waits for other ranks. With
+    `accumulated`, dW has been added already, for an upstream gradient of 1.
     """
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
@@ -333,24 +279,57 @@ def gradients_in_forward(
     return _with_gradients(op, body, backend, accumulated, hidden, weight, bias, values)[0]
 
 
-def in_forward(op, arguments, values=None, *, into, group):
-    """(loss, metrics) of the raw op's arguments where no op can go: dW is added to `into`, or ranks wait."""
+def in_forward(arguments, values, *, into, group):
+    """(loss, metrics) of the raw op's arguments where an op cannot go: dW is added to `into`, or ranks wait."""
     found = {}
-    hidden, weight, bias, *_, backend, needs = arguments
+    hidden, weight, bias, *_, loss, _, backend, needs = arguments
 
     def body():
-        loss, found["metrics"], *grads = _forward(*arguments, into=into, group=group)
+        total, found["metrics"], *grads = _forward(*arguments, into=into, group=group)
         if needs[3]:
             grads[3] = grads[3].reshape(values.shape)
-        return loss, grads
+        return total, grads
 
     accumulated = into is not None
-    loss = gradients_in_forward(op, body, backend, accumulated, hidden, weight, bias, values)
-    return loss, found["metrics"]
+    total = gradients_in_forward(loss, body, backend, accumulated, hidden, weight, bias, values)
+    return total, found["metrics"]
+
+
+def by_reference(op: str, function: Callable, parameters, *, into, group):
+    """`function(hidden, weight, bias, values)` in plain PyTorch: a loss, or a tuple with a field `loss`.
+
+    Over a group, it gets the whole head. With `into`, dW is added to it in the forward, as the fused backends do.
+    """
+
+    def whole(hidden, weight, bias, values):
+        if group is not None:
+            from fastrlhf.ops import _vocab_parallel  # imports torch.distributed
+
+            weight, bias = _vocab_parallel.whole_head(group, weight, bias)
+        return function(hidden, weight, bias, values)
+
+    if into is None or not torch.is_grad_enabled():
+        return whole(*parameters)
+    wanted, found = needs(*parameters), {}
+
+    def body():
+        leaves = [x if x is None else x.detach() for x in parameters]
+        wrt = [x.requires_grad_() for x, want in zip(leaves, wanted, strict=True) if want]
+        with torch.enable_grad():
+            found["out"] = out = whole(*leaves)
+        loss = out if isinstance(out, Tensor) else out.loss
+        made = iter(torch.autograd.grad(loss, wrt))
+        grads = [next(made) if want else None for want in wanted]
+        into.add_(grads[1])
+        grads[1] = None
+        return loss.detach(), grads
+
+    loss = gradients_in_forward(op, body, "reference", True, *parameters)
+    return loss if isinstance(found["out"], Tensor) else found["out"]._replace(loss=loss)
 
 
 def _one(op: str, grad_loss: Tensor) -> Tensor:
-    """An upstream gradient that must be 1; on a GPU another one becomes NaN, for asking would wait."""
+    """Checks that the upstream gradient is 1. On a GPU, where reading it would wait, another one becomes NaN."""
     if grad_loss.device.type != "cpu":
         return grad_loss.masked_fill(grad_loss != 1, torch.nan)
     if grad_loss.item() != 1:
@@ -362,7 +341,7 @@ def _one(op: str, grad_loss: Tensor) -> Tensor:
 
 
 def whole_vocab(op: str, group, hidden: Tensor, weight: Tensor) -> int:
-    """V, of which `weight` may be this rank's part."""
+    """V. With a group, `weight` holds this rank's rows of it."""
     if group is None:
         return weight.shape[0]
     if torch.compiler.is_compiling():
@@ -370,28 +349,24 @@ def whole_vocab(op: str, group, hidden: Tensor, weight: Tensor) -> int:
             f"{op}: process_group must be None under torch.compile, which cannot trace its collectives: "
             "put the call into a function with @torch.compiler.disable"
         )
-    from fastrlhf.ops import _vocab_parallel  # torch.distributed: only where it is asked for
+    from fastrlhf.ops import _vocab_parallel  # imports torch.distributed
 
     return _vocab_parallel.check_group(op, group, hidden, weight)
 
 
 def scale_argument(op, scale: object, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    """A number, or a 0-d tensor, as a 0-d tensor of `dtype` that is a constant; None for 1, which costs nothing."""
+    """A number or 0-d tensor as a 0-d constant of `dtype`; None for 1, which costs nothing."""
     if type(scale) is float and scale == 1:
         return None
     if not isinstance(scale, Tensor):
         return torch.full((), _checks.number(op, "scale", scale), dtype=dtype, device=device)
-    _checks.float_tensor(op, "scale", scale)
-    _checks.shape(op, "scale", scale, ())
-    _checks.same_device(op, "scale", scale, device)
-    _checks.constants(op, scale=scale)
-    return scale.detach().to(dtype)
+    return _checks.scale_tensor(op, scale, device, dtype)
 
 
 def check_accumulate(
     op: str, into: object, weight: Tensor, dtype: torch.dtype, inputs: dict[str, Tensor | None]
 ) -> None:
-    """Refuses what `accumulate_into` could not be added to, before anything is written."""
+    """Checks that dW can be added to `accumulate_into`, before anything is written."""
     name = "accumulate_into"
     if torch.compiler.is_compiling():
         raise ValueError(f"{op}: {name} must be None under torch.compile, where dW is planned")
@@ -425,20 +400,6 @@ def check_accumulate(
             raise ValueError(f"{op}: {name} must not share memory with {other}; it does")
 
 
-def check_values(op: str, targets: Tensor, vocab: int, mask: Tensor | None, row_t) -> None:
-    """On CPU: targets and temperatures that a kernel would refuse in a later chunk, refused at once.
-
-    Not while something traces or transforms the call, where nobody can look.
-    """
-    if targets.device.type != "cpu" or not plain():
-        return
-    check_target_values(op, targets, vocab, mask)
-    if row_t is not None:
-        row_t = row_t if mask is None else row_t[mask]
-        if not bool((row_t > 0).all()):
-            raise ValueError(f"{op}: temperature must be above 0; got {row_t.min():g}")
-
-
 def _extent(x: Tensor) -> tuple[int, int]:
     """Addresses of the first byte of a tensor and of the one after its last."""
     if not x.numel():
@@ -450,39 +411,13 @@ def _extent(x: Tensor) -> tuple[int, int]:
 # ---- the raw op ---------------------------------------------------------------------------------
 
 
-def _prototype(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    values: Tensor | None,
-    targets: Tensor,
-    mask: Tensor | None,
-    row_temperature: Tensor | None,
-    factor: Tensor | None,
-    per_token: list[Tensor | None],
-    settings: list[float],
-    num_rows: int | None,
-    compact_rows: bool,
-    loss: str,
-    workspace: str,
-    backend: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, metrics, dL/dhidden, dL/dweight, dL/dbias, dL/dvalues); the last four None where not needed.
-
-    loss "ppo": per_token (old_logprob, advantages, old_values, returns), settings (temperature, softcap, clip,
-    dual_clip, value_clip, value_coef, entropy_coef). "cross_entropy": settings (temperature, softcap, whether the
-    mean is wanted).
-    """
-
-
 def _fake(hidden, weight, bias, values, targets, *rest):
     *_, loss, _, _, needs = rest
     acc = acc_of(hidden, weight)
     return (
         hidden.new_empty((), dtype=acc),
         hidden.new_empty(
-            len(_ppo.METRICS) if loss == PPO else 0, dtype=torch.float32 if loss == PPO else acc
+            len(ppo_loss.METRICS) if loss == PPO else 0, dtype=torch.float32 if loss == PPO else acc
         ),
         *(
             like.new_empty(like.shape, dtype=kept_dtype(like)) if need else None
@@ -503,16 +438,23 @@ def _setup_op(ctx, arguments, outputs):
 
 def _backward_op(ctx, grad_loss):
     if torch.is_grad_enabled():
-        _autograd.refuse(OF[ctx.loss], "; got create_graph=True")
+        refuse_second_order(ctx.loss, "; got create_graph=True")
     return scaled(ctx, grad_loss, ctx.needs_input_grad[:4])
 
 
-FWD = register(
-    "linear_loss_fwd",
+# Returns the loss, its metrics and its gradients for an upstream gradient of 1 (empty where not needed).
+# loss "linear_ppo_loss": per_token (old_logprob, advantages, old_values, returns), settings (temperature, softcap,
+# clip, dual_clip, value_clip, value_coef, entropy_coef). "linear_cross_entropy": per_token empty, settings
+# (temperature, softcap, whether the loss is a mean). The four differentiable tensors stay outside the list: autograd
+# silently drops the gradient of a tensor in a list with a None.
+FWD = register_python(
+    "linear_loss_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor? values, Tensor targets, Tensor? mask, "
+    "Tensor? row_temperature, Tensor? factor, Tensor?[] per_token, float[] settings, SymInt? num_rows, "
+    "bool compact_rows, str loss, str workspace, str backend, bool[] needs) -> (Tensor loss, Tensor metrics, "
+    "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_values)",
     _fake,
-    body=_chunks.without_autocast(_forward),
-    prototype=_prototype,
-    op="linear_loss",
+    _forward,
+    op=lambda arguments: arguments[12],
     wrt=(0, 1, 2, 3),
     setup=_setup_op,
     backward=_backward_op,
@@ -521,11 +463,9 @@ FWD = register(
 
 
 def _over_batch(info, in_dims, *arguments):
-    """Under vmap: one call after the other. torch's own loop does not take lists."""
+    """vmap as a loop of calls: torch's own rule does not support lists."""
     if info.batch_size == 0:
-        raise RuntimeError(
-            f"{OF[arguments[12]]}: vmap over a dimension of size 0 is not implemented"
-        )
+        raise RuntimeError(f"{arguments[12]}: vmap over a dimension of size 0 is not implemented")
 
     def pick(x, dim, i):
         if isinstance(dim, (list, tuple)):

@@ -1,24 +1,25 @@
-"""The metrics of a loss by name, from the one tensor that its kernel writes."""
+"""The metrics of a loss by name. Its kernel writes all of them to one tensor."""
 
 import functools
 from collections import OrderedDict
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 
 class _Metrics(dict):
-    """A dict that takes `stacked` apart when somebody first looks.
+    """A dict that splits `stacked` into views on first access.
 
-    Nine views of a few bytes cost as much as the kernel's whole call, and not every step is logged.
-    What is copied or pickled of it is an OrderedDict, which torch.load reads with weights_only=True.
+    Nine views cost as much time as the kernel's whole call, and most steps are not logged. It is copied and pickled as
+    an OrderedDict, which torch.load reads with weights_only=True.
     """
 
     _names: tuple[str | None, ...] = ()
     _stacked: Tensor | None = None
 
     def _fill(self) -> None:
-        stacked = self._stacked  # another thread may fill it meanwhile
+        stacked = self._stacked  # another thread may set it to None
         if stacked is not None:
             dict.update(self, _by_name(self._names, stacked))
             self._stacked = None
@@ -38,8 +39,8 @@ def _filling(name):
     return call
 
 
-# Whatever reads or writes a dict; `update` and `|` of others read by `keys` and `__getitem__`. Not its length, which
-# is right before: torch.compile asks for it between two looks at the values, and fails if they change.
+# All methods that read or write a dict. (`update` and `|` of other dicts read through `keys` and `__getitem__`.) Not
+# __len__, which is right from the start: torch.compile calls it between two reads of the values, which must not change.
 _LOOKS = (
     *("__contains__", "__delitem__", "__eq__", "__getitem__", "__ior__", "__iter__"),
     *("__ne__", "__or__", "__repr__", "__reversed__", "__ror__", "__setitem__", "clear", "copy"),
@@ -61,16 +62,16 @@ def _by_name(names, stacked):
 
 @functools.cache
 def _empty(names):
-    """Each name with None: C code (json's, say) asks for the size of a dict past its methods."""
+    """Each name with None: C code, such as json's, reads the size of a dict without calling __len__."""
     return {name: None for name in names if name is not None}
 
 
-def named(names: tuple[str | None, ...], stacked: Tensor, lazy: bool) -> dict[str, Tensor]:
+def named(names: tuple[str | None, ...], stacked: Tensor) -> dict[str, Tensor]:
     """{name: 0-d tensor} of a 1-d tensor, without the elements whose name is None.
 
-    `lazy`: when somebody looks; not for what is traced.
+    In eager mode the views are made when the dict is first read.
     """
-    if not lazy:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _by_name(names, stacked)
     metrics = _Metrics(_empty(names))
     metrics._names, metrics._stacked = names, stacked

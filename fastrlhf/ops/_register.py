@@ -1,89 +1,134 @@
-"""How an op reaches PyTorch: its schema, its fake and its autograd.
+"""The path of a call: schema, registration, autograd, and the choice of the backend.
 
-A C++ op has its schema from csrc/registration.cpp; a Python op (Triton, the linear heads) has it from its
-annotations. Autograd is a kernel of our own on the dispatch key "Autograd": an autograd.Function that
-calls the raw op below autograd. torch.library.register_autograd does the same, but fills in the defaults
-of the schema at each call, in time quadratic in the number of arguments: 150 us at 26 of them.
+`register` defines the raw op `fastrlhf::<name>` from its schema, the one place for C++, CUDA, Triton and Python.
+C++ and CUDA implement it in csrc (STABLE_TORCH_LIBRARY_IMPL, loaded before or after the definition). A Triton
+kernel becomes `fastrlhf::<name>_triton`, of the same schema, fake and autograd.
+
+Autograd is our own kernel on the dispatch key "Autograd": an autograd.Function that calls the raw op below
+autograd. torch.library.register_autograd does the same but fills in schema defaults on every call, in time
+quadratic in the number of arguments: 150 us for 26 arguments.
 """
 
+import functools
+import importlib
 import operator
+import re
 from collections.abc import Callable
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
 
-from fastrlhf.ops import _autograd
+from fastrlhf.ops import _backend
 
 _LIBRARY = torch.library.Library("fastrlhf", "FRAGMENT")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 _profiler_enabled = torch.autograd._profiler_enabled
+_functorch = torch._C._functorch
+_autocasts = torch.is_autocast_enabled
+
+
+# ---- registration -------------------------------------------------------------------------------
 
 
 def register(
-    name: str,
-    fake: Callable,
-    *,
-    body: Callable | None = None,
-    prototype: Callable | None = None,
-    mutates: tuple[str, ...] = (),
-    wrt: tuple[int, ...] = (),
-    **autograd,
-) -> Callable:
-    """Registers `fastrlhf::<name>`; returns what calls it, in eager mode past the dispatcher's first half.
+    schema: str, fake: Callable, *, op: str = "", triton: str = "", **autograd
+) -> dict[str, Callable]:
+    """Defines a raw op that C++ and CUDA implement, and its Triton twin; returns {backend: how to call it}.
 
     Args:
-        name: of the raw op. Its schema has no defaults.
+        schema: "name(Tensor x, ...) -> ...", without defaults.
         fake: makes outputs of the right shapes and dtypes.
-        body: an op in Python, with annotated arguments; None for a C++ op. In place of a tensor that is
-            not wanted it and its fake return None, which the op makes an empty one.
-        prototype: a function with the annotations instead, where `body` has other arguments behind them.
-        mutates: the arguments that `body` writes to.
-        wrt, autograd: as in `differentiable`. Without `wrt` the outputs are constants.
+        op: the public op that needs this kernel. A backend runs `op` if it has every kernel registered for it.
+            Empty: a part that some backends lack.
+        triton: "module.function" under fastrlhf.kernels, which takes the arguments of the schema; empty: none.
+        autograd: as in `differentiable`. Without `wrt` the outputs are constants.
+
+    A call is a function of the schema's arguments with two further forms: `.below` records no gradient, `.raw`
+    also omits the guard against autograd, for the body of another op, which runs below autograd already.
     """
+    cpp = _define(schema, fake, None, op, autograd, "cpu")
+    calls = {"cpu": cpp, "cuda": cpp}
+    if triton:
+        # A trailing underscore marks an op that writes to an argument, here as in PyTorch.
+        twin = re.sub(r"^(\w+?)(_?)\(", r"\1_triton\2(", schema)
+        calls["triton"] = _define(twin, fake, _triton_kernel(triton), op, autograd, "triton")
+    if op:
+        name = f"fastrlhf::{_name(schema)}"
+        has = [key.lower() for key in ("CPU", "CUDA") if _has_kernel(name, key)]
+        _backend.provide(op, [*has, *calls.keys() - {"cpu", "cuda"}], gradient=bool(autograd))
+    return calls
+
+
+def register_python(
+    schema: str, fake: Callable, body: Callable, *, op: str | Callable, **autograd
+) -> Callable:
+    """Defines a raw op with a body in Python; returns how to call it, as `register` does for a backend.
+
+    `op`: the public op for messages, or a function of the arguments that returns it. In place of an unneeded tensor
+    `body` and `fake` return None, which the op turns into an empty tensor.
+    """
+    return _define(schema, fake, body, op, autograd)
+
+
+def _define(schema, fake, body, op, autograd, backend=None):
+    name = _name(schema)
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     if body is not None:
-        schema = torch.library.infer_schema(prototype or body, mutates_args=mutates)
-        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, _tensors_only(body), "CompositeExplicitAutograd")
+        guarded = without_autocast(body)
+        _LIBRARY.impl(name, _tensors_only(guarded), "CompositeExplicitAutograd")
         fake = _tensors_only(fake)
     torch.library.register_fake(f"fastrlhf::{name}", fake)
     raw = getattr(torch.ops.fastrlhf, name).default
     run = raw._op
-    lists = "[]" in str(raw._schema)
 
-    def below(*arguments):
+    def below_cpp(*arguments):
         with _below_autograd():
-            # Nobody looks on: the way of a Python op through the dispatcher would only cost time.
-            if body is not None and _nobody_looks(arguments, lists):
-                return body(*arguments)
             return run(*arguments)
 
-    kernel = below
-    if wrt:
-        kernel = differentiable(below, wrt=wrt, **autograd)
-        _LIBRARY.impl(name, kernel if body is None else _tensors_only(kernel), "Autograd")
+    def below_python(*arguments):
+        with _below_autograd():
+            # The dispatcher's path to a Python op is slow; an unobserved call can skip it.
+            if not _unobserved(arguments):
+                return run(*arguments)
+            return (guarded if _autocasts("cpu") or _autocasts("cuda") else body)(*arguments)
 
     def traced(*arguments):
-        """What traces or transforms a call must meet the op itself."""
-        if wrt:
+        """Tracing and transforms must see the op itself."""
+        if autograd:
             return raw(*arguments)
         with torch.no_grad():
             return raw(*arguments)
 
-    def call(*arguments):
-        return kernel(*arguments) if plain() else traced(*arguments)
-
-    # For who has asked `plain` already; for who wants no gradient; and for the body of another op, which
-    # is below autograd as it is.
-    call.kernel, call.below, call.inside = kernel, below, below if body is not None else run
+    below = below_cpp if body is None else below_python
+    if autograd:
+        kernel = differentiable(below, op=op, backend=backend, **autograd)
+        _LIBRARY.impl(name, kernel if body is None else _tensors_only(kernel), "Autograd")
+    call = differentiable(below, op=op, backend=backend, traced=traced, **autograd)
+    call.below, call.raw = below, run if body is None else below
     return call
 
 
-def plain() -> bool:
-    """Whether nothing traces or transforms what is being called."""
-    return not torch.compiler.is_compiling() and not _transforms_active()
+def _name(schema):
+    return schema[: schema.index("(")]
+
+
+def _triton_kernel(where):
+    """Calls "module.function"; the module, and Triton with it, is imported when the op first runs."""
+    home, function = where.split(".")
+    module = None
+
+    def body(*arguments):
+        nonlocal module
+        if module is None:
+            module = importlib.import_module(f"fastrlhf.kernels.{home}")
+        return getattr(module, function)(*arguments)
+
+    return body
 
 
 def _tensors_only(body):
@@ -97,52 +142,112 @@ def _tensors_only(body):
     return whole
 
 
-# Neither a fake nor another tensor with a dispatch of its own.
+# Types whose values no tracer, tensor subclass or transform can see.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list))
 
 
-def _nobody_looks(arguments, lists: bool) -> bool:
-    """Whether no mode, subclass or profiler wants to see an op on its way."""
+def _unobserved(arguments) -> bool:
+    """Whether no mode, subclass or profiler can see an op that is called with these arguments."""
     if _dispatch_modes() or _profiler_enabled():
         return False
-    if lists:
-        for x in arguments:
-            if type(x) is list and not _PLAIN.issuperset(map(type, x)):
-                return False
+    for x in arguments:
+        if type(x) is list and not _PLAIN.issuperset(map(type, x)):
+            return False
     return _PLAIN.issuperset(map(type, arguments))
+
+
+def without_autocast(body: Callable) -> Callable:
+    """`body` with autocast disabled, which would round GEMMs that must stay fp32."""
+
+    @functools.wraps(body)
+    def wrapped(*arguments):
+        first = next(x for x in arguments if isinstance(x, Tensor))
+        device = "cpu" if first.is_cpu else first.device.type
+        if not _autocasts(device):
+            return body(*arguments)
+        with torch.autocast(device, enabled=False):
+            return body(*arguments)
+
+    return wrapped
+
+
+# ---- autograd -----------------------------------------------------------------------------------
 
 
 def differentiable(
     body: Callable,
     *,
-    op: str,
-    wrt: tuple[int, ...],
+    op: str | Callable,
+    wrt: tuple[int, ...] = (),
     gives: int = 1,
     setup: Callable | None = None,
     backward: Callable | None = None,
     create_graph: bool = False,
+    backend: str | None = None,
+    traced: Callable | None = None,
 ) -> Callable:
-    """`body` with a gradient. Where none is asked for, no graph is kept.
+    """`body` with a gradient. A call keeps a graph only where a gradient is asked for.
 
     Args:
-        body: of any arguments; returns a tensor, or a tuple of more than one.
-        op: the public op, for messages.
-        wrt: positions of the arguments that may want a gradient: tensors or None.
-        gives: how many of the first outputs are differentiable; the others are constants.
-        setup: (ctx, arguments, outputs) keeps what the backward needs; None with `backward` None.
-        backward: (ctx, one gradient or None for each of `gives`, not all None) -> a gradient or None for
-            each of `wrt`; ctx.needs_input_grad begins with those of `wrt`. None: there is no gradient,
-            and a backward says so.
-        create_graph: whether the backward is made of ops that say themselves that they have no gradient;
-            else create_graph=True is refused.
+        body: takes any arguments and returns a tensor, or a tuple of several.
+        op: the public op, or a function of the arguments that returns it; for messages.
+        wrt: positions of the arguments that may require grad, which are tensors or None. Empty: no gradient.
+        gives: the first `gives` outputs are differentiable, the others are constants.
+        setup: (ctx, arguments, outputs) saves what the backward needs; None with `backward` None.
+        backward: (ctx, a gradient or None for each of `gives`, not all None) -> a gradient or None for
+            each of `wrt`; ctx.needs_input_grad begins with those of `wrt`. None: a backward raises.
+        create_graph: whether the backward consists of ops that refuse a second derivative themselves.
+            Otherwise create_graph=True raises.
+        backend: for `backward`, as ctx.backend.
+        traced: runs instead of all this while something traces or transforms the call.
     """
+    apply = None
+    if wrt:
+        apply = _node(body, op, wrt, gives, setup, backward, create_graph, backend).apply
+    # A slice: itemgetter of one index returns no tuple.
+    pick = operator.itemgetter(*wrt) if len(wrt) > 1 else operator.itemgetter(slice(*_around(wrt)))
+
+    def call(*arguments):
+        if traced is not None and torch.compiler.is_compiling():
+            return traced(*arguments)
+        try:
+            if traced is not None and _transforms_active():
+                return traced(*arguments)
+            if apply is None or not torch.is_grad_enabled():
+                return body(*arguments)
+            inputs = pick(arguments)
+            for x in inputs:
+                if x is not None and x.requires_grad:
+                    break
+            else:
+                return body(*arguments)
+            constants = []
+            out = apply(*inputs, arguments, constants)
+        except RuntimeError as error:
+            found = _as_user_error(error, op, arguments)
+            if found is None:
+                raise
+            raise found from None
+        if not constants:
+            return out
+        return (out, *constants) if gives == 1 else (*out, *constants)
+
+    return call
+
+
+def _around(wrt):
+    return (wrt[0], wrt[0] + 1) if wrt else (0, 0)
+
+
+def _node(body, op, wrt, gives, setup, backward, create_graph, backend):
     nothing = (None,) * (len(wrt) + 2)
 
-    # The other arguments and the constant outputs pass beside autograd, where each costs time.
+    # Other arguments and constant outputs bypass autograd, which spends time on each.
     def forward(ctx, *inputs):
         arguments, constants = inputs[-2:]
         outputs = body(*arguments)
         ctx.set_materialize_grads(False)
+        ctx.backend = backend
         if setup is not None:
             setup(ctx, arguments, outputs)
         if isinstance(outputs, Tensor):
@@ -152,35 +257,121 @@ def differentiable(
 
     def node_backward(ctx, *grads):
         if backward is None:
-            _autograd.refuse(op)
+            refuse_second_order(op)
         for grad in grads:
             if grad is not None:
                 break
         else:
             return nothing
         if not create_graph and torch.is_grad_enabled():
-            _autograd.refuse(op, "; got create_graph=True")
+            refuse_second_order(op, "; got create_graph=True")
         return *backward(ctx, *grads), None, None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(node_backward)}
-    node = type(Function)(op, (Function,), methods)
-    # Function.apply in Python sees to torch.func and setup_context, which never meet here.
-    apply = super(Function, node).apply
-    pick = operator.itemgetter(*wrt) if len(wrt) > 1 else lambda arguments: (arguments[wrt[0]],)
+    name = op if isinstance(op, str) else body.__name__
+    node = type(Function)(name, (Function,), methods)
+    # Function.apply in Python handles torch.func and setup_context, which do not occur here.
+    node.apply = super(Function, node).apply
+    return node
 
-    def call(*arguments):
-        if not torch.is_grad_enabled():
-            return body(*arguments)
-        inputs = pick(arguments)
-        for x in inputs:
-            if x is not None and x.requires_grad:
-                break
+
+def refuse_second_order(op: str, got: str = "") -> None:
+    """NotImplementedError: the gradient of a kernel has no gradient.
+
+    torch's once_differentiable does not raise where the upstream gradient is a constant; it returns zeros.
+    """
+    raise NotImplementedError(f"{op}: the gradient of the gradient is not implemented{got}")
+
+
+def needs(*tensors: Tensor | None) -> list[bool]:
+    """For each, whether its gradient may be asked for. (Inside torch.func.vmap a tensor cannot say.)"""
+    if not torch.is_grad_enabled():
+        return [False] * len(tensors)
+    mapped = _transforms_active()
+    found = []
+    for x in tensors:
+        found.append(x is not None and (mapped or x.requires_grad))
+    return found
+
+
+def trained(*tensors: Tensor | None) -> bool:
+    """Whether the gradient of any may be asked for."""
+    if not torch.is_grad_enabled():
+        return False
+    for x in tensors:
+        if x is not None and x.requires_grad:
+            return True
+    return _transforms_active()
+
+
+def plain() -> bool:
+    """Whether nothing traces or transforms the current call."""
+    return not torch.compiler.is_compiling() and not _transforms_active()
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+# csrc/common/checks.h begins the messages of users' errors so: the stable ABI throws one type of exception.
+_USER_ERROR = re.compile(r"\[fastrlhf (ValueError|TypeError)\] ([^\n]*)")
+_ERRORS = {"ValueError": ValueError, "TypeError": TypeError}
+
+
+def value_error(message: str) -> RuntimeError:
+    """What an op's body raises for a bad value; the caller receives ValueError("<public op>: <message>")."""
+    return RuntimeError(f"[fastrlhf ValueError] {message}")
+
+
+def _as_user_error(error, op, arguments):
+    """The error that a message with the prefix stands for, under the name of the public op; else None."""
+    found = _USER_ERROR.search(str(error))
+    if found is None:
+        return None
+    return _ERRORS[found[1]](f"{op if isinstance(op, str) else op(arguments)}: {found[2]}")
+
+
+# ---- choice -------------------------------------------------------------------------------------
+
+
+def choose(op: str, backend: str, tensor: Tensor, *others: Tensor | None) -> str:
+    """The backend that runs `op` on `tensor`; ValueError for one that cannot run here.
+
+    `others`: the op's other differentiable tensors, checked for tangents that a fused backend would lose.
+    """
+    device = "cpu" if tensor.is_cpu else tensor.device.type
+    compiling = torch.compiler.is_compiling()
+    chosen = None
+    if not compiling and type(backend) is str:
+        chosen = _backend._chosen.get((op, backend, device))
+    if chosen is None:
+        chosen = _backend.resolve(op, backend, device, compiling)
+    if chosen != "reference" and (forward_ad._current_level >= 0 or _transforms_active()):
+        _refuse_transforms(op, (tensor, *others))
+    if not compiling:
+        with _backend._lock:
+            _backend.calls[op, chosen] += 1
+    return chosen
+
+
+def _refuse_transforms(op, tensors):
+    """NotImplementedError where a tangent, or a gradient by torch.func, would be lost silently.
+
+    The fused kernels implement reverse mode only, outside torch.func. An op of constants loses no reverse-mode
+    gradient.
+    """
+    forward = forward_ad._current_level >= 0
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            continue
+        tracked = False
+        while _functorch.is_functorch_wrapped_tensor(tensor):
+            tracked |= _functorch.is_gradtrackingtensor(tensor)
+            tensor = _functorch.get_unwrapped(tensor)
+        if forward and (tracked or forward_ad.unpack_dual(tensor).tangent is not None):
+            what = "forward-mode AD (torch.func.jvp, jacfwd, hessian; dual tensors)"
+        elif tracked and op in _backend.differentiable:
+            what = "a gradient by torch.func (grad, vjp, jacrev)"
         else:
-            return body(*arguments)
-        constants = []
-        out = apply(*inputs, arguments, constants)
-        if not constants:
-            return out
-        return (out, *constants) if gives == 1 else (*out, *constants)
-
-    return call
+            continue
+        raise NotImplementedError(
+            f"{op}: {what} is not implemented; use torch.autograd.grad, or backend='reference'"
+        )

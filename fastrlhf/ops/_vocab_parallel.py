@@ -1,13 +1,13 @@
-"""The linear ops with a weight whose vocabulary rows are shared out over a process group.
+"""The linear ops with a weight whose vocabulary rows are split over a process group.
 
 Shapes: N rows, H hidden, V whole vocabulary, W ranks, V/W rows of a shard: rank r holds [r V/W, (r+1) V/W).
 
-Forward: each rank runs the ordinary op on its shard and has four numbers a row: max, log-sum and
-mean distance from that max of its own softmax, and the log-prob of the target if it lies there. One
-gather of these 16 bytes a row combines them. A gather and not a MAX with a SUM after it, because one collective
-waits once, and because every rank then adds up in rank order: all of them hold the same bits.
-Backward: dlogits of the shard from the combined max and log-sum; dW and db are local, dX is summed
-over the ranks in fp32, a chunk's sum under way while the next chunk's GEMMs run, and rounded once.
+Forward: each rank runs the ordinary op on its shard, which gives four numbers a row: row_max, shifted_lse and
+shifted_mean of its own softmax, and the log-prob of the target if it lies there. One all-gather of these 16 bytes a
+row combines them. Unlike a MAX and a SUM reduction it waits once, and every rank adds up in rank order, so the
+results are bitwise identical on all ranks.
+Backward: dlogits of the shard follow from the combined row_max and shifted_lse. dW and db are local; dX is summed over
+the ranks in fp32, a chunk at a time while the GEMMs of the next chunk run, and rounded once.
 """
 
 import functools
@@ -17,33 +17,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastrlhf.ops import _chunks
-from fastrlhf.ops._gemms import gemms_for
-from fastrlhf.ops._linear import Gradients, Head, add_gradients, as_parameters
-from fastrlhf.ops._register import differentiable
-from fastrlhf.ops._rows import RowKernels, local_targets, whole_rows
+from fastrlhf.ops._gemms import as_parameters, gemms_for
+from fastrlhf.ops._linear import Gradients, Head, add_gradients
+from fastrlhf.ops._register import differentiable, without_autocast
+from fastrlhf.ops._rows import (
+    RowKernels,
+    TokenLoss,
+    local_targets,
+    policy_grad_logprob,
+    whole_rows,
+)
 from fastrlhf.ops.linear_logprob import FWD
-from fastrlhf.ops.token_logprob import check_target_values, run
 
 
 @torch.compiler.disable
-def logprob(op, hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest):
-    """(logprob, entropy) of checked arguments; the last of `rest` is the process group."""
-    vocab = check_group(op, rest[-1], hidden, weight)
-    if hidden.device.type == "cpu":
-        check_target_values(op, targets, vocab, mask)
-    arguments = (hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest)
+def logprob(*arguments):
+    """(logprob, entropy) of the checked arguments of linear_logprob_fwd, with the process group for `trained`."""
     return _vocab_parallel(*arguments)[:2]
 
 
+@torch.compiler.disable
 def check_group(op: str, group: object, hidden: Tensor, weight: Tensor) -> int:
-    """V, after every rank has shown that its shard is as large as the others'."""
+    """V, if the shards of all ranks have the same size; a collective."""
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"{op}: process_group must be a torch.distributed.ProcessGroup that this rank belongs to "
             f"(of a DeviceMesh: mesh.get_group()); got {type(group).__name__}"
         )
-    # On a GPU reading the shapes is a host sync, so a shard's shape is compared once.
+    # On a GPU reading the shapes is a host sync, so each shape is compared once.
     if hidden.device.type == "cpu":
         _same_shapes(op, group, weight.device, (hidden.shape[:-1].numel(), *weight.shape))
     else:
@@ -71,18 +72,16 @@ _same_shapes_once = functools.lru_cache(maxsize=256)(_same_shapes)
 
 
 def _forward(hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest):
-    """(logprob, entropy), as `linear_logprob`, of a weight and bias shard; and the rows' statistics."""
+    """(logprob, entropy, row_stats) of the whole vocabulary, from this rank's shard of weight and bias."""
     num_rows, workspace, backend, group = rest
     kernels = ShardKernels(backend, temperature, softcap, group, weight.shape[0])
     flat = targets.reshape(-1)
     local, _ = local_targets(targets, kernels.columns)
     arguments = (hidden, weight, local, bias, row_t, temperature, softcap, mask)
-    logprob, _, stats, _ = run(
-        "linear_logprob", FWD, (*arguments, num_rows, workspace, backend, False)
-    )
+    logprob, _, row_stats, _ = FWD(*arguments, num_rows, workspace, backend, False)
     flat_mask = None if mask is None else mask.reshape(-1)
-    logprob, entropy, stats = kernels.over_ranks(logprob.view(-1), stats, flat, flat_mask)
-    return logprob.view(targets.shape), entropy.view(targets.shape), stats
+    logprob, entropy, row_stats = kernels.over_ranks(logprob.view(-1), row_stats, flat, flat_mask)
+    return logprob.view(targets.shape), entropy.view(targets.shape), row_stats
 
 
 def _setup(ctx, arguments, outputs):
@@ -92,42 +91,31 @@ def _setup(ctx, arguments, outputs):
 
 
 def _gather(mine: Tensor, group) -> Tensor:
-    """[W, ...]: everyone's tensor, in rank order."""
+    """[W, ...]: the tensors of all ranks, in rank order."""
     every = mine.new_empty((group.size(), *mine.shape))
     dist.all_gather(list(every.unbind(0)), mine, group=group)
     return every
 
 
-@_chunks.without_autocast
-def _gradients(
-    grad_logprob,
-    grad_entropy,
-    saved,
-    needs,
-    temperature,
-    softcap,
-    num_rows,
-    workspace,
-    backend,
-    group,
-):
-    hidden, weight, bias, targets, stats, row_t, mask = saved
+@without_autocast
+def _gradients(hidden, weight, bias, targets, row_stats, row_t, mask, upstream, needs, settings):
+    temperature, softcap, num_rows, workspace, backend, group = settings
     gemms = gemms_for(hidden, weight)
     head = Head(gemms, hidden, weight, bias, targets, row_t, mask, workspace, num_rows)
     kernels = ShardKernels(backend, temperature, softcap, group, weight.shape[0])
     grads = Gradients(head, needs, sums=HiddenSums(group))
-    add_gradients(head, kernels, grads, (grad_logprob, grad_entropy), stats)
+    add_gradients(head, kernels, grads, upstream, row_stats)
     return as_parameters(grads.finish(), (hidden, weight, bias), lambda like: like.dtype)
 
 
 def _backward(ctx, *upstream):
     needs = ctx.needs_input_grad[:3]
-    grads = _gradients(*upstream, ctx.saved_tensors, needs, *ctx.settings)
+    grads = _gradients(*ctx.saved_tensors, upstream, needs, ctx.settings)
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
 _vocab_parallel = differentiable(
-    _chunks.without_autocast(_forward),
+    without_autocast(_forward),
     op="linear_logprob",
     wrt=(0, 1, 3),
     gives=2,
@@ -137,7 +125,7 @@ _vocab_parallel = differentiable(
 
 
 class ShardKernels(RowKernels):
-    """`RowKernels` of whole rows, from this rank's columns of their logits; targets count in [0, V)."""
+    """`RowKernels` of whole rows, from this rank's columns of their logits; targets are in [0, V)."""
 
     def __init__(self, backend: str, temperature: float, softcap: float, group, shard: int):
         super().__init__(backend, temperature, softcap)
@@ -146,54 +134,88 @@ class ShardKernels(RowKernels):
 
     def forward(self, logits, targets, row_temperature, mask, with_entropy=True):
         local, _ = local_targets(targets, self.columns)
-        logprob, _, stats = super().forward(logits, local, row_temperature, mask)
-        return self.over_ranks(logprob, stats, targets, mask)
+        logprob, _, row_stats = super().forward(logits, local, row_temperature, mask)
+        return self.over_ranks(logprob, row_stats, targets, mask)
 
     def blocks(self, head):
         return None
 
-    def over_ranks(self, logprob, stats, targets, mask):
-        """(logprob [n], entropy [n], stats [3, n]) of the whole rows, the same bits on every rank."""
-        every = _gather(torch.cat((stats, logprob.unsqueeze(0))), self.group)
-        logprob, entropy, stats = whole_rows(every, targets, self.shard, mask)
+    def over_ranks(self, logprob, row_stats, targets, mask):
+        """(logprob [n], entropy [n], row_stats [3, n]) of the whole rows, bitwise identical on all ranks."""
+        every = _gather(torch.cat((row_stats, logprob.unsqueeze(0))), self.group)
+        logprob, entropy, row_stats = whole_rows(every, targets, self.shard, mask)
         wrong = self._wrong(targets) if mask is None else self._wrong(targets) & mask
-        return logprob.masked_fill(wrong, math.nan), entropy, stats
+        return logprob.masked_fill(wrong, math.nan), entropy, row_stats
 
-    def loss(self, chunk, loss, logprob, entropy, grad_logprob):
-        # The ranks wait for each other between a row's statistics and its loss.
-        self.loss_in_parts(chunk, loss, logprob, entropy, grad_logprob)
+    def loss(self, chunk, loss: TokenLoss, logprob, entropy, grad_logprob):
+        # In parts: the ranks wait for each other between a row's statistics and its loss.
+        advantages, old_logprob = chunk.of(loss.advantages, loss.old_logprob)
+        given = (chunk.logits, chunk.targets)
+        rest = (chunk.row_temperature, chunk.mask)
+        found, found_entropy, row_stats = self.forward(*given, *rest)
+        g = policy_grad_logprob(found, advantages, old_logprob, loss)
+        if chunk.mask is not None:
+            g = g.masked_fill(~chunk.mask, 0.0)
+        h = None
+        if loss.entropy_coef != 0:
+            h = (-loss.entropy_coef * loss.scale).expand_as(g).contiguous()
+        self.backward(g, h, *given, row_stats, *rest, chunk.dlogits)
+        for whole, part in ((logprob, found), (entropy, found_entropy), (grad_logprob, g)):
+            if whole is not None:
+                whole[chunk.rows] = part
 
-    def backward(self, grad_logprob, grad_entropy, logits, targets, stats, row_t, mask, out):
+    def backward(self, grad_logprob, grad_entropy, logits, targets, row_stats, row_t, mask, out):
         local, mine = local_targets(targets, self.columns)
         if grad_logprob is not None:
             grad_logprob = grad_logprob.masked_fill(self._wrong(targets), math.nan)
-        upstream, rest = (grad_logprob, grad_entropy), (stats, row_t, mask)
-        # The row kernel takes column `local` for the target. Where the target is another rank's, that is
-        # column 0, whose gradient is made apart, beside a copy that is the target: subtracting would lose
-        # digits. By the same backend, which alone knows what its statistics are.
+        upstream, rest = (grad_logprob, grad_entropy), (row_stats, row_t, mask)
+        # The row kernel takes column `local` for the target. For a target of another rank that is column 0, whose
+        # gradient is computed separately, next to a copy that acts as the target; subtracting would lose digits.
         first = logits[:, :1].repeat(1, 2)
         super().backward(*upstream, first, torch.ones_like(local), *rest, first)
         super().backward(*upstream, logits, local, *rest, out)
         out[:, :1] = torch.where(mine.unsqueeze(1), out[:, :1], first[:, :1].to(out.dtype))
 
     def _wrong(self, targets):
-        """On CPU such targets were refused; a GPU cannot tell without a host sync."""
+        """Targets outside [0, V): refused on CPU, NaN on a GPU, where a check would be a host sync."""
         return (targets < 0) | (targets >= self.vocab)
 
 
 class HiddenSums:
-    """dX summed over the ranks, a chunk's sum under way while the next chunk's GEMMs run."""
+    """Sums dX over the ranks, a chunk at a time while the GEMMs of the next chunk run."""
 
     def __init__(self, group):
         self.group, self._under_way = group, []
 
     def start(self, rows: Tensor) -> None:
-        """Rows of dX are there."""
+        """Starts the sum of some rows of dX."""
         self._under_way.append(dist.all_reduce(rows, group=self.group, async_op=True))
 
     def finish(self, hidden: Tensor, scattered: bool) -> None:
-        """Of scattered rows nobody knows until the end that they are there."""
+        """Waits for all sums. Scattered rows are complete only here, and are summed at once."""
         if scattered:
             dist.all_reduce(hidden, group=self.group)
         for work in self._under_way:
             work.wait()
+
+
+# ---- backend="reference" ------------------------------------------------------------------------
+
+
+class _WholeHead(torch.autograd.Function):
+    """All rows of a parameter from its shards. Every rank computes the same gradient of all rows and keeps its own."""
+
+    @staticmethod
+    def forward(ctx, shard, group):
+        ctx.group = group
+        return torch.cat(list(_gather(shard.contiguous(), group)))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.chunk(ctx.group.size())[ctx.group.rank()], None
+
+
+@torch.compiler.disable
+def whole_head(group, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """weight [V, H] and bias [V] from the shards of all ranks."""
+    return _WholeHead.apply(weight, group), None if bias is None else _WholeHead.apply(bias, group)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.ops import _backend, _sequence
-from fastrlhf.ops._register import register
+from fastrlhf.ops import _checks
+from fastrlhf.ops._register import choose, register
 
 OP = "gae"
 
@@ -59,10 +59,10 @@ def gae(
     (tensor([[0.5000, 0.5000]]), tensor([[1., 1.]]))
     """
     gamma, lam = check(OP, "rewards", rewards, values, gamma, lam, whiten)
-    cu_seqlens, mask, count = _sequence.layout(OP, "rewards", rewards, cu_seqlens, mask)
+    cu_seqlens, mask, count = _checks.layout(OP, "rewards", rewards, cu_seqlens, mask)
     if bootstrap is not None:
-        _sequence.per_sequence(OP, "bootstrap", bootstrap, "rewards", rewards, count)
-    chosen = _backend.choose(OP, backend, rewards, values, bootstrap)
+        _checks.per_sequence(OP, "bootstrap", bootstrap, "rewards", rewards, count)
+    chosen = choose(OP, backend, rewards, values, bootstrap)
     if chosen == "reference":
         with torch.no_grad():
             return reference.gae(
@@ -75,42 +75,22 @@ def gae(
                 bootstrap=bootstrap,
                 whiten=whiten,
             )
-    run = _TRITON if chosen == "triton" else _CPP
-    return run(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten).unbind()
+    return FWD[chosen](rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten).unbind()
 
 
 def check(op, first, like, values, gamma, lam, whiten):
     """Checked (gamma, lam)."""
-    _sequence.same_tokens(op, first, like, values=values)
-    gamma = _sequence.fraction(op, "gamma", gamma)
-    lam = _sequence.fraction(op, "lam", lam)
-    if not isinstance(whiten, bool):
-        raise TypeError(f"{op}: whiten must be a bool; got {type(whiten).__name__}")
+    _checks.same_tokens(op, first, like, values=values)
+    gamma = _checks.fraction(op, "gamma", gamma)
+    lam = _checks.fraction(op, "lam", lam)
+    _checks.flag(op, "whiten", whiten)
     return gamma, lam
 
 
-def _fake(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten):
-    return _sequence.empty_stacked(rewards, 2)
-
-
-_CPP = None
-if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
-    _CPP = register("gae", _fake)
-
-
-def _triton(
-    rewards: Tensor,
-    values: Tensor,
-    gamma: float,
-    lam: float,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    bootstrap: Tensor | None,
-    whiten: bool,
-) -> Tensor:
-    from fastrlhf.kernels import gae as kernels  # imported when the op first runs
-
-    return kernels.forward(rewards, values, gamma, lam, cu_seqlens, mask, bootstrap, whiten)
-
-
-_TRITON = register("gae_triton", _fake, body=_triton)
+FWD = register(
+    "gae(Tensor rewards, Tensor values, float gamma, float lam, Tensor? cu_seqlens, Tensor? mask, "
+    "Tensor? bootstrap, bool whiten) -> Tensor advantages_returns",
+    lambda rewards, *rest: _checks.empty_stacked(rewards, 2),
+    op=OP,
+    triton="gae.forward",
+)

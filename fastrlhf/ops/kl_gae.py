@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.ops import _backend, _sequence
+from fastrlhf.ops import _checks
 from fastrlhf.ops import gae as _gae
 from fastrlhf.ops import kl_reward as _kl_reward
-from fastrlhf.ops._register import register
+from fastrlhf.ops._register import choose, register
 from fastrlhf.reference import KLGAEOutput
 
 OP = "kl_gae"
@@ -31,7 +31,7 @@ def kl_gae(
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> KLGAEOutput:
-    """`kl_reward` and then `gae` of its rewards, equal to the two bit for bit, in one pass.
+    """`kl_reward` and then `gae` of its rewards, bitwise identical to the two, in one pass.
 
     ``r_t = -beta kl_t + [t is last] score_b``, ``A_t = r_t + gamma V_{t+1} - V_t + gamma lam
     A_{t+1}``, ``R_t = A_t + V_t``; then A is whitened on request. Not differentiable: the outputs
@@ -62,9 +62,9 @@ def kl_gae(
     """
     index, beta = _kl_reward.check(OP, logprob, ref_logprob, beta, estimator)
     gamma, lam = _gae.check(OP, "logprob", logprob, values, gamma, lam, whiten)
-    cu_seqlens, mask, count = _sequence.layout(OP, "logprob", logprob, cu_seqlens, mask)
-    _sequence.per_sequence(OP, "score", score, "logprob", logprob, count)
-    chosen = _backend.choose(OP, backend, logprob, ref_logprob, score, values)
+    cu_seqlens, mask, count = _checks.layout(OP, "logprob", logprob, cu_seqlens, mask)
+    _checks.per_sequence(OP, "score", score, "logprob", logprob, count)
+    chosen = choose(OP, backend, logprob, ref_logprob, score, values)
     if chosen == "reference":
         with torch.no_grad():
             return reference.kl_gae(
@@ -80,37 +80,14 @@ def kl_gae(
                 cu_seqlens=cu_seqlens,
                 mask=mask,
             )
-    run = _TRITON if chosen == "triton" else _CPP
     rewarded = (logprob, ref_logprob, score, values, beta, index)
-    return KLGAEOutput(*run(*rewarded, gamma, lam, whiten, cu_seqlens, mask).unbind())
+    return KLGAEOutput(*FWD[chosen](*rewarded, gamma, lam, whiten, cu_seqlens, mask).unbind())
 
 
-def _fake(logprob, *rest):
-    return _sequence.empty_stacked(logprob, len(KLGAEOutput._fields))
-
-
-_CPP = None
-if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
-    _CPP = register("kl_gae", _fake)
-
-
-def _triton(
-    logprob: Tensor,
-    ref_logprob: Tensor,
-    score: Tensor,
-    values: Tensor,
-    beta: float,
-    estimator: int,
-    gamma: float,
-    lam: float,
-    whiten: bool,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
-    from fastrlhf.kernels import kl_gae as kernels  # imported when the op first runs
-
-    rewarded = (logprob, ref_logprob, score, values, beta, estimator)
-    return kernels.forward(*rewarded, gamma, lam, whiten, cu_seqlens, mask)
-
-
-_TRITON = register("kl_gae_triton", _fake, body=_triton)
+FWD = register(
+    "kl_gae(Tensor logprob, Tensor ref_logprob, Tensor score, Tensor values, float beta, int estimator, float gamma, "
+    "float lam, bool whiten, Tensor? cu_seqlens, Tensor? mask) -> Tensor advantages_returns_rewards_kl",
+    lambda logprob, *rest: _checks.empty_stacked(logprob, len(KLGAEOutput._fields)),
+    op=OP,
+    triton="kl_gae.forward",
+)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.ops import _backend, _checks, _sequence
-from fastrlhf.ops._register import register
+from fastrlhf.ops import _checks
+from fastrlhf.ops._register import choose, register
 
 OP = "kl_reward"
 
@@ -62,9 +62,9 @@ def kl_reward(
     tensor([[-0.0500,  2.0000]])
     """
     index, beta = check(OP, logprob, ref_logprob, beta, estimator)
-    cu_seqlens, mask, count = _sequence.layout(OP, "logprob", logprob, cu_seqlens, mask)
-    _sequence.per_sequence(OP, "score", score, "logprob", logprob, count)
-    chosen = _backend.choose(OP, backend, logprob, ref_logprob, score)
+    cu_seqlens, mask, count = _checks.layout(OP, "logprob", logprob, cu_seqlens, mask)
+    _checks.per_sequence(OP, "score", score, "logprob", logprob, count)
+    chosen = choose(OP, backend, logprob, ref_logprob, score)
     if chosen == "reference":
         with torch.no_grad():
             return reference.kl_reward(
@@ -76,38 +76,20 @@ def kl_reward(
                 cu_seqlens=cu_seqlens,
                 mask=mask,
             )
-    run = _TRITON if chosen == "triton" else _CPP
-    return run(logprob, ref_logprob, score, beta, index, cu_seqlens, mask).unbind()
+    return FWD[chosen](logprob, ref_logprob, score, beta, index, cu_seqlens, mask).unbind()
 
 
 def check(op, logprob, ref_logprob, beta, estimator):
     """Checked (estimator index, beta)."""
-    _sequence.same_tokens(op, "logprob", logprob, ref_logprob=ref_logprob)
-    index = _sequence.estimator(op, estimator)
+    _checks.same_tokens(op, "logprob", logprob, ref_logprob=ref_logprob)
+    index = _checks.estimator(op, estimator)
     return index, _checks.number(op, "beta", beta, low=0)
 
 
-def _fake(logprob, ref_logprob, score, beta, estimator, cu_seqlens, mask):
-    return _sequence.empty_stacked(logprob, 2)
-
-
-_CPP = None
-if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
-    _CPP = register("kl_reward", _fake)
-
-
-def _triton(
-    logprob: Tensor,
-    ref_logprob: Tensor,
-    score: Tensor,
-    beta: float,
-    estimator: int,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
-    from fastrlhf.kernels import kl_reward as kernels  # imported when the op first runs
-
-    return kernels.forward(logprob, ref_logprob, score, beta, estimator, cu_seqlens, mask)
-
-
-_TRITON = register("kl_reward_triton", _fake, body=_triton)
+FWD = register(
+    "kl_reward(Tensor logprob, Tensor ref_logprob, Tensor score, float beta, int estimator, Tensor? cu_seqlens, "
+    "Tensor? mask) -> Tensor rewards_kl",
+    lambda logprob, *rest: _checks.empty_stacked(logprob, 2),
+    op=OP,
+    triton="kl_reward.forward",
+)

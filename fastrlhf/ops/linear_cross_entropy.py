@@ -1,4 +1,4 @@
-"""linear_cross_entropy: the language-model loss of hidden @ weight.T + bias, by chunks of rows.
+"""linear_cross_entropy: the language-model loss of hidden @ weight.T + bias, a chunk of rows at a time.
 
 Shapes: hidden [..., H] -> N rows, weight [V, H], bias [V], targets [...].
 """
@@ -6,10 +6,10 @@ Shapes: hidden [..., H] -> N rows, weight [V, H], bias [V], targets [...].
 import torch
 from torch import Tensor
 
-from fastrlhf.ops import _autograd, _backend, _checks, _linear_loss
-from fastrlhf.ops._gemms import acc_of
-from fastrlhf.ops.linear_logprob import check_linear, check_num_rows, linear_logprob
-from fastrlhf.ops.token_logprob import check, check_target_values, run
+from fastrlhf import reference
+from fastrlhf.ops import _backend, _checks, _linear_loss, token_loss
+from fastrlhf.ops._register import choose, needs
+from fastrlhf.ops.linear_logprob import linear_logprob
 
 OP = "linear_cross_entropy"
 
@@ -33,9 +33,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """-log softmax(z)[target] in nats, z as in `token_logprob`; 0 where target = ignore_index.
 
-    "mean" and "sum" know the gradient of each logit as soon as its chunk is there: the forward
-    makes dX and dW too, 6 N H V FLOP in all, and the backward only scales them. "none" is
-    `linear_logprob`. Ignored rows enter no GEMM.
+    For "mean" and "sum" the forward also computes dX and dW, chunk by chunk, 6 N H V FLOP in all, and
+    the backward only scales them. "none" is `linear_logprob`. Ignored rows enter no GEMM.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16, or float64 (CPU).
@@ -47,15 +46,13 @@ def linear_cross_entropy(
         temperature, softcap: as in `token_logprob`.
         scale: a factor of the loss: a number, or a 0-d float tensor. A constant.
         accumulate_into: a contiguous [V, H] tensor such as ``weight.grad``, to which the forward adds
-            dW, where gradients are enabled; the backward then gives the weight none, so that steps
-            which add up gradients hold one dW. float32 (float64 for float64), or the weight's dtype.
-            The upstream gradient of the loss must be 1: what multiplies the loss goes into `scale`.
-            Another one raises on CPU; on a GPU, where looking would be a sync, dX and db are NaN. A second
-            backward raises. Under non-reentrant torch.utils.checkpoint, which would add dW twice,
-            accumulate_into is refused. dW is added even where the loss is dropped. None (a ``weight.grad``
-            before the first backward) asks for nothing.
-        num_rows: how many targets are not ignore_index; as in `linear_logprob`, for whoever would
-            otherwise wait for a GPU to count them.
+            dW if gradients are enabled; the backward then returns none for the weight, so that gradient
+            accumulation holds one dW. float32 (float64 for float64), or the weight's dtype. The upstream
+            gradient of the loss must be 1; factors of the loss go into `scale`. Another one raises on
+            CPU; on a GPU, where the check would be a sync, dX and db are NaN. A second backward raises.
+            Refused under non-reentrant torch.utils.checkpoint, which would add dW twice. dW is added
+            even if the loss is not used. None (a ``weight.grad`` before the first backward) disables it.
+        num_rows: the number of targets that are not ignore_index, as in `linear_logprob`.
         workspace, backend: as in `linear_logprob`.
         process_group: as in `linear_ppo_loss`.
 
@@ -64,36 +61,57 @@ def linear_cross_entropy(
 
     Raises:
         TypeError, ValueError: as `linear_logprob`; also for ignore_index, reduction, scale and
-            accumulate_into, which then is what it was.
+            accumulate_into, which is then unchanged.
 
-    Source: `torch.nn.functional.cross_entropy`, whose result this is; the gradients in the forward
-    follow Liger Kernel (arXiv:2410.10989).
+    Source: equals `torch.nn.functional.cross_entropy`; the gradients in the forward follow Liger
+        Kernel (arXiv:2410.10989).
 
     >>> linear_cross_entropy(torch.zeros(2, 8), torch.zeros(4, 8), torch.tensor([1, -100]))
     tensor(1.3863)
     """
-    check_linear(OP, hidden, weight, bias, workspace)
+    acc = _checks.linear_head(OP, hidden, weight, bias, workspace)
     check_settings(OP, ignore_index, reduction)
     _checks.index_tensor(OP, "targets", targets)
-    chosen = _backend.choose(OP, backend, hidden, weight, bias)
+    chosen = choose(OP, backend, hidden, weight, bias)
     vocab = _linear_loss.whole_vocab(OP, process_group, hidden, weight)
     if 0 <= ignore_index < vocab:
         raise ValueError(f"{OP}: ignore_index must be outside [0, {vocab}); got {ignore_index}")
     counted = targets != ignore_index
-    row_temperature, temperature_number, cap, _ = check(
+    row_temperature, temperature_number, cap, _ = _checks.logit_rows(
         OP, hidden, targets, temperature, softcap, None, vocab=weight.shape[0]
     )
-    acc = acc_of(hidden, weight)
     if num_rows is not None:
-        check_num_rows(OP, num_rows, counted, targets)
+        _checks.num_rows(OP, num_rows, counted, targets)
     factor = _linear_loss.scale_argument(OP, scale, hidden.device, acc)
     if accumulate_into is not None:
+        if reduction == "none":
+            raise ValueError(f"{OP}: accumulate_into must be None with reduction='none'")
         inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
         inputs |= {"temperature": row_temperature, "scale": factor}
         _linear_loss.check_accumulate(OP, accumulate_into, weight, acc, inputs)
+    into = accumulate_into if torch.is_grad_enabled() else None
+    if chosen == "reference" or into is not None or process_group is not None:
+        _checks.row_values(OP, targets, vocab, counted, row_temperature)
+    if chosen == "reference":
+
+        def loss(hidden, weight, bias, _):
+            out = reference.linear_cross_entropy(
+                hidden,
+                weight,
+                targets,
+                bias=bias,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                temperature=temperature_number if row_temperature is None else row_temperature,
+                softcap=cap or None,
+                num_rows=num_rows,
+                workspace=workspace,
+            )
+            return out if factor is None else factor * out
+
+        parameters = (hidden, weight, bias, None)
+        return _linear_loss.by_reference(OP, loss, parameters, into=into, group=process_group)
     if reduction == "none":
-        if accumulate_into is not None:
-            raise ValueError(f"{OP}: accumulate_into must be None with reduction='none'")
         logprob = linear_logprob(
             hidden,
             weight,
@@ -108,9 +126,6 @@ def linear_cross_entropy(
             backend=chosen,
         )
         return -logprob if factor is None else -factor * logprob
-    if chosen == "reference" and hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_target_values(OP, targets, vocab, counted)
-    needs = [*_autograd.needs(hidden, weight, bias), False]
     arguments = (
         hidden,
         weight,
@@ -124,20 +139,20 @@ def linear_cross_entropy(
         [temperature_number, cap, float(reduction == "mean")],
         num_rows,
         False,
-        _linear_loss.CROSS_ENTROPY,
+        OP,
         workspace,
         chosen,
-        needs,
+        [*needs(hidden, weight, bias), False],
     )
-    into = accumulate_into if torch.is_grad_enabled() else None
     if into is not None or process_group is not None:
-        _linear_loss.check_values(OP, targets, vocab, counted, row_temperature)
-        return _linear_loss.in_forward(OP, arguments, into=into, group=process_group)[0]
-    return run(OP, _linear_loss.FWD, arguments)[0]
+        return _linear_loss.in_forward(arguments, None, into=into, group=process_group)[0]
+    return _linear_loss.FWD(*arguments)[0]
 
 
 def check_settings(op, ignore_index, reduction):
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: ignore_index must be an int; got {type(ignore_index).__name__}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none'; got {reduction!r}")
+    _checks.reduction(op, reduction)
+
+
+_backend.provide(OP, _backend.kernels(token_loss.OP), gradient=True)

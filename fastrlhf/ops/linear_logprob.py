@@ -1,4 +1,4 @@
-"""linear_logprob: token_logprob of hidden @ weight.T + bias, without ever holding the N x V logits.
+"""linear_logprob: token_logprob of hidden @ weight.T + bias, without holding the N x V logits.
 
 Shapes: hidden [..., H] -> N rows, weight [V, H], bias [V], targets, mask, outputs [...].
 """
@@ -6,15 +6,21 @@ Shapes: hidden [..., H] -> N rows, weight [V, H], bias [V], targets, mask, outpu
 import torch
 from torch import Tensor
 
-from fastrlhf.ops import _autograd, _backend, _checks, _chunks
-from fastrlhf.ops._gemms import acc_of, check_count, gemms_for
-from fastrlhf.ops._linear import Gradients, Head, add_gradients, as_parameters, statistics
-from fastrlhf.ops._register import differentiable, plain, register
+from fastrlhf import reference
+from fastrlhf.ops import _backend, _checks, token_logprob
+from fastrlhf.ops._gemms import acc_of, as_parameters, gemms_for
+from fastrlhf.ops._linear import Gradients, Head, add_gradients, statistics
+from fastrlhf.ops._register import (
+    choose,
+    differentiable,
+    register_python,
+    trained,
+    without_autocast,
+)
 from fastrlhf.ops._rows import RowKernels
-from fastrlhf.ops.token_logprob import check, check_target_values, run, token_logprob
 
 OP = "linear_logprob"
-# Logits of at most this many bytes stay for the backward (3 GEMMs); larger ones are made again (4).
+# Up to this many bytes of logits are kept for the backward (3 GEMMs); more are computed again (4 GEMMs).
 KEEP_BYTES = 24 << 20
 
 
@@ -33,13 +39,13 @@ def linear_logprob(
     process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`token_logprob` of the logits hidden @ weight.T + bias, made a chunk of rows at a time.
+    """`token_logprob` of the logits hidden @ weight.T + bias, a chunk of rows at a time.
 
-    Forward 2 N H V FLOP, backward 6 N H V (logits again, dX, dW): a chunk's logits are made in
-    fp32 in one workspace, turned into dlogits of the operands' dtype (on CPU in place) and multiplied
-    into dX and dW, which are summed in fp32 and rounded once. Small problems (24 MiB of logits or less)
-    keep their logits for the backward instead of making them again. A weight or hidden that needs no
-    gradient skips its GEMM. Masked rows enter no GEMM; on CPU neither do rows whose upstream gradient is 0.
+    Forward 2 N H V FLOP, backward 6 N H V (logits again, dX, dW): a chunk's fp32 logits are computed in
+    one workspace, turned into dlogits of the operands' dtype (on CPU in place) and multiplied into dX
+    and dW, which are summed in fp32 and rounded once. Small problems (24 MiB of logits or less) keep
+    their logits for the backward. A weight or hidden that needs no gradient costs no GEMM. Masked rows
+    enter no GEMM; on CPU neither do rows whose upstream gradient is 0.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16, or float64 (CPU).
@@ -47,17 +53,17 @@ def linear_logprob(
         targets: [...], int32 or int64, in [0, V).
         bias: [V], or None.
         temperature, softcap, mask, return_entropy: as in `token_logprob`.
-        num_rows: how many rows of `mask` count, where the caller knows it. Without it the host waits for a
-            GPU to count them, once in the forward and once in the backward. (While a CUDA graph is
-            captured nothing can wait: then masked rows enter the GEMMs.) A wrong one raises on CPU; on a GPU,
-            where looking would be a wait, log-probs, entropies and gradients become NaN.
+        num_rows: the number of rows that `mask` counts, if known. Without it the host waits for a GPU to
+            count them, once in the forward and once in the backward. (It cannot wait while a CUDA graph
+            is captured: then masked rows enter the GEMMs.) A wrong number raises on CPU; on a GPU, where
+            the check would wait, log-probs, entropies and gradients become NaN.
         workspace: "fast" or "compact": bytes of logits and dlogits held at a time (GPU 1.5 GiB or 256
-            MiB, CPU 64 MiB or 24 MiB). Results do not depend on it, beyond the rounding of dW's sum.
-        process_group: its W ranks share out the vocabulary: weight [V / W, H] and bias [V / W] are
-            rank r's rows [r V / W, (r + 1) V / W); targets count in [0, V). Every rank passes the same
+            MiB, CPU 64 MiB or 24 MiB). It changes results only in the rounding of dW's sum.
+        process_group: the vocabulary is split over its W ranks: weight [V / W, H] and bias [V / W] are
+            rows [r V / W, (r + 1) V / W) of rank r; targets are in [0, V). Every rank passes the same
             hidden, targets, mask and upstream gradients and gets the same log-probs, entropies and
             (summed) dX, and dW and db of its own rows. Not traced by torch.compile.
-        backend: who does the row maths; the GEMMs are the library's. See `fastrlhf.backends`.
+        backend: runs the row kernels; the GEMMs are PyTorch's. See `fastrlhf.backends`.
 
     Returns:
         logprob [...], or (logprob, entropy); float32 (float64 for float64 inputs).
@@ -70,183 +76,102 @@ def linear_logprob(
     >>> linear_logprob(torch.zeros(2, 8), torch.zeros(4, 8), torch.tensor([1, 3]))
     tensor([-1.3863, -1.3863])
     """
-    check_linear(OP, hidden, weight, bias, workspace)
-    row_temperature, temperature, softcap, mask = check(
+    _checks.linear_head(OP, hidden, weight, bias, workspace)
+    row_temperature, temperature, softcap, mask = _checks.logit_rows(
         OP, hidden, targets, temperature, softcap, mask, vocab=weight.shape[0]
     )
     if num_rows is not None:
-        check_num_rows(OP, num_rows, mask, targets)
-    chosen = _backend.choose(OP, backend, hidden, weight, bias)
+        _checks.num_rows(OP, num_rows, mask, targets)
+    chosen = choose(OP, backend, hidden, weight, bias)
+    vocab = weight.shape[0]
     if process_group is not None:
-        from fastrlhf.ops import _vocab_parallel  # torch.distributed: only where it is asked for
+        from fastrlhf.ops import _vocab_parallel  # imports torch.distributed
 
-        settings = (
-            row_temperature,
-            temperature,
-            softcap,
-            mask,
-            num_rows,
-            workspace,
-            chosen,
-            process_group,
-        )
-        logprob, entropy = _vocab_parallel.logprob(OP, hidden, weight, targets, bias, *settings)
-        return (logprob, entropy) if return_entropy else logprob
-    if chosen == "reference" and not torch.compiler.is_compiling() and hidden.device.type == "cpu":
-        check_target_values(OP, targets, weight.shape[0], mask)
-    logprob, entropy, _, _ = run(
-        OP,
-        FWD,
-        (
+        vocab = _vocab_parallel.check_group(OP, process_group, hidden, weight)
+    if chosen == "reference" or process_group is not None:
+        _checks.row_values(OP, targets, vocab, mask, row_temperature)
+    if chosen == "reference":
+        if process_group is not None:
+            weight, bias = _vocab_parallel.whole_head(process_group, weight, bias)
+        return reference.linear_logprob(
             hidden,
             weight,
             targets,
-            bias,
-            row_temperature,
-            temperature,
-            softcap,
-            mask,
-            num_rows,
-            workspace,
-            chosen,
-            _autograd.trained(hidden, weight, bias),
-        ),
-    )
+            bias=bias,
+            temperature=temperature if row_temperature is None else row_temperature,
+            softcap=softcap or None,
+            mask=mask,
+            return_entropy=return_entropy,
+            num_rows=num_rows,
+            workspace=workspace,
+        )
+    arguments = (hidden, weight, targets, bias, row_temperature, temperature, softcap, mask)
+    arguments += (num_rows, workspace, chosen)
+    if process_group is not None:
+        logprob, entropy = _vocab_parallel.logprob(*arguments, process_group)
+    else:
+        logprob, entropy, _, _ = FWD(*arguments, trained(hidden, weight, bias))
     return (logprob, entropy) if return_entropy else logprob
 
 
 def linear_logprob_with(look, hidden, weight, targets, *, bias, temperature, softcap, backend):
-    """(logprob, entropy) of `linear_logprob`, which calls `look(logits [n, V], targets [n])` for each chunk of rows.
+    """(logprob, entropy) of `linear_logprob`, with statistics of the logits, which exist a chunk of rows at a time.
 
-    For statistics of the logits, which exist a chunk at a time: hidden @ weight.T + bias in fp32 (fp64 for fp64
-    operands), before the soft-cap and the temperature. No gradient flows through `look`.
+    `look(logits [n, V], targets [n])` is called for each chunk, at least once. No gradient flows through it.
     """
-    check_linear(OP, hidden, weight, bias, "fast")
-    _, temperature, cap, _ = check(
+    _checks.linear_head(OP, hidden, weight, bias, "fast")
+    _, temperature, softcap, _ = _checks.logit_rows(
         OP, hidden, targets, temperature, softcap, None, vocab=weight.shape[0]
     )
-    chosen = _backend.choose(OP, backend, hidden, weight, bias)
-    if hidden.is_cpu:
-        check_target_values(OP, targets, weight.shape[0], None)
+    chosen = choose(OP, backend, hidden, weight, bias)
+    _checks.row_values(OP, targets, weight.shape[0], None, None)
     if chosen == "reference":
-        return _reference_with(look, hidden, weight, targets, bias, temperature, softcap)
-    settings = (None, temperature, cap, None, None, "fast", chosen, False)
-    return _LOOKING(hidden, weight, targets, bias, *settings, look)[:2]
+        options = {"bias": bias, "temperature": temperature, "softcap": softcap or None}
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            wide = [None if x is None else reference.upcast(x) for x in (hidden, weight, bias)]
+            look(
+                torch.nn.functional.linear(*wide).reshape(-1, weight.shape[0]), targets.reshape(-1)
+            )
+        return reference.linear_logprob(hidden, weight, targets, return_entropy=True, **options)
+    if not targets.numel():
+        look(hidden.new_empty(0, weight.shape[0]), targets.reshape(-1))
+    settings = (None, temperature, softcap, None, None, "fast", chosen)
+    keep = False  # the logits
+    return _looking(hidden, weight, targets, bias, *settings, keep, look)[:2]
 
 
-@_chunks.without_autocast
-def _reference_with(look, hidden, weight, targets, bias, temperature, softcap):
-    acc = acc_of(hidden, weight)
-    bias = None if bias is None else bias.to(acc)
-    logits = torch.nn.functional.linear(hidden.to(acc), weight.to(acc), bias)
-    with torch.no_grad():
-        look(logits, targets)
-    options = {"temperature": temperature, "softcap": softcap, "backend": "reference"}
-    return token_logprob(logits, targets, return_entropy=True, **options)
-
-
-@_chunks.without_autocast
-def _looking_fwd(hidden, weight, targets, bias, *settings):
-    """The outputs of `_fwd`, with no logits kept for the backward."""
-    _, temperature, softcap, _, _, workspace, backend, _, look = settings
-    head = Head(gemms_for(hidden, weight), hidden, weight, bias, targets, None, None, workspace)
-    kernels = RowKernels(backend, temperature, softcap)
-    logprob, entropy, stats = head.new_rows(), head.new_rows(), head.new_rows(3)
-    with torch.no_grad():
-        for chunk in head.chunks():
-            look(chunk.logits, chunk.targets)
-            found = kernels.forward(chunk.logits, chunk.targets, None, None)
-            logprob[chunk.rows], entropy[chunk.rows], stats[:, chunk.rows] = found
-    return logprob, entropy, stats, logprob.new_empty(0)
-
-
-def check_linear(op, hidden, weight, bias, workspace):
-    _checks.whole_float_tensor(op, "hidden", hidden)
-    _checks.whole_float_tensor(op, "weight", weight)
-    shape, vocab_shape = hidden.shape, weight.shape
-    if not shape or len(vocab_shape) != 2 or vocab_shape[1] != shape[-1]:
-        width = shape[-1] if shape else "H"
-        raise ValueError(
-            f"{op}: weight must have shape (V, {width}) for hidden {tuple(shape)}; "
-            f"got {tuple(vocab_shape)}"
-        )
-    if shape[-1] == 0:
-        raise ValueError(f"{op}: hidden must have at least 1 feature; got {tuple(hidden.shape)}")
-    _checks.same_device(op, "weight", weight, hidden.device)
-    if bias is not None:
-        _checks.whole_float_tensor(op, "bias", bias)
-        _checks.shape(op, "bias", bias, weight.shape[:1])
-        _checks.same_device(op, "bias", bias, hidden.device)
-    if workspace not in _chunks.WORKSPACES:
-        _chunks.check_workspace(op, workspace)
-
-
-def check_num_rows(op: str, num_rows: object, mask: Tensor | None, targets: Tensor) -> None:
-    if isinstance(num_rows, bool) or not isinstance(num_rows, int):
-        raise TypeError(f"{op}: num_rows must be an int; got {type(num_rows).__name__}")
-    if mask is None:
-        raise ValueError(f"{op}: num_rows must come with mask; got mask=None")
-    if not 0 <= num_rows <= targets.numel():
-        raise ValueError(f"{op}: num_rows must be in [0, {targets.numel()}]; got {num_rows}")
-    if mask.is_cpu and type(mask) is Tensor and plain():  # else the op tells
-        check_count(int(mask.sum()), num_rows, f"{op}: ")
+# ---- registration -------------------------------------------------------------------------------
 
 
 def _keeps_logits(hidden, weight, targets, mask, num_rows, trained: bool) -> bool:
-    # Under capture of a CUDA graph every row takes part, else those that count: rows kept by a forward inside a
-    # graph would not be those of a backward outside of it.
+    # In a captured CUDA graph all rows take part, otherwise those that count: a forward inside a graph would keep other
+    # rows than a backward outside of it expects.
     if not trained or (hidden.is_cuda and mask is not None and num_rows is None):
         return False
     size = targets.numel() * weight.shape[0] * acc_of(hidden, weight).itemsize
     return 0 < size <= KEEP_BYTES
 
 
-@_chunks.without_autocast
 def _fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    mask: Tensor | None,
-    num_rows: int | None,
-    workspace: str,
-    backend: str,
-    trained: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy, stats [3, N], logits [N, V] where they are small and will be needed)."""
+    hidden, weight, targets, bias, row_t, temperature, softcap, mask, num_rows, workspace, backend, trained, look=None
+):  # fmt: skip
     gemms = gemms_for(hidden, weight)
-    head = Head(gemms, hidden, weight, bias, targets, row_temperature, mask, workspace, num_rows)
+    head = Head(gemms, hidden, weight, bias, targets, row_t, mask, workspace, num_rows)
     kernels = RowKernels(backend, temperature, softcap)
-    memory = torch.empty(0, dtype=head.acc, device=head.device)
+    kept = torch.empty(0, dtype=head.acc, device=head.device)
     if _keeps_logits(hidden, weight, targets, mask, num_rows, trained):
-        # Of the rows that count, one after the other; the memory of others is never read.
-        memory = memory.new_empty((head.count, head.vocab))
-    logprob, entropy, stats = statistics(head, kernels, memory if memory.numel() else None)
-    logprob, entropy, stats = (head.spread(x) for x in (logprob, entropy, stats))
-    return logprob.view(targets.shape), entropy.view(targets.shape), stats, memory
+        # Those of the rows that count, one after the other; the remaining memory is never read.
+        kept = kept.new_empty((head.count, head.vocab))
+    logprob, entropy, row_stats = statistics(head, kernels, kept if kept.numel() else None, look)
+    logprob, entropy, row_stats = (head.scatter(x) for x in (logprob, entropy, row_stats))
+    return logprob.view(targets.shape), entropy.view(targets.shape), row_stats, kept
 
 
-def _fwd_fake(
-    hidden,
-    weight,
-    targets,
-    bias,
-    row_temperature,
-    temperature,
-    softcap,
-    mask,
-    num_rows,
-    workspace,
-    backend,
-    trained,
-):
+def _fwd_fake(hidden, weight, targets, bias, row_t, temperature, softcap, mask, num_rows, *rest):
     acc = acc_of(hidden, weight)
     out = hidden.new_empty(targets.shape, dtype=acc)
     count, vocab = targets.numel(), weight.shape[0]
-    keep = _keeps_logits(hidden, weight, targets, mask, num_rows, trained)
+    keep = _keeps_logits(hidden, weight, targets, mask, num_rows, rest[-1])
     return (
         out,
         torch.empty_like(out),
@@ -255,41 +180,23 @@ def _fwd_fake(
     )
 
 
-@_chunks.without_autocast
 def _bwd(
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    stats: Tensor,
-    kept: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    mask: Tensor | None,
-    num_rows: int | None,
-    workspace: str,
-    backend: str,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dX, dW, db); None for those not needed."""
+    grad_logprob, grad_entropy, hidden, weight, targets, bias, row_stats, kept, row_t, temperature, softcap, mask,
+    num_rows, workspace, backend, needs_hidden, needs_weight, needs_bias,
+):  # fmt: skip
     gemms = gemms_for(hidden, weight)
     active = mask
     if gemms.skips_idle_rows:
         active, num_rows = _active_rows(grad_logprob, grad_entropy, mask), None
-    head = Head(gemms, hidden, weight, bias, targets, row_temperature, active, workspace, num_rows)
+    head = Head(gemms, hidden, weight, bias, targets, row_t, active, workspace, num_rows)
     grads = Gradients(head, (needs_hidden, needs_weight, needs_bias))
     logits = None
     if kept.numel():
-        # Where idle rows are not skipped, the rows are those of the forward, and asking would be a wait.
+        # If idle rows are not skipped, the rows are those of the forward, and computing their place would wait.
         place = _kept_rows(head, mask) if gemms.skips_idle_rows else None
         logits = kept[: head.rows] if place is None else kept.index_select(0, place)
     kernels = RowKernels(backend, temperature, softcap)
-    add_gradients(head, kernels, grads, (grad_logprob, grad_entropy), stats, logits)
+    add_gradients(head, kernels, grads, (grad_logprob, grad_entropy), row_stats, logits)
     return tuple(as_parameters(grads.finish(), (hidden, weight, bias), lambda like: like.dtype))
 
 
@@ -304,7 +211,7 @@ def _active_rows(grad_logprob, grad_entropy, mask) -> Tensor:
 
 
 def _kept_rows(head: Head, mask: Tensor | None) -> Tensor | None:
-    """Where the head's rows lie among the kept logits, those of the rows that counted; None: in order."""
+    """Indices of the head's rows among the kept logits, those of the rows that counted; None: all, in order."""
     if head.index is None or mask is None:
         return head.index
     counted = mask.reshape(-1).nonzero().squeeze(1)
@@ -320,38 +227,42 @@ def _bwd_fake(grad_logprob, grad_entropy, hidden, weight, targets, bias, *rest):
     )
 
 
+_BWD = register_python(
+    "linear_logprob_bwd(Tensor? grad_logprob, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor targets, "
+    "Tensor? bias, Tensor row_stats, Tensor kept, Tensor? row_temperature, float temperature, float softcap, "
+    "Tensor? mask, SymInt? num_rows, str workspace, str backend, bool needs_hidden, bool needs_weight, "
+    "bool needs_bias) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    _bwd_fake,
+    _bwd,
+    op=OP,
+)
+
+
 def _setup(ctx, arguments, outputs):
     hidden, weight, targets, bias, row_t, ctx.temperature, ctx.softcap, mask = arguments[:8]
-    ctx.num_rows, ctx.workspace, ctx.backend, _ = arguments[8:]
-    _, _, stats, kept = outputs
-    ctx.save_for_backward(hidden, weight, targets, bias, stats, kept, row_t, mask)
+    ctx.num_rows, ctx.workspace, ctx.backend = arguments[8:11]
+    _, _, row_stats, kept = outputs
+    ctx.save_for_backward(hidden, weight, targets, bias, row_stats, kept, row_t, mask)
 
 
 def _backward(ctx, *upstream):
-    hidden, weight, targets, bias, stats, kept, row_t, mask = ctx.saved_tensors
+    hidden, weight, targets, bias, row_stats, kept, row_t, mask = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     settings = (row_t, ctx.temperature, ctx.softcap, mask)
     settings += (ctx.num_rows, ctx.workspace, ctx.backend)
-    grads = _BWD(*upstream, hidden, weight, targets, bias, stats, kept, *settings, *needs)
+    grads = _BWD(*upstream, hidden, weight, targets, bias, row_stats, kept, *settings, *needs)
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-_BWD = register("linear_logprob_bwd", _bwd_fake, body=_bwd)
-FWD = register(
-    "linear_logprob_fwd",
+_AUTOGRAD = {"op": OP, "wrt": (0, 1, 3), "gives": 2, "setup": _setup, "backward": _backward}
+# `kept` [N, V]: the logits, if they are small and `trained`; else empty.
+FWD = register_python(
+    "linear_logprob_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, "
+    "float temperature, float softcap, Tensor? mask, SymInt? num_rows, str workspace, str backend, bool trained) "
+    "-> (Tensor logprob, Tensor entropy, Tensor row_stats, Tensor kept)",
     _fwd_fake,
-    body=_fwd,
-    op=OP,
-    wrt=(0, 1, 3),
-    gives=2,
-    setup=_setup,
-    backward=_backward,
+    _fwd,
+    **_AUTOGRAD,
 )
-_LOOKING = differentiable(
-    _looking_fwd,
-    op=OP,
-    wrt=(0, 1, 3),
-    gives=2,
-    setup=lambda ctx, arguments, outputs: _setup(ctx, arguments[:-1], outputs),
-    backward=_backward,
-)
+_looking = differentiable(without_autocast(_fwd), **_AUTOGRAD)
+_backend.provide(OP, _backend.kernels(token_logprob.OP), gradient=True)

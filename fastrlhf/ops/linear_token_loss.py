@@ -1,18 +1,20 @@
-"""linear_token_loss: any loss of the tokens' log-probs, straight from hidden states.
+"""linear_token_loss: a user's loss of the tokens' log-probs, straight from hidden states.
 
 Shapes: hidden [..., H] -> N rows, weight [V, H], bias [V]; every other tensor [...]; n rows of a chunk.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from fastrlhf.ops import _autograd, _backend, _checks, _linear_loss
-from fastrlhf.ops._gemms import acc_of, gemms_for
-from fastrlhf.ops._linear import Head, as_parameters
-from fastrlhf.ops.linear_logprob import check_linear, check_num_rows, linear_logprob
-from fastrlhf.ops.token_logprob import check
+from fastrlhf import reference
+from fastrlhf.ops import _backend, _checks, _linear_loss, token_logprob
+from fastrlhf.ops._gemms import as_parameters, gemms_for
+from fastrlhf.ops._linear import Head
+from fastrlhf.ops._register import choose, needs
+from fastrlhf.ops.linear_logprob import linear_logprob
 from fastrlhf.reference import LinearTokenLossOutput
 
 OP = "linear_token_loss"
@@ -39,12 +41,12 @@ def linear_token_loss(
     process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> LinearTokenLossOutput:
-    """scale * mean (or sum) over the rows of loss_fn(logprob, **per_token), never holding N x V logits.
+    """scale * mean (or sum) over the rows of loss_fn(logprob, **per_token), without the N x V logits.
 
-    `loss_fn` is a Python function of [n] tensors, called once a chunk with the log-probs of its
-    rows; autograd gives its derivative on these [n] numbers, and the chunk's logits become dlogits, dX
-    and dW while they are there: 6 N H V FLOP for forward and backward instead of 8. The backward only
-    scales. GRPO with a clip, as an example::
+    `loss_fn` is a Python function of [n] tensors. It is called once a chunk with the log-probs of its
+    rows; autograd differentiates it on these [n] numbers, and the chunk's logits are turned into
+    dlogits, dX and dW at once: 6 N H V FLOP for forward and backward instead of 8. The backward only
+    scales. Example, GRPO with a clip::
 
         def grpo(logprob, old_logprob, advantage):
             ratio = (logprob - old_logprob).exp()
@@ -53,24 +55,25 @@ def linear_token_loss(
         per_token = {"old_logprob": old_logprob, "advantage": advantage}
         linear_token_loss(hidden, weight, targets, grpo, per_token=per_token, mask=mask).loss.backward()
 
-    A row's loss must follow from that row alone: what needs the batch (a group's mean, say) belongs
-    into `per_token`. Under torch.compile, and for "none", the loss is taken of `linear_logprob`'s result.
+    A row's loss must depend on that row alone: compute what needs the whole batch (such as a group's
+    mean) before the call and pass it in `per_token`. Under torch.compile, and for "none", `loss_fn` is
+    called once on `linear_logprob`'s result.
 
     Args:
         hidden, weight, targets, bias, temperature, softcap, workspace: as in `linear_logprob`.
         loss_fn: (logprob [n], **per_token) -> loss [n], or (loss [n], {name: [n]}) with metrics;
             (logprob, entropy, **per_token) with `with_entropy`. Loss and log-prob are float32 (float64).
-        per_token: tensors [...] by name, constants, cut into chunks for `loss_fn`. Any dtype. A tensor [...] that
-            `loss_fn` closes over instead is not cut, and meets the log-probs of n rows.
-        mask: [...], True (or non-zero) where a row counts. Other rows enter no GEMM and are not handed
-            to `loss_fn` (of none: n = 0). While a CUDA graph is captured they are, with log-prob 0,
-            and what it returns is dropped.
+        per_token: {name: tensor [...]}, constants of any dtype, cut into chunks for `loss_fn`. (A tensor in
+            the closure of `loss_fn` is not cut and does not match the log-probs of n rows.)
+        mask: [...], True (or non-zero) where a row counts. Other rows enter no GEMM and are not passed
+            to `loss_fn`, which is called with n = 0 if none count. While a CUDA graph is captured they
+            are passed, with log-prob 0, and their results are dropped.
         reduction: "mean" over the rows that count (0 if none do), "sum" or "none".
         scale: as in `linear_cross_entropy`.
-        accumulate_into: as there. An error of `loss_fn` must leave it as it was, so that dW is
-            summed apart and added at the end of the forward: two dW until then, and one after.
+        accumulate_into: as there. An error of `loss_fn` must leave it unchanged, so dW is summed
+            separately and added at the end of the forward, which holds two dW until then.
         compact_rows, num_rows, process_group: as in `linear_ppo_loss`; every rank calls `loss_fn`.
-        backend: who does the row maths; the GEMMs are the library's.
+        backend: runs the row kernels; the GEMMs are PyTorch's.
 
     Returns:
         LinearTokenLossOutput(loss, logprob, entropy, metrics). loss: 0-d, or [...] for "none"; the
@@ -79,41 +82,37 @@ def linear_token_loss(
 
     Raises:
         TypeError, ValueError: as `linear_logprob`; also for `per_token`, and for what `loss_fn` returns: a
-            wrong type or shape, other metrics than for the chunk before, no gradient to the log-prob,
-            one to a tensor of its closure (but for "none", where it flows), an argument that it changed
-            in place, on CPU a value that is not finite (on a GPU, where that would be a sync, it goes on
-            into the loss).
+            wrong type or shape, other metrics than for the previous chunk, no gradient to the log-prob, a
+            gradient to a tensor of its closure (allowed for "none"), an argument changed in place, on CPU
+            a value that is not finite (on a GPU, where the check would be a sync, it enters the loss).
 
     Source: the gradients in the forward follow Liger Kernel (arXiv:2410.10989).
 
     >>> linear_token_loss(torch.zeros(2, 8), torch.zeros(4, 8), torch.tensor([1, 3]), torch.neg).loss
     tensor(1.3863)
     """
-    check_linear(OP, hidden, weight, bias, workspace)
-    row_temperature, temperature_number, cap, mask = check(
+    acc = _checks.linear_head(OP, hidden, weight, bias, workspace)
+    row_temperature, temperature_number, cap, mask = _checks.logit_rows(
         OP, hidden, targets, temperature, softcap, mask, vocab=weight.shape[0]
     )
     if not callable(loss_fn):
         raise TypeError(f"{OP}: loss_fn must be callable; got {type(loss_fn).__name__}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{OP}: reduction must be 'mean', 'sum' or 'none'; got {reduction!r}")
+    _checks.reduction(OP, reduction)
     per_token = _check_per_token(per_token, targets)
-    for name, value in (("with_entropy", with_entropy), ("compact_rows", compact_rows)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{OP}: {name} must be a bool; got {type(value).__name__}")
+    _checks.flag(OP, "with_entropy", with_entropy)
+    _checks.flag(OP, "compact_rows", compact_rows)
     if num_rows is not None:
-        check_num_rows(OP, num_rows, mask, targets)
-    acc = acc_of(hidden, weight)
+        _checks.num_rows(OP, num_rows, mask, targets)
     factor = _linear_loss.scale_argument(OP, scale, hidden.device, acc)
     if accumulate_into is not None:
+        if reduction == "none":
+            raise ValueError(f"{OP}: accumulate_into must be None with reduction='none'")
         inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, **per_token}
         inputs |= {"temperature": row_temperature, "scale": factor}
         _linear_loss.check_accumulate(OP, accumulate_into, weight, acc, inputs)
-    if accumulate_into is not None and reduction == "none":
-        raise ValueError(f"{OP}: accumulate_into must be None with reduction='none'")
-    chosen = _backend.choose(OP, backend, hidden, weight, bias)
+    chosen = choose(OP, backend, hidden, weight, bias)
     vocab = _linear_loss.whole_vocab(OP, process_group, hidden, weight)
-    _linear_loss.check_values(OP, targets, vocab, mask, row_temperature)
+    _checks.row_values(OP, targets, vocab, mask, row_temperature)
     if reduction == "none" or torch.compiler.is_compiling():
         head = linear_logprob(
             hidden,
@@ -135,9 +134,33 @@ def linear_token_loss(
             count = targets.numel() if mask is None else mask.sum()
             factor = factor / torch.as_tensor(count, device=hidden.device).clamp(min=1)
         return _after(head, loss_fn, per_token, with_entropy, mask, factor, reduction)
+    if chosen == "reference":
+        checked = functools.partial(_checked, loss_fn, mask)
+
+        def loss(hidden, weight, bias, _):
+            return reference.linear_token_loss(
+                hidden,
+                weight,
+                targets,
+                checked,
+                per_token=per_token,
+                with_entropy=with_entropy,
+                bias=bias,
+                temperature=temperature_number if row_temperature is None else row_temperature,
+                softcap=cap or None,
+                mask=mask,
+                reduction=reduction,
+                scale=1.0 if factor is None else factor,
+                num_rows=num_rows,
+                workspace=workspace,
+            )
+
+        parameters = (hidden, weight, bias, None)
+        options = {"into": accumulate_into, "group": process_group}
+        return _linear_loss.by_reference(OP, loss, parameters, **options)
     parameters = (hidden, weight, bias)
-    needs = _autograd.needs(*parameters)
-    if not any(needs):
+    wanted = needs(*parameters)
+    if not any(wanted):
         accumulate_into = None
     found = {}
 
@@ -150,7 +173,7 @@ def linear_token_loss(
             temperature_number,
             cap,
             chosen,
-            needs,
+            wanted,
             into=accumulate_into,
             apart=True,
             compact=compact_rows,
@@ -170,9 +193,9 @@ def linear_token_loss(
     shape = targets.shape
     return LinearTokenLossOutput(
         loss,
-        tokens.spread(tokens.logprob).reshape(shape),
-        tokens.spread(tokens.entropy).reshape(shape) if with_entropy else None,
-        {name: tokens.spread(x).reshape(shape) for name, x in tokens.metrics.items()},
+        tokens.scatter(tokens.logprob).reshape(shape),
+        tokens.scatter(tokens.entropy).reshape(shape) if with_entropy else None,
+        {name: tokens.scatter(x).reshape(shape) for name, x in tokens.metrics.items()},
     )
 
 
@@ -192,7 +215,7 @@ def _check_per_token(per_token, targets) -> dict[str, Tensor]:
 
 
 def _call(loss_fn, logprob, entropy, per_token) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the user's function makes of [n] tensors, checked: (loss, metrics)."""
+    """Calls the user's function with [n] tensors and checks its result: (loss, metrics)."""
     given = {"logprob": logprob} | ({} if entropy is None else {"entropy": entropy}) | per_token
     before = _writes(given)
     try:
@@ -228,16 +251,36 @@ def _call(loss_fn, logprob, entropy, per_token) -> tuple[Tensor, dict[str, Tenso
     return loss.to(logprob.dtype), {name: x.detach() for name, x in metrics.items()}
 
 
+def _checked(loss_fn, mask, logprob, *entropy, **per_token):
+    """`_call` on all rows that count, as reference.py calls `loss_fn`, with the checks of `_Tokens`."""
+    loss, metrics = _call(loss_fn, logprob, entropy[0] if entropy else None, per_token)
+    if logprob.requires_grad:
+        _only_rows(loss, [logprob, *entropy])
+    if loss.is_cpu and not bool(loss.isfinite().all()):
+        _refuse(loss, logprob, None if mask is None else mask.reshape(-1).nonzero().squeeze(1))
+    return loss, metrics
+
+
+def _refuse(loss, logprob, where):
+    """`where`: indices of the rows, None or a slice for consecutive ones."""
+    first = int((~loss.isfinite()).nonzero()[0])
+    row = int(where[first]) if isinstance(where, Tensor) else first + (where.start if where else 0)
+    raise ValueError(
+        f"{OP}: loss_fn must return finite numbers; got {loss[first].item():g} at row {row}, "
+        f"where logprob = {logprob[first].item():g}"
+    )
+
+
 def _writes(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """How often each was written to, where torch counts that."""
+    """How often each was written to in place, if torch counts it."""
     if torch.compiler.is_compiling():
         return {}
     return {name: x._version for name, x in tensors.items() if not x.is_inference()}
 
 
 def _only_rows(loss: Tensor, leaves: list[Tensor]) -> None:
-    """Refuses a loss of other tensors that require grad, whose gradient would be lost without a word."""
-    nodes, seen = [loss.grad_fn], set()
+    """Refuses a loss that depends on other tensors that require grad: no gradient would reach them."""
+    nodes, seen = [loss.grad_fn], {leaf.grad_fn for leaf in leaves}
     variables = [loss] if loss.is_leaf else []
     while nodes:
         node = nodes.pop()
@@ -257,7 +300,7 @@ def _only_rows(loss: Tensor, leaves: list[Tensor]) -> None:
 
 
 def _same_metrics(metrics: dict[str, Tensor], before: dict[str, Tensor]) -> None:
-    """Refuses those of a chunk that leave rows without a number, or have one rounded."""
+    """Refuses metrics of a chunk with other names or dtypes, which would leave rows unset or rounded."""
     got, expected = ({name: x.dtype for name, x in each.items()} for each in (metrics, before))
     if got != expected:
         raise ValueError(
@@ -267,7 +310,7 @@ def _same_metrics(metrics: dict[str, Tensor], before: dict[str, Tensor]) -> None
 
 
 class _Tokens:
-    """The user's loss, chunk by chunk: logprob, entropy, loss and metrics [R] of the rows that count."""
+    """The user's loss, chunk by chunk; collects logprob, entropy, loss and metrics [R] of the rows that count."""
 
     def __init__(self, work, loss_fn, per_token, with_entropy, scale):
         self.work, self.loss_fn, self.with_entropy, self.scale = (
@@ -277,19 +320,19 @@ class _Tokens:
             scale,
         )
         self.head = head = work.head
-        self.spread = head.spread
+        self.scatter = head.scatter
         self.per_token = {name: head.take(x) for name, x in per_token.items()}
         self.logprob, self.entropy = head.new_rows(), head.new_rows()
         self.loss, self.metrics = head.new_rows(), {}
 
     def run(self, compact: bool) -> None:
         head, kernels, grads = self.work
-        if not head.rows:  # its result is looked at, and its metrics get their names
+        if not head.rows:  # for the checks and the names of the metrics
             empty = head.new_rows()
             self._of_rows(slice(0, 0), empty, empty, None)
         for chunk in head.chunks(grads):
             given = (chunk.targets, chunk.row_temperature, chunk.mask)
-            logprob, entropy, stats = kernels.forward(chunk.logits, *given, True)
+            logprob, entropy, row_stats = kernels.forward(chunk.logits, *given, True)
             self.logprob[chunk.rows], self.entropy[chunk.rows] = logprob, entropy
             g, h = self._of_rows(chunk.rows, logprob, entropy, chunk.mask)
             if grads is None:
@@ -297,10 +340,10 @@ class _Tokens:
             if compact:
                 carries = [x != 0 for x in (g, h) if x is not None]
                 chunk.carries = carries[0] if len(carries) == 1 else carries[0] | carries[1]
-            kernels.backward(g, h, chunk.logits, *given[:1], stats, *given[1:], chunk.dlogits)
+            kernels.backward(g, h, chunk.logits, *given[:1], row_stats, *given[1:], chunk.dlogits)
 
     def _of_rows(self, part, logprob, entropy, mask):
-        """(dL/dlogprob, dL/dentropy) [n] of a part of the rows, None for 0."""
+        """(dL/dlogprob, dL/dentropy) [n] of the rows `part`; None for 0."""
         trains = self.work.grads is not None
         leaves = [logprob.detach()] + ([entropy.detach()] if self.with_entropy else [])
         per_token = {name: x[part] for name, x in self.per_token.items()}
@@ -309,7 +352,7 @@ class _Tokens:
             ours = (leaves[0], leaves[1] if self.with_entropy else None)
             loss, metrics = _call(self.loss_fn, *ours, per_token)
             if loss.is_cpu and not bool(loss.isfinite().all()):
-                self._refuse(loss, logprob, part)
+                _refuse(loss, logprob, self.head.where(part))
             if mask is not None:
                 loss = loss.masked_fill(~mask, 0.0)
             grad_logprobs = [None, None]
@@ -317,10 +360,10 @@ class _Tokens:
                 _only_rows(loss, leaves)
                 up = self.scale.expand_as(loss)
                 grad_logprobs = list(torch.autograd.grad(loss, leaves, up, allow_unused=True))
-                if all(g is None for g in grad_logprobs):  # a Function whose backward returns None
+                if all(g is None for g in grad_logprobs):  # a Function may return None
                     grad_logprobs[0] = torch.zeros_like(logprob)
                 wrong = self.head.wrong
-                if wrong is not None:  # a clip makes 0 of the scale's NaN
+                if wrong is not None:  # a clip would turn the scale's NaN into 0
                     grad_logprobs = [
                         g if g is None else g.masked_fill(wrong, torch.nan) for g in grad_logprobs
                     ]
@@ -335,18 +378,9 @@ class _Tokens:
         grad_logprobs = [None if g is None else g.contiguous() for g in grad_logprobs]
         return grad_logprobs[0], grad_logprobs[1] if self.with_entropy else None
 
-    def _refuse(self, loss, logprob, part):
-        first = int((~loss.isfinite()).nonzero()[0])
-        where = self.head.where(part)
-        row = where.start + first if isinstance(where, slice) else int(where[first])
-        raise ValueError(
-            f"{OP}: loss_fn must return finite numbers; got {loss[first].item():g} at row {row}, "
-            f"where logprob = {logprob[first].item():g}"
-        )
-
 
 def _after(head, loss_fn, per_token, with_entropy, mask, factor, reduction):
-    """The same loss of log-probs that `linear_logprob` differentiates, on all rows at once."""
+    """The loss of `linear_logprob`'s results, on all rows at once."""
     shape = head[0].shape
     logprob, entropy = (x.reshape(-1) for x in head)
     flat = {name: x.reshape(-1) for name, x in per_token.items()}
@@ -362,3 +396,6 @@ def _after(head, loss_fn, per_token, with_entropy, mask, factor, reduction):
         head[1].detach() if with_entropy else None,
         {name: x.reshape(shape) for name, x in metrics.items()},
     )
+
+
+_backend.provide(OP, _backend.kernels(token_logprob.OP), gradient=True)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.ops import _backend, _checks, _sequence
-from fastrlhf.ops._register import register
+from fastrlhf.ops import _checks
+from fastrlhf.ops._register import choose, register
 
 OP = "masked_whiten"
 
@@ -51,35 +51,23 @@ def masked_whiten(
     tensor([-1.,  0.,  1.])
     """
     _checks.float_tensor(OP, "x", x)
-    for name, value in (("shift_mean", shift_mean), ("unbiased", unbiased)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{OP}: {name} must be a bool; got {type(value).__name__}")
+    _checks.flag(OP, "shift_mean", shift_mean)
+    _checks.flag(OP, "unbiased", unbiased)
     if cu_seqlens is None:
-        mask = _sequence.mask(OP, mask, x)
+        mask = _checks.token_mask(OP, mask, x)
     else:
-        _, mask, _ = _sequence.layout(OP, "x", x, cu_seqlens, mask)
-    chosen = _backend.choose(OP, backend, x)
+        _, mask, _ = _checks.layout(OP, "x", x, cu_seqlens, mask)
+    chosen = choose(OP, backend, x)
     if chosen == "reference":
         with torch.no_grad():
             return reference.masked_whiten(x, mask=mask, shift_mean=shift_mean, unbiased=unbiased)
-    run = _TRITON if chosen == "triton" else _CPP
-    out = run(_sequence.rows(x), _sequence.rows(mask), shift_mean, unbiased)
+    out = FWD[chosen](_checks.as_rows(x), _checks.as_rows(mask), shift_mean, unbiased)
     return out if x.dim() in (1, 2) else out.reshape(x.shape)
 
 
-def _fake(x, mask, shift_mean, unbiased):
-    return _sequence.empty_tokens(x)
-
-
-_CPP = None
-if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
-    _CPP = register("masked_whiten", _fake)
-
-
-def _triton(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool) -> Tensor:
-    from fastrlhf.kernels import masked_whiten as kernels  # imported when the op first runs
-
-    return kernels.forward(x, mask, shift_mean, unbiased)
-
-
-_TRITON = register("masked_whiten_triton", _fake, body=_triton)
+FWD = register(
+    "masked_whiten(Tensor x, Tensor? mask, bool shift_mean, bool unbiased) -> Tensor",
+    lambda x, *rest: _checks.empty_tokens(x),
+    op=OP,
+    triton="masked_whiten.forward",
+)

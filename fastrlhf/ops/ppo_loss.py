@@ -3,15 +3,12 @@
 Shapes: every tensor [...], one element a token, packed [N] or padded [B, T]; n unmasked tokens.
 """
 
-import math
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.ops import _autograd, _backend, _checks, _metrics, _sequence
-from fastrlhf.ops._register import plain, register
+from fastrlhf.ops import _checks, _metrics
+from fastrlhf.ops._register import choose, register, trained
 from fastrlhf.reference import PPOLossOutput
 
 OP = "ppo_loss"
@@ -86,7 +83,7 @@ def ppo_loss(
     >>> out.loss, out.metrics["ratio_max"]
     (tensor(-1.), tensor(1.))
     """
-    _sequence.same_tokens(
+    _checks.same_tokens(
         OP,
         "logprob",
         logprob,
@@ -98,13 +95,13 @@ def ppo_loss(
         entropy=entropy,
     )
     if mask is not None:
-        mask = _sequence.mask(OP, mask, logprob)
-    settings = check_settings(OP, clip, dual_clip, value_clip, value_coef, entropy_coef)
+        mask = _checks.token_mask(OP, mask, logprob)
+    settings = _checks.ppo_settings(OP, clip, dual_clip, value_clip, value_coef, entropy_coef)
     if entropy_coef != 0 and entropy is None:
         raise ValueError(f"{OP}: entropy_coef={entropy_coef:g} needs entropy; got None")
-    check_value_tensors(OP, values, old_values, returns, value_clip)
-    check_constants(OP, old_logprob, advantages, old_values, returns)
-    chosen = _backend.choose(OP, backend, logprob, values, entropy)
+    _checks.ppo_values(OP, values, old_values, returns, value_clip)
+    _checks.ppo_constants(OP, old_logprob, advantages, old_values, returns)
+    chosen = choose(OP, backend, logprob, values, entropy)
     if chosen == "reference":
         return reference.ppo_loss(
             logprob,
@@ -125,20 +122,16 @@ def ppo_loss(
     if value_clip is None:
         tokens = (*tokens[:4], None, *tokens[5:])
     if logprob.dim() not in (1, 2):
-        tokens = map(_sequence.rows, tokens)
-    with_grad = _autograd.trained(logprob, values, entropy)
-    fwd, lazy = ops(chosen), plain()
-    loss, metrics, *_ = (fwd.kernel if lazy else fwd)(*tokens, *settings, with_grad)
-    given = (values is not None, entropy is not None)
-    return PPOLossOutput(loss, named_metrics(metrics, *given, lazy=lazy))
+        tokens = map(_checks.as_rows, tokens)
+    with_grad = trained(logprob, values, entropy)
+    loss, metrics, _ = FWD[chosen](*tokens, *settings, with_grad)
+    return PPOLossOutput(
+        loss, _metrics.named(NAMES[values is not None, entropy is not None], metrics)
+    )
 
 
-def named_metrics(metrics: Tensor, has_values: bool, has_entropy: bool, lazy: bool):
-    """The metrics [9] of the raw op by name, without those of tensors that were not given."""
-    return _metrics.named(_GIVEN[has_values, has_entropy], metrics, lazy)
-
-
-_GIVEN = {
+# (has values, has entropy) -> the name of each of the raw op's metrics [9]; None for those without an input.
+NAMES = {
     (has_values, has_entropy): (
         *_POLICY_METRICS,
         *(name if has_values else None for name in _VALUE_METRICS),
@@ -149,56 +142,16 @@ _GIVEN = {
 }
 
 
-def check_settings(op, clip, dual_clip, value_clip, value_coef, entropy_coef):
-    """The five numbers of the loss as the raw op takes them: infinite for a clip that is None."""
-    return (
-        _checks.number(op, "clip", clip, low=0, strict=True),
-        math.inf
-        if dual_clip is None
-        else _checks.number(op, "dual_clip", dual_clip, low=1, strict=True),
-        math.inf
-        if value_clip is None
-        else _checks.number(op, "value_clip", value_clip, low=0, strict=True),
-        _checks.number(op, "value_coef", value_coef),
-        _checks.number(op, "entropy_coef", entropy_coef),
-    )
-
-
-def check_value_tensors(op, values, old_values, returns, value_clip):
-    if values is None:
-        for name, given in (("old_values", old_values), ("returns", returns)):
-            if given is not None:
-                raise ValueError(f"{op}: {name} must come with values; got values=None")
-        return
-    if returns is None:
-        raise ValueError(f"{op}: returns must be given with values; got None")
-    if old_values is None and value_clip is not None:
-        raise ValueError(
-            f"{op}: old_values must be given with values, or value_clip=None; got None"
-        )
-
-
-def check_constants(op, old_logprob, advantages, old_values, returns):
-    constants = (old_logprob, advantages, old_values, returns)
-    for x in constants:
-        if x is not None and x.requires_grad:
-            names = ("old_logprob", "advantages", "old_values", "returns")
-            _checks.constants(op, **dict(zip(names, constants, strict=True)))
-
-
 # ---- registration -------------------------------------------------------------------------------
 
 
 def _fake(logprob, old_logprob, advantages, values, old_values, returns, entropy, *rest):
     given = 1 + (values is not None) + (entropy is not None)
     return (
-        logprob.new_empty((), dtype=_sequence.acc_dtype(logprob)),
+        logprob.new_empty((), dtype=_checks.acc_dtype(logprob)),
         logprob.new_empty(len(METRICS), dtype=torch.float32),
-        _sequence.empty_stacked(logprob, given if rest[-1] else 0),
+        _checks.empty_stacked(logprob, given if rest[-1] else 0),
     )
-
-
-_WRT = (0, 3, 6)  # logprob, values and entropy
 
 
 def _setup(ctx, arguments, outputs):
@@ -208,14 +161,12 @@ def _setup(ctx, arguments, outputs):
         None if values is None else values.dtype,
         None if entropy is None else entropy.dtype,
     )
-    ctx.save_for_backward(*outputs[2:])
+    ctx.save_for_backward(outputs[2])
 
 
 def _backward(ctx, grad_loss):
-    # The Triton op leaves its gradients without 1 / n, which stands before them.
-    *factor, grads = ctx.saved_tensors
-    scale = grad_loss * factor[0] if factor else grad_loss
-    found = (grads * scale).unbind()
+    (grads,) = ctx.saved_tensors
+    found = (grads * grad_loss).unbind()
     logprob, values, entropy = ctx.dtypes
     return (
         _as(found[0], logprob),
@@ -228,43 +179,16 @@ def _as(x, dtype):
     return x if x.dtype == dtype else x.to(dtype)
 
 
-_AUTOGRAD = {"op": OP, "wrt": _WRT, "setup": _setup, "backward": _backward}
-_CPP = None
-if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
-    _CPP = register("ppo_loss_fwd", _fake, **_AUTOGRAD)
-
-
-def _triton_fwd(
-    logprob: Tensor,
-    old_logprob: Tensor,
-    advantages: Tensor,
-    values: Tensor | None,
-    old_values: Tensor | None,
-    returns: Tensor | None,
-    entropy: Tensor | None,
-    mask: Tensor | None,
-    clip: float,
-    dual_clip: float,
-    value_clip: float,
-    value_coef: float,
-    entropy_coef: float,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fastrlhf.kernels import ppo_loss as kernels  # imported when the op first runs
-
-    tensors = (logprob, old_logprob, advantages, values, old_values, returns, entropy)
-    options = (clip, dual_clip, value_clip, value_coef, entropy_coef, with_grad)
-    return kernels.forward(tensors, mask, *options)
-
-
-def _triton_fake(*inputs):
-    loss, metrics, grads = _fake(*inputs)
-    return loss, metrics, torch.empty_like(loss), grads
-
-
-_TRITON = register("ppo_loss_triton_fwd", _triton_fake, body=_triton_fwd, **_AUTOGRAD)
-
-
-def ops(backend: str) -> Callable:
-    """The raw op of a fused backend."""
-    return _TRITON if backend == "triton" else _CPP
+# A clip that is None is infinite. `grads` [k, ...]: dL/dlogprob, and dL/dvalues and dL/dentropy where these are given;
+# k = 0 unless `with_grad`.
+FWD = register(
+    "ppo_loss_fwd(Tensor logprob, Tensor old_logprob, Tensor advantages, Tensor? values, Tensor? old_values, "
+    "Tensor? returns, Tensor? entropy, Tensor? mask, float clip, float dual_clip, float value_clip, float value_coef, "
+    "float entropy_coef, bool with_grad) -> (Tensor loss, Tensor metrics, Tensor grads)",
+    _fake,
+    op=OP,
+    triton="ppo_loss.forward",
+    wrt=(0, 3, 6),  # logprob, values, entropy
+    setup=_setup,
+    backward=_backward,
+)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.ops import _autograd, _backend, _checks, _sequence
-from fastrlhf.ops._register import register
+from fastrlhf.ops import _checks
+from fastrlhf.ops._register import choose, register, trained
 
 OP = "ranking_loss"
 
@@ -22,7 +22,7 @@ def ranking_loss(
     whatever its K: the paper's 1/C(K,2) sum, whose divisor is the number of pairs that are left
     after the ties are dropped. A prompt without a strict pair adds nothing and is not counted; if
     no prompt has one, the loss is 0. For K = 2 this is the pairwise loss
-    ``-logsigmoid(chosen - rejected).mean()``. The gradient, made in the forward, is
+    ``-logsigmoid(chosen - rejected).mean()``. The forward also computes the gradient,
     ``dL/ds_w = (sigmoid(s_w - s_l) - 1) / (prompts * pairs)`` per pair, and its negative for s_l.
 
     Args:
@@ -52,62 +52,42 @@ def ranking_loss(
     _checks.index_tensor(OP, "ranks", ranks)
     _checks.shape(OP, "ranks", ranks, scores.shape)
     _checks.same_device(OP, "ranks", ranks, scores.device)
-    cu_groups = _groups(cu_groups, scores)
+    cu_groups = _checks.offsets(
+        OP, cu_groups, scores.shape[0], scores.device, name="cu_groups", axis="P"
+    )
     if scores.device.type == "cpu" and not torch.compiler.is_compiling():
         if ranks.numel() and int(ranks.min()) < 1:
             raise ValueError(f"{OP}: ranks must be at least 1 (1 = best); got {int(ranks.min())}")
-    chosen = _backend.choose(OP, backend, scores)
+    chosen = choose(OP, backend, scores)
     if chosen == "reference":
         return reference.ranking_loss(scores, ranks, cu_groups)
-    fwd = _TRITON if chosen == "triton" else _CPP
-    ranks = ranks if chosen == "triton" else ranks.long()
-    return fwd(scores, ranks, cu_groups, _autograd.trained(scores))[0]
-
-
-def _groups(cu_groups, scores):
-    try:
-        return _checks.cu_seqlens(OP, cu_groups, scores.shape[0], scores.device)
-    except (TypeError, ValueError) as error:
-        message = str(error).replace("cu_seqlens", "cu_groups").replace("tokens", "completions")
-        raise type(error)(message.replace("B + 1", "P + 1").replace("B >= 0", "P >= 0")) from None
+    return FWD[chosen](scores, ranks.long(), cu_groups, trained(scores))[0]
 
 
 def _fake(scores, ranks, cu_groups, with_grad):
-    dtype = _sequence.acc_dtype(scores)
+    dtype = _checks.acc_dtype(scores)
     shape = scores.shape if with_grad else (0,)
     return scores.new_empty((), dtype=dtype), scores.new_empty(shape, dtype=dtype)
 
 
 def _setup(ctx, arguments, outputs):
     ctx.dtype = arguments[0].dtype
-    ctx.save_for_backward(*outputs[1:])
+    ctx.save_for_backward(outputs[1])
 
 
 def _backward(ctx, grad_loss):
-    # The Triton op leaves its gradient without 1 / (counted prompts), which stands before it.
-    *factor, grad = ctx.saved_tensors
-    scale = grad_loss * factor[0] if factor else grad_loss
-    grad = grad * scale
+    (grad,) = ctx.saved_tensors
+    grad = grad * grad_loss
     return (grad if grad.dtype == ctx.dtype else grad.to(ctx.dtype),)
 
 
-_AUTOGRAD = {"op": OP, "wrt": (0,), "setup": _setup, "backward": _backward}
-_CPP = None
-if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
-    _CPP = register("ranking_loss_fwd", _fake, **_AUTOGRAD)
-
-
-def _triton_fwd(
-    scores: Tensor, ranks: Tensor, cu_groups: Tensor, with_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    from fastrlhf.kernels import ranking_loss as kernels  # imported when the op first runs
-
-    return kernels.forward(scores, ranks, cu_groups, with_grad)
-
-
-def _triton_fake(*inputs):
-    loss, grad = _fake(*inputs)
-    return loss, torch.empty_like(loss), grad
-
-
-_TRITON = register("ranking_loss_triton_fwd", _triton_fake, body=_triton_fwd, **_AUTOGRAD)
+# `grad`: dL/dscores, empty unless `with_grad`.
+FWD = register(
+    "ranking_loss_fwd(Tensor scores, Tensor ranks, Tensor cu_groups, bool with_grad) -> (Tensor loss, Tensor grad)",
+    _fake,
+    op=OP,
+    triton="ranking_loss.forward",
+    wrt=(0,),
+    setup=_setup,
+    backward=_backward,
+)

@@ -1,19 +1,15 @@
 """token_logprob: log-probability of each row's target, and the entropy, from logits.
 
-Shapes: logits [..., V] -> N rows; targets, mask, outputs [...]; stats [3, N] = (max m of z, log of
-the sum of e^(z - m), mean of z - m under the softmax).
+Shapes: logits [..., V] -> N rows; targets, mask, outputs [...]; row_stats [3, N] = (row_max, shifted_lse,
+shifted_mean): the maximum of z, the log of the sum of e^(z - row_max), the mean of z - row_max under the softmax.
 """
-
-import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.ops import _backend, _checks
-from fastrlhf.ops._register import register
+from fastrlhf.ops import _checks
+from fastrlhf.ops._register import choose, register
 
 OP = "token_logprob"
 
@@ -67,140 +63,34 @@ def token_logprob(
     >>> token_logprob(torch.zeros(2, 4), torch.tensor([1, 3]))
     tensor([-1.3863, -1.3863])
     """
-    row_temperature, temperature, softcap, mask = check(
+    row_temperature, temperature, softcap, mask = _checks.logit_rows(
         OP, logits, targets, temperature, softcap, mask
     )
-    chosen = _backend.choose(OP, backend, logits, row_temperature)
+    chosen = choose(OP, backend, logits, row_temperature)
     if chosen == "reference":
-        return _reference(
-            logits, targets, row_temperature, temperature, softcap, mask, return_entropy
+        _checks.row_values(OP, targets, logits.shape[-1], mask, row_temperature)
+        return reference.token_logprob(
+            logits,
+            targets,
+            temperature=temperature if row_temperature is None else row_temperature,
+            softcap=softcap or None,
+            mask=mask,
+            return_entropy=return_entropy,
         )
     # A compiled graph plans memory itself, and must not meet a hidden mutation.
     inplace = (
         inplace_backward and not torch.compiler.is_compiling() and _checks.overwritable(logits)
     )
-    fwd = ops(chosen).fwd
     settings = (row_temperature, temperature, softcap, mask, return_entropy, inplace)
-    logprob, entropy, _ = run(OP, fwd, (logits, targets, *settings))
+    logprob, entropy, _ = FWD[chosen](logits, targets, *settings)
     return (logprob, entropy) if return_entropy else logprob
-
-
-def check(op, logits, targets, temperature, softcap, mask, vocab=None):
-    """Checked (row_temperature | None, temperature, softcap or 0.0, bool mask | None).
-
-    `logits` stands for any [..., X] tensor of the rows; `vocab` is V where X is not.
-    """
-    if vocab is None:  # else: hidden, which has been looked at
-        _checks.float_tensor(op, "logits", logits)
-    _checks.index_tensor(op, "targets", targets)
-    if logits.dim() < 1:
-        name = "logits" if vocab is None else "hidden"
-        raise ValueError(f"{op}: {name} must have a last axis; got a 0-d tensor")
-    rows = logits.shape[:-1]
-    if targets.shape != rows:
-        _checks.shape(op, "targets", targets, rows)
-    _checks.same_device(op, "targets", targets, logits.device)
-    if (logits.shape[-1] if vocab is None else vocab) == 0 and targets.numel() > 0:
-        raise ValueError(f"{op}: the vocabulary must have at least 1 entry; got 0")
-    softcap = 0.0 if softcap is None else _checks.number(op, "softcap", softcap, low=0, strict=True)
-    row_temperature = None
-    if isinstance(temperature, Tensor):
-        row_temperature, temperature = _row_temperature(op, temperature, logits, targets), 1.0
-    else:
-        temperature = _checks.number(op, "temperature", temperature, low=0, strict=True)
-    if mask is not None:
-        mask = _checks.mask(op, mask, targets.shape, logits.device)
-    return row_temperature, temperature, softcap, mask
-
-
-def _row_temperature(op, temperature, logits, targets):
-    _checks.float_tensor(op, "temperature", temperature)
-    _checks.same_device(op, "temperature", temperature, logits.device)
-    _checks.constants(op, temperature=temperature)
-    try:
-        rows = temperature.expand(targets.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{op}: temperature must broadcast to {tuple(targets.shape)}; "
-            f"got {tuple(temperature.shape)}"
-        ) from None
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return rows.to(dtype).contiguous()
-
-
-_VALUE_ERRORS = ("targets must be in", "temperature must be above 0", "num_rows must be")
-
-
-def run(name, op, arguments, known_plain=False):
-    """Calls what `register` returned; its complaints about values become ValueErrors of `name` in eager mode.
-
-    `known_plain`: `plain` of _register.py has been asked.
-    """
-    if not known_plain and torch.compiler.is_compiling():
-        return op(*arguments)
-    try:
-        return op(*arguments)
-    except (RuntimeError, ValueError) as error:
-        message = str(error)
-        for start in _VALUE_ERRORS:
-            if start in message:
-                text = message[message.index(start) :].splitlines()[0]
-                raise ValueError(f"{name}: {text}") from None
-        raise
-
-
-def check_target_values(op, targets, vocab, mask):
-    """The same check for backends without one in their kernel; on CPU, in eager mode."""
-    counted = targets if mask is None else targets[mask]
-    if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= vocab):
-        bad = ((targets < 0) | (targets >= vocab)) & (True if mask is None else mask)
-        row = int(bad.reshape(-1).nonzero()[0])
-        value = int(targets.reshape(-1)[row])
-        raise ValueError(f"{op}: targets must be in [0, {vocab}); got {value} at row {row}")
-
-
-def reference_targets(op, logits, targets, row_temperature, mask):
-    """(targets that the reference may gather, rows whose target was wrong); None: it has raised."""
-    vocab = logits.shape[-1]
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_target_values(op, targets, vocab, mask)
-        if row_temperature is not None:
-            counted = row_temperature if mask is None else row_temperature[mask]
-            if not bool((counted > 0).all()):
-                raise ValueError(f"{op}: temperature must be above 0; got {counted.min():g}")
-        return targets, None
-    # A gather outside the vocabulary would bring the device down: read class 0, report NaN.
-    wrong = (targets < 0) | (targets >= vocab)
-    wrong = wrong if mask is None else wrong & mask
-    return targets.masked_fill(wrong, 0), wrong
-
-
-def _reference(logits, targets, row_temperature, temperature, softcap, mask, return_entropy):
-    targets, wrong = reference_targets(OP, logits, targets, row_temperature, mask)
-    out = reference.token_logprob(
-        logits,
-        targets,
-        temperature=temperature if row_temperature is None else row_temperature,
-        softcap=softcap or None,
-        mask=mask,
-        return_entropy=return_entropy,
-    )
-    if wrong is None:
-        return out
-    if return_entropy:
-        return out[0].masked_fill(wrong, math.nan), out[1]
-    return out.masked_fill(wrong, math.nan)
 
 
 # ---- registration -------------------------------------------------------------------------------
 
 
-def _acc_dtype(logits):
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def _fwd_fake(logits, targets, *settings):
-    dtype = _acc_dtype(logits)
+    dtype = _checks.acc_dtype(logits)
     out = logits.new_empty(targets.shape, dtype=dtype)
     return out, torch.empty_like(out), logits.new_empty((3, targets.numel()), dtype=dtype)
 
@@ -209,8 +99,23 @@ def _bwd_fake(grad_logprob, grad_entropy, logits, *rest):
     return logits.new_empty(logits.shape)
 
 
-def _bwd_inplace_fake(*args):
-    return None
+# dL/dlogits, as a new tensor or into `out`, which may be the logits, or 16-bit where they are fp32 (the linear ops).
+BWD = register(
+    "token_logprob_bwd(Tensor? grad_logprob, Tensor? grad_entropy, Tensor logits, Tensor targets, "
+    "Tensor row_stats, Tensor? row_temperature, float temperature, float softcap, Tensor? mask) -> Tensor",
+    _bwd_fake,
+    op=OP,
+    triton="token_logprob.gradient",
+    wrt=(0, 1, 2),
+)
+BWD_ = register(
+    "token_logprob_bwd_(Tensor? grad_logprob, Tensor? grad_entropy, Tensor logits, Tensor targets, "
+    "Tensor row_stats, Tensor? row_temperature, float temperature, float softcap, Tensor? mask, "
+    "Tensor(a!) out) -> ()",
+    lambda *arguments: None,
+    op=OP,
+    triton="token_logprob.backward",
+)
 
 
 def _setup(ctx, arguments, outputs):
@@ -218,107 +123,54 @@ def _setup(ctx, arguments, outputs):
     ctx.save_for_backward(logits, targets, outputs[2], row_temperature, mask)
 
 
-class Ops(NamedTuple):
-    """The ops of a backend; `bwd_` writes to its last argument, which may be the logits."""
-
-    fwd: Callable
-    bwd: Callable
-    bwd_: Callable
-
-
-def _register(prefix, fwd=None, bwd=None, bwd_=None):
-    bwd = register(f"{prefix}_bwd", _bwd_fake, body=bwd, op=OP, wrt=(0, 1, 2))
-    bwd_ = register(f"{prefix}_bwd_", _bwd_inplace_fake, body=bwd_, mutates=("out",))
-
-    def backward(ctx, grad_logprob, grad_entropy):
-        logits, targets, stats, row_temperature, mask = ctx.saved_tensors
-        settings = (row_temperature, ctx.temperature, ctx.softcap, mask)
-        arguments = (grad_logprob, grad_entropy, logits, targets, stats, *settings)
-        if not ctx.inplace:
-            grad = bwd(*arguments)
-        else:
-            bwd_.below(*arguments, logits)
-            # The saved logits are gone: let autograd notice any second use.
-            torch.autograd.graph.increment_version(logits)
-            grad = logits.detach()
-        return (grad,)
-
-    fwd = register(
-        f"{prefix}_fwd",
-        _fwd_fake,
-        body=fwd,
-        op=OP,
-        wrt=(0,),
-        gives=2,
-        setup=_setup,
-        backward=backward,
-        create_graph=True,
-    )
-    return Ops(fwd, bwd, bwd_)
+def _backward(ctx, grad_logprob, grad_entropy):
+    logits, targets, row_stats, row_temperature, mask = ctx.saved_tensors
+    settings = (row_temperature, ctx.temperature, ctx.softcap, mask)
+    arguments = (grad_logprob, grad_entropy, logits, targets, row_stats, *settings)
+    if not ctx.inplace:
+        return (BWD[ctx.backend](*arguments),)
+    BWD_[ctx.backend].below(*arguments, logits)
+    # The saved logits are gone: let autograd detect any second use.
+    torch.autograd.graph.increment_version(logits)
+    return (logits.detach(),)
 
 
-_CPP = _register("token_logprob") if OP in _backend._CPU_OPS | _backend._CUDA_OPS else None
+# `inplace_backward` is for the backward alone. The entropy and shifted_mean are computed only `with_entropy`: a GPU's
+# kernel is bound by its instructions.
+FWD = register(
+    "token_logprob_fwd(Tensor logits, Tensor targets, Tensor? row_temperature, float temperature, float softcap, "
+    "Tensor? mask, bool with_entropy, bool inplace_backward) -> (Tensor logprob, Tensor entropy, Tensor row_stats)",
+    _fwd_fake,
+    op=OP,
+    triton="token_logprob.forward",
+    wrt=(0,),
+    gives=2,
+    setup=_setup,
+    backward=_backward,
+    create_graph=True,
+)
 
 
-# ---- Triton: the kernels are imported when an op first runs -----------------------------------
+# ---- the forward in parts, on CPU ---------------------------------------------------------------
+
+# Adds the columns [first, first + w) of logits [n, w] to `state` [6, n]: the running row_max, the sums of
+# exp(z - row_max) and (z - row_max) exp(z - row_max), the rounding errors of both, and the target's logit. first = 0
+# starts it. Parts come in ascending order and begin at multiples of 2048 columns.
+PART_ = register(
+    "token_logprob_part_(Tensor logits, Tensor targets, int first, Tensor? row_temperature, float temperature, "
+    "float softcap, Tensor? mask, Tensor(a!) state) -> ()",
+    lambda *arguments: None,
+)
 
 
-def _triton_fwd(
-    logits: Tensor,
-    targets: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    mask: Tensor | None,
-    with_entropy: bool,
-    inplace_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from fastrlhf.kernels import token_logprob as kernels
-
-    settings = (row_temperature, temperature, softcap, mask, with_entropy)
-    return kernels.forward(logits, targets, *settings)
+def _whole_fake(state, vocab, targets, *settings):
+    out = state.new_empty(targets.shape)
+    return out, torch.empty_like(out), state.new_empty((3, targets.numel()))
 
 
-def _triton_bwd(
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    stats: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    mask: Tensor | None,
-) -> Tensor:
-    from fastrlhf.kernels import token_logprob as kernels
-
-    out = logits.new_empty(logits.shape)
-    rest = (stats, row_temperature, temperature, softcap, mask)
-    kernels.backward(grad_logprob, grad_entropy, logits, targets, *rest, out)
-    return out
-
-
-def _triton_bwd_(
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    stats: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    mask: Tensor | None,
-    out: Tensor,
-) -> None:
-    from fastrlhf.kernels import token_logprob as kernels
-
-    rest = (stats, row_temperature, temperature, softcap, mask)
-    kernels.backward(grad_logprob, grad_entropy, logits, targets, *rest, out)
-
-
-_TRITON = _register("token_logprob_triton", _triton_fwd, _triton_bwd, _triton_bwd_)
-
-
-def ops(backend: str) -> Ops:
-    """The raw ops of a fused backend."""
-    return _TRITON if backend == "triton" else _CPP
+# Turns the state of all `vocab` columns into the results of token_logprob_fwd (bitwise), or raises the same errors.
+WHOLE = register(
+    "token_logprob_whole(Tensor state, int vocab, Tensor targets, Tensor? row_temperature, float temperature, "
+    "float softcap, Tensor? mask) -> (Tensor logprob, Tensor entropy, Tensor row_stats)",
+    _whole_fake,
+)

@@ -1,20 +1,17 @@
 """token_loss: the policy loss of each row and its gradient in the logits, in one pass over them.
 
 Shapes: logits [..., V] -> N rows; targets, advantages, old_logprob, mask, outputs [...]; grad_logprob [N] =
-d loss / d logprob; stats [2, N] the first two of token_logprob's.
+d loss / d logprob; row_stats [2, N] = (row_max, shifted_lse) as in token_logprob.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.ops import _backend, _checks
-from fastrlhf.ops import token_logprob as _logprob
-from fastrlhf.ops._register import differentiable, register
+from fastrlhf.ops import _checks, token_logprob
+from fastrlhf.ops._register import choose, differentiable, register
 
 OP = "token_loss"
 
@@ -94,31 +91,36 @@ def token_loss(
     >>> loss, logprob
     (tensor([0.6931, 0.6931]), tensor([-1.3863, -1.3863]))
     """
-    row_temperature, temperature, softcap, mask = _logprob.check(
+    row_temperature, temperature, softcap, mask = _checks.logit_rows(
         OP, logits, targets, temperature, softcap, mask
     )
     if advantages is not None:
-        advantages = _row_constant("advantages", advantages, logits, targets)
+        advantages = _checks.row_constant(OP, "advantages", advantages, logits, targets)
     if old_logprob is not None:
-        old_logprob = _row_constant("old_logprob", old_logprob, logits, targets)
+        old_logprob = _checks.row_constant(OP, "old_logprob", old_logprob, logits, targets)
     clip = _checks.number(OP, "clip", clip, low=0, strict=True)
     if dual_clip is not None:
         dual_clip = _checks.number(OP, "dual_clip", dual_clip, low=1, strict=True)
-    scale_tensor, scale = _scale(scale, logits)
-    chosen = _backend.choose(OP, backend, logits)
+    scale_tensor, number = None, 1.0
+    if isinstance(scale, Tensor):
+        acc = _checks.acc_dtype(logits)
+        scale_tensor = _checks.scale_tensor(OP, scale, logits.device, acc)
+    else:
+        number = _checks.number(OP, "scale", scale)
+    chosen = choose(OP, backend, logits)
     if chosen == "reference":
-        return _reference(
+        _checks.row_values(OP, targets, logits.shape[-1], mask, row_temperature)
+        return reference.token_loss(
             logits,
             targets,
             advantages,
             old_logprob=old_logprob,
             clip=clip,
             dual_clip=dual_clip,
-            row_temperature=row_temperature,
-            temperature=temperature,
+            temperature=temperature if row_temperature is None else row_temperature,
             softcap=softcap or None,
             mask=mask,
-            scale=scale if scale_tensor is None else scale_tensor,
+            scale=number if scale_tensor is None else scale_tensor,
         )
     arguments = (
         targets,
@@ -131,58 +133,25 @@ def token_loss(
         softcap,
         mask,
         scale_tensor,
-        scale,
+        number,
     )
-    kernels = ops(chosen)
     # A compiled graph plans memory itself, and must not meet a hidden mutation.
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
-        loss, logprob, _, _ = _logprob.run(OP, kernels.fwd, (logits, *arguments))
+        loss, logprob, _, _ = FWD[chosen](logits, *arguments)
         return loss, logprob.detach()
     inplace = inplace_backward and _checks.overwritable(logits)
-    outputs = _logprob.run(OP, _gradient_in_forward, (logits, kernels, inplace, *arguments))
-    return outputs[:2]
+    return _gradient_in_forward(logits, chosen, inplace, *arguments)[:2]
 
 
-def _row_constant(name, value, logits, targets):
-    """A float tensor of the rows in the accumulator's dtype, contiguous."""
-    _checks.float_tensor(OP, name, value)
-    _checks.shape(OP, name, value, targets.shape)
-    _checks.same_device(OP, name, value, logits.device)
-    if value.requires_grad:
-        _checks.constants(OP, **{name: value})
-    dtype = _logprob._acc_dtype(logits)
-    return (value if value.dtype == dtype else value.to(dtype)).contiguous()
+# ---- the gradient computed in the forward: eager mode --------------------------------------------
 
 
-def _scale(scale, logits):
-    """(0-d tensor | None, number)."""
-    if not isinstance(scale, Tensor):
-        return None, _checks.number(OP, "scale", scale)
-    _checks.float_tensor(OP, "scale", scale)
-    _checks.shape(OP, "scale", scale, ())
-    _checks.same_device(OP, "scale", scale, logits.device)
-    _checks.constants(OP, scale=scale)
-    return scale.detach().to(_logprob._acc_dtype(logits)), 1.0
-
-
-def _reference(logits, targets, *rest, row_temperature, temperature, mask, **options):
-    targets, wrong = _logprob.reference_targets(OP, logits, targets, row_temperature, mask)
-    temperature = temperature if row_temperature is None else row_temperature
-    out = reference.token_loss(
-        logits, targets, *rest, temperature=temperature, mask=mask, **options
-    )
-    return out if wrong is None else tuple(x.masked_fill(wrong, math.nan) for x in out)
-
-
-# ---- the gradient made in the forward: eager mode ------------------------------------------------
-
-
-def _forward(logits, ops, inplace, *arguments):
+def _forward(logits, backend, inplace, *arguments):
     """fwd_ writes dL/dlogits for an upstream gradient of 1."""
     out = logits if inplace else _empty(logits)
-    outputs = ops.fwd_.below(logits, *arguments, out)
+    outputs = FWD_[backend].below(logits, *arguments, out)
     if inplace:
-        # The logits are gone: let autograd notice whoever has saved them.
+        # The logits are gone: let autograd detect a node that has saved them.
         torch.autograd.graph.increment_version(logits)
     return *outputs, out
 
@@ -192,41 +161,40 @@ def _empty(logits):
 
 
 def _setup_forward(ctx, all_arguments, outputs):
-    logits, ctx.ops, ctx.inplace, targets, advantages, old_logprob, *rest = all_arguments
+    logits, ctx.backend, ctx.inplace, targets, advantages, old_logprob, *rest = all_arguments
     clip, dual_clip, row_temperature, temperature, softcap, mask, scale_tensor, scale = rest
-    _, _, grad_logprob, stats, out = outputs
+    _, _, grad_logprob, row_stats, out = outputs
     rows = (targets, advantages, old_logprob, row_temperature, mask, scale_tensor)
-    ctx.save_for_backward(logits, grad_logprob, stats, *rows)
+    ctx.save_for_backward(logits, grad_logprob, row_stats, *rows)
     ctx.numbers = clip, dual_clip, temperature, softcap, scale
     ctx.grad = None if ctx.inplace else out
 
 
-def _hand_out(ctx, grad_loss):
-    """The gradient that the forward has made, scaled."""
+def _scaled(ctx, grad_loss):
+    """The gradient that the forward has computed, times the upstream gradient."""
     if ctx.grad is not None and not torch.is_grad_enabled():
         grad, ctx.grad = ctx.grad, None
-        ctx.ops.bwd_.below(grad, grad_loss)
+        BWD_[ctx.backend].below(grad, grad_loss)
         return (grad,)
-    logits, grad_logprob, stats, *rows = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph: an op whose own gradient says that it has none
+    logits, grad_logprob, row_stats, *rows = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph: by an op that refuses a second derivative itself
         if ctx.inplace:
             raise NotImplementedError(f"{OP}: create_graph must not meet inplace_backward=True")
-        return (
-            _from_stats(ctx.ops, grad_loss, logits, grad_logprob, stats, *_arguments(ctx, rows)),
-        )
+        arguments = (logits, grad_logprob, row_stats, *_arguments(ctx, rows))
+        return (_from_row_stats(ctx.backend, grad_loss, *arguments),)
     if ctx.inplace:
         grad = logits.detach()
-        # One gradient, given away once: a second backward raises at saved_tensors.
+        # The only gradient; a second backward raises at saved_tensors.
         torch.autograd.graph.increment_version(logits)
-    else:  # a retained graph: the same bits once more
+    else:  # a retained graph: compute it again
         grad = _empty(logits)
-        ctx.ops.fwd_(logits, *_arguments(ctx, rows), grad)
-    ctx.ops.bwd_.below(grad, grad_loss)
+        FWD_[ctx.backend](logits, *_arguments(ctx, rows), grad)
+    BWD_[ctx.backend].below(grad, grad_loss)
     return (grad,)
 
 
 def _arguments(ctx, rows):
-    """Those of fwd_ behind the logits, once more."""
+    """The arguments of token_loss_fwd_ after the logits."""
     targets, advantages, old_logprob, row_temperature, mask, scale_tensor = rows
     clip, dual_clip, temperature, softcap, scale = ctx.numbers
     policy = (advantages, old_logprob, clip, dual_clip)
@@ -234,19 +202,23 @@ def _arguments(ctx, rows):
 
 
 _gradient_in_forward = differentiable(
-    _forward, op=OP, wrt=(0,), setup=_setup_forward, backward=_hand_out, create_graph=True
+    _forward, op=OP, wrt=(0,), setup=_setup_forward, backward=_scaled, create_graph=True
 )
 
 
-def _from_stats(ops, grad_loss, logits, grad_logprob, stats, targets, *arguments):
+def _from_row_stats(
+    backend, grad_loss, logits, grad_logprob, row_stats, targets, *arguments
+) -> Tensor:
     """dL/dlogits from the logits and the statistics of their rows."""
     *_, row_temperature, temperature, softcap, mask, _, _ = arguments
-    return ops.logprob_bwd(
+    return token_logprob.BWD[backend](
         grad_loss * grad_logprob,
         None,
         logits,
         targets,
-        torch.cat((stats, stats.new_zeros(1, stats.shape[1]))),  # entropy has no gradient here
+        torch.cat(
+            (row_stats, row_stats.new_zeros(1, row_stats.shape[1]))
+        ),  # no gradient of entropy
         row_temperature,
         temperature,
         softcap,
@@ -258,140 +230,61 @@ def _from_stats(ops, grad_loss, logits, grad_logprob, stats, targets, *arguments
 
 
 def _fwd_fake(logits, targets, *rest):
-    rows = logits.new_empty(targets.shape, dtype=_logprob._acc_dtype(logits))
+    rows = logits.new_empty(targets.shape, dtype=_checks.acc_dtype(logits))
     return rows, torch.empty_like(rows), torch.empty_like(rows), rows.new_empty(2, rows.numel())
-
-
-def _in_place_fake(*arguments):
-    return None
 
 
 def _setup(ctx, arguments, outputs):
     logits, targets, *_, row_temperature, ctx.temperature, ctx.softcap, mask, _, _ = arguments
-    _, _, grad_logprob, stats = outputs
-    ctx.save_for_backward(logits, grad_logprob, stats, targets, row_temperature, mask)
+    _, _, grad_logprob, row_stats = outputs
+    ctx.save_for_backward(logits, grad_logprob, row_stats, targets, row_temperature, mask)
 
 
-class Ops(NamedTuple):
-    """The ops of a backend: values, values and gradient, upstream gradient, gradient from the statistics.
-
-    `rows_`: the row pass of the linear losses, which csrc/registration.cpp describes.
-    """
-
-    fwd: Callable
-    fwd_: Callable
-    bwd_: Callable
-    logprob_bwd: Callable
-    rows_: Callable
-
-
-def _register(prefix, logprob_ops, fwd=None, fwd_=None, bwd_=None, rows_=None):
-    def backward(ctx, grad_loss):
-        logits, grad_logprob, stats, targets, row_temperature, mask = ctx.saved_tensors
-        rest = (row_temperature, ctx.temperature, ctx.softcap, mask, None, None)
-        return (
-            _from_stats(made, grad_loss, logits, grad_logprob, stats, targets, *(None,) * 4, *rest),
-        )
-
-    autograd = {"op": OP, "wrt": (0,), "setup": _setup, "backward": backward}
-    results = ("dlogits", "logprob", "entropy", "grad_logprob")
-    made = Ops(
-        register(f"{prefix}_fwd", _fwd_fake, body=fwd, **autograd, create_graph=True),
-        register(f"{prefix}_fwd_", _fwd_fake, body=fwd_, mutates=("out",)),
-        register(f"{prefix}_bwd_", _in_place_fake, body=bwd_, mutates=("grad",)),
-        logprob_ops.bwd,
-        register(f"{prefix}_rows_", _in_place_fake, body=rows_, mutates=results),
+def _backward(ctx, grad_loss):
+    logits, grad_logprob, row_stats, targets, row_temperature, mask = ctx.saved_tensors
+    rest = (row_temperature, ctx.temperature, ctx.softcap, mask, None, None)
+    return (
+        _from_row_stats(ctx.backend, grad_loss, logits, grad_logprob, row_stats, targets, *rest),
     )
-    return made
 
 
-_CPP = None
-if OP in _backend._CPU_OPS | _backend._CUDA_OPS:
-    _CPP = _register("token_loss", _logprob._CPP)
-
-
-# ---- Triton: the kernels are imported when an op first runs -----------------------------------
-
-
-def _triton_fwd(
-    logits: Tensor,
-    targets: Tensor,
-    advantages: Tensor | None,
-    old_logprob: Tensor | None,
-    clip: float,
-    dual_clip: float,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    mask: Tensor | None,
-    scale_tensor: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fastrlhf.kernels import token_loss as kernels
-
-    policy = (advantages, old_logprob, clip, dual_clip)
-    rest = (row_temperature, temperature, softcap, mask, scale_tensor, scale)
-    return kernels.forward(logits, targets, *policy, *rest)
-
-
-def _triton_fwd_(
-    logits: Tensor,
-    targets: Tensor,
-    advantages: Tensor | None,
-    old_logprob: Tensor | None,
-    clip: float,
-    dual_clip: float,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    mask: Tensor | None,
-    scale_tensor: Tensor | None,
-    scale: float,
-    out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fastrlhf.kernels import token_loss as kernels
-
-    policy = (advantages, old_logprob, clip, dual_clip)
-    rest = (row_temperature, temperature, softcap, mask, scale_tensor, scale)
-    return kernels.forward(logits, targets, *policy, *rest, out)
-
-
-def _triton_bwd_(grad: Tensor, upstream: Tensor) -> None:
-    from fastrlhf.kernels import token_loss as kernels
-
-    kernels.backward(grad, upstream)
-
-
-def _triton_rows_(
-    logits: Tensor,
-    targets: Tensor,
-    advantages: Tensor | None,
-    old_logprob: Tensor | None,
-    clip: float,
-    dual_clip: float,
-    entropy_coef: float,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    mask: Tensor | None,
-    scale: Tensor,
-    dlogits: Tensor,
-    logprob: Tensor,
-    entropy: Tensor | None,
-    grad_logprob: Tensor | None,
-) -> None:
-    from fastrlhf.kernels import token_loss as kernels
-
-    policy = (advantages, old_logprob, clip, dual_clip)
-    settings = (entropy_coef, row_temperature, temperature, softcap, mask, scale)
-    kernels.rows_(logits, targets, *policy, *settings, dlogits, logprob, entropy, grad_logprob)
-
-
-_TRITON = _register(
-    "token_loss_triton", _logprob._TRITON, _triton_fwd, _triton_fwd_, _triton_bwd_, _triton_rows_
+_ARGUMENTS = (
+    "Tensor logits, Tensor targets, Tensor? advantages, Tensor? old_logprob, float clip, float dual_clip, "
+    "Tensor? row_temperature, float temperature, float softcap, Tensor? mask, Tensor? scale_tensor, float scale"
 )
-
-
-def ops(backend: str) -> Ops:
-    """The raw ops of a fused backend."""
-    return _TRITON if backend == "triton" else _CPP
+_RESULTS = "(Tensor loss, Tensor logprob, Tensor grad_logprob, Tensor row_stats)"
+FWD = register(
+    f"token_loss_fwd({_ARGUMENTS}) -> {_RESULTS}",
+    _fwd_fake,
+    op=OP,
+    triton="token_loss.forward",
+    wrt=(0,),
+    setup=_setup,
+    backward=_backward,
+    create_graph=True,
+)
+# Also writes dL/dlogits to `out`, which may be the logits.
+FWD_ = register(
+    f"token_loss_fwd_({_ARGUMENTS}, Tensor(a!) out) -> {_RESULTS}",
+    _fwd_fake,
+    op=OP,
+    triton="token_loss.forward",
+)
+# Multiplies the rows of `grad` by upstream gradients that are not 1.
+BWD_ = register(
+    "token_loss_bwd_(Tensor(a!) grad, Tensor upstream) -> ()",
+    lambda *arguments: None,
+    op=OP,
+    triton="token_loss.backward",
+)
+# The row pass of the linear losses on a chunk's logits [n, V]. L = sum over the rows of scale * (token_loss -
+# entropy_coef * entropy). Writes the log-probs, entropies and grad_logprobs [n], and dL/dlogits, which may be the
+# logits, or 16-bit where they are fp32. All are 0 in masked rows.
+ROWS_ = register(
+    "token_loss_rows_(Tensor logits, Tensor targets, Tensor? advantages, Tensor? old_logprob, float clip, "
+    "float dual_clip, float entropy_coef, Tensor? row_temperature, float temperature, float softcap, Tensor? mask, "
+    "Tensor scale, Tensor(a!) dlogits, Tensor(b!) logprob, Tensor(c!)? entropy, Tensor(d!)? grad_logprob) -> ()",
+    lambda *arguments: None,
+    op=OP,
+    triton="token_loss.rows_",
+)

@@ -16,7 +16,7 @@ from _support import ranks
 from _support.bench_problems import BENCHMARKS
 from _support.logit_cases import randint, randn
 from fastrlhf import reference
-from fastrlhf.ops import _backend, _chunks, _gemms, linear_logprob
+from fastrlhf.ops import _backend, _gemms, linear_logprob
 
 sys.path.insert(0, str(BENCHMARKS))
 from fake_gpu import DEVICE, FakeGpu
@@ -44,7 +44,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 def small_chunks(keep=False, rows=ROWS):
     """Chunks of `rows` rows on the fake GPU. `keep`: whether linear_logprob keeps small logits for the backward."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_chunks, "chunk_rows", lambda *_: rows)
+        patch.setattr(_gemms, "chunk_rows", lambda *_: rows)
         if not keep:
             patch.setattr(linear_logprob, "KEEP_BYTES", 0)
         yield

@@ -8,7 +8,7 @@ import torch
 import fastrlhf
 from _support.bench_problems import BENCHMARKS
 from _support.logit_cases import randint, randn
-from fastrlhf.ops import _backend, _chunks, _gemms, _linear, _linear_loss, _rows, linear_logprob
+from fastrlhf.ops import _backend, _gemms, _linear, _linear_loss, _rows, linear_logprob
 
 sys.path.insert(0, str(BENCHMARKS))
 import fake_gpu
@@ -196,7 +196,7 @@ def forward(mask=None, chunk_rows=5, **options):
         mask=mask, return_entropy=True, backend="reference",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch, fake_gpu.FakeGpu(V, H) as gpu:
-        patch.setattr(_chunks, "chunk_rows", lambda *_: chunk_rows)
+        patch.setattr(_gemms, "chunk_rows", lambda *_: chunk_rows)
         found = fastrlhf.linear_logprob(
             hidden.bfloat16(), weight.bfloat16(), targets, mask=mask, return_entropy=True, **options
         )
@@ -275,7 +275,7 @@ def test_an_error_on_the_side_stream_restores_the_streams(monkeypatch, chunk):
         return found
 
     monkeypatch.setattr(_rows.RowKernels, "forward", fails)
-    monkeypatch.setattr(_chunks, "chunk_rows", lambda *_: 5)
+    monkeypatch.setattr(_gemms, "chunk_rows", lambda *_: 5)
     hidden, weight = randn(N, H, seed=0).bfloat16(), randn(V, H, seed=1).bfloat16()
     with fake_gpu.FakeGpu(V, H) as gpu:
         try:
@@ -312,7 +312,7 @@ def test_a_host_sync_orders_streams():
 def test_training_does_not_keep_logits_that_the_side_stream_writes(monkeypatch):
     """The backward runs on the main stream only."""
     monkeypatch.setattr(linear_logprob, "KEEP_BYTES", 0)
-    monkeypatch.setattr(_chunks, "chunk_rows", lambda *_: 5)
+    monkeypatch.setattr(_gemms, "chunk_rows", lambda *_: 5)
     hidden = randn(N, H, seed=0).bfloat16().requires_grad_()
     weight = randn(V, H, seed=1).bfloat16().requires_grad_()
     with fake_gpu.FakeGpu(V, H) as gpu:

@@ -18,7 +18,7 @@ from _support.host_shim import build
 from _support.logit_cases import DEVICE
 from _support.small_calls import small_call as call_on
 from fastrlhf import reference
-from fastrlhf.ops import _backend, _rows
+from fastrlhf.ops import _backend
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -63,7 +63,7 @@ def test_every_op_has_kernels_to_look_for(op, backend):
 
 @pytest.fixture
 def poisoned_reference(monkeypatch):
-    """Every function of reference.py raises when it is called, and the row maths in PyTorch as well."""
+    """Every function of reference.py raises when it is called."""
 
     def poison(home, name):
         def refuse(*args, **kwargs):
@@ -74,8 +74,6 @@ def poisoned_reference(monkeypatch):
     for name, function in inspect.getmembers(reference, inspect.isfunction):
         if function.__module__.startswith(reference.__name__):  # its other half, too
             poison(reference, name)
-    for name in ("_scaled", "_index"):  # both halves of the linear ops' reference use them
-        poison(_rows.RowKernels, name)
 
 
 @pytest.fixture
@@ -137,16 +135,14 @@ class TestTheKernelThatClaimsToHaveRunDidRun:
             pytest.skip(reason)
         before = _backend.calls[op, "triton"]
         small_call(op, "triton")
-        file = f"fastrlhf.kernels.{_backend._TRITON_KERNELS[op]}"
+        file = f"fastrlhf.kernels.{SERVED_BY.get(op, op)}"
         assert any(module == file and name.endswith("_kernel") for module, name in interpreted)
         assert _backend.calls[op, "triton"] == before + 1
 
     def test_reference(self, op, interpreted):
-        """Its linear ops are dispatched too, but no row kernel of another backend is."""
+        """It is plain PyTorch: no op of ours is dispatched."""
         ops, _ = profiled(lambda: small_call(op, "reference"))
-        fused = {name for name in ops if name.startswith(tuple(set(SERVED_BY.values()) | {op}))}
-        assert not fused - {f"{op}_fwd", f"{op}_bwd"} and (op in SERVED_BY or not fused)
-        assert not interpreted
+        assert not ops and not interpreted
 
     def test_the_poison_kills(self, op, poisoned_reference):
         with pytest.raises(AssertionError, match="the reference ran"):
@@ -188,8 +184,8 @@ def test_auto_takes_the_first_that_can_run(device, monkeypatch):
 
 
 def test_auto_without_a_fused_backend_warns_once_and_says_why(monkeypatch):
-    gae = fastrlhf.gae  # its module registers the C++ op when it is first imported
-    monkeypatch.setattr(_backend, "_CPU_OPS", frozenset())
+    gae = fastrlhf.gae  # importing its module registers its kernels
+    monkeypatch.setitem(_backend._provided, "gae", frozenset())
     monkeypatch.setattr(_backend, "_extension_error", "it is not built")
     monkeypatch.setattr(_backend, "_warned", set())
     monkeypatch.setattr(_backend, "_chosen", {})

@@ -10,7 +10,7 @@ from fastrlhf import KLGAEOutput, reference
 from fastrlhf import gae as plain_gae
 from fastrlhf import kl_gae as plain_kl_gae
 from fastrlhf import kl_reward as plain_kl_reward
-from fastrlhf.ops import _backend, _sequence
+from fastrlhf.ops import _backend, _checks
 
 LENGTHS = cases.LENGTHS
 NAN = float("nan")
@@ -34,7 +34,7 @@ def parts(logprob, ref_logprob, score, values, *, beta, estimator, gamma, lam, w
 
 
 @fused
-@pytest.mark.parametrize("estimator", _sequence.ESTIMATORS)
+@pytest.mark.parametrize("estimator", _checks.ESTIMATORS)
 @pytest.mark.parametrize("dtype", [*cases.DTYPES, torch.float64])
 @pytest.mark.parametrize("layout", ["packed", "masked"])
 def test_equals_its_parts_bitwise(backend, estimator, dtype, layout):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from _support import sequence_cases as cases
 from fastrlhf import kl_reward as plain_kl_reward
 from fastrlhf import reference
-from fastrlhf.ops import _sequence
+from fastrlhf.ops import _checks
 
 LENGTHS = cases.LENGTHS
 N, B = sum(LENGTHS), len(LENGTHS)
@@ -17,7 +17,7 @@ kl_reward = cases.anywhere(plain_kl_reward)
 each_backend = cases.each_backend("kl_reward")
 fused = cases.each_backend("kl_reward", cases.FUSED)
 each_triton = cases.each_backend("kl_reward", ("triton",))
-each_estimator = pytest.mark.parametrize("estimator", _sequence.ESTIMATORS)
+each_estimator = pytest.mark.parametrize("estimator", _checks.ESTIMATORS)
 
 
 def naive(logprob, ref_logprob, score, mask, beta, estimator):
@@ -202,7 +202,7 @@ def test_one_launch(backend):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 30), max_size=10), st.sampled_from(_sequence.ESTIMATORS))
+@given(st.lists(st.integers(0, 30), max_size=10), st.sampled_from(_checks.ESTIMATORS))
 def test_any_layout(lengths, estimator):
     logprob, ref_logprob = cases.randn((2, sum(lengths)), 1)
     score, options = cases.randn(len(lengths), 2), {"beta": 0.1, "estimator": estimator}

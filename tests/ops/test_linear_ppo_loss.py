@@ -8,7 +8,7 @@ from _support import logit_cases as cases
 from _support import ppo_cases
 from _support.logit_cases import DEVICE, assert_near, randint, randn
 from fastrlhf import linear_cross_entropy, linear_logprob, linear_ppo_loss, ppo_loss, reference
-from fastrlhf.ops import _backend, _chunks, _gemms
+from fastrlhf.ops import _backend, _gemms, _linear_loss
 
 N, H, V = 11, 19, 301
 each_backend = cases.each_backend("linear_ppo_loss")
@@ -17,7 +17,7 @@ FULL = {"entropy_coef": 0.02, "dual_clip": 1.5}
 
 @pytest.fixture
 def four_rows_a_chunk(monkeypatch):
-    monkeypatch.setattr(_chunks, "chunk_rows", lambda *_: 4)
+    monkeypatch.setattr(_gemms, "chunk_rows", lambda *_: 4)
 
 
 def inputs(dtype=torch.float32, device="cpu", count=N, vocab=V, width=H):
@@ -143,7 +143,7 @@ def test_a_batch_of_one_chunk_has_the_bits_of_the_loop(dtype, options, flat, mon
     results = []
     for short in (True, False):
         if not short:
-            monkeypatch.setattr(_gemms.Gemms, "fits_at_once", lambda *_: False)
+            monkeypatch.setattr(_linear_loss, "_one_chunk", lambda *_: None)
         found, metrics = run(linear_ppo_loss, (x, w, b), targets, rows, backend="cpu", **kwargs)
         leaves = [t.detach().clone().requires_grad_() for t in (x, w, b)]
         nll = linear_cross_entropy(*leaves[:2], targets, bias=leaves[2], scale=0.3, **head)
@@ -170,7 +170,7 @@ def test_gradcheck(backend, four_rows_a_chunk):
 @each_backend
 def test_opcheck(backend, four_rows_a_chunk):
     if backend == "reference":
-        pytest.skip("the reference is linear_logprob's op and plain PyTorch")
+        pytest.skip("the reference has no raw op")
     (x, w, b), targets, rows = inputs(device=DEVICE[backend])
     x, w, v = (t.requires_grad_() for t in (x, w, rows["values"].reshape(-1)))
     names = ("old_logprob", "advantages", "old_values", "returns")
@@ -178,7 +178,7 @@ def test_opcheck(backend, four_rows_a_chunk):
     one = torch.ones((), device=x.device)
     settings = [0.9, 0.0, 0.2, 3.0, 0.2, 0.5, 0.01]
     head = (x, w, b, v, targets, None, None, one, per_token, settings)
-    rest = (None, False, "ppo", "fast", backend, [True, True, False, True])
+    rest = (None, False, "linear_ppo_loss", "fast", backend, [True, True, False, True])
     utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
     utils += [] if backend == "triton" else ["test_aot_dispatch_dynamic"]
     torch.library.opcheck(torch.ops.fastrlhf.linear_loss_fwd, (*head, *rest), test_utils=utils)

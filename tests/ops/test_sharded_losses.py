@@ -10,7 +10,7 @@ from _support import logit_cases as cases
 from _support import ranks
 from _support.logit_cases import randint, randn
 from fastrlhf import linear_cross_entropy, linear_ppo_loss, linear_token_loss, nn
-from fastrlhf.ops import _backend, _chunks
+from fastrlhf.ops import _backend, _gemms
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
 N, H, V = 23, 19, 302
@@ -98,7 +98,7 @@ def settings(name, rows, dtype):
 
 def on_a_rank(rank):
     """Runs on each rank: {combination: results}."""
-    _chunks.chunk_rows = lambda *_: 5  # several chunks and a short last one
+    _gemms.chunk_rows = lambda *_: 5  # several chunks and a short last one
     found = {}
     for case in combinations():
         name, backend, dtype, options = case

@@ -16,7 +16,7 @@ from _support import logit_cases as cases
 from _support import ranks
 from _support.logit_cases import assert_near, randint, randn
 from fastrlhf import linear_cross_entropy, linear_logprob
-from fastrlhf.ops import _backend, _chunks
+from fastrlhf.ops import _backend, _gemms
 from fastrlhf.ops._rows import combine
 
 module = importlib.import_module("fastrlhf.ops.linear_logprob")  # the name is the function's too
@@ -72,7 +72,7 @@ def combinations():
 
 def sharded_outputs(rank):
     """Runs on each rank: {combination: outputs}."""
-    _chunks.chunk_rows = lambda *_: 4  # several chunks and a short last one
+    _gemms.chunk_rows = lambda *_: 4  # several chunks and a short last one
     found = {}
     for case in combinations():
         backend, dtype, name, part = case

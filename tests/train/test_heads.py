@@ -9,7 +9,7 @@ from torch import nn
 
 from _support import tiny
 from fastrlhf.errors import UserError
-from fastrlhf.ops import _chunks
+from fastrlhf.ops import _gemms
 from fastrlhf.train import models
 from fastrlhf.train.heads import unembedding_parameters
 from fastrlhf.train.stages import ppo, reward, sft
@@ -19,7 +19,7 @@ ROWS = 5  # rows of a chunk
 
 def widths(main, cfg, monkeypatch):
     """Run a stage in chunks of ROWS; return {rows: op names} of all operands [rows, V] but the head's weight."""
-    monkeypatch.setattr(_chunks, "chunk_rows", lambda *_: ROWS)
+    monkeypatch.setattr(_gemms, "chunk_rows", lambda *_: ROWS)
     config = models.AutoConfig.from_pretrained(tiny.base())
     vocab, width = config.vocab_size, config.hidden_size
     with torch.profiler.profile(record_shapes=True) as profile:

@@ -216,12 +216,6 @@ def _link(stem, *objects):
     return _once(library, lambda to: _run([*link, f"-o{to}"]))
 
 
-def build_schemas():
-    """The library that defines the ops; it must be loaded before those that implement them."""
-    source = ROOT / "csrc" / "registration.cpp"
-    return _link("schemas", _compile(source, "schemas", _digest(_base()[0], source.read_bytes())))
-
-
 def build(source):
     """Compiles one .cu file and links it with the scheduler; the path of the library."""
     key, options, scheduler = _base()

@@ -16,11 +16,20 @@ from fastrlhf.ops import _library  # noqa: E402
 
 _library.load = lambda: ""  # the shim's libraries hold the ops
 
-from _support import logit_cases  # noqa: E402
 from fastrlhf.ops import _backend  # noqa: E402
 
-# The shim registers for CPU tensors; the package must know these ops as CUDA's.
-_backend._CUDA_OPS, _backend._CPU_OPS = _backend._CPU_OPS, frozenset()
+_provide = _backend.provide
+
+
+def provide(op, backends, **more):
+    """The shim registers CUDA kernels for CPU tensors."""
+    _provide(op, ["cuda" if name == "cpu" else name for name in backends], **more)
+
+
+_backend.provide = provide  # before the first op is imported
+
+from _support import logit_cases  # noqa: E402
+
 _unavailable_reason = _backend.unavailable_reason
 
 
@@ -53,7 +62,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    for path in LIBRARIES[1:]:  # the first holds the schemas
+    for path in LIBRARIES:
         library = ctypes.CDLL(path)
         library.shim_kernels_run.restype = ctypes.c_char_p
         for name in library.shim_kernels_run().decode().split():

@@ -277,7 +277,7 @@ class FakeGpu(contextlib.AbstractContextManager):
 
 
 class Stream:
-    """Stands for torch.cuda.Stream and its events. `clock`: vector clock, i.e. the time of each stream it has seen."""
+    """A fake torch.cuda.Stream with its events. `clock`: vector clock, i.e. the time of each stream it has seen."""
 
     def __init__(self, gpu: FakeGpu, number: int):
         self.gpu, self.number, self.clock = gpu, number, Counter()

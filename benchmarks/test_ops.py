@@ -93,6 +93,8 @@ class Gates:
             gc.collect()
             if self.device == "cuda":
                 torch.cuda.empty_cache()
+            if has_compile(self.config):
+                torch._dynamo.reset()  # else the shapes of all cases add up to its recompilation limit
             try:
                 self.held = gated(
                     self.cases[self.at],

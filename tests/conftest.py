@@ -77,8 +77,10 @@ def harness(monkeypatch):
 COMPILED = ("compiles", "opcheck", "gradcheck", "test_any_")
 
 
-# Files of a minute and more of CPU first: one that begins last leaves the other processes without work.
-LONG = ("cuda_on_host", "aot", "packaging", "demo", "fsdp", "stages", "ppo_loss", "kl_gae")
+# The longest files first, by their CPU time: one that starts last leaves the other processes without work.
+LONG = ("aot", "cuda_on_host", "conformance", "gpu_driver", "token_loss", "token_logprob", "demo")
+LONG += ("triton_order", "fsdp", "packaging", "triton_rows", "budgets", "stages", "ppo_loss")
+LONG += ("kl_gae", "oracles", "examples", "integrations_trl_runs")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

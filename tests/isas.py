@@ -21,10 +21,11 @@ WHICH = "cpu or to_its_last_digits or (test_any_ and not triton and not cuda and
 
 
 def files() -> list[str]:
-    """The test files of the ops, by their names, and of the oracles."""
+    """The test files of the ops, and those that test all of them."""
     here = Path(__file__).parent
     ops = {f for op in _backend.OPS for f in here.rglob(f"test_{op}*.py")}
-    others = {here / "ops/test_oracles.py", here / "train/test_fp16.py"}
+    others = {here / "ops/test_oracles.py", here / "ops/test_conformance.py"}
+    others.add(here / "train/test_fp16.py")
     return sorted(str(f) for f in ops | others)
 
 

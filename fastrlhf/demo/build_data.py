@@ -13,7 +13,7 @@ data, names the repository, commit and licence of each.
 * ``--speeches`` (optional): ``inaugural.jsonl.gz`` with rows ``{"id", "text"}``. Without it the
   pretraining text holds only novels and differs from the shipped one.
 
-SOURCE.md also counts the rows that are dropped or changed. Splits are by *delexicalised* record.
+SOURCE.md also counts the rows that are dropped or changed. Splits are by *delexicalized* record.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def _tidy(text: str) -> str:
 
 
 class Demonstrations:
-    """Delexicalises E2E rows and counts those it drops, by reason."""
+    """Delexicalizes E2E rows and counts those it drops, by reason."""
 
     def __init__(self, names: set[str]):
         self.counts: collections.Counter = collections.Counter()
@@ -104,18 +104,18 @@ class Demonstrations:
     def row(self, record: dict[str, str], text: str, split: str) -> dict | None:
         """The demonstration row of a record and its sentence, or None if it is dropped."""
         name, near = record["name"], record.get("near")
-        delexicalised = restaurants.delexicalise(_tidy(text), name, near)
-        if delexicalised is None:
+        delexicalized = restaurants.delexicalize(_tidy(text), name, near)
+        if delexicalized is None:
             self.counts[split, "name not found"] += 1
             return None
-        folded = restaurants.fold(delexicalised)
+        folded = restaurants.fold(delexicalized)
         if any(p.search(folded) for p in self._leaks):
             self.counts[split, "another venue's name left"] += 1
             return None
-        slots = restaurants.delexicalise_record(record)
+        slots = restaurants.delexicalize_record(record)
         return {
             "prompt": restaurants.render_prompt(slots),
-            "completion": delexicalised,
+            "completion": delexicalized,
             "record": slots,
             "name": name,
             "near": near,
@@ -123,7 +123,7 @@ class Demonstrations:
 
 
 def build_demonstrations(e2e: Path, rankme_prompts: set[str], counts: dict) -> dict[str, list]:
-    """Rows of the three demonstration splits; no prompt (delexicalised record) is in two of them."""
+    """Rows of the three demonstration splits; no prompt (delexicalized record) is in two of them."""
     raw: dict[str, list] = {}
     for split, file in (("train", "sft_train"), ("dev", "sft_valid"), ("test", "test")):
         raw[split] = []
@@ -181,12 +181,12 @@ def build_rankings(rankme: Path, counts: dict) -> list[dict]:
         record = restaurants.parse_record(source["mr"])
         name, near = record["name"], record.get("near")
         items = sorted(source["items"], key=lambda i: i["system"])
-        texts = [restaurants.delexicalise(_tidy(i["text"]), name, near) for i in items]
+        texts = [restaurants.delexicalize(_tidy(i["text"]), name, near) for i in items]
         if None in texts:
             counts["rankings: dropped, name not found"] += 1
             continue
         scores = [i["score"] for i in items]
-        slots = restaurants.delexicalise_record(record)
+        slots = restaurants.delexicalize_record(record)
         rows.append(
             {
                 "prompt": restaurants.render_prompt(slots),

@@ -2,6 +2,7 @@
 
 import platform
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +77,8 @@ def evaluate(systems: dict[str, str], reward: str, cfg, runtime: Runtime) -> dic
         if name != BASELINE:
             change = lm_loss.difference(parts["text"], baseline["text"])
             results[name]["text_loss_change"] = change
-        for way in ("sampled", "greedy"):
-            results[name][way] = judge.figures(parts[way], baseline[way])
+        for decoding in ("sampled", "greedy"):
+            results[name][decoding] = judge.figures(parts[decoding], baseline[decoding])
     return {
         "systems": list(systems),
         "reference": BASELINE,
@@ -105,6 +106,19 @@ def evaluate(systems: dict[str, str], reward: str, cfg, runtime: Runtime) -> dic
     }
 
 
+@dataclass(frozen=True)
+class JudgedSamples:
+    """One system's n completions of the records, and what labeler, reward model and reference say of them."""
+
+    rows: list[int]  # [n] the row (record) of each completion
+    texts: list[str]  # [n]
+    scores: list[labeler.Score]  # [n]
+    rewards: np.ndarray  # [n]
+    finished: list[bool]  # [n] whether it ended with EOS
+    lengths: list[int]  # [n] tokens, EOS included
+    kl: dict | None  # interval, nats per completion; None if greedy or from the reference itself
+
+
 class Judge:
     """Samples from systems on the same prompts and judges the samples.
 
@@ -121,15 +135,11 @@ class Judge:
         self.rows, self.prompts, self.tokenizer = rows, prompts, tokenizer
         self.reward_model, self.reference = reward_model, reference
 
-    def sample(self, policy, *, times: int, temperature: float, seed: int) -> dict:
-        """Sample `times` completions for every row and judge them.
-
-        Returns:
-            Lists with an entry for each completion ("places" is its row), and at temperature 1 the interval "kl".
-        """
-        places = [i for i in range(len(self.rows)) for _ in range(times)]
+    def sample(self, policy, *, times: int, temperature: float, seed: int) -> JudgedSamples:
+        """Sample `times` completions for every row and judge them."""
+        rows = [i for i in range(len(self.rows)) for _ in range(times)]
         samples = HFSampler(policy, self.tokenizer, max_batch=512).generate(
-            [self.prompts[i] for i in places],
+            [self.prompts[i] for i in rows],
             max_new_tokens=MAX_NEW_TOKENS,
             temperature=temperature,
             seed=seed,
@@ -139,39 +149,43 @@ class Judge:
         )
         examples = [
             data.Example(np.concatenate([self.prompts[i], t]), len(self.prompts[i]))
-            for i, t in zip(places, samples.tokens, strict=True)
+            for i, t in zip(rows, samples.tokens, strict=True)
         ]
-        found = {
-            "places": places,
-            "texts": texts,
-            "scores": [
-                labeler.score(self.rows[i]["record"], t) for i, t in zip(places, texts, strict=True)
-            ],
-            "reward": score_sequences(self.reward_model, [e.tokens for e in examples], MAX_TOKENS),
-            "finished": samples.finished,
-            "lengths": [len(t) for t in samples.tokens],
-        }
+        divergence = None
         if temperature == 1.0 and policy is not self.reference:
-            theirs = token_logprobs(self.reference, examples, MAX_TOKENS)
-            found["kl"] = kl.evaluate(samples.logprobs, theirs, places)["sequence"]
-        return found
+            ref_logprobs = token_logprobs(self.reference, examples, MAX_TOKENS)
+            divergence = kl.evaluate(samples.logprobs, ref_logprobs, rows)["sequence"]
+        return JudgedSamples(
+            rows=rows,
+            texts=texts,
+            scores=[
+                labeler.score(self.rows[i]["record"], t) for i, t in zip(rows, texts, strict=True)
+            ],
+            rewards=score_sequences(self.reward_model, [e.tokens for e in examples], MAX_TOKENS),
+            finished=samples.finished,
+            lengths=[len(t) for t in samples.tokens],
+            kl=divergence,
+        )
 
-    def figures(self, ours: dict, baseline: dict) -> dict:
-        """Intervals of all figures of one system's samples (`sample`), compared with those of the baseline."""
-        places = ours["places"]
-        figures = slots.evaluate(ours["scores"], places)
+    def figures(self, ours: JudgedSamples, baseline: JudgedSamples) -> dict:
+        """Intervals of all figures of one system, compared with the baseline on the same prompts."""
+        rows = ours.rows
+        figures = slots.evaluate(ours.scores, rows)
         figures["win_rate"] = winrate.evaluate(
-            [s.value for s in ours["scores"]], [s.value for s in baseline["scores"]], places
+            [s.value for s in ours.scores], [s.value for s in baseline.scores], rows
         )
-        figures["error_change"] = slots.error_change(ours["scores"], baseline["scores"], places)
+        figures["error_change"] = slots.error_change(ours.scores, baseline.scores, rows)
         figures["bleu"] = bleu.evaluate(
-            ours["texts"], [self.rows[i]["references"] for i in places], places
+            ours.texts, [self.rows[i]["references"] for i in rows], rows
         )
-        if "kl" in ours:
-            figures["kl"] = ours["kl"]
-        for name in ("reward", "finished"):
-            figures[name] = mean_interval(np.asarray(ours[name], dtype=np.float64), places)
-        figures["length"] = mean_interval(np.asarray(ours["lengths"], dtype=np.float64), places)
+        if ours.kl is not None:
+            figures["kl"] = ours.kl
+        for name, values in (
+            ("reward", ours.rewards),
+            ("finished", ours.finished),
+            ("length", ours.lengths),
+        ):
+            figures[name] = mean_interval(np.asarray(values, dtype=np.float64), rows)
         return figures
 
     def humans(self) -> dict:
@@ -180,13 +194,11 @@ class Judge:
         scores = [labeler.score(self.rows[i]["record"], text) for i, text in pairs]
         return slots.evaluate(scores, [i for i, _ in pairs])
 
-    def pair_accuracy(self, samples: dict) -> dict:
+    def pair_accuracy(self, samples: JudgedSamples) -> dict:
         """How often the reward model orders held-out completions as the labeler does."""
         grouped: dict[int, dict] = {}
-        for place, text, value in zip(
-            samples["places"], samples["texts"], samples["reward"], strict=True
-        ):
-            group = grouped.setdefault(place, {"completions": [], "scores": []})
+        for row, text, value in zip(samples.rows, samples.texts, samples.rewards, strict=True):
+            group = grouped.setdefault(row, {"completions": [], "scores": []})
             group["completions"].append(text)
             group["scores"].append(float(value))
         return reward_accuracy.evaluate(
@@ -200,7 +212,7 @@ class Judge:
             ]
         )
 
-    def side_by_side(self, samples: dict[str, dict]) -> list[dict]:
+    def side_by_side(self, samples: dict[str, JudgedSamples]) -> list[dict]:
         """The first completion of every system for SHOWN records spread evenly over the split, with real names."""
         shown = np.linspace(0, len(self.rows) - 1, min(SHOWN, len(self.rows))).astype(int)
         out = []
@@ -208,17 +220,17 @@ class Judge:
             row = self.rows[i]
             outputs = {}
             for name, found in samples.items():
-                k = found["places"].index(i)
-                score = found["scores"][k]
+                k = found.rows.index(i)
+                score = found.scores[k]
                 outputs[name] = {
-                    "text": restaurants.relexicalise(found["texts"][k], row["name"], row["near"]),
+                    "text": restaurants.relexicalize(found.texts[k], row["name"], row["near"]),
                     "missing": list(score.missing),
                     "invented": list(score.invented),
                 }
             record = dict(row["record"], name=row["name"])
             if "near" in record:
                 record["near"] = row["near"]
-            human = restaurants.relexicalise(row["references"][0], row["name"], row["near"])
+            human = restaurants.relexicalize(row["references"][0], row["name"], row["near"])
             out.append({"record": record, "human": human, "outputs": outputs})
         return out
 

@@ -6,7 +6,7 @@ model only reads a rankings file, and human rankings (rows ``{"prompt", "complet
 shipped ``rankings_human.jsonl.gz``) can replace the labeler's. :func:`validate` measures its agreement with
 people.
 
-Regular expressions find the slot values that a delexicalised sentence states. Prices and ratings are compared
+Regular expressions find the slot values that a delexicalized sentence states. Prices and ratings are compared
 by level ("cheap" = "less than £20", "high" = "5 out of 5"), because the human references use them
 interchangeably. For a record of n slots,
 
@@ -240,7 +240,7 @@ def _family(text: str) -> set[str]:
 
 @functools.lru_cache(maxsize=65536)
 def stated(text: str) -> dict[str, frozenset[str]]:
-    """The values (levels for priceRange and rating) of each slot that a delexicalised text states."""
+    """The values (levels for priceRange and rating) of each slot that a delexicalized text states."""
     low = text.lower()
     out = {slot: {v for v, p in ps.items() if p.search(low)} for slot, ps in _STRONG.items()}
     out["food"] = {_FOODS[m[:3]] for m in _FOOD.findall(low)}
@@ -276,7 +276,7 @@ def _defects(text: str) -> tuple[str, ...]:
 
 
 def score(record: dict[str, str], text: str) -> Score:
-    """Compare a delexicalised text with its record, by the rules in the module's docstring."""
+    """Compare a delexicalized text with its record, by the rules in the module's docstring."""
     says = stated(text)
     low = text.lower()
     covered, missing, invented = [], [], []

@@ -1,9 +1,9 @@
-"""Restaurant records of the E2E challenge: parsing, delexicalisation, prompts.
+"""Restaurant records of the E2E challenge: parsing, delexicalization, prompts.
 
 A record is a flat dictionary of at most eight slots, e.g.
 ``{"name": "NAMEX", "eatType": "pub", "food": "Italian", "near": "NEARX"}``. Proper names are an open vocabulary
-and irrelevant to the task. *Delexicalisation* replaces them with the placeholders ``NAMEX`` and ``NEARX`` in the
-record and in the sentence; `relexicalise` restores them for display. In a prompt every slot value is one special
+and irrelevant to the task. *Delexicalization* replaces them with the placeholders ``NAMEX`` and ``NEARX`` in the
+record and in the sentence; `relexicalize` restores them for display. In a prompt every slot value is one special
 token: ``<name=NAMEX><eatType=pub>...<say>``.
 """
 
@@ -70,7 +70,7 @@ _VARIANTS = {
 }
 
 
-def normalise_value(slot: str, value: str) -> str:
+def normalize_value(slot: str, value: str) -> str:
     """The canonical spelling of a slot's value; ValueError, with the slot's values, if it has none."""
     value = re.sub(r"\s+", " ", unicodedata.normalize("NFC", value)).strip()
     if slot in ("name", "near"):
@@ -103,17 +103,17 @@ def parse_record(text: str) -> dict[str, str]:
             raise ValueError(f"record: expected a slot of {', '.join(SLOTS)}, got {slot_text!r}")
         if slot in found:
             raise ValueError(f"record: slot {slot!r} occurs twice in {text!r}")
-        found[slot] = normalise_value(slot, value)
+        found[slot] = normalize_value(slot, value)
     if "name" not in found:
         raise ValueError(f"record: slot 'name' is missing in {text!r}")
     return {slot: found[slot] for slot in SLOTS if slot in found}
 
 
 def render_prompt(record: dict[str, str]) -> str:
-    """The prompt of a delexicalised record: one special token for each slot value, then ``<say>``."""
+    """The prompt of a delexicalized record: one special token for each slot value, then ``<say>``."""
     for slot, value in record.items():
         if value not in SLOTS.get(slot, ()):
-            raise ValueError(f"record: {slot}={value!r} is not a delexicalised slot value")
+            raise ValueError(f"record: {slot}={value!r} is not a delexicalized slot value")
     return "".join(f"<{slot}={record[slot]}>" for slot in SLOTS if slot in record) + SAY
 
 
@@ -131,7 +131,7 @@ def special_tokens() -> list[str]:
     return [f"<{slot}={value}>" for slot, values in SLOTS.items() for value in values] + [SAY]
 
 
-def delexicalise_record(record: dict[str, str]) -> dict[str, str]:
+def delexicalize_record(record: dict[str, str]) -> dict[str, str]:
     """The record with placeholders for its names."""
     names = {"name": NAME, "near": NEAR}
     return {slot: names.get(slot, value) for slot, value in record.items()}
@@ -200,7 +200,7 @@ def _replace(text: str, name: str, placeholder: str, fuzzy: bool) -> str:
     return text
 
 
-def delexicalise(
+def delexicalize(
     text: str, name: str, near: str | None = None, *, fuzzy: bool = True
 ) -> str | None:
     """Replace every mention of `name` and `near` in `text` with ``NAMEX`` and ``NEARX``.
@@ -220,6 +220,6 @@ def delexicalise(
     return text if NAME in text else None
 
 
-def relexicalise(text: str, name: str, near: str | None = None) -> str:
+def relexicalize(text: str, name: str, near: str | None = None) -> str:
     """Replace the placeholders with real names; without `near`, ``NEARX`` becomes "somewhere"."""
     return text.replace(NAME, name).replace(NEAR, near if near else "somewhere")

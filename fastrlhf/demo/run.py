@@ -161,7 +161,7 @@ class Clock:
 
 
 def _folder(cfg: DemoConfig) -> OutputFolder:
-    # Checks only. The folder is emptied after all settings have been checked.
+    """Check all settings; return the output folder, which is not yet created or emptied."""
     config.check_ranges(cfg)
     folder = OutputFolder(cfg.out, MARK, overwrite=cfg.overwrite, inputs=asdict(cfg))
     if not 2 <= cfg.completions_low <= cfg.completions_high:
@@ -175,14 +175,14 @@ def _folder(cfg: DemoConfig) -> OutputFolder:
         )
     if cfg.rankings:
         data.read_rankings(cfg.rankings)
-    for section in SECTIONS:  # a recipe with a mistake must not be found out half-way
+    for section in SECTIONS:  # a mistake in the recipe must not stop the demo half-way
         if section != "pretrain" or cfg.from_scratch:
             _config(cfg, section, "")
     return folder
 
 
 def _config(cfg: DemoConfig, section: str, out: str, **paths):
-    # A stage's config: its section of the recipe, plus where to run and which files to use.
+    """The settings of one stage: its section of the recipe, the demo's runtime settings, and `paths`."""
     classes = {"pretrain": pretrain.PretrainConfig, "reward": reward.RewardConfig}
     kind = classes.get(section, ppo.PPOConfig if section.startswith("ppo") else sft.SFTConfig)
     command = {"rl_init": "sft", "ppo_ptx": "ppo"}.get(section, section)
@@ -201,21 +201,22 @@ def _config(cfg: DemoConfig, section: str, out: str, **paths):
     return stage
 
 
-def _judge(rows, texts) -> list[float]:
+def _judge(rows: list[dict], texts: list[str]) -> list[float]:
+    """The labeler's value of each text, for PPO's log."""
     return [
         labeler.score_prompt(row["prompt"], text).value
         for row, text in zip(rows, texts, strict=True)
     ]
 
 
-def _write_prompts(demonstrations: str, path: Path) -> list[dict]:
+def _write_prompts(demonstrations: str, path: Path) -> None:
+    """Write the distinct prompts of the demonstrations."""
     rows = data.read_rows(demonstrations, {"prompt": str}, "demonstrations")
     unique = [{"prompt": prompt} for prompt in dict.fromkeys(row["prompt"] for row in rows)]
     data.write_rows(path, unique)
-    return unique
 
 
-def _label(cfg: DemoConfig, model: str, path: str, runtime: Runtime) -> dict:
+def _label(cfg: DemoConfig, model: str, path: str, runtime: Runtime) -> None:
     """Sample K completions for each of `cfg.comparisons` training prompts, rank them, and write the rankings."""
     tokenizer = load_tokenizer(model)
     policy = load_policy(model, runtime, trainable=False, backend=cfg.backend)
@@ -237,15 +238,14 @@ def _label(cfg: DemoConfig, model: str, path: str, runtime: Runtime) -> dict:
             temperature=temperature,
             seed=cfg.seed + t,
         )
-        found = [tokens.tolist() for tokens in samples.tokens]
-        texts |= zip(part, tokenizer.batch_decode(found, skip_special_tokens=True), strict=True)
+        tokens = [t.tolist() for t in samples.tokens]
+        texts |= zip(part, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True)
     ranked = []
     for n, (prompt, count) in enumerate(zip(chosen, counts, strict=True)):
         completions = [texts[n, k] for k in range(count)]
         ranks = labeler.rank(restaurants.parse_prompt(prompt), completions)
         ranked.append({"prompt": prompt, "completions": completions, "ranks": ranks})
     data.write_rows(Path(path), ranked)
-    return {"prompts": len(ranked), "completions": len(pairs)}
 
 
 def _compare_backends(

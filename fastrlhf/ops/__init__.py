@@ -1,1 +1,1 @@
-"""One file an op: equation, checks, registration, autograd, choice of backend."""
+"""The ops, a file each: docstring with the equation, argument checks, schemas, fakes, autograd."""

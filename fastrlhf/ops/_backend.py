@@ -1,8 +1,8 @@
 """Which implementation of an op runs: "auto" | "reference" | "cpu" | "triton" | "cuda".
 
-auto takes the first backend of AUTO that can run, which the committed measurement beside it found the
-fastest; where that is only the reference, it warns once and says why. A backend that is named but cannot
-run is an error which says why and what to use.
+"auto" takes the first backend in AUTO that can run; AUTO lists them by a committed measurement, the fastest first. If
+only the reference can run, it warns once with the reason. Naming a backend that cannot run raises a ValueError with the
+reason and an alternative.
 """
 
 import importlib
@@ -23,7 +23,6 @@ from fastrlhf.ops import _library
 _extension_error = _library.load()
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-
 OPS = tuple(name for name, home in fastrlhf._HOME.items() if home == f"fastrlhf.ops.{name}")
 # Filled by `provide` when an op's module is imported: public op -> the fused backends that have all of its kernels;
 # the ops that have a gradient.
@@ -32,14 +31,14 @@ differentiable: set[str] = set()
 
 
 class Auto(NamedTuple):
-    """`order`: backends, the fastest first. `row`: the benchmark case whose figures gave that order."""
+    """`order`: backends, the fastest first. `row`: the benchmark case that measured it."""
 
     order: tuple[str, ...]
     row: str
 
 
-# Device -> the file under benchmarks/results/ that holds the rows of AUTO; empty: not measured yet.
-# tests/ops/test_dispatch.py compares the order with the file.
+# Device -> the file under benchmarks/results/ with the rows of AUTO; empty: not measured yet.
+# tests/ops/test_dispatch.py checks the order against the file.
 RESULTS = {"cpu": "amd-epyc-2026-11-27.json", "cuda": ""}
 _CPU, _CUDA = ("cpu", "reference"), ("cuda", "triton", "reference")
 AUTO = {
@@ -78,7 +77,7 @@ def provide(op: str, backends: Iterable[str], *, gradient: bool) -> None:
 
 
 def kernels(op: str) -> frozenset[str]:
-    """The fused backends that have kernels for `op`, whether or not they can run here."""
+    """The fused backends that have kernels for `op`, whether or not this machine can run them."""
     if op not in _provided:
         importlib.import_module(f"fastrlhf.ops.{op}")
     return _provided[op]
@@ -87,10 +86,10 @@ def kernels(op: str) -> frozenset[str]:
 _TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _TRITON_MISSING = importlib.util.find_spec("triton") is None
 
-# Public calls by (op, backend): the proof of what ran. Calls that torch.compile traces do not count.
+# Number of public calls by (op, backend), to prove what ran. Calls traced by torch.compile do not count.
 calls: Counter = Counter()
 _warned: set[tuple[str, str]] = set()
-# (op, backend, device) -> what `choose` found the first time.
+# (op, backend, device) -> the result of `resolve`.
 _chosen: dict[tuple[str, str, str], str] = {}
 _lock = threading.Lock()
 
@@ -136,7 +135,7 @@ def measured(op: str, device: str) -> str:
 
 
 def _warn_of_reference(op: str, device: str) -> None:
-    """Once an op and device: the user did not ask for the reference, and should know."""
+    """Warns once per op and device that "auto" runs the slow reference."""
     with _lock:
         if (op, device) in _warned:
             return
@@ -158,7 +157,7 @@ def check_name(op: str, backend: str) -> None:
 
 
 def resolve(op: str, backend: str, device: str, compiling: bool) -> str:
-    """The backend that `backend` means for `op` on `device`; kept in `_chosen` for the next eager call."""
+    """The backend to run for the name `backend`; kept in `_chosen` for the next eager call."""
     check_name(op, backend)
     if backend == "auto":
         chosen = auto(op, device)
@@ -177,10 +176,10 @@ def resolve(op: str, backend: str, device: str, compiling: bool) -> str:
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """For each op and backend, "available" or the reason why it cannot run on this machine.
+    """{op: {backend: "available", or why it cannot run on this machine}}.
 
-    Beside the four backends stands "auto": the one it takes for tensors on this machine's GPU, or on
-    its CPU where torch finds no GPU.
+    A fifth key, "auto", holds the backend that "auto" takes for tensors on this machine's GPU, or on its CPU if torch
+    finds no GPU.
     """
     here = "cuda" if torch.cuda.is_available() else "cpu"
     table: dict[str, dict[str, str]] = {}

@@ -58,22 +58,25 @@ def cuts(total: int, most: int) -> tuple[slice, ...]:
 class Gemms:
     """Products of operands in the accumulator's dtype."""
 
-    # Bytes of fp32 (fp64) logits of a chunk. Each chunk reads and writes dW and the weight once more,
-    # which few and large chunks save; "compact" stays within the size that malloc recycles.
+    # Bytes of fp32 (fp64) logits of a chunk. Every chunk reads the weight and reads and writes dW, so "fast" uses few
+    # large chunks. "compact" stays below the size from which malloc returns memory to the system.
     logits_bytes = {"fast": 64 << 20, "compact": 24 << 20}
-    chunks_a_product = {"fast": 1, "compact": 1}  # before dX and dW are multiplied
-    skips_idle_rows = True  # rows with an upstream gradient of 0: free to know
+    chunks_a_product = {
+        "fast": 1,
+        "compact": 1,
+    }  # chunks whose dlogits are multiplied into dX and dW at once
+    skips_idle_rows = True  # rows with an upstream gradient of 0
 
     def __init__(self, acc: torch.dtype, operand_dtype: torch.dtype):
         self.acc = acc
-        # dL/dlogits: None where it overwrites the logits, else the dtype of its own memory.
+        # The dtype of dL/dlogits in memory of its own; None: it overwrites the logits.
         self.dlogits_dtype = None
 
     def operand(self, x: Tensor | None) -> Tensor | None:
         return x if x is None or x.dtype is self.acc else x.to(self.acc)
 
     def logits(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        """x @ weight.T + bias [n, V] into `out`; None: into fresh memory."""
+        """x @ weight.T + bias [n, V] into `out`, or into fresh memory for None."""
         if out is None:
             return torch.nn.functional.linear(x, weight, bias)
         if bias is None:
@@ -81,27 +84,27 @@ class Gemms:
         return torch.addmm(bias, x, weight.t(), out=out)
 
     def grad_hidden(self, dlogits: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-        """dlogits @ weight [n, H] into `out`; None: into fresh memory."""
+        """dlogits @ weight [n, H] into `out`, or into fresh memory for None."""
         return torch.mm(dlogits, weight, out=out)
 
     def grad_weight(self, dlogits: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
-        """total + dlogits.T @ x [V, H], in place of `total`; without one, into fresh memory."""
+        """total + dlogits.T @ x [V, H], into `total`, or into fresh memory for None."""
         if total is None:
             return torch.mm(dlogits.t(), x)
         return total.addmm_(dlogits.t(), x)
 
     def side_stream(self, device: torch.device) -> "SideStream | None":
-        """Where the row kernels of one chunk run while the next one's logits are multiplied."""
+        """For a chunk's row kernels, while the main stream computes the next chunk's logits; None: no overlap."""
         return None
 
     def is_capturing(self) -> bool:
-        """Whether a CUDA graph is being captured, which the host cannot wait for."""
+        """Whether a CUDA graph is being captured, during which the host cannot wait for results."""
         return False
 
     def counted_rows(self, flat: Tensor, num_rows: int | None):
         """(indices of the rows where the mask `flat` [N] is True, None for all; whether num_rows is wrong).
 
-        The second is None where that is not known to be possible; a device's answer stays on the device.
+        The second is a 0-d tensor on the device if the host does not check it, else None.
         """
         index = flat.nonzero().squeeze(1)
         if num_rows is not None:
@@ -115,7 +118,7 @@ def check_count(count: int, num_rows: int) -> None:
 
 
 class SideStream:
-    """A second stream of a GPU, beside the one that was current."""
+    """A second stream of a GPU, next to the current one."""
 
     _streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -125,7 +128,7 @@ class SideStream:
         self.side, self.main = self._streams[device], torch.cuda.current_stream(device)
 
     def __enter__(self) -> None:
-        """What is launched inside runs here, after all that was launched before."""
+        """Kernels launched inside run on the side stream, after all earlier work of the main stream."""
         self.side.wait_stream(self.main)
         self._inside = torch.cuda.stream(self.side)
         self._inside.__enter__()
@@ -134,7 +137,7 @@ class SideStream:
         self._inside.__exit__(*error)
 
     def mark(self):
-        """What `main_waits` takes: all that was launched here so far."""
+        """An event after all work launched on the side stream so far, for `main_waits`."""
         return self.side.record_event()
 
     def main_waits(self, mark) -> None:
@@ -144,8 +147,8 @@ class SideStream:
 class CudaGemms(Gemms):
     """Products on the tensor cores: 16-bit operands, sums and results in fp32."""
 
-    # A chunk has rows enough to keep the tensor cores busy while the weight is read once. The 16-bit dlogits of several
-    # chunks, 1 GiB or 128 MiB, have memory of their own.
+    # A chunk has enough rows to keep the tensor cores busy while the weight is read once. The 16-bit dlogits of several
+    # chunks, 1 GiB or 128 MiB, have their own memory.
     logits_bytes = {"fast": 512 << 20, "compact": 128 << 20}
     chunks_a_product = {"fast": 4, "compact": 2}
     skips_idle_rows = False
@@ -180,13 +183,13 @@ class CudaGemms(Gemms):
         if total is None:
             return torch.mm(a, x, out_dtype=self.acc)
         if adds_in_place(x.device, x.dtype):
-            # A chunk costs no second [V, H] tensor, and no pass of its own over the sum.
+            # Needs no second [V, H] tensor and no separate pass over the sum.
             return torch.addmm(total, a, x, out_dtype=self.acc, out=total)
         return total.add_(torch.mm(a, x, out_dtype=self.acc))
 
     def counted_rows(self, flat, num_rows):
         if num_rows is None:
-            # One wait for the number. A graph that is being captured cannot wait: there every row is multiplied.
+            # The host waits for the number once. During capture it cannot, and all rows are multiplied.
             if self.is_capturing():
                 return None, None
             index = flat.nonzero().squeeze(1)
@@ -205,9 +208,9 @@ _adds_in_place: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 
 def adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch adds a product of 16-bit operands to an fp32 tensor inside the GEMM: older ones refuse.
+    """Whether this torch can add a product of 16-bit operands to an fp32 tensor inside the GEMM; older ones raise.
 
-    Tried once; not while a CUDA graph is captured, which could not wait for the answer.
+    Tried once, but not while a CUDA graph is captured, during which the host cannot wait for the answer.
     """
     if (device, dtype) not in _adds_in_place:
         if torch.cuda.is_current_stream_capturing():
@@ -234,7 +237,7 @@ def _gemms_of(dtype: torch.dtype, weight_dtype: torch.dtype, on_cuda: bool) -> G
 
 
 def acc_of(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of the sums over products of the two."""
+    """The dtype of sums over products of the two."""
     wide = torch.float64 in (hidden.dtype, weight.dtype)
     return torch.float64 if wide else torch.float32
 

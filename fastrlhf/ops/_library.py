@@ -29,7 +29,8 @@ def load() -> str:
     try:
         torch.ops.load_library(str(PATH))
     except OSError as error:
-        return f"the kernel library does not load: {error}"
+        # torch raises its own error from the loader's, which says what is missing.
+        return f"the kernel library does not load: {error.__cause__ or error}"
     return ""
 
 

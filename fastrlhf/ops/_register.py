@@ -311,7 +311,7 @@ def plain() -> bool:
 
 # ---- errors -------------------------------------------------------------------------------------
 
-# csrc/common/checks.h begins the messages of users' errors so: the stable ABI throws one type of exception.
+# csrc/common/tensor.h starts a user error's message with this: the stable ABI throws one type of exception.
 _USER_ERROR = re.compile(r"\[fastrlhf (ValueError|TypeError)\] ([^\n]*)")
 _ERRORS = {"ValueError": ValueError, "TypeError": TypeError}
 

@@ -32,7 +32,7 @@ def kl_reward(
     - ``"k2"``: d^2 / 2;
     - ``"k3"``: e^-d - 1 + d, unbiased and never negative; -d is clamped to +-20 and the result to
       at most 10, so that one bad token cannot overflow;
-    - ``"abs"``: |d|.
+    - ``"abs"``: ``|d|``.
 
     Not differentiable: rewards are constants of the PPO loss, and the outputs never require grad.
 

@@ -50,8 +50,8 @@ def linear_ppo_loss(
 
     Args:
         hidden, weight, targets, bias, temperature, softcap, workspace: as in `linear_logprob`.
-        old_logprob, advantages, values, old_values, returns, mask, clip, dual_clip, value_clip,
-            value_coef, entropy_coef: as in `ppo_loss`.
+        old_logprob, advantages, values, old_values, returns, mask: as in `ppo_loss`.
+        clip, dual_clip, value_clip, value_coef, entropy_coef: as in `ppo_loss`.
         scale, accumulate_into: as in `linear_cross_entropy`; the metrics are not scaled.
         compact_rows: rows whose gradient is exactly 0 (clipped, A = 0) enter only the first GEMM. On a
             GPU the host waits twice a chunk. Ignored while a CUDA graph is captured.

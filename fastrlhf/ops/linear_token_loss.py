@@ -41,7 +41,7 @@ def linear_token_loss(
     process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> LinearTokenLossOutput:
-    """scale * mean (or sum) over the rows of loss_fn(logprob, **per_token), without the N x V logits.
+    """scale * mean (or sum) over the rows of ``loss_fn(logprob, **per_token)``, without the N x V logits.
 
     `loss_fn` is a Python function of [n] tensors. It is called once a chunk with the log-probs of its
     rows; autograd differentiates it on these [n] numbers, and the chunk's logits are turned into
@@ -61,8 +61,8 @@ def linear_token_loss(
 
     Args:
         hidden, weight, targets, bias, temperature, softcap, workspace: as in `linear_logprob`.
-        loss_fn: (logprob [n], **per_token) -> loss [n], or (loss [n], {name: [n]}) with metrics;
-            (logprob, entropy, **per_token) with `with_entropy`. Loss and log-prob are float32 (float64).
+        loss_fn: ``(logprob [n], **per_token) -> loss [n]``, or ``(loss [n], {name: [n]})`` with metrics;
+            ``(logprob, entropy, **per_token)`` with `with_entropy`. Loss and log-prob are float32 (float64).
         per_token: {name: tensor [...]}, constants of any dtype, cut into chunks for `loss_fn`. (A tensor in
             the closure of `loss_fn` is not cut and does not match the log-probs of n rows.)
         mask: [...], True (or non-zero) where a row counts. Other rows enter no GEMM and are not passed

@@ -96,7 +96,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns=froz
 
 
 def _name(system: str) -> str:
-    dot = f'<span class="dot" style="background:{plots.colour(system)}"></span>'
+    dot = f'<span class="dot" style="background:{plots.color(system)}"></span>'
     return dot + escape(label(system))
 
 
@@ -290,13 +290,13 @@ def _curves(logs: dict[str, list[dict]]) -> str:
         parts.append("<h2>Reward model against labeler</h2>")
         caption = (
             "Each point is one PPO iteration. While both scores rise, the reward model is a good guide. "
-            "Where the upper one keeps rising and the lower one falls, it is over-optimised."
+            "Where the upper one keeps rising and the lower one falls, it is over-optimized."
         )
         parts.append(_image(svg, "RM score and labeler score over KL", caption))
         for name, rows in logs.items():
-            if (kl := plots.over_optimised(rows)) is not None:
+            if (kl := plots.over_optimized(rows)) is not None:
                 parts.append(
-                    f'<p class="warn"><b>{escape(label(name))} is over-optimised:</b> beyond a KL of '
+                    f'<p class="warn"><b>{escape(label(name))} is over-optimized:</b> beyond a KL of '
                     f"about {kl:.1f} nats the reward model's score still rises while the labeler's "
                     f"falls. Raise the KL coefficient or stop earlier.</p>"
                 )

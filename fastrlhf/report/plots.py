@@ -9,7 +9,7 @@ import numpy as np
 
 from fastrlhf.report.content import DECODINGS, figure, label
 
-COLOURS = {
+COLORS = {
     "base": "#8b929c",
     "sft": "#4a5568",
     "ppo": "#d97706",
@@ -63,9 +63,9 @@ _PPO_PANELS = (
 )
 
 
-def colour(system: str) -> str:
-    """The colour of a system, the same in every plot."""
-    return COLOURS.get(system) or _SPARE[sum(map(ord, system)) % len(_SPARE)]
+def color(system: str) -> str:
+    """The color of a system, the same in every plot."""
+    return COLORS.get(system) or _SPARE[sum(map(ord, system)) % len(_SPARE)]
 
 
 def _styled(function):
@@ -108,7 +108,7 @@ def series(rows: Sequence[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
-    """Centred moving average over `width` values; shorter windows at the ends."""
+    """Centered moving average over `width` values; shorter windows at the ends."""
     half = width // 2
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
@@ -143,10 +143,10 @@ def results(content: dict) -> str | None:
         for system, i, found, scale in points:
             y = systems.index(system) + (0.14 * (2 * i - 1) if paired else 0.0)
             mean, low, high = (scale * found[k] for k in ("mean", "low", "high"))
-            axis.plot([low, high], [y, y], color=colour(system), linewidth=2.2, alpha=0.75)
-            fill = "white" if i else colour(system)
+            axis.plot([low, high], [y, y], color=color(system), linewidth=2.2, alpha=0.75)
+            fill = "white" if i else color(system)
             axis.plot(
-                [mean], [y], "o", markersize=6, markerfacecolor=fill, markeredgecolor=colour(system)
+                [mean], [y], "o", markersize=6, markerfacecolor=fill, markeredgecolor=color(system)
             )
         axis.set_yticks(range(len(systems)), [label(s) for s in systems])
         axis.set_ylim(len(systems) - 0.5, -0.5)
@@ -202,7 +202,7 @@ def _grid(panels: list[tuple]) -> str:
         stages = list(dict.fromkeys(c[0] for c in curves))
         metrics = list(dict.fromkeys(c[1] for c in curves))
         for stage, metric, steps, values in curves:
-            tone, dash = colour(stage), "--" if metrics.index(metric) else "-"
+            tone, dash = color(stage), "--" if metrics.index(metric) else "-"
             if len(values) > 30:
                 axis.plot(steps, values, color=tone, alpha=0.22, linewidth=0.9)
                 values = smooth(values, max(5, len(values) // 25))
@@ -213,7 +213,7 @@ def _grid(panels: list[tuple]) -> str:
                 (m.replace("/", " "), "#3b4350", "--" if i else "-") for i, m in enumerate(metrics)
             ]
         elif len(stages) > 1 and not named:
-            named, entries = True, [(label(s), colour(s), "-") for s in stages]
+            named, entries = True, [(label(s), color(s), "-") for s in stages]
         for words, tone, dash in entries:
             axis.plot([], [], dash, color=tone, label=words)
         if entries:
@@ -225,7 +225,7 @@ def _grid(panels: list[tuple]) -> str:
 def over_kl(logs: dict[str, list[dict]]) -> str | None:
     """RM score and labeler score over the KL to the reference; None without such logs.
 
-    Where the two curves diverge, PPO over-optimises the reward model (Gao et al. 2023).
+    Where the two curves diverge, PPO over-optimizes the reward model (Gao et al. 2023).
     """
     runs = []
     for name, rows in logs.items():
@@ -237,23 +237,23 @@ def over_kl(logs: dict[str, list[dict]]) -> str | None:
         return None
     canvas, axes = _figure(7.6, 4.8, nrows=2, sharex=True)
     for column, title in (
-        (1, "RM score (PPO maximises it)"),
+        (1, "RM score (PPO maximizes it)"),
         (2, "labeler score (the actual goal)"),
     ):
         axis = axes[column - 1, 0]
         axis.set_title(title)
         for name, points in runs:
             x, y = smooth(points[:, 0]), smooth(points[:, column])
-            axis.scatter(points[:, 0], points[:, column], s=9, color=colour(name), alpha=0.3)
-            axis.plot(x, y, color=colour(name), label=label(name))
-            axis.plot(x[-1:], y[-1:], "o", color=colour(name), markersize=6)
+            axis.scatter(points[:, 0], points[:, column], s=9, color=color(name), alpha=0.3)
+            axis.plot(x, y, color=color(name), label=label(name))
+            axis.plot(x[-1:], y[-1:], "o", color=color(name), markersize=6)
         if column == 1:
             axis.legend(fontsize=8)
     axes[1, 0].set_xlabel("KL to the reference, nats per sentence (large dot: end of training)")
     return _svg(canvas)
 
 
-def over_optimised(rows: Sequence[dict]) -> float | None:
+def over_optimized(rows: Sequence[dict]) -> float | None:
     """The KL, in nats, at which the labeler's score peaked while the RM's score kept rising; None if it did not.
 
     Both curves are smoothed. The labeler's score must fall by more than a fifth of its range.

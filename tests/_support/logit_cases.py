@@ -11,12 +11,17 @@ DEVICE = {"reference": "cpu", "cpu": "cpu", "triton": TRITON_DEVICE, "cuda": "cu
 
 
 def interpreted(backend):
-    """Whether kernels run under Triton's interpreter, where a row takes some 10 ms: fewer cases then."""
+    """Whether Triton's interpreter runs the kernels. A program takes about 5 ms there, so tests take fewer rows."""
     return backend == "triton" and DEVICE[backend] == "cpu"
 
 
-def each_backend(op, names=("reference", "cpu", "triton", "cuda")):
-    """Parametrises `backend`; one that cannot run here is skipped and says why."""
+def emulated(backend):
+    """Whether a GPU's kernels run on the CPU: interpreted, or in the host shim, some 10 us a token."""
+    return backend in ("triton", "cuda") and DEVICE[backend] == "cpu"
+
+
+def backend_params(op, names=("reference", "cpu", "triton", "cuda")):
+    """The backends as pytest parameters; one that cannot run here is skipped and says why."""
     params = []
     for name in names:
         reason = _backend.unavailable_reason(op, name, DEVICE[name])
@@ -24,7 +29,12 @@ def each_backend(op, names=("reference", "cpu", "triton", "cuda")):
             reason = "no CUDA device"
         marks = pytest.mark.skipif(bool(reason), reason=f"{name}: {reason}")
         params.append(pytest.param(name, marks=marks))
-    return pytest.mark.parametrize("backend", params)
+    return params
+
+
+def each_backend(op, names=("reference", "cpu", "triton", "cuda")):
+    """Parametrises `backend` over the backends of an op."""
+    return pytest.mark.parametrize("backend", backend_params(op, names))
 
 
 def generator(seed):
@@ -69,24 +79,6 @@ def to_double(options):
     return out
 
 
-def assert_near(ours, eager, truth, what="", rounded=None):
-    """Our error <= 2 x eager's error + 2 eps of our dtype at the size of the truth.
-
-    `rounded`: the truth with an intermediate (that everyone rounds to fp32) off by half an ulp, as
-    `off_by_rounded_log_probs` gives it. How far that alone moves the result is measured and added.
-    """
-    truth = truth.detach().double().cpu()
-    ours_error = (ours.detach().double().cpu() - truth).abs().max()
-    eager_error = (eager.detach().double().cpu() - truth).abs().max()
-    floor = 2 * torch.finfo(ours.dtype).eps * max(1e-3, float(truth.abs().max()))
-    if rounded is not None:
-        floor += float((rounded.detach().double().cpu() - truth).abs().max())
-    assert not torch.isnan(ours).any(), f"{what}: NaN"
-    assert ours_error <= 2 * eager_error + floor, (
-        f"{what}: error {ours_error:.3g}, eager {eager_error:.3g}, floor {floor:.3g}"
-    )
-
-
 LOWEST = ("-inf", "finfo.min")
 TEMPERATURES = (0.3, 0.7, 1.3)
 
@@ -125,20 +117,6 @@ def moved(rows, offset, extra):
     buffer = torch.full((offset + count * (width + extra),), torch.nan, dtype=rows.dtype)
     view = buffer.to(rows.device)[offset:].as_strided((count, width), (width + extra, 1))
     return view.copy_(rows)
-
-
-def off_by_rounded_log_probs(truth, logprob, moved):
-    """The results `truth`, each entry off by as far as fp32's rounding of the rows' log-probs may move it.
-
-    `moved(move)` are the results with `move` added to the fp64 log-probs, wherever the loss reads them. Each row
-    moves alone, by half an ulp (2^-24 of it), and the distances add up: in a sum over rows the roundings may all
-    have one sign, and where eager's happen to cancel, its error is no measure of them.
-    """
-    off = [t.clone() for t in truth]
-    for row in torch.diag(2.0**-24 * logprob.flatten()):
-        for sums, now, t in zip(off, moved(row.view_as(logprob)), truth, strict=True):
-            sums += (now - t).abs()
-    return off
 
 
 def compiled(function):

@@ -3,7 +3,8 @@
 import torch
 
 from _support import logit_cases as cases
-from _support.logit_cases import assert_near, randn
+from _support.logit_cases import randn
+from _support.tolerance import assert_near
 from fastrlhf import token_loss
 
 # Losses; each is a function of (eager log-probabilities of the rows, device).

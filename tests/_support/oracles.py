@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from _support import unpacked
-from _support.logit_cases import DEVICE, assert_near, generator, randn
+from _support.logit_cases import DEVICE, generator, randn
+from _support.tolerance import assert_near
 
 
 def verl() -> SimpleNamespace:

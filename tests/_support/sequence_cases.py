@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from _support.logit_cases import DEVICE, each_backend  # noqa: F401
+from _support.logit_cases import DEVICE, each_backend, emulated, interpreted  # noqa: F401
 
 FUSED = ("cpu", "triton", "cuda")
 CPP = ("cpu", "cuda")  # the backends that are one C++ op on two devices
@@ -35,11 +35,6 @@ def anywhere(function):
     return call
 
 
-def interpreted(backend):
-    """Whether Triton's interpreter runs it: about 5 ms a sequence."""
-    return backend == "triton" and DEVICE["triton"] == "cpu"
-
-
 @contextlib.contextmanager
 def triton_launches():
     """The names of the Triton kernels that are launched inside."""
@@ -57,15 +52,6 @@ def triton_launches():
         yield names
     finally:
         kind.run = run
-
-
-def opcheck(name, backend, arguments):
-    """torch.library.opcheck of the op `name` as `backend` has it."""
-    to = functools.partial(torch.Tensor.to, device=DEVICE[backend])
-    half = "_fwd" if name.endswith("_loss") else ""
-    name += ("_triton" if backend == "triton" else "") + half
-    op = getattr(torch.ops.fastrlhf, name)
-    torch.library.opcheck(op.default, tree_map_only(torch.Tensor, to, arguments))
 
 
 def at(backend, arguments):
@@ -116,17 +102,6 @@ def with_strides(x):
     return wide[:, 2 : 2 + x.shape[1]]
 
 
-def assert_close_to_eager(ours, eager, truth, what=""):
-    """Error against float64 at most twice eager's, plus a floor of a few roundings."""
-    assert ours.shape == truth.shape, (what, ours.shape, truth.shape)
-    ours, eager, truth = ours.double(), eager.double(), truth.double()
-    scale = truth.abs().max().item() if truth.numel() else 0.0
-    error = (ours - truth).abs().max().item() if truth.numel() else 0.0
-    allowed = (eager - truth).abs().max().item() if truth.numel() else 0.0
-    floor = 4 * torch.finfo(torch.float32).eps * max(scale, 1e-3)
-    assert error <= 2 * allowed + floor, f"{what}: {error:.3g}, eager {allowed:.3g}, {floor=:.3g}"
-
-
 def naive_gae(rewards, values, gamma, lam, bootstrap=0.0):
     """One sequence, lists of floats -> (advantages, returns)."""
     advantages, advantage, next_value = [], 0.0, bootstrap
@@ -156,21 +131,6 @@ def naive_whiten(x, shift_mean=True, unbiased=True):
 
 
 @contextlib.contextmanager
-def poisoned_empty():
-    """torch.empty, in Python and in C++, gives NaN: what is not written shows."""
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = filled
-        torch.use_deterministic_algorithms(was)
-
-
-@contextlib.contextmanager
 def threads(count):
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -188,14 +148,6 @@ def assert_same_for_any_threads(call):
         with threads(count):
             for a, b in zip(first, call(), strict=True):
                 assert torch.equal(a, b), f"{count} threads"
-
-
-def assert_compiles(function, *inputs):
-    """Under torch.compile(fullgraph=True) with dynamic shapes: the same bits, no graph break."""
-    torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-    for a, b in zip(compiled(*inputs), function(*inputs), strict=True):
-        assert torch.equal(a, b)
 
 
 def assert_raises(call, kind, *words):

@@ -1,25 +1,21 @@
-"""GPU timing without a GPU: torch.cuda's events, streams and graphs are replaced by fakes.
+"""GPU timing without a GPU, on the fake device of _support/fake_clock.py."""
 
-The fake device is a clock. A call of a provider advances it by a given time, a flush of the caches by FLUSH, and
-events read it.
-"""
-
-import contextlib
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+from _support import fake_clock
+from _support.bench_problems import BENCHMARKS
+from _support.fake_clock import CACHE, FLUSH
+
 MODULES = ("bench_losses", "cases", "gpu_clock", "harness", "peers", "registry", "roofline", "run")
-CACHE, FLUSH = 2**20, 1.0
 
 
 @pytest.fixture
 def device(monkeypatch):
-    """The fake device: clock, captured graphs, and the modules of benchmarks/ that run on it."""
+    """The fake device, and the modules of benchmarks/ that run on it."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import bench_losses
     import run
@@ -28,85 +24,8 @@ def device(monkeypatch):
     import gpu_clock
     import harness
 
-    state = types.SimpleNamespace(
-        now=0.0, capturing=None, graphs=[], sync_mode=0, stream=None, syncs=0
-    )
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = state.now
-
-        def synchronize(self):
-            pass
-
-        def elapsed_time(self, other):
-            return 1e3 * (other.at - self.at)
-
-    class Graph:
-        def __init__(self):
-            self.seconds, self.replays = 0.0, 0
-            state.graphs.append(self)
-
-        def capture_begin(self):
-            assert state.stream is not None, "a capture needs a side stream"
-            state.capturing = self
-
-        def capture_end(self):
-            state.capturing = None
-
-        def replay(self):
-            self.replays += 1
-            state.now += self.seconds
-
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
-    @contextlib.contextmanager
-    def stream(which):
-        state.stream = which
-        yield
-        state.stream = None
-
-    def synchronize():
-        assert state.capturing is None
-        state.syncs += 1
-
-    cuda = {
-        "Event": Event,
-        "CUDAGraph": Graph,
-        "Stream": Stream,
-        "stream": stream,
-        "current_stream": Stream,
-        "synchronize": synchronize,
-        "current_device": lambda: 0,
-        "get_device_properties": lambda index: types.SimpleNamespace(L2_cache_size=CACHE),
-        "get_sync_debug_mode": lambda: state.sync_mode,
-        "set_sync_debug_mode": lambda mode: setattr(state, "sync_mode", mode),
-        "memory_allocated": lambda: 0,
-        "max_memory_allocated": lambda: 7,
-        "reset_peak_memory_stats": lambda: None,
-        "empty_cache": lambda: None,
-    }
-    for name, value in cuda.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-
-    def flush(device):
-        assert device == "cuda" and state.capturing is None
-        state.now += FLUSH
-
-    def work(seconds):
-        """A kernel: advances the clock, or becomes part of the graph under capture."""
-        if state.capturing is not None:
-            state.capturing.seconds += seconds
-        else:
-            state.now += seconds
-
-    monkeypatch.setattr(harness, "flush", flush)
-    state.work, state.harness, state.clock, state.run = work, harness, gpu_clock, run
+    state = fake_clock.install(monkeypatch.setattr, harness)
+    state.harness, state.clock, state.run = harness, gpu_clock, run
     state.cases, state.losses = cases, bench_losses
     yield state
     for name in MODULES:
@@ -300,6 +219,7 @@ def test_pytest_benchmark_times_a_large_call_between_events(device):
     found, times = rounds_of(device, problem, provider(device, 3e-3, seen), seconds=0.03, least=2)
     assert found["timed_by"] == "events" and device.graphs == []
     assert times == [pytest.approx(3e-3)] * 10  # as many as fill the time
+    assert device.now > FLUSH * len(times)  # L2 was overwritten before each
 
 
 def test_pytest_benchmark_says_why_a_small_call_has_no_graph(device):

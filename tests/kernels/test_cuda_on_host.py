@@ -1,4 +1,4 @@
-"""The CUDA kernels run on the CPU: the same .cu source, built by g++ with AddressSanitizer (host_shim/build.py).
+"""The CUDA kernels on the CPU: the same .cu sources, built by g++ with AddressSanitizer (host_shim/build.py).
 
 The op's test files run in a process where backend="cuda" is that library, on CPU tensors: values and gradients against
 the reference, layouts, masks, empty inputs (not torch.compile, which tests the Python side). Every call runs twice,
@@ -7,12 +7,12 @@ on faults. The emulated device is sm_80; token_loss, which uses clusters on sm_9
 run PTX: kernels use their plain C++ fallbacks, and PTX is tested on a GPU.
 """
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,10 +31,10 @@ def op_tests(op):
     return [*folder.rglob(f"test_{op}.py"), *sorted(folder.rglob(f"test_{op}_*.py"))]
 
 
-def run(libraries, *command, sm=80):
+def run(libraries, *command, sm=80, ops=()):
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        env=build.environment(libraries, sm),
+        env=build.environment(libraries, sm, ops),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -43,57 +43,63 @@ def run(libraries, *command, sm=80):
 
 
 CLUSTERED = ROOT / "csrc" / "cuda" / "token_loss.cu"
-# (source, op, device) -> test files, run in one process per key.
-RUNS = {(source, op, 80): op_tests(op) for source in SOURCES for op in build.ops_of(source)}
-RUNS[CLUSTERED, "token_loss", 90] = [
-    *op_tests("token_loss"),
-    ROOT / "tests" / "_support" / "host_shim" / "token_loss_clusters.py",
-]
+CONFORMANCE = ROOT / "tests" / "ops" / "test_conformance.py"
+CLUSTERS = ROOT / "tests" / "_support" / "host_shim" / "token_loss_clusters.py"
+DEVICES = {(source, 80) for source in SOURCES} | {(CLUSTERED, 90)}
+RUNS = sorted((source, op, sm) for source, sm in DEVICES for op in build.ops_of(source))
 
 
-@pytest.fixture(scope="module")
-def runs():
-    """{key of RUNS: (library or build error, finished process or None)}."""
+@functools.cache
+def libraries():
+    """{source: its library, or the error of its build}."""
     jobs = int(os.environ.get("MAX_JOBS", os.cpu_count()))
-    libraries = build.build_all([*SOURCES, FAULTS], jobs)
-    # Every process loads all ops: tests and backwards use ops of other files.
-    good = [path for path in libraries.values() if isinstance(path, Path)]
+    return build.build_all([*SOURCES, FAULTS], jobs)
 
-    def job(key):
-        source, _, sm = key
-        library = libraries[source]
-        if not isinstance(library, Path):
-            return library, None
-        if source == FAULTS:
-            script = ROOT / "tests" / "_support" / "host_shim" / "try_faults.py"
-            return library, run([library], script, *SOUND, *SEEN, *POISONED, sm=sm)
-        # --capture=fd would lose the sanitizer's report when the process aborts.
-        options = ("-p", "shim_plugin", "-p", "no:cacheprovider", "--capture=sys", "-q")
-        return library, run(good, "-m", "pytest", *options, *RUNS[key], sm=sm)
 
-    keys = [*RUNS, (FAULTS, "faults", 90)]
-    with ThreadPoolExecutor(jobs) as pool:
-        return dict(zip(keys, pool.map(job, keys), strict=True))
+@functools.cache
+def finished(source, sm):
+    """The finished run of the tests of a source's ops: one process, as imports take as long as a small op's tests.
+
+    Raises the error of the build.
+    """
+    found = libraries()
+    # All ops: tests and backwards call more than their own.
+    built = [path for path in found.values() if isinstance(path, Path)]
+    if not isinstance(found[source], Path):
+        raise found[source]
+    if source == FAULTS:
+        script = ROOT / "tests" / "_support" / "host_shim" / "try_faults.py"
+        return run([found[source]], script, *SOUND, *SEEN, *POISONED, sm=sm)
+    ops = build.ops_of(source)
+    files = dict.fromkeys(file for op in ops for file in op_tests(op))
+    more = [CLUSTERS] if sm >= 90 else []
+    # --capture=sys, not fd: the sanitizer's report must outlive the process.
+    options = ("-p", "shim_plugin", "-p", "no:cacheprovider", "--capture=sys", "-q", "-rpfE")
+    return run(built, "-m", "pytest", *options, *files, CONFORMANCE, *more, sm=sm, ops=ops)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    """The builds, apart from the tests' own time."""
+    libraries()
 
 
 @pytest.mark.parametrize(("source", "op", "sm"), RUNS, ids=lambda p: str(getattr(p, "stem", p)))
-def test_kernels(source, op, sm, runs):
+def test_kernels(source, op, sm):
     assert op_tests(op), f"{op} needs a test, test_{op}.py"
-    library, done = runs[source, op, sm]
-    assert done, library
+    done = finished(source, sm)
     output = f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     assert done.returncode == 0, output
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) >= 1, output
+    passed = "\n".join(re.findall(r"^PASSED .*", done.stdout, re.MULTILINE))
+    assert f"test_{op}.py::" in passed, output
+    assert f"[{op}-cuda" in passed, f"{op} has no conformance test\n{output}"
     assert not re.search(r"\d+ skipped", done.stdout), output
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
-def test_the_tests_of_a_file_run_its_kernels(source, runs):
+def test_the_tests_of_a_file_run_its_kernels(source):
     assert build.ops_of(source), f"{source.name} registers no op"
-    ran = set().union(
-        *(kernels_run(done) for (of, _, _), (_, done) in runs.items() if of == source and done)
-    )
+    ran = set().union(*(kernels_run(finished(*key)) for key in DEVICES if key[0] == source))
     assert build.kernels_of(source) <= ran
 
 
@@ -101,10 +107,10 @@ def kernels_run(done):
     return set(re.findall(r"kernel ran: (\w+)", done.stdout))
 
 
-def test_every_kernel_ran(runs):
+def test_every_kernel_ran():
     """Also kernels in headers, which several ops share."""
     defined = {k for p in DEVICE_CODE for k in build.kernels_of(p)}
-    ran = set().union(*(kernels_run(done) for _, done in runs.values() if done))
+    ran = set().union(*(kernels_run(finished(*key)) for key in DEVICES))
     assert len(defined) >= len(SOURCES) and defined <= ran, f"run by no test: {defined - ran}"
 
 
@@ -155,9 +161,8 @@ SOUND = {
 
 
 @pytest.fixture(scope="module")
-def faults(runs):
-    library, done = runs[FAULTS, "faults", 90]
-    assert done, library
+def faults():
+    done = finished(FAULTS, 90)
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout)
 

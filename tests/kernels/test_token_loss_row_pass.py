@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import fastrlhf  # noqa: F401  (registers the ops)
-from _support.logit_cases import DEVICE, assert_near, each_backend, generator, randint, randn
+from _support.logit_cases import DEVICE, each_backend, generator, randint, randn
+from _support.tolerance import assert_near
 
 OPS = torch.ops.fastrlhf
 CAPS = {"plain": 0.0, "capped": 3.0, "exact cap": 100.0}

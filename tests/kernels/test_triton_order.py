@@ -88,11 +88,11 @@ for constants, dtype in variants:
 """
 
 
-def compiled(module, kernel, variants, folder):
+def compiled(module, kernel, variants):
     """([(kind, operands)], {instruction: count}) of each variant and alignment."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
-    env |= {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(folder)}
+    env |= {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(ROOT / "build" / "aot" / "triton")}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, json.dumps([module, kernel, variants])],
         env=env,
@@ -105,16 +105,16 @@ def compiled(module, kernel, variants, folder):
     return found
 
 
-def all_compiled(module, kernel, dtype, folder):
+def all_compiled(module, kernel, dtype):
     variants = [(constants, dtype) for constants in SAME[module, kernel]]
-    found = compiled(module, kernel, variants, folder)
+    found = compiled(module, kernel, variants)
     return [(constants, found[3 * i : 3 * i + 3]) for i, (constants, _) in enumerate(variants)]
 
 
 @pytest.mark.parametrize(("module", "kernel"), [k for k in SAME if "token" not in k[0]])
-def test_sums_over_tokens(module, kernel, tmp_path):
+def test_sums_over_tokens(module, kernel):
     """All reductions and scans have one layout, the arithmetic is the same, and there is no FMA."""
-    per_variant = all_compiled(module, kernel, "fp32", tmp_path)
+    per_variant = all_compiled(module, kernel, "fp32")
     plain = per_variant[0][1][0]
     assert plain[0] and len({layout for _, _, layout in plain[0]}) == 1
     for constants, found in per_variant:
@@ -131,9 +131,9 @@ def test_sums_over_tokens(module, kernel, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32->bf16"])
 @pytest.mark.parametrize(("module", "kernel"), [k for k in SAME if "token" in k[0]])
-def test_sums_over_rows_of_logits(module, kernel, dtype, tmp_path):
+def test_sums_over_rows_of_logits(module, kernel, dtype):
     """Only the maximum is reduced in layout order; every variant has the same number of explicit FMAs."""
-    for _, found in all_compiled(module, kernel, dtype, tmp_path):
+    for _, found in all_compiled(module, kernel, dtype):
         for order, counts in found:
             assert {x[1] for x in order} <= {"arith.maxnumf", "arith.maximumf"}
             assert bool(order) == kernel.endswith("fwd_kernel")  # a gradient reduces nothing

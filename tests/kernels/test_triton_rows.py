@@ -7,7 +7,8 @@ import torch
 
 from _support import logit_cases as cases
 from _support import loss_cases
-from _support.logit_cases import DEVICE, assert_near, randint, randn
+from _support.logit_cases import DEVICE, randint, randn
+from _support.tolerance import assert_near
 from fastrlhf.ops import ppo_loss, token_logprob, token_loss
 
 V = 5003  # odd; two and a half tiles of the statistics
@@ -37,7 +38,7 @@ def problem(rows, width, dtype, settings=PLAIN, *, device, seed=0):
     logits = randn(rows, width, seed=seed, scale=3, dtype=dtype, device=device)
     targets = randint(width, (rows,), seed + 1, device=device)
     options = {"dtype": acc_of(logits), "device": device}
-    logprob = token_logprob.ops("triton").fwd(logits, targets, *settings, False, False)[0]
+    logprob = token_logprob.FWD["triton"](logits, targets, *settings, False, False)[0]
     old_logprob = logprob + randn(rows, seed=seed + 2, scale=0.5, **options)
     advantages = randn(rows, seed=seed + 3, **options)
     advantages[2:3] = 0
@@ -55,22 +56,22 @@ def row_pass(
     row_temperature, *rest = settings
     more = (entropy, grad_logprob) if wanted else (None, None)
     numbers = (0.2, 3.0, entropy_coef)
-    rows_ = token_loss.ops("triton").rows_
+    rows_ = token_loss.ROWS_["triton"]
     rows_(logits, *policy, *numbers, row_temperature, *rest, scale, dlogits, logprob, *more)
     return dlogits, logprob, *more
 
 
 def in_parts(logits, targets, *policy, settings=PLAIN, scale=0.3, entropy_coef=0.0, into=None):
     """The same by token_logprob forward, token_loss forward, and token_logprob_bwd_ with gradient dtype `into`."""
-    ops = token_logprob.ops("triton")
-    logprob, entropy, row_stats = ops.fwd(logits, targets, *settings, True, False)
+    fwd = token_logprob.FWD["triton"]
+    logprob, entropy, row_stats = fwd(logits, targets, *settings, True, False)
     scale = torch.tensor(scale, dtype=logprob.dtype, device=logits.device)
-    terms = token_loss.ops("triton").fwd(logits, targets, *policy, 0.2, 3.0, *settings, scale, 1.0)
+    terms = token_loss.FWD["triton"](logits, targets, *policy, 0.2, 3.0, *settings, scale, 1.0)
     _, same_logprob, grad_logprob, loss_stats = terms
     assert_bitwise((same_logprob, loss_stats), (logprob, row_stats[:2]))
     h = (-entropy_coef * scale).expand_as(grad_logprob) if entropy_coef else None
     dlogits = torch.full_like(logits, NAN, dtype=into)
-    ops.bwd_(grad_logprob, h, logits, targets, row_stats, *settings, dlogits)
+    token_logprob.BWD_["triton"](grad_logprob, h, logits, targets, row_stats, *settings, dlogits)
     return dlogits, logprob, entropy, grad_logprob
 
 
@@ -96,14 +97,13 @@ def test_is_bitwise_identical_to_the_separate_ops(backend, dtype, options, entro
     logits[1] += torch.linspace(-12, 12, V, device=device).to(
         dtype
     )  # the running maximum keeps rising
-    kwargs = {"settings": settings, "entropy_coef": entropy_coef}
+    count = 4 if settings[-1] is None else int(settings[-1].sum())
+    kwargs = {"settings": settings, "entropy_coef": entropy_coef, "scale": 1 / count}
     expected = in_parts(logits, *policy, **kwargs)
     _, logprob, entropy, grad_logprob = expected
     rest = (None, None, None, entropy, settings[-1], 0.2, 3.0, INF, 0.0, entropy_coef, True)
-    grads = ppo_loss.ops("triton")(logprob, policy[2], policy[1], *rest)[3]
-    assert torch.equal(
-        grad_logprob, grads[0] * torch.tensor(0.3, dtype=grad_logprob.dtype, device=device)
-    )
+    grads = ppo_loss.FWD["triton"](logprob, policy[2], policy[1], *rest)[2]
+    assert torch.equal(grad_logprob, grads[0])
     assert_bitwise(row_pass(logits, *policy, **kwargs), expected)
     copy = logits.clone()
     assert_bitwise(row_pass(copy, *policy, dlogits=copy, **kwargs), expected)  # in place
@@ -123,9 +123,9 @@ def test_log_probs_of_many_rows(backend):
     """Enough long rows that another summation order would change some log-prob."""
     device, rows = DEVICE[backend], 32 if cases.interpreted(backend) else 512
     logits, targets, _, _ = problem(rows, 4 * V, torch.float32, device=device)
-    ops = token_logprob.ops("triton")
+    fwd = token_logprob.FWD["triton"]
     for with_entropy in (False, True):
-        logprob = ops.fwd(logits, targets, *PLAIN, with_entropy, False)[0]
+        logprob = fwd(logits, targets, *PLAIN, with_entropy, False)[0]
         got = row_pass(logits, targets, None, None, wanted=with_entropy)[1]
         assert torch.equal(got, logprob)
 
@@ -302,20 +302,20 @@ def test_nan_and_infinite_logits(backend):
 def test_backward_into_16_bits_rounds_once(backend, dtype, options):
     """token_logprob_bwd_ of fp32 logits into a 16-bit gradient: the fp32 gradient, rounded once."""
     device = DEVICE[backend]
-    settings, ops = settings_of(options, 5, device), token_logprob.ops("triton")
+    settings, fwd = settings_of(options, 5, device), token_logprob.FWD["triton"]
     logits, targets, g, h = problem(5, V, torch.float32, device=device)
-    row_stats = ops.fwd(logits, targets, *settings, True, False)[2]
+    row_stats = fwd(logits, targets, *settings, True, False)[2]
     for grads in ((g, h), (g, None), (None, h)):
-        wide = ops.bwd(*grads, logits, targets, row_stats, *settings)
+        wide = token_logprob.BWD["triton"](*grads, logits, targets, row_stats, *settings)
         buffer = torch.full((5, V + 3), 42.0, dtype=dtype, device=device)
-        ops.bwd_(*grads, logits, targets, row_stats, *settings, buffer[:, :V])
+        token_logprob.BWD_["triton"](*grads, logits, targets, row_stats, *settings, buffer[:, :V])
         assert torch.equal(buffer[:, :V], wide.to(dtype)) and (buffer[:, V:] == 42).all()
 
 
 @triton
 def test_bad_outputs_are_refused(backend):
     logits, *policy = problem(4, 33, torch.float32, device=DEVICE[backend])
-    rows_, bwd_ = token_loss.ops("triton").rows_, token_logprob.ops("triton").bwd_
+    rows_, bwd_ = token_loss.ROWS_["triton"], token_logprob.BWD_["triton"]
     one, scale = torch.ones(4, device=logits.device), torch.ones((), device=logits.device)
     outputs = [torch.full_like(logits, 7.0), *(7.0 * one for _ in range(3))]
 
@@ -357,6 +357,6 @@ def test_opcheck(backend):
             outputs[2:] = None, None
         settings = (policy[1].abs() + 0.5, 1.0, 4.0, mask, scale)
         torch.library.opcheck(
-            torch.ops.fastrlhf.token_loss_triton_rows_,
+            torch.ops.fastrlhf.token_loss_rows_triton_,
             (logits, *policy, 0.2, math.inf, 0.1 * wanted, *settings, *outputs),
         )

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from _support import sequence_cases as cases
+from _support.tolerance import ENOUGH, assert_near
 from fastrlhf import gae as plain_gae
 from fastrlhf import reference
-from fastrlhf.ops import _backend
 
 LENGTHS = cases.LENGTHS
 N, B = sum(LENGTHS), len(LENGTHS)
@@ -112,7 +112,7 @@ def test_error_at_most_twice_eager(backend, dtype, layout):
     truth = reference.gae(rewards.double(), values.double(), **options)
     for name, a, b, c in zip(("advantages", "returns"), ours, eager, truth, strict=True):
         assert a.dtype == torch.float32
-        cases.assert_close_to_eager(a, b, c, name)
+        assert_near(a, b, c, name)
 
 
 @fused
@@ -150,24 +150,6 @@ def test_masked_steps_are_as_if_they_were_not_there(backend):
 
 
 @each_backend
-@pytest.mark.parametrize("whiten", [False, True])
-def test_nothing_behind_the_mask_is_used(backend, whiten):
-    rewards, values = cases.randn((6, 300), 1, torch.float32), cases.randn((6, 300), 2)
-    values, mask = values.float(), cases.random_mask((6, 300), 3)
-    clean = gae(rewards, values, mask=mask, whiten=whiten, backend=backend)
-    dirty = gae(
-        rewards.masked_fill(~mask, NAN),
-        values.masked_fill(~mask, float("inf")),
-        mask=mask,
-        whiten=whiten,
-        backend=backend,
-    )
-    for a, b in zip(clean, dirty, strict=True):
-        assert torch.equal(a, b)
-        assert (a[~mask] == 0).all()
-
-
-@each_backend
 def test_whitens_like_the_statistics_of_the_unmasked_tokens(backend):
     rewards, values, cu = packed(torch.float64)
     plain, returns = gae(rewards, values, cu_seqlens=cu, backend=backend)
@@ -175,27 +157,6 @@ def test_whitens_like_the_statistics_of_the_unmasked_tokens(backend):
     expected = torch.tensor(cases.naive_whiten(plain.tolist()), dtype=torch.float64)
     torch.testing.assert_close(white, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(returns, same)
-
-
-@each_backend
-@pytest.mark.parametrize("whiten", [False, True])
-def test_empty_and_shortest_inputs(backend, whiten):
-    def run(rewards, **options):
-        return gae(rewards, rewards, whiten=whiten, backend=backend, **options)
-
-    for shape in ((0, 5), (5, 0), (0, 0)):
-        assert [x.shape for x in run(torch.zeros(shape))] == [shape, shape]
-    for cu in ((0,), (0, 0, 0)):
-        advantages, _ = run(torch.zeros(0), cu_seqlens=torch.tensor(cu, dtype=torch.int32))
-        assert advantages.shape == (0,)
-    ones = torch.ones(3, 1)
-    advantages, returns = run(ones)
-    # One step: A = r - V = 0, R = r.
-    assert torch.equal(advantages, torch.zeros(3, 1))
-    assert torch.equal(returns, ones)
-    nothing = torch.zeros(2, 4, dtype=torch.bool)
-    for out in run(torch.ones(2, 4), mask=nothing):
-        assert torch.equal(out, torch.zeros(2, 4))
 
 
 @fused
@@ -231,82 +192,6 @@ def test_a_program_takes_several_sequences(backend, monkeypatch):
             torch.testing.assert_close(a, b)
 
 
-@fused
-def test_any_stride_is_read_in_place(backend):
-    rewards, values, cu = packed()
-    flat = gae(rewards, values, cu_seqlens=cu, backend=backend)
-    strided = gae(
-        cases.with_strides(rewards), cases.with_strides(values), cu_seqlens=cu, backend=backend
-    )
-    rewards, values = cases.pad(rewards, LENGTHS), cases.pad(values, LENGTHS)
-    mask = cases.length_mask(LENGTHS)
-    sliced = gae(
-        cases.with_strides(rewards),
-        values.T.contiguous().T,
-        mask=mask.T.contiguous().T,
-        backend=backend,
-    )
-    for a, b, c in zip(flat, strided, sliced, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, cases.unpad(c, LENGTHS))
-        assert c.is_contiguous()
-
-
-@fused
-def test_same_bits_for_any_number_of_threads(backend):
-    lengths = [1 + (37 * i) % 700 for i in range(12 if cases.interpreted(backend) else 150)]
-    rewards, values = (cases.randn(sum(lengths), seed, torch.float32) for seed in (1, 2))
-    cu = cases.cu_of(lengths)
-    if backend == "cpu":
-        assert rewards.numel() > 3 * 12 * 1024  # three threads get work
-    cases.assert_same_for_any_threads(
-        lambda: gae(rewards, values, cu_seqlens=cu, whiten=True, backend=backend)
-    )
-
-
-@fused
-def test_every_output_is_written(backend):
-    rewards, values, cu = packed()
-    mask = cases.random_mask((7, 300), 1, keep=0.1)
-    with cases.poisoned_empty():
-        for whiten in (False, True):
-            outputs = [
-                *gae(rewards, values, cu_seqlens=cu, whiten=whiten, backend=backend),
-                *gae(mask.float(), mask.float(), mask=mask, whiten=whiten, backend=backend),
-            ]
-            assert not any(x.isnan().any() for x in outputs)
-
-
-@each_backend
-def test_is_a_constant_to_autograd(backend):
-    rewards = torch.ones(2, 3, requires_grad=True)
-    for out in gae(rewards, rewards * 1, backend=backend):
-        assert not out.requires_grad
-
-
-@fused
-def test_compiles_without_a_graph_break(backend):
-    rewards, values, cu = packed()
-    cases.assert_compiles(
-        lambda r, v, c: gae(r, v, cu_seqlens=c, whiten=True, backend=backend), rewards, values, cu
-    )
-
-
-@fused
-def test_opcheck(backend):
-    rewards, values = cases.randn((3, 7), 1, torch.float32), cases.randn((3, 7), 2).float()
-    mask, bootstrap = cases.random_mask((3, 7), 3), torch.ones(3)
-    arguments = (rewards, values, 0.9, 0.8, None, mask, bootstrap, True)
-    cases.opcheck("gae", backend, arguments)
-
-
-@fused
-def test_says_which_backend_ran(backend):
-    before = _backend.calls["gae", backend]
-    gae(torch.ones(1, 2), torch.ones(1, 2), backend="auto" if backend == "cpu" else backend)
-    assert _backend.calls["gae", backend] == before + 1
-
-
 @each_triton
 def test_two_launches_with_whitening(backend):
     with cases.triton_launches() as names:
@@ -319,13 +204,16 @@ def test_two_launches_with_whitening(backend):
 def test_any_layout(data):
     lengths = data.draw(st.lists(st.integers(0, 40), max_size=12))
     seed, whiten = data.draw(st.integers(0, 999)), data.draw(st.booleans())
-    tokens, cu = sum(lengths), cases.cu_of(lengths)
-    rewards, values = (cases.randn(tokens, seed + i, torch.float32) for i in (0, 1))
-    got = gae(rewards, values, cu_seqlens=cu, whiten=whiten, backend="cpu")
-    truth = reference.gae(rewards.double(), values.double(), cu_seqlens=cu, whiten=whiten)
-    eager = reference.gae(rewards, values, cu_seqlens=cu, whiten=whiten)
-    for a, b, c in zip(got, eager, truth, strict=True):
-        cases.assert_close_to_eager(a, b, c)
+    tokens, options = sum(lengths), {"cu_seqlens": cases.cu_of(lengths), "whiten": whiten}
+    inputs = [cases.randn(tokens, seed + i, torch.float32) for i in (0, 1)]
+    truth = reference.gae(*(x.double() for x in inputs), **options)
+    got = gae(*(x.double() for x in inputs), **options, backend="cpu")
+    for a, b in zip(got, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    if tokens >= ENOUGH:
+        eager = reference.gae(*inputs, **options)
+        for a, b, c in zip(gae(*inputs, **options, backend="cpu"), eager, truth, strict=True):
+            assert_near(a, b, c)
 
 
 @settings(max_examples=40, deadline=None)
@@ -341,72 +229,11 @@ def test_any_mask(data):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-X, CU = torch.zeros(4), torch.tensor([0, 4], dtype=torch.int32)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "kind", "words"),
-    [
-        ({"rewards": [0.0]}, TypeError, ("rewards", "Tensor", "list")),
-        ({"rewards": torch.zeros(4).int()}, TypeError, ("rewards", "float32", "int32")),
-        ({"values": torch.zeros(4).long()}, TypeError, ("values", "int64")),
-        ({"values": torch.zeros(5)}, ValueError, ("values", "(4,)", "(5,)")),
-        ({"values": torch.zeros(4).double()}, TypeError, ("values", "float64", "float32")),
-        ({"values": torch.zeros(4, device="meta")}, ValueError, ("values", "cpu", "meta")),
-        ({"cu_seqlens": None}, ValueError, ("rewards", "[B, T]", "(4,)")),
-        ({"mask": torch.ones(4)}, ValueError, ("cu_seqlens", "mask", "not both")),
-        ({"cu_seqlens": CU.long()}, TypeError, ("cu_seqlens", "int32", "int64")),
-        ({"cu_seqlens": CU[None]}, ValueError, ("cu_seqlens", "(B + 1,)", "(1, 2)")),
-        ({"cu_seqlens": CU[:0]}, ValueError, ("cu_seqlens", "(B + 1,)", "(0,)")),
-        ({"cu_seqlens": torch.tensor([1, 4]).int()}, ValueError, ("cu_seqlens", "0", "[1, 4]")),
-        ({"cu_seqlens": torch.tensor([0, 3]).int()}, ValueError, ("cu_seqlens", "4", "[0, 3]")),
-        ({"cu_seqlens": torch.tensor([0, 3, 2, 4]).int()}, ValueError, ("cu_seqlens", "3, 2")),
-        ({"cu_seqlens": CU.to("meta")}, ValueError, ("cu_seqlens", "cpu", "meta")),
-        ({"gamma": 1.5}, ValueError, ("gamma", "[0, 1]", "1.5")),
-        ({"gamma": -0.1}, ValueError, ("gamma", "-0.1")),
-        ({"gamma": "1"}, TypeError, ("gamma", "number", "str")),
-        ({"lam": 2}, ValueError, ("lam", "[0, 1]", "2")),
-        ({"lam": NAN}, ValueError, ("lam", "nan")),
-        ({"whiten": 1}, TypeError, ("whiten", "bool", "int")),
-        ({"bootstrap": torch.zeros(2)}, ValueError, ("bootstrap", "(1,)", "(2,)")),
-        ({"bootstrap": torch.zeros(1).int()}, TypeError, ("bootstrap", "int32")),
-        ({"backend": "gpu"}, ValueError, ("backend", "cpu", "gpu")),
-        ({"backend": "cuda"}, ValueError, ("cuda", "cannot run", "Use")),
-    ],
-)
-def test_errors_name_the_argument(arguments, kind, words):
-    call = {"rewards": X, "values": X, "cu_seqlens": CU, **arguments}
-    rewards, values = call.pop("rewards"), call.pop("values")
-    cases.assert_raises(lambda: plain_gae(rewards, values, **call), kind, "gae", *words)
-
-
-@pytest.mark.parametrize(
-    ("mask", "kind", "words"),
-    [
-        (torch.ones(2, 3), ValueError, ("mask", "(2, 4)", "(2, 3)")),
-        (torch.full((2, 4), 2), ValueError, ("mask", "0 and 1", "2")),
-        (torch.full((2, 4), 0.5), ValueError, ("mask", "0 and 1", "0.5")),
-        (torch.ones(2, 4, device="meta"), ValueError, ("mask", "cpu", "meta")),
-        ([[1]], TypeError, ("mask", "Tensor", "list")),
-    ],
-)
-def test_mask_errors(mask, kind, words):
-    x = torch.zeros(2, 4)
-    cases.assert_raises(lambda: gae(x, x, mask=mask), kind, "gae", *words)
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float32])
-def test_masks_of_0_and_1_are_taken(dtype):
-    mask = cases.random_mask((3, 9), 1)
-    x = cases.randn((3, 9), 2, torch.float32)
-    for a, b in zip(gae(x, x, mask=mask.to(dtype)), gae(x, x, mask=mask), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_a_bad_cu_seqlens_cannot_reach_memory():
-    # What torch.compile cannot check in Python, the kernel checks.
+    """torch.compile skips the checks in Python, so the kernel checks too."""
+    x = torch.zeros(4)
     for bad in ([0, 9], [0, 5, 4], [1, 4]):
         with pytest.raises(RuntimeError, match="cu_seqlens"):
             torch.ops.fastrlhf.gae(
-                X, X, 1.0, 1.0, torch.tensor(bad, dtype=torch.int32), None, None, False
+                x, x, 1.0, 1.0, torch.tensor(bad, dtype=torch.int32), None, None, False
             )

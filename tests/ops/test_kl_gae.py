@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from _support import sequence_cases as cases
+from _support.tolerance import ENOUGH, assert_near
 from fastrlhf import KLGAEOutput, reference
 from fastrlhf import gae as plain_gae
 from fastrlhf import kl_gae as plain_kl_gae
 from fastrlhf import kl_reward as plain_kl_reward
-from fastrlhf.ops import _backend, _checks
+from fastrlhf.ops import _checks
 
 LENGTHS = cases.LENGTHS
 NAN = float("nan")
@@ -67,7 +68,7 @@ def test_error_at_most_twice_eager(backend, dtype, whiten):
     truth = reference.kl_gae(*(x.double() for x in inputs), **options)
     for name, a, b, c in zip(KLGAEOutput._fields, ours, eager, truth, strict=True):
         assert a.dtype == torch.float32
-        cases.assert_close_to_eager(a, b, c, name)
+        assert_near(a, b, c, name)
 
 
 @each_backend
@@ -113,71 +114,6 @@ def test_packed_padded_and_one_by_one_agree_bitwise(backend):
             assert torch.equal(x[start:end], y[0])
 
 
-@each_backend
-def test_empty_and_shortest_inputs(backend):
-    def run(shape, **options):
-        x = torch.ones(shape)
-        count = len(options["cu_seqlens"]) - 1 if options else shape[0]
-        return kl_gae(x, x, torch.ones(count), x, beta=0.1, whiten=True, backend=backend, **options)
-
-    for shape in ((0, 5), (5, 0)):
-        assert all(x.shape == shape for x in run(shape))
-    for cu in ((0,), (0, 0, 0)):
-        out = run((0,), cu_seqlens=torch.tensor(cu, dtype=torch.int32))
-        assert all(x.shape == (0,) for x in out)
-    out = run((1, 1))
-    assert [float(x) for x in out] == [0.0, 1.0, 1.0, 0.0]
-
-
-@fused
-def test_layouts_threads_and_unwritten_memory(backend):
-    inputs, cu = packed(), cases.cu_of(LENGTHS)
-    options = {"beta": 0.1, "cu_seqlens": cu, "backend": backend}
-    plain = kl_gae(*inputs, **options)
-    with cases.poisoned_empty():
-        strided = kl_gae(*(cases.with_strides(x) for x in inputs), **options)
-    for a, b in zip(plain, strided, strict=True):
-        assert torch.equal(a, b)
-    rows = 9 if cases.interpreted(backend) else 90
-    x = cases.randn((3, rows, 800), 1, torch.float32)
-    cases.assert_same_for_any_threads(
-        lambda: kl_gae(x[0], x[1], torch.ones(rows), x[2], beta=0.3, whiten=True, backend=backend)
-    )
-
-
-@each_backend
-def test_is_a_constant_to_autograd(backend):
-    x = torch.zeros(2, 3, requires_grad=True)
-    for out in kl_gae(x, x * 2, torch.ones(2), x * 3, beta=0.1, backend=backend):
-        assert not out.requires_grad
-
-
-@fused
-def test_compiles_without_a_graph_break(backend):
-    cases.assert_compiles(
-        lambda a, b, s, v, c: kl_gae(
-            a, b, s, v, beta=0.1, whiten=True, cu_seqlens=c, backend=backend
-        ),
-        *packed(),
-        cases.cu_of(LENGTHS),
-    )
-
-
-@fused
-def test_opcheck(backend):
-    x, mask = cases.randn((3, 4, 6), 1, torch.float32), cases.random_mask((4, 6), 2)
-    arguments = (x[0], x[1], torch.ones(4), x[2], 0.1, 0, 1.0, 0.9, True, None, mask)
-    cases.opcheck("kl_gae", backend, arguments)
-
-
-@fused
-def test_says_which_backend_ran(backend):
-    before = _backend.calls["kl_gae", backend]
-    x, named = torch.ones(1, 2), "auto" if backend == "cpu" else backend
-    kl_gae(x, x, torch.ones(1), x, beta=0.1, backend=named)
-    assert _backend.calls["kl_gae", backend] == before + 1
-
-
 @each_triton
 def test_two_launches_with_whitening(backend):
     x = torch.ones(2, 3)
@@ -192,36 +128,14 @@ def test_any_layout(lengths, whiten):
     logprob, ref_logprob, values = cases.randn((3, sum(lengths)), 1, torch.float32)
     inputs = (logprob, ref_logprob, cases.randn(len(lengths), 2, torch.float32), values)
     options = {"beta": 0.1, "cu_seqlens": cases.cu_of(lengths), "whiten": whiten}
-    ours = kl_gae(*inputs, **options, backend="cpu")
-    eager = reference.kl_gae(*inputs, **options)
     truth = reference.kl_gae(*(x.double() for x in inputs), **options)
-    for a, b, c in zip(ours, eager, truth, strict=True):
-        cases.assert_close_to_eager(a, b, c)
-
-
-X, CU, SCORE = torch.zeros(4), torch.tensor([0, 4], dtype=torch.int32), torch.zeros(1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "kind", "words"),
-    [
-        ({"logprob": torch.zeros(4).int()}, TypeError, ("logprob", "float32", "int32")),
-        ({"ref_logprob": torch.zeros(3)}, ValueError, ("ref_logprob", "(4,)", "(3,)")),
-        ({"values": torch.zeros(3)}, ValueError, ("values", "(4,)", "(3,)")),
-        ({"score": torch.zeros(2)}, ValueError, ("score", "(1,)", "(2,)")),
-        ({"beta": -1.0}, ValueError, ("beta", "at least 0", "-1.0")),
-        ({"estimator": "kl"}, ValueError, ("estimator", "'kl'")),
-        ({"gamma": 1.1}, ValueError, ("gamma", "[0, 1]", "1.1")),
-        ({"lam": -1}, ValueError, ("lam", "-1")),
-        ({"whiten": "yes"}, TypeError, ("whiten", "bool", "str")),
-        ({"cu_seqlens": torch.tensor([0, 5]).int()}, ValueError, ("cu_seqlens", "[0, 5]")),
-        ({"cu_seqlens": None}, ValueError, ("logprob", "[B, T]", "(4,)")),
-        ({"mask": torch.ones(4)}, ValueError, ("cu_seqlens", "mask", "not both")),
-        ({"backend": "cuda"}, ValueError, ("cuda", "cannot run")),
-    ],
-)
-def test_errors_name_the_argument(arguments, kind, words):
-    call = {"logprob": X, "ref_logprob": X, "score": SCORE, "values": X, "beta": 0.1}
-    call |= {"cu_seqlens": CU, **arguments}
-    tensors = [call.pop(name) for name in ("logprob", "ref_logprob", "score", "values")]
-    cases.assert_raises(lambda: plain_kl_gae(*tensors, **call), kind, "kl_gae", *words)
+    doubles = kl_gae(*(x.double() for x in inputs), **options, backend="cpu")
+    for a, b in zip(doubles, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    if sum(lengths) >= ENOUGH:
+        ours, eager = (
+            kl_gae(*inputs, **options, backend="cpu"),
+            reference.kl_gae(*inputs, **options),
+        )
+        for a, b, c in zip(ours, eager, truth, strict=True):
+            assert_near(a, b, c)

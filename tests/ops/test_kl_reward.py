@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from _support import sequence_cases as cases
+from _support.tolerance import assert_near
 from fastrlhf import kl_reward as plain_kl_reward
 from fastrlhf import reference
 from fastrlhf.ops import _checks
@@ -65,7 +66,7 @@ def test_error_at_most_twice_eager(backend, dtype, scale, estimator):
     truth = reference.kl_reward(*doubles, **options)
     for name, a, b, c in zip(("rewards", "kl"), ours, eager, truth, strict=True):
         assert a.dtype == torch.float32
-        cases.assert_close_to_eager(a, b, c, name)
+        assert_near(a, b, c, name)
 
 
 @fused
@@ -126,73 +127,6 @@ def test_packed_padded_and_one_by_one_agree_bitwise(backend):
             assert torch.equal(x[part], y[0])
 
 
-@each_backend
-def test_nothing_behind_the_mask_is_used(backend):
-    logprob, ref_logprob = cases.randn((5, 70), 1, torch.float32), torch.zeros(5, 70)
-    mask, score = cases.random_mask((5, 70), 2), torch.ones(5)
-    options = {"beta": 0.5, "estimator": "k3", "mask": mask, "backend": backend}
-    clean = kl_reward(logprob, ref_logprob, score, **options)
-    dirty = kl_reward(
-        logprob.masked_fill(~mask, NAN), ref_logprob.masked_fill(~mask, NAN), score, **options
-    )
-    for a, b in zip(clean, dirty, strict=True):
-        assert torch.equal(a, b)
-
-
-@fused
-def test_layouts_threads_and_unwritten_memory(backend):
-    logprob, ref_logprob, score, cu = packed()
-    options = {"beta": 0.1, "cu_seqlens": cu, "backend": backend}
-    plain = kl_reward(logprob, ref_logprob, score, **options)
-    with cases.poisoned_empty():
-        strided = kl_reward(
-            cases.with_strides(logprob),
-            cases.with_strides(ref_logprob),
-            cases.with_strides(score),
-            **options,
-        )
-    for a, b in zip(plain, strided, strict=True):
-        assert torch.equal(a, b)
-    rows = 9 if cases.interpreted(backend) else 90
-    wide = cases.randn((rows, 800), 1, torch.float32)
-    cases.assert_same_for_any_threads(
-        lambda: kl_reward(wide, -wide, torch.ones(rows), beta=0.3, estimator="k3", backend=backend)
-    )
-
-
-@each_backend
-def test_empty_inputs(backend):
-    for shape in ((0, 5), (5, 0)):
-        outputs = kl_reward(
-            torch.zeros(shape),
-            torch.zeros(shape),
-            torch.ones(shape[0]),
-            beta=1.0,
-            backend=backend,
-        )
-        assert [x.shape for x in outputs] == [shape, shape]
-
-
-@each_backend
-def test_is_a_constant_to_autograd(backend):
-    logprob = torch.zeros(2, 3, requires_grad=True)
-    for out in kl_reward(logprob, logprob * 2, torch.ones(2), beta=0.1, backend=backend):
-        assert not out.requires_grad
-
-
-@fused
-def test_compiles_without_a_graph_break(backend):
-    cases.assert_compiles(
-        lambda a, b, s, c: kl_reward(a, b, s, beta=0.1, cu_seqlens=c, backend=backend), *packed()
-    )
-
-
-@fused
-def test_opcheck(backend):
-    x, mask = cases.randn((2, 4, 6), 1, torch.float32), cases.random_mask((4, 6), 2)
-    cases.opcheck("kl_reward", backend, (*x, torch.ones(4), 0.1, 2, None, mask))
-
-
 @each_triton
 def test_one_launch(backend):
     x = torch.ones(2, 3)
@@ -214,35 +148,3 @@ def test_any_layout(lengths, estimator):
         expected = naive(*padded, score, cases.length_mask(lengths), **options)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, cases.unpad(b, lengths), rtol=1e-12, atol=1e-12)
-
-
-X, CU, SCORE = torch.zeros(4), torch.tensor([0, 4], dtype=torch.int32), torch.zeros(1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "kind", "words"),
-    [
-        ({"logprob": torch.zeros(4).int()}, TypeError, ("logprob", "float32", "int32")),
-        ({"ref_logprob": torch.zeros(3)}, ValueError, ("ref_logprob", "(4,)", "(3,)")),
-        ({"ref_logprob": torch.zeros(4).double()}, TypeError, ("ref_logprob", "float64")),
-        ({"score": torch.zeros(2)}, ValueError, ("score", "(1,)", "(2,)")),
-        ({"score": torch.zeros(1, 1)}, ValueError, ("score", "(1,)", "(1, 1)")),
-        ({"score": torch.zeros(1).double()}, TypeError, ("score", "float64")),
-        ({"score": 1.0}, TypeError, ("score", "Tensor", "float")),
-        ({"beta": -0.1}, ValueError, ("beta", "at least 0", "-0.1")),
-        ({"beta": None}, TypeError, ("beta", "number", "NoneType")),
-        ({"beta": float("inf")}, ValueError, ("beta", "finite", "inf")),
-        ({"estimator": "k4"}, ValueError, ("estimator", "'k3'", "'k4'", "did you mean 'k")),
-        ({"estimator": "absolute"}, ValueError, ("estimator", "did you mean 'abs'")),
-        ({"estimator": 1}, ValueError, ("estimator", "1")),
-        ({"cu_seqlens": None}, ValueError, ("logprob", "[B, T]", "(4,)")),
-        ({"mask": torch.ones(4)}, ValueError, ("cu_seqlens", "mask", "not both")),
-        ({"cu_seqlens": torch.tensor([0, 3]).int()}, ValueError, ("cu_seqlens", "4", "[0, 3]")),
-        ({"backend": "cuda"}, ValueError, ("cuda", "cannot run")),
-    ],
-)
-def test_errors_name_the_argument(arguments, kind, words):
-    call = {"logprob": X, "ref_logprob": X, "score": SCORE, "beta": 0.1, "cu_seqlens": CU}
-    call |= arguments
-    tensors = [call.pop(name) for name in ("logprob", "ref_logprob", "score")]
-    cases.assert_raises(lambda: plain_kl_reward(*tensors, **call), kind, "kl_reward", *words)

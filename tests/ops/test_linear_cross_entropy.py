@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from _support import logit_cases as cases
-from _support.logit_cases import DEVICE, assert_near, randint, randn
+from _support.logit_cases import DEVICE, randint, randn
+from _support.tolerance import assert_near
 from fastrlhf import linear_cross_entropy
 from fastrlhf.ops import _backend, _gemms
 
@@ -60,58 +61,6 @@ def test_values_and_gradients(backend, reduction, dtype, poisoned):
 
 
 @each_backend
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_gradcheck(backend, reduction):
-    if backend == "triton" and reduction == "sum":
-        pytest.skip("the reduction is the same code on every backend; the interpreter is slow")
-    device = DEVICE[backend]
-    x, w = randn(5, 3, seed=0, dtype=torch.float64), randn(7, 3, seed=1, dtype=torch.float64)
-    x, w = x.to(device).requires_grad_(), w.to(device).requires_grad_()
-    targets = torch.tensor([1, -1, 6, 0, 2], device=device)
-
-    def function(x, w):
-        options = {"ignore_index": -1, "reduction": reduction, "softcap": 4.0, "temperature": 0.7}
-        return linear_cross_entropy(x, w, targets, backend=backend, **options)
-
-    assert torch.autograd.gradcheck(function, (x, w), fast_mode=backend == "triton")
-
-
-@each_backend
-def test_opcheck(backend):
-    if backend == "reference":
-        pytest.skip("the reference has no raw op")
-    x, w, b, targets = inputs(device=DEVICE[backend])
-    x, w = x.requires_grad_(), w.requires_grad_()
-    one = torch.ones((), device=x.device)
-    arguments = (x, w, b, None, targets, targets != -100, None, one, [], [1.0, 0.0, 1.0])
-    arguments += (None, False, "linear_cross_entropy", "fast", backend, [True, True, False, False])
-    utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    utils += [] if backend == "triton" else ["test_aot_dispatch_dynamic"]
-    torch.library.opcheck(torch.ops.fastrlhf.linear_loss_fwd, arguments, test_utils=utils)
-
-
-@each_backend
-def test_compiles_without_graph_break(backend):
-    x, w, b, targets = inputs(device=DEVICE[backend])
-    x.requires_grad_()
-
-    def loss(x):
-        return linear_cross_entropy(x, w, targets, bias=b, backend=backend) * 3
-
-    (expected,) = torch.autograd.grad(loss(x), x)
-    (got,) = torch.autograd.grad(cases.compiled(loss)(x), x)
-    torch.testing.assert_close(got, expected)
-
-
-@each_backend
-def test_autocast_does_not_round_the_logits(backend):
-    x, w, _, targets = inputs(device=DEVICE[backend])
-    plain = linear_cross_entropy(x, w, targets, backend=backend)
-    with torch.autocast(x.device.type, torch.bfloat16):
-        assert torch.equal(linear_cross_entropy(x, w, targets, backend=backend), plain)
-
-
-@each_backend
 def test_nothing_counts(backend):
     x, w, _, targets = inputs(device=DEVICE[backend])
     x.requires_grad_(), w.requires_grad_()
@@ -136,28 +85,6 @@ def test_ignored_rows_and_frozen_parameters_enter_no_gemm():
 
 
 @each_backend
-def test_repeats_bit_for_bit_and_backward_twice(backend):
-    x, w, _, targets = inputs(device=DEVICE[backend])
-    x.requires_grad_(), w.requires_grad_()
-    first = linear_cross_entropy(x, w, targets, backend=backend)
-    again = linear_cross_entropy(x, w, targets, backend=backend)
-    assert torch.equal(first, again)
-    one = torch.autograd.grad(first, (x, w), retain_graph=True)
-    for other in (torch.autograd.grad(first, (x, w)), torch.autograd.grad(again, (x, w))):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-@pytest.mark.parametrize("power", [1, 2])
-def test_no_gradient_of_the_gradient(power):
-    """Refused where its graph is asked for: under a constant upstream gradient it would be lost later."""
-    x, w, _, targets = inputs()
-    x.requires_grad_()
-    loss = linear_cross_entropy(x, w, targets) ** power
-    with pytest.raises(NotImplementedError, match="linear_cross_entropy: the gradient of the grad"):
-        torch.autograd.grad(loss, x, create_graph=True)
-
-
-@each_backend
 def test_a_sum_in_fp16_survives_until_it_is_scaled(backend):
     """dW of the sum is beyond 65504; dW of the mean that the user makes of it is not."""
     device, rows, x = DEVICE[backend], 64, 2048.0
@@ -169,36 +96,3 @@ def test_a_sum_in_fp16_survives_until_it_is_scaled(backend):
     expected[0] = -x * 3 / 4
     assert rows * expected.abs().max() > torch.finfo(torch.float16).max
     torch.testing.assert_close(w.grad.float(), expected)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "match"),
-    [
-        ({"reduction": "max"}, ValueError, "reduction must be 'mean', 'sum' or 'none'; got 'max'"),
-        ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int; got float"),
-        ({"ignore_index": 3}, ValueError, r"ignore_index must be outside \[0, 5\); got 3"),
-        (
-            {"targets": torch.tensor([0, 5])},
-            ValueError,
-            r"cross_entropy: targets must be in \[0, 5",
-        ),
-        ({"targets": torch.tensor([0, -1])}, ValueError, r"targets must be in \[0, 5\); got -1"),
-        ({"hidden": torch.zeros(2, 3)}, ValueError, r"weight must have shape \(V, 3\)"),
-        (
-            {"hidden": torch.zeros(2, 0), "weight": torch.zeros(5, 0)},
-            ValueError,
-            "hidden must have at least 1 feature",
-        ),
-        ({"workspace": None}, ValueError, "workspace must be 'fast' or 'compact'"),
-    ],
-)
-@pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_errors_name_the_argument(change, error, match, backend):
-    arguments = {
-        "hidden": torch.zeros(2, 4),
-        "weight": torch.zeros(5, 4),
-        "targets": torch.tensor([0, 1]),
-        **change,
-    }
-    with pytest.raises(error, match=match):
-        linear_cross_entropy(**arguments, backend=backend)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from _support import sequence_cases as cases
 from _support.ppo_cases import NAMES, TRAINED, batch, naive, run
-from fastrlhf import PPOLossOutput, ppo_loss, reference
+from _support.tolerance import assert_near
+from fastrlhf import ppo_loss, reference
 from fastrlhf.ops import _backend
 from fastrlhf.ops.ppo_loss import METRICS
 
@@ -56,9 +57,9 @@ def test_error_at_most_twice_eager(backend, dtype, masked):
     doubles = {name: x.double() for name, x in tensors.items()}
     truth = run(reference.ppo_loss, doubles, upstream, **options)
     assert ours[0].dtype == torch.float32
-    cases.assert_close_to_eager(ours[0], eager[0], truth[0], "loss")
+    assert_near(ours[0], eager[0], truth[0], "loss")
     for name in METRICS:
-        cases.assert_close_to_eager(ours[1][name], eager[1][name], truth[1][name], name)
+        assert_near(ours[1][name], eager[1][name], truth[1][name], name)
     # Away from the edges of the clips, where rounding may choose the other branch.
     ratio = torch.exp(doubles["logprob"] - doubles["old_logprob"])
     moved = (doubles["values"] - doubles["old_values"]).abs()
@@ -70,7 +71,7 @@ def test_error_at_most_twice_eager(backend, dtype, masked):
         assert ours[2][name].dtype == dtype
         if dtype == torch.float32:
             parts = (x[2][name][safe] * 4500 for x in (ours, eager, truth))
-            cases.assert_close_to_eager(*parts, name)
+            assert_near(*parts, name)
         else:  # rounded once, to the dtype of the input
             close = {"rtol": 1.01 * torch.finfo(dtype).eps / 2, "atol": 1e-7}
             assert torch.allclose(ours[2][name][safe].double(), truth[2][name][safe], **close)
@@ -138,20 +139,6 @@ def test_masked_tokens_cost_the_mean_ratio_no_digits(backend):
 
 
 @each_backend
-def test_nothing_behind_the_mask_is_used(backend):
-    tensors, mask = batch((4, 300), torch.float32), cases.random_mask((4, 300), 1)
-    clean = run(on(backend), tensors, mask=mask, entropy_coef=0.1)
-    dirty = {name: x.masked_fill(~mask, NAN) for name, x in tensors.items()}
-    dirty = run(on(backend), dirty, mask=mask, entropy_coef=0.1)
-    assert torch.equal(clean[0], dirty[0])
-    for name, value in clean[1].items():
-        assert torch.equal(value, dirty[1][name]), name
-    for name, grad in clean[2].items():
-        assert torch.equal(grad, dirty[2][name])
-        assert (grad[~mask] == 0).all()
-
-
-@each_backend
 def test_pad_columns_packing_and_order_change_nothing(backend):
     tensors, lengths = batch((sum(cases.LENGTHS),)), cases.LENGTHS
     packed = run(on(backend), tensors)
@@ -187,17 +174,6 @@ def test_absent_tensors_leave_their_terms_out(backend):
 
 
 @each_backend
-def test_empty_and_fully_masked(backend):
-    full = batch((3, 4), torch.float32)
-    nothing = torch.zeros(3, 4, dtype=torch.bool)
-    for tensors, mask in ((batch((0,), torch.float32), None), (full, nothing)):
-        loss, metrics, grads = run(on(backend), tensors, mask=mask, entropy_coef=0.1)
-        assert loss == 0
-        assert all(value == 0 for value in metrics.values())
-        assert all((grad == 0).all() for grad in grads.values())
-
-
-@each_backend
 def test_constant_returns_explain_no_variance(backend):
     tensors = batch((9,), torch.float32)
     tensors["returns"] = torch.full((9,), 2.0)
@@ -220,27 +196,6 @@ def test_constant_returns_of_any_size(backend, size, dtype):
             assert metrics["explained_variance"] == 0, (shape, m is not None)
 
 
-@each_backend
-def test_only_the_trained_tensors_get_gradients(backend):
-    tensors = {n: x.requires_grad_(n in TRAINED) for n, x in batch((6,), torch.float32).items()}
-    positional = [tensors[name] for name in NAMES[:3]]
-    loss, _ = on(backend)(*positional, **{n: tensors[n] for n in NAMES[3:]})
-    loss.backward()
-    assert {name for name, x in tensors.items() if x.grad is not None} == set(TRAINED)
-    loss, _ = on(backend)(*(x.detach() for x in positional))
-    assert not loss.requires_grad
-    with torch.no_grad():
-        assert not on(backend)(*positional).loss.requires_grad
-
-
-@each_cpp
-def test_gradient_of_the_gradient_is_refused(backend):
-    x = torch.zeros(3, requires_grad=True)
-    loss = on(backend)(x, torch.zeros(3), torch.ones(3)).loss
-    with pytest.raises(NotImplementedError, match="ppo_loss: the gradient of the gradient"):
-        torch.autograd.grad(loss * loss, x, create_graph=True)
-
-
 @pytest.mark.skipif(
     "cpu" not in _backend.kernels("ppo_loss"), reason="the C++ extension is not built"
 )
@@ -253,30 +208,8 @@ def test_the_ratio_to_its_last_digits_whatever_its_size():
 
 
 @fused
-def test_gradcheck(backend):
-    tensors = batch((23,))
-    fixed = {name: x for name, x in tensors.items() if name not in TRAINED}
-
-    def loss(logprob, values, entropy):
-        return on(backend)(
-            logprob,
-            fixed["old_logprob"],
-            fixed["advantages"],
-            values=values,
-            old_values=fixed["old_values"],
-            returns=fixed["returns"],
-            entropy=entropy,
-            dual_clip=1.3,
-            entropy_coef=0.1,
-        ).loss
-
-    leaves = [tensors[name].requires_grad_() for name in TRAINED]
-    torch.autograd.gradcheck(loss, leaves, fast_mode=cases.interpreted(backend))
-
-
-@fused
-def test_layouts_threads_and_unwritten_memory(backend):
-    rows = 12 if cases.interpreted(backend) else 60  # 11 and 53 programs
+def test_any_rank_and_stride(backend, poisoned):
+    rows = 12 if cases.emulated(backend) else 60  # 11 and 53 programs or blocks
     tensors, mask = batch((rows, 900), torch.float32), cases.random_mask((rows, 900), 1)
 
     def call(view=lambda x: x, view_mask=mask):
@@ -285,14 +218,13 @@ def test_layouts_threads_and_unwritten_memory(backend):
         )
         return [loss, *metrics.values(), *grads.values()]
 
-    cases.assert_same_for_any_threads(call)
     plain = call()
-    with cases.poisoned_empty():
-        others = [
-            call(cases.with_strides, mask.T.contiguous().T),
-            call(torch.flatten, mask.flatten()),
-            call(lambda x: x.reshape(-1, 2, 900), mask.reshape(-1, 2, 900)),
-        ]
+    others = [
+        call(),
+        call(cases.with_strides, mask.T.contiguous().T),
+        call(torch.flatten, mask.flatten()),
+        call(lambda x: x.reshape(-1, 2, 900), mask.reshape(-1, 2, 900)),
+    ]
     for other in others:
         for a, b in zip(plain, other, strict=True):
             assert torch.equal(a.flatten(), b.flatten())
@@ -302,8 +234,10 @@ def test_layouts_threads_and_unwritten_memory(backend):
 @pytest.mark.parametrize("shape", [(70, 903), (65537,)])
 def test_every_dtype_beside_every_other(backend, shape):
     """16-bit values are fp32 values: tensors of several dtypes and strides give the same bits."""
-    if cases.interpreted(backend):  # 13 programs and 9, of which one begins
-        shape = {2: (14, 903), 1: (8193,)}[len(shape)]
+    if cases.emulated(backend) and len(shape) == 2:  # 13 programs
+        shape = (14, 903)
+    elif cases.interpreted(backend):  # 9 programs; the last one holds one token
+        shape = (8193,)
     tensors, mask = batch(shape, torch.float32), cases.random_mask(shape, 1)
     for turn in range(3):
         mixed = {
@@ -371,48 +305,6 @@ def test_graph_replays_and_streams_do_not_meet():
                 assert torch.equal(a, b)
 
 
-@each_cpp
-def test_compiles_without_a_graph_break(backend):
-    tensors, mask = batch((4, 30), torch.float32), cases.random_mask((4, 30), 1)
-
-    def forward(mask, *values):
-        named = dict(zip(NAMES[3:], values[3:], strict=True))
-        loss, metrics = ppo_loss(*values[:3], **named, mask=mask, entropy_coef=0.1, backend=backend)
-        return [loss, *metrics.values()]
-
-    tensors, mask = cases.at(backend, (tensors, mask))
-
-    cases.assert_compiles(forward, mask, *tensors.values())
-    torch._dynamo.reset()
-    leaves = [tensors[n].requires_grad_() if n in TRAINED else tensors[n] for n in NAMES]
-    trained = [x for x in leaves if x.requires_grad]
-    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
-    for a, b in zip(
-        torch.autograd.grad(compiled(mask, *leaves)[0], trained),
-        torch.autograd.grad(forward(mask, *leaves)[0], trained),
-        strict=True,
-    ):
-        assert torch.equal(a, b)
-
-
-@each_cpp
-def test_opcheck(backend):
-    tensors, mask = cases.at(backend, (batch((3, 5), torch.float32), cases.random_mask((3, 5), 1)))
-    arguments = [tensors[n].requires_grad_() if n in TRAINED else tensors[n] for n in NAMES]
-    op = torch.ops.fastrlhf.ppo_loss_fwd.default
-    rest = (mask, 0.2, 3.0, 0.2, 0.5, 0.01)
-    torch.library.opcheck(op, (*arguments, *rest, True))
-    policy = (*arguments[:3], None, None, None, None, None, *rest[1:])
-    torch.library.opcheck(op, (*policy, True))
-    torch.library.opcheck(op, (*(x.detach() for x in policy[:3]), *policy[3:], False))
-
-
-def test_says_which_backend_ran():
-    before = _backend.calls["ppo_loss", "cpu"]
-    assert isinstance(ppo_loss(*torch.zeros(3, 2)), PPOLossOutput)
-    assert _backend.calls["ppo_loss", "cpu"] == before + 1
-
-
 @fused
 @settings(max_examples=40, deadline=None)
 @given(
@@ -432,40 +324,3 @@ def test_any_options(backend, count, seed, clip, dual_clip, value_clip, keep):
     assert loss.item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
     for name, grad in grads.items():
         assert torch.allclose(grad, expected_grads[name], rtol=1e-10, atol=1e-14)
-
-
-X = torch.zeros(4)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "kind", "words"),
-    [
-        ({"logprob": [0.0]}, TypeError, ("logprob", "Tensor", "list")),
-        ({"logprob": X.int()}, TypeError, ("logprob", "float32", "int32")),
-        ({"old_logprob": torch.zeros(3)}, ValueError, ("old_logprob", "(4,)", "(3,)")),
-        ({"advantages": torch.zeros(4, 1)}, ValueError, ("advantages", "(4,)", "(4, 1)")),
-        ({"advantages": X.double()}, TypeError, ("advantages", "float64", "float32")),
-        ({"entropy": X.to("meta")}, ValueError, ("entropy", "cpu", "meta")),
-        ({"values": torch.zeros(5)}, ValueError, ("values", "(4,)", "(5,)")),
-        ({"values": X}, ValueError, ("returns", "values", "None")),
-        ({"values": X, "returns": X}, ValueError, ("old_values", "value_clip=None")),
-        ({"returns": X}, ValueError, ("returns", "values=None")),
-        ({"old_values": X}, ValueError, ("old_values", "values=None")),
-        ({"entropy_coef": 0.1}, ValueError, ("entropy_coef=0.1 needs entropy", "None")),
-        ({"mask": torch.ones(3)}, ValueError, ("mask", "(4,)", "(3,)")),
-        ({"mask": torch.full((4,), -1)}, ValueError, ("mask", "0 and 1", "-1")),
-        ({"clip": 0.0}, ValueError, ("clip", "above 0", "0.0")),
-        ({"clip": -0.2}, ValueError, ("clip", "above 0", "-0.2")),
-        ({"clip": None}, TypeError, ("clip", "number", "NoneType")),
-        ({"dual_clip": 1.0}, ValueError, ("dual_clip", "above 1", "1.0")),
-        ({"value_clip": 0.0}, ValueError, ("value_clip", "above 0", "0.0")),
-        ({"value_coef": NAN}, ValueError, ("value_coef", "finite", "nan")),
-        ({"entropy_coef": "0"}, TypeError, ("entropy_coef", "number", "str")),
-        ({"backend": "c++"}, ValueError, ("backend", "c++")),
-        ({"backend": "cuda"}, ValueError, ("cuda", "cannot run")),
-    ],
-)
-def test_errors_name_the_argument(arguments, kind, words):
-    call = {"logprob": X, "old_logprob": X, "advantages": X, **arguments}
-    tensors = [call.pop(name) for name in NAMES[:3]]
-    cases.assert_raises(lambda: ppo_loss(*tensors, **call), kind, "ppo_loss", *words)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from _support import sequence_cases as cases
+from _support.tolerance import assert_near
 from fastrlhf import ranking_loss, reference
-from fastrlhf.ops import _backend
 
 GROUPS = (4, 9, 1, 0, 2, 6, 3, 2)
 each_backend = cases.each_backend("ranking_loss")
@@ -124,8 +124,12 @@ def test_error_at_most_twice_eager(backend, dtype, scale):
     eager = run(reference.ranking_loss, scores, ranks, cu, upstream=1.7)
     truth = run(reference.ranking_loss, scores.double(), ranks, cu, upstream=1.7)
     assert ours[0].dtype == torch.float32 and ours[1].dtype == dtype
-    for a, b, c in zip(ours, eager, truth, strict=True):
-        cases.assert_close_to_eager(a, b, c)
+    assert_near(ours[0], eager[0], truth[0], "loss")
+    if dtype == torch.float32:
+        assert_near(ours[1], eager[1], truth[1], "gradient")
+    else:  # rounded once
+        close = {"rtol": 1.01 * torch.finfo(dtype).eps / 2, "atol": 1e-7}
+        torch.testing.assert_close(ours[1].double(), truth[1].double(), **close)
 
 
 @each_backend
@@ -143,47 +147,6 @@ def test_only_the_order_of_ranks_matters(backend):
 def test_nan_shows(backend):
     scores = torch.tensor([1.0, float("nan")])
     assert anywhere(scores, torch.tensor([1, 2]), cases.cu_of([2]), backend=backend).isnan()
-
-
-@fused
-def test_layouts_and_unwritten_memory(backend):
-    scores, ranks, cu = cases.randn(M, 1, torch.float32), ranks_of(GROUPS, 2), cases.cu_of(GROUPS)
-    plain = run(anywhere, scores, ranks, cu, backend=backend)
-    strided_ranks = torch.stack([ranks, -ranks], dim=1)[:, 0]
-    with cases.poisoned_empty():
-        leaf = scores.clone().requires_grad_()
-        wide = torch.stack([leaf, leaf + 1], dim=1)[:, 0]
-        loss = anywhere(wide, strided_ranks, cu, backend=backend)
-        (grad,) = torch.autograd.grad(loss, leaf)
-    assert torch.equal(plain[0], loss.detach()) and torch.equal(plain[1], grad)
-    cases.assert_same_for_any_threads(lambda: run(anywhere, scores, ranks, cu, backend=backend))
-
-
-@each_cpp
-def test_gradcheck_and_one_derivative_only(backend):
-    scores, ranks, cu = cases.randn(M, 1), ranks_of(GROUPS, 2), cases.cu_of(GROUPS)
-    scores.requires_grad_()
-    torch.autograd.gradcheck(lambda s: anywhere(s, ranks, cu, backend=backend), scores)
-    loss = anywhere(scores, ranks, cu, backend=backend)
-    with pytest.raises(NotImplementedError, match="ranking_loss: the gradient of the gradient"):
-        torch.autograd.grad(loss * loss, scores, create_graph=True)
-
-
-@each_cpp
-def test_compiles_without_a_graph_break(backend):
-    scores, ranks, cu = cases.randn(M, 1, torch.float32), ranks_of(GROUPS, 2), cases.cu_of(GROUPS)
-    scores, ranks, cu = cases.at(backend, (scores, ranks, cu))
-    leaf = scores.requires_grad_()
-    cases.assert_compiles(lambda *x: (ranking_loss(*x, backend=backend),), leaf, ranks, cu)
-
-
-@each_cpp
-def test_opcheck(backend):
-    scores, ranks, cu = cases.randn(M, 1, torch.float32), ranks_of(GROUPS, 2), cases.cu_of(GROUPS)
-    scores, ranks, cu = cases.at(backend, (scores, ranks, cu))
-    op = torch.ops.fastrlhf.ranking_loss_fwd.default
-    torch.library.opcheck(op, (scores.requires_grad_(), ranks, cu, True))
-    torch.library.opcheck(op, (scores.detach(), ranks, cu, False))
 
 
 @fused
@@ -212,12 +175,6 @@ def test_broken_groups_are_not_followed(backend, cu):
     assert loss.isnan() and grad.isnan().all()
 
 
-def test_says_which_backend_ran():
-    before = _backend.calls["ranking_loss", "cpu"]
-    ranking_loss(torch.zeros(2), torch.tensor([1, 2]), cases.cu_of([2]))
-    assert _backend.calls["ranking_loss", "cpu"] == before + 1
-
-
 @each_backend
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=8), st.integers(0, 99), st.integers(1, 9))
@@ -227,30 +184,3 @@ def test_any_groups(backend, groups, seed, highest):
     loss, grad = run(anywhere, scores, ranks, cases.cu_of(groups), backend=backend)
     assert loss.item() == pytest.approx(expected, rel=1e-12, abs=1e-15)
     assert torch.allclose(grad, expected_grad, rtol=1e-11, atol=1e-15)
-
-
-S, R, CU = torch.zeros(4), torch.ones(4, dtype=torch.int64), torch.tensor([0, 4]).int()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "kind", "words"),
-    [
-        ({"scores": [0.0]}, TypeError, ("scores", "Tensor", "list")),
-        ({"scores": S.int()}, TypeError, ("scores", "float32", "int32")),
-        ({"scores": S.view(2, 2)}, ValueError, ("scores", "(M,)", "(2, 2)")),
-        ({"ranks": R.float()}, TypeError, ("ranks", "int64", "float32")),
-        ({"ranks": R[:3]}, ValueError, ("ranks", "(4,)", "(3,)")),
-        ({"ranks": R - 1}, ValueError, ("ranks", "at least 1", "0")),
-        ({"ranks": R.to("meta")}, ValueError, ("ranks", "cpu", "meta")),
-        ({"cu_groups": CU.long()}, TypeError, ("cu_groups", "int32", "int64")),
-        ({"cu_groups": CU[:0]}, ValueError, ("cu_groups", "(P + 1,)", "(0,)")),
-        ({"cu_groups": torch.tensor([0, 3]).int()}, ValueError, ("cu_groups", "4", "[0, 3]")),
-        ({"cu_groups": torch.tensor([1, 4]).int()}, ValueError, ("cu_groups", "[1, 4]")),
-        ({"cu_groups": torch.tensor([0, 3, 2, 4]).int()}, ValueError, ("cu_groups", "3, 2")),
-        ({"cu_groups": None}, TypeError, ("cu_groups", "Tensor", "NoneType")),
-        ({"backend": "cuda"}, ValueError, ("cuda", "cannot run")),
-    ],
-)
-def test_errors_name_the_argument(arguments, kind, words):
-    call = {"scores": S, "ranks": R, "cu_groups": CU, **arguments}
-    cases.assert_raises(lambda: ranking_loss(**call), kind, "ranking_loss", *words)

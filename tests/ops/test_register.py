@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 from collections import OrderedDict
 
 import pytest
@@ -11,8 +12,9 @@ import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrlhf
+import fastrlhf.reference
 from _support.small_calls import small_call
-from fastrlhf.ops import _backend, _metrics
+from fastrlhf.ops import _backend, _metrics, _register
 
 HAS_CPU = not _backend.unavailable_reason("gae", "cpu")
 FUSED = pytest.mark.skipif(not HAS_CPU, reason="the C++ extension is not built")
@@ -93,6 +95,143 @@ def test_any_upstream_gradient_is_right(upstream, retain):
             grads.append(grad)
     for grad in grads[1:]:
         torch.testing.assert_close(grad, grads[0])
+
+
+# ---------------------------------------------------------------------------------------------
+# schemas
+
+
+def raw_ops():
+    """{name: schema} of every raw op."""
+    for op in fastrlhf.backends():
+        getattr(fastrlhf, op)
+    names = (
+        name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastrlhf::")
+    )
+    return {
+        name.partition("::")[2].partition(".")[0]: torch._C._get_schema(name, "") for name in names
+    }
+
+
+def test_a_triton_kernel_has_the_schema_of_its_twin():
+    ops = raw_ops()
+    twins = {name: re.sub(r"_triton(_?)$", r"\1", name) for name in ops if "_triton" in name}
+    assert set(twins.values()) == {
+        *("gae", "kl_gae", "kl_reward", "masked_whiten", "ppo_loss_fwd", "ranking_loss_fwd"),
+        *("token_logprob_fwd", "token_logprob_bwd", "token_logprob_bwd_"),
+        *("token_loss_fwd", "token_loss_fwd_", "token_loss_bwd_", "token_loss_rows_"),
+    }
+    for triton, twin in twins.items():
+        assert str(ops[triton]).replace(triton, twin, 1) == str(ops[twin])
+
+
+@FUSED
+def test_no_kernel_lacks_a_schema():
+    """A kernel under a name without a schema would be registered and never called."""
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU"):
+        if name.startswith("fastrlhf::"):
+            assert name.partition("::")[2] in raw_ops()
+
+
+def test_what_a_backend_runs_is_what_was_registered(monkeypatch):
+    monkeypatch.setattr(_backend, "_provided", {})
+    _backend.provide("two_kernels", ["cpu", "triton"], gradient=False)
+    _backend.provide("two_kernels", ["cuda", "triton"], gradient=False)
+    assert _backend.kernels("two_kernels") == {"triton"}
+    assert _backend.unavailable_reason("two_kernels", "cpu")
+
+
+# ---------------------------------------------------------------------------------------------
+# errors
+
+
+@FUSED
+def test_an_error_of_cpp_becomes_one_of_the_public_op():
+    logits = torch.zeros(2, 3, requires_grad=True)
+    for op in (fastrlhf.token_logprob, fastrlhf.token_loss):
+        with pytest.raises(
+            ValueError, match=rf"^{op.__name__}: targets must be in \[0, 3\); got 5"
+        ):
+            op(logits, torch.tensor([0, 5]), backend="cpu")
+    with pytest.raises(ValueError, match=r"^linear_ppo_loss: targets must be in \[0, 3\); got 5"):
+        rows = torch.zeros(2)
+        fastrlhf.linear_ppo_loss(logits, torch.zeros(3, 3), torch.tensor([0, 5]), rows, rows)
+
+
+def test_other_errors_stay_what_they_are():
+    def body(x):
+        raise RuntimeError("[fastrlhf TypeError] x must be an int; got None" if x else "CUDA error")
+
+    call = _register.differentiable(body, op="some_op")
+    with pytest.raises(TypeError, match="^some_op: x must be an int; got None$"):
+        call(1)
+    with pytest.raises(RuntimeError, match="^CUDA error$"):
+        call(0)
+
+
+# ---------------------------------------------------------------------------------------------
+# the list of linear_loss_fwd
+
+
+PER_TOKEN = {
+    "full": ("old_logprob", "advantages", "old_values", "returns"),
+    "mixed": ("old_logprob", "advantages", None, "returns"),
+    "mostly None": ("old_logprob", "advantages", None, None),
+    "all None": (None, None, None, None),
+    "empty": (),
+}
+
+
+def linear_loss(per_token):
+    """(call of (hidden, weight, bias, values) -> loss by the raw op, the same loss by the reference)."""
+    torch.manual_seed(0)
+    n, v = 5, 7
+    targets, rows = torch.randint(v, (n,)), {name: torch.randn(n) for name in PER_TOKEN["full"]}
+    ppo = "old_logprob" in per_token
+    has_values = "returns" in per_token
+    given = [None if name is None else rows[name] for name in per_token]
+    clip = 0.2 if "old_values" in per_token else torch.inf
+    settings = [1.0, 0.0, *((0.2, torch.inf, clip, 0.5, 0.01) if ppo else (1.0,))]
+    op = "linear_ppo_loss" if ppo else "linear_cross_entropy"
+    one = torch.ones(())
+
+    def ours(hidden, weight, bias, values):
+        head = (hidden, weight, bias, values if has_values else None)
+        rest = (targets, None, None, one, given, settings, None, False, op, "fast", "cpu")
+        needs = [True, True, True, has_values]
+        return torch.ops.fastrlhf.linear_loss_fwd(*head, *rest, needs)[0]
+
+    def expected(hidden, weight, bias, values):
+        if not ppo:
+            return fastrlhf.reference.linear_cross_entropy(hidden, weight, targets, bias=bias)
+        more = {name: rows[name] for name in per_token[2:] if name}
+        more |= {"values": values} if has_values else {}
+        return fastrlhf.reference.linear_ppo_loss(
+            *(hidden, weight, targets, rows["old_logprob"], rows["advantages"]),
+            bias=bias,
+            entropy_coef=0.01,
+            value_clip=clip if clip < torch.inf else None,
+            **more,
+        ).loss
+
+    leaves = [torch.randn(n, 3), torch.randn(v, 3), torch.randn(v), torch.randn(n)]
+    return ours, expected, [x.requires_grad_() for x in leaves[: 3 + has_values]]
+
+
+@FUSED
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("given", PER_TOKEN)
+def test_a_list_of_optional_tensors(given, compiled):
+    """All gradients arrive, whatever the list beside them holds."""
+    ours, expected, leaves = linear_loss(PER_TOKEN[given])
+    if compiled:
+        ours = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    missing = [None] * (4 - len(leaves))
+    loss, right = ours(*leaves, *missing), expected(*leaves, *missing)
+    torch.testing.assert_close(loss, right)
+    grads = torch.autograd.grad(loss, leaves)
+    for got, want in zip(grads, torch.autograd.grad(right, leaves), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 # ---------------------------------------------------------------------------------------------

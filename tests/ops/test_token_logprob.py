@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from _support import logit_cases as cases
-from _support.logit_cases import DEVICE, assert_near, randint, randn
+from _support.logit_cases import DEVICE, randint, randn
+from _support.tolerance import assert_near
 from fastrlhf import reference, token_logprob
 from fastrlhf.ops import _backend
 
@@ -88,65 +89,6 @@ def test_numbers_keep_the_digits_of_fp64(backend):
     logprob = token_logprob(logits, targets, softcap=0.7, temperature=0.3, backend=backend)
     expected, _ = eager(logits, targets, softcap=0.7, temperature=0.3)
     torch.testing.assert_close(logprob, expected, rtol=1e-12, atol=1e-12)
-
-
-@each_backend
-def test_gradcheck(backend):
-    device = DEVICE[backend]
-    logits = randn(4, 6, seed=0, dtype=torch.float64, device=device).requires_grad_()
-    targets = randint(6, (4,), 1, device=device)
-    temperature = 0.5 + torch.arange(4, dtype=torch.float64, device=device)
-    mask = torch.tensor([1, 0, 1, 1], device=device)
-
-    def function(x):
-        return token_logprob(
-            x,
-            targets,
-            temperature=temperature,
-            softcap=2.5,
-            mask=mask,
-            return_entropy=True,
-            backend=backend,
-        )
-
-    assert torch.autograd.gradcheck(function, (logits,))
-
-
-@fused
-def test_opcheck(backend):
-    device = DEVICE[backend]
-    name = "token_logprob_triton" if backend == "triton" else "token_logprob"
-    ops = torch.ops.fastrlhf
-    logits = randn(3, 5, seed=0, device=device)
-    targets, mask = randint(5, (3,), 1, device=device), torch.tensor([1, 0, 1], device=device) > 0
-    temperature = torch.tensor([1.0, 2.0, 0.5], device=device)
-    forward = (targets, temperature, 1.0, 4.0, mask, True, False)
-    checks = torch.library.opcheck
-    checks(getattr(ops, f"{name}_fwd"), (logits.clone().requires_grad_(), *forward))
-    _, _, stats = getattr(ops, f"{name}_fwd")(logits, *forward)
-    g = randn(3, seed=2, device=device)
-    backward = (g, g, logits, targets, stats, temperature, 1.0, 4.0, mask)
-    checks(getattr(ops, f"{name}_bwd"), backward)
-    checks(getattr(ops, f"{name}_bwd_"), (*backward, torch.empty_like(logits)))
-
-
-@each_backend
-def test_compiles_without_graph_break(backend):
-    device = DEVICE[backend]
-    logits = randn(4, 9, seed=0, device=device).requires_grad_()
-    targets = randint(9, (4,), 1, device=device)
-
-    def loss(logits):
-        options = {"return_entropy": True, "inplace_backward": True, "backend": backend}
-        logprob, entropy = token_logprob(logits, targets, temperature=0.8, **options)
-        return (logprob + 0.1 * entropy).sum()
-
-    before = logits.detach().clone()
-    (got,) = torch.autograd.grad(cases.compiled(loss)(logits), logits)
-    assert torch.equal(logits, before)
-    (expected,) = torch.autograd.grad(loss(logits.clone()), logits, allow_unused=True) or (None,)
-    expected = expected if expected is not None else torch.zeros_like(got)
-    torch.testing.assert_close(got, expected)
 
 
 @fused
@@ -354,23 +296,28 @@ def test_gradients_at_a_low_temperature(backend, mode):
     )
     theirs = gradients(eager, logits, targets, grads, **kwargs)
     truth = gradients(eager, logits.cpu().double(), targets.cpu(), grads, **kwargs)
-    # Everyone rounds a row's sum to fp32 several times: an ulp of it scales the probabilities of the
-    # whole row. (exp(z - lse) would be off by 2^-19 here.) Where a target's is near 1, 1 - p magnifies it.
-    other_sum = off_in_the_sum(2.0**-23, logits.cpu().double(), targets.cpu(), grads, **kwargs)
+    # Every implementation rounds a row's sum to fp32 several times. An ulp of it (2^-23) moves the log-prob and the
+    # entropy by as much and scales all probabilities of the row; 1 - p magnifies that for a target with p near 1.
+    # exp(z - lse) would be off by 2^-19 here.
+    ulp = 2.0**-23
+    off = off_in_the_sum(ulp, logits.cpu().double(), targets.cpu(), grads, **kwargs)
+    off = (truth[0] + ulp, truth[1] + ulp, off)
     for row in range(6):  # a row of small gradients has a small bar
-        for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
-            rounded = other_sum[row] if what == "gradient" else None
-            assert_near(o[row], e[row], t[row], f"{what} of row {row}", rounded)
+        for what, o, e, t, r in zip(NAMES, ours, theirs, truth, off, strict=True):
+            assert_near(o[row], e[row], t[row], f"{what} of row {row}", r[row])
 
 
 @fused
 @pytest.mark.parametrize("softcap", [0.5, 3.0, 30.0, 32.0, 50.0, 1e4])
 def test_soft_caps_of_any_size(backend, softcap):
-    """The bar has no allowance for the soft-cap; logits around 0, and far behind the cap."""
-    device = DEVICE[backend]
-    logits = randn(4, 3001, seed=0, scale=4, device=device)
-    logits[2:] += torch.linspace(-3, 3, 3001, device=device) * min(softcap, 40.0)
-    targets, grads = randint(3001, (4,), 1, device=device), [randn(4, seed=s) for s in (2, 3)]
+    """The bar has no allowance for the soft-cap. Logits around 0, and far beyond the cap."""
+    device, width = DEVICE[backend], 601
+    # Fewer where a row is slow, but for the cap at which rounding costs the most: there eager is needed as a measure.
+    rows = 4 if cases.interpreted(backend) and softcap < 1e4 else 100
+    logits = randn(rows, width, seed=0, scale=4, device=device)
+    logits[rows // 2 :] += torch.linspace(-3, 3, width, device=device) * min(softcap, 40.0)
+    targets = randint(width, (rows,), 1, device=device)
+    grads = [randn(rows, seed=s) for s in (2, 3)]
     kwargs = {"softcap": softcap, "temperature": 0.7}
     ours = gradients(
         token_logprob, logits, targets, grads, return_entropy=True, backend=backend, **kwargs
@@ -451,25 +398,6 @@ def test_nan_stays_nan_in_its_row(backend):
 
 
 @each_backend
-def test_masked_rows_are_not_looked_at(backend, poisoned):
-    device = DEVICE[backend]
-    logits = randn(4, 50, seed=0, device=device)
-    logits[1], logits[3] = NAN, INF
-    targets = torch.tensor([3, -100, 5, 999], device=device)
-    mask = torch.tensor([True, False, True, False], device=device)
-    for kind in (torch.bool, torch.int64, torch.float32):
-        logits = logits.detach().requires_grad_()
-        out = token_logprob(
-            logits, targets, mask=mask.to(kind), return_entropy=True, backend=backend
-        )
-        torch.autograd.backward(out, [torch.ones_like(out[0])] * 2)
-        for o in (*out, logits.grad.abs().sum(-1)):
-            assert (o[~mask] == 0).all() and (o[mask] != 0).all()
-    expected = token_logprob(logits[mask], targets[mask], backend=backend)
-    assert torch.equal(out[0][mask], expected)
-
-
-@each_backend
 @pytest.mark.parametrize("bad", [-1, 7, -100, 2**40])
 def test_target_outside_the_vocabulary(backend, bad):
     device = DEVICE[backend]
@@ -485,24 +413,8 @@ def test_target_outside_the_vocabulary(backend, bad):
     assert grad.isnan().any(-1).tolist() == [False, True, False]
 
 
-@each_backend
-def test_empty_and_tiny(backend):
-    device = DEVICE[backend]
-    for shape in ((0, 5), (2, 0, 5), (5,), (1, 1), (2, 1, 3, 4)):
-        logits = randn(*shape, seed=0, device=device).requires_grad_()
-        targets = torch.zeros(shape[:-1], dtype=torch.int32, device=device)
-        out = token_logprob(logits, targets, backend=backend)
-        assert out.shape == targets.shape
-        (grad,) = torch.autograd.grad(out.sum(), logits)
-        assert grad.shape == logits.shape
-        torch.testing.assert_close(out, torch.log_softmax(logits, -1)[..., 0])
-    strided = torch.zeros(0, 5, 2, device=device)[..., 1].requires_grad_()  # contiguous, they say
-    out = token_logprob(strided, torch.zeros(0, dtype=torch.int64, device=device), backend=backend)
-    assert torch.autograd.grad(out.sum(), strided)[0].shape == (0, 5)
-
-
-@each_backend
-def test_repeats_bit_for_bit_and_rows_are_independent(backend):
+@fused
+def test_rows_are_independent(backend):
     device = DEVICE[backend]
     logits = randn(6, V, seed=0, scale=3, device=device)
     targets = randint(V, (6,), 1, device=device)
@@ -512,13 +424,10 @@ def test_repeats_bit_for_bit_and_rows_are_independent(backend):
         out = token_logprob(logits, targets, return_entropy=True, backend=backend)
         return *out, torch.autograd.grad(out[0].sum() + out[1].sum(), logits)[0]
 
-    first, again = run(logits, targets), run(logits, targets)
     order = torch.tensor([4, 1], device=device)
-    some = run(logits[order], targets[order])
-    for a, b, c in zip(first, again, some, strict=True):
-        assert torch.equal(a, b)
-        if backend != "reference":
-            assert torch.equal(a[order], c)
+    all_rows, some = run(logits, targets), run(logits[order], targets[order])
+    for a, b in zip(all_rows, some, strict=True):
+        assert torch.equal(a[order], b)
 
 
 @fused
@@ -593,28 +502,17 @@ def test_in_place_is_refused_where_it_would_be_wrong(backend, layout):
 
 
 @fused
-def test_backward_twice(backend):
+def test_a_second_backward_in_place_is_refused(backend):
     device = DEVICE[backend]
     leaf = randn(3, 11, seed=0, device=device).requires_grad_()
     targets = randint(11, (3,), 1, device=device)
-    out = token_logprob(leaf, targets, backend=backend).sum()
-    (first,) = torch.autograd.grad(out, leaf, retain_graph=True)
-    assert torch.equal(torch.autograd.grad(out, leaf)[0], first)
+    (first,) = torch.autograd.grad(token_logprob(leaf, targets, backend=backend).sum(), leaf)
     logits = leaf * 1.0
     out = token_logprob(logits, targets, inplace_backward=True, backend=backend).sum()
     (grad,) = torch.autograd.grad(out, leaf, retain_graph=True)
     assert torch.equal(grad, first) and torch.equal(logits.detach(), first)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(out, leaf)
-
-
-@fused
-def test_gradient_of_the_gradient_raises(backend):
-    leaf = randn(3, 11, seed=0, device=DEVICE[backend]).requires_grad_()
-    out = token_logprob(leaf, randint(11, (3,), 1, device=leaf.device), backend=backend)
-    (grad,) = torch.autograd.grad(out.sum(), leaf, create_graph=True)
-    with pytest.raises(NotImplementedError, match="gradient of the gradient"):
-        grad.sum().backward()
 
 
 @settings(max_examples=40, deadline=None)
@@ -643,36 +541,3 @@ def test_any_rows(rows, width, scale, shift, seed, data):
     torch.testing.assert_close(
         logits.grad.double(), truth.grad, rtol=1e-4, atol=2e-3 if shift else 2e-4
     )
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "match"),
-    [
-        ({"logits": [1.0]}, TypeError, "logits must be a torch.Tensor; got list"),
-        ({"logits": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "logits must be float32"),
-        ({"logits": torch.tensor(1.0)}, ValueError, "last axis"),
-        ({"logits": torch.zeros(2, 0)}, ValueError, "at least 1 entry"),
-        ({"targets": torch.zeros(2)}, TypeError, "targets must be int32 or int64; got torch.float"),
-        ({"targets": torch.tensor([1])}, ValueError, r"targets must have shape \(2,\); got \(1,\)"),
-        ({"targets": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "must be on"),
-        ({"temperature": 0.0}, ValueError, "temperature must be a finite number above 0; got 0"),
-        ({"temperature": NAN}, ValueError, "temperature must be a finite number"),
-        ({"temperature": "1"}, TypeError, "temperature must be a number; got str"),
-        ({"temperature": torch.ones(3)}, ValueError, r"must broadcast to \(2,\); got \(3,\)"),
-        ({"temperature": torch.tensor([1.0, -1.0])}, ValueError, "temperature must be above 0"),
-        ({"temperature": torch.ones(2, requires_grad=True)}, ValueError, "must be a constant"),
-        ({"softcap": -1.0}, ValueError, "softcap must be a finite number above 0; got -1"),
-        ({"mask": [True, True]}, TypeError, "mask must be a torch.Tensor"),
-        ({"mask": torch.ones(3)}, ValueError, r"mask must have shape \(2,\); got \(3,\)"),
-        ({"backend": "gpu"}, ValueError, "backend must be one of"),
-    ],
-)
-@pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_errors_name_the_argument(change, error, match, backend):
-    arguments = {"logits": torch.zeros(2, 3), "targets": torch.tensor([0, 1]), "backend": backend}
-    arguments.update(change)
-    if arguments["backend"] == "gpu" and backend == "reference":
-        pytest.skip("the same case as with auto")
-    logits, targets = arguments.pop("logits"), arguments.pop("targets")
-    with pytest.raises(error, match=match):
-        token_logprob(logits, targets, **arguments)

@@ -7,7 +7,8 @@ import torch
 from test_token_logprob_parts import same, settings_of
 
 from _support import logit_cases as cases
-from _support.logit_cases import DEVICE, assert_near, randint, randn
+from _support.logit_cases import DEVICE, randint, randn
+from _support.tolerance import assert_near
 
 NAN, INF = float("nan"), float("inf")
 NARROW = (torch.bfloat16, torch.float16)

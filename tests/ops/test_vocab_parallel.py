@@ -14,7 +14,8 @@ from torch import nn
 
 from _support import logit_cases as cases
 from _support import ranks
-from _support.logit_cases import assert_near, randint, randn
+from _support.logit_cases import randint, randn
+from _support.tolerance import assert_near
 from fastrlhf import linear_cross_entropy, linear_logprob
 from fastrlhf.ops import _backend, _gemms
 from fastrlhf.ops._rows import combine

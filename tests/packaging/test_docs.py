@@ -172,12 +172,15 @@ def commands() -> list[tuple[str, list[str]]]:
 def help_texts() -> dict[str, str]:
     """Command of fastrlhf -> what its --help prints, or its error: a missing extra is one."""
     code = """
-import contextlib, io, json
+import contextlib, io, json, traceback
 from fastrlhf import cli
 texts = {}
 for name in cli.COMMANDS:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
-        cli.main([name, "--help"])
+        try:
+            cli.main([name, "--help"])
+        except Exception:
+            traceback.print_exc()
     texts[name] = out.getvalue()
 print(json.dumps(texts))
 """
@@ -280,6 +283,13 @@ CHECKS = {
 def test_commands_and_their_options_exist(place, words):
     assert words[0] in CHECKS, f"{place}: test_docs.py has no check of {words[0]}"
     CHECKS[words[0]](words[1:])
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_commands_in_the_text_exist(page):
+    for command in re.findall(r"`((?:make|fastrlhf) [a-z][^`]*)`", UNFENCED[page]):
+        name, *words = shlex.split(command)
+        CHECKS[name](words)
 
 
 @pytest.mark.parametrize("words", ["--help", "doctor", "--version"])

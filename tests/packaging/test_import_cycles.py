@@ -28,7 +28,8 @@ def import_graph(sources: dict[str, str], paths: dict) -> dict[str, set[str]]:
     """The modules of ours that each module imports."""
     graph = {}
     for module, source in sources.items():
-        if module.startswith(LAZY_ALLOWED):
+        # The package imports an op on first use of its name.
+        if module == "fastrlhf" or module.startswith(LAZY_ALLOWED):
             source = ast.unparse(ImportTime().visit(ast.parse(source)))
         found = {name for _, name in imports_of(paths[module], source)}
         graph[module] = (found & sources.keys()) - {module}

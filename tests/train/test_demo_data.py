@@ -1,4 +1,4 @@
-"""The shipped data (splits, sizes, licences) and delexicalisation."""
+"""The shipped data (splits, sizes, licences) and delexicalization."""
 
 import gzip
 import hashlib
@@ -34,7 +34,7 @@ def rankings():
     return rows("rankings_human")
 
 
-def test_no_delexicalised_record_is_in_two_splits(demonstrations, rankings):
+def test_no_delexicalized_record_is_in_two_splits(demonstrations, rankings):
     sides = {split: {r["prompt"] for r in found} for split, found in demonstrations.items()}
     sides["rankings"] = {r["prompt"] for r in rankings}
     names = sorted(sides)
@@ -49,7 +49,7 @@ def test_no_delexicalised_record_is_in_two_splits(demonstrations, rankings):
     }
 
 
-def test_rows_are_delexicalised_and_consistent(demonstrations):
+def test_rows_are_delexicalized_and_consistent(demonstrations):
     known = set(restaurants.special_tokens())
     for split, found in demonstrations.items():
         for row in found:
@@ -139,16 +139,16 @@ def test_text_splits():
         ("Strada is a pub.", "Strada", "Ranch", "NAMEX is a pub."),
     ],
 )
-def test_delexicalise(sentence, name, near, expected):
-    assert restaurants.delexicalise(sentence, name, near) == expected
+def test_delexicalize(sentence, name, near, expected):
+    assert restaurants.delexicalize(sentence, name, near) == expected
 
 
 def test_round_trip():
     sentence = "The Eagle, a pub near Café Rouge, is cheap; The Eagle is small."
-    delexicalised = restaurants.delexicalise(sentence, "The Eagle", "Café Rouge")
-    assert delexicalised == "NAMEX, a pub near NEARX, is cheap; NAMEX is small."
-    assert restaurants.relexicalise(delexicalised, "The Eagle", "Café Rouge") == sentence
-    assert NEAR not in restaurants.relexicalise("by NEARX", "x", None)
+    delexicalized = restaurants.delexicalize(sentence, "The Eagle", "Café Rouge")
+    assert delexicalized == "NAMEX, a pub near NEARX, is cheap; NAMEX is small."
+    assert restaurants.relexicalize(delexicalized, "The Eagle", "Café Rouge") == sentence
+    assert NEAR not in restaurants.relexicalize("by NEARX", "x", None)
 
 
 def test_parse_record():
@@ -179,7 +179,7 @@ def test_prompt():
     with pytest.raises(ValueError, match="The Eagle"):
         restaurants.render_prompt({"name": "The Eagle"})
     for bad in ("<name=NAMEX>", "<food=Italian><name=NAMEX><say>", "hello<say>"):
-        with pytest.raises(ValueError, match="prompt|delexicalised"):
+        with pytest.raises(ValueError, match="prompt|delexicalized"):
             restaurants.parse_prompt(bad)
     tokens = restaurants.special_tokens()
     assert len(tokens) == len(set(tokens)) == 29

@@ -193,10 +193,10 @@ def test_page_is_self_contained_and_complete(run):
         "token_logprob",
         "a <fast> one",
         "fastrlhf demo --out 'runs/<demo>'",
-        "PPO is over-optimised",
+        "PPO is over-optimized",
     ):
         assert needed in read.text, needed
-    assert "PPO-ptx is over-optimised" not in read.text
+    assert "PPO-ptx is over-optimized" not in read.text
     assert read.text.count("KL to RL init") == 1  # none from greedy samples
     # Nothing is compared with itself: SFT has no win rate.
     assert "50.0 %" not in read.text
@@ -290,14 +290,14 @@ def test_missing_and_broken_files(run, tmp_path):
         report.load(run)
 
 
-def test_over_optimisation_is_detected():
-    assert plots.over_optimised(ppo_rows(0, over=False)) is None
-    kl = plots.over_optimised(ppo_rows(0, over=True))
+def test_over_optimization_is_detected():
+    assert plots.over_optimized(ppo_rows(0, over=False)) is None
+    kl = plots.over_optimized(ppo_rows(0, over=True))
     assert 4.0 < kl < 8.0
-    # If the RM score falls as well, PPO does not over-optimise the RM.
+    # If the RM score falls as well, PPO does not over-optimize the RM.
     both = [r | {"reward/rm": r["reward/labeler"]} for r in ppo_rows(0, over=True)]
-    assert plots.over_optimised(both) is None
-    assert plots.over_optimised([]) is None
+    assert plots.over_optimized(both) is None
+    assert plots.over_optimized([]) is None
 
 
 def test_series_skips_what_is_missing_or_not_finite():

@@ -243,10 +243,10 @@ def missing():
     return "" if shutil.which(CXX) else f"{CXX} is not on PATH"
 
 
-def environment(libraries, sm=80):
-    """The environment of a Python process that loads `libraries`: the sanitizer must come first.
+def environment(libraries, sm=80, ops=()):
+    """The environment of a Python process that loads `libraries`, after the sanitizer.
 
-    `sm`: the device that the shim plays, 80 or 90 (with clusters).
+    `sm`: the emulated device, 80 or 90 (with clusters). `ops`: those whose conformance is tested.
     """
 
     def runtime(name):
@@ -271,5 +271,6 @@ def environment(libraries, sm=80):
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1]), str(ROOT)]),
         "HOST_SHIM_SM": str(sm),
+        "HOST_SHIM_OPS": ",".join(ops),
         "FASTRLHF_HOST_SHIM": os.pathsep.join(map(str, libraries)),
     }

@@ -13,7 +13,7 @@ TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
 def nvcc(source: Path, out: Path, *flags: str) -> subprocess.CompletedProcess:
-    """Run nvcc on a file of csrc/cuda with the flags of the extension's build; `flags` select the output."""
+    """Run nvcc on a file of csrc/cuda with the flags of the kernel library's build; `flags` select the output."""
     import torch
 
     include = Path(torch.__file__).parent / "include"

@@ -43,8 +43,7 @@ class PPOLoss(_Loss):
         clip, dual_clip, value_clip, value_coef, entropy_coef, backend: as in `fastrlhf.ppo_loss`.
 
     Raises:
-        TypeError, ValueError: a wrong setting, by name, when the module is made; the tensors' when it
-            is called.
+        TypeError, ValueError: a wrong setting, by name, in the constructor; a wrong tensor in the call.
 
     >>> PPOLoss(clip=0.1)(torch.zeros(1), torch.zeros(1), torch.ones(1)).loss
     tensor(-1.)
@@ -106,8 +105,7 @@ class LinearPPOLoss(_Loss):
         temperature, scale: numbers; tensors of a step go to `forward`.
 
     Raises:
-        TypeError, ValueError: a wrong setting, by name, when the module is made; the tensors' when it
-            is called.
+        TypeError, ValueError: a wrong setting, by name, in the constructor; a wrong tensor in the call.
 
     >>> hidden, weight, targets = torch.zeros(2, 8), torch.zeros(4, 8), torch.tensor([1, 3])
     >>> old_logprob = torch.full((2,), -1.3863)
@@ -205,8 +203,7 @@ class LinearCrossEntropy(_Loss):
         temperature, scale: numbers; tensors of a step go to `forward`.
 
     Raises:
-        TypeError, ValueError: a wrong setting, by name, when the module is made; the tensors' when it
-            is called.
+        TypeError, ValueError: a wrong setting, by name, in the constructor; a wrong tensor in the call.
 
     >>> targets = torch.tensor([1, -100])
     >>> LinearCrossEntropy()(torch.zeros(2, 8), torch.zeros(4, 8), targets)

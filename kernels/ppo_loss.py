@@ -2,7 +2,7 @@
 
 Shapes: tokens [N] or [B, T], N in all; partials [ROWS, P] fp64: the sums of each of P programs. The gradients of the
 first launch lack the factor 1 / n, which is known only once the whole mask is counted. The second launch returns it as
-a tensor, and the backward multiplies by it together with the upstream gradient.
+a tensor, by which `forward` multiplies them.
 
 A second launch replaces an atomic last-block counter, which would need a memset.
 """
@@ -262,7 +262,6 @@ def forward(
             num_warps=4,
             enable_fp_fusion=False,  # bitwise identical in every layout
         )
-    # The kernel cannot divide by n: another program may still be counting.
     return loss, metrics, grads.mul_(per_token) if with_grad else grads
 
 

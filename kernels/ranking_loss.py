@@ -2,7 +2,7 @@
 
 Shapes: P prompts, M completions; scores, ranks, grad [M], cu_groups [P + 1]; partials [2, G] fp64: loss and number of
 prompts with a strict pair, of each of G programs. The second launch reduces the partials. The gradients of the first
-lack the factor 1 / prompts, which the second returns as a tensor; the backward multiplies by it.
+lack the factor 1 / prompts, which the second returns as a tensor; `forward` multiplies by it.
 """
 
 import torch
@@ -126,5 +126,4 @@ def forward(scores, ranks, cu_groups, with_grad):
         ranking_loss_sum_kernel[(1,)](
             partials, loss, per_prompt, grid[0], PROGRAMS=PROGRAMS, num_warps=4
         )
-    # The kernel cannot divide by the counted prompts: another program may still be counting.
     return loss, grad.mul_(per_prompt) if with_grad else grad

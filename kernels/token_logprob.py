@@ -181,11 +181,11 @@ def forward(
     with_entropy=True,
     inplace_backward=False,
 ):
-    """(logprob, entropy, row_stats) of `fastrlhf.token_logprob`, whose checks were made before.
+    """(logprob, entropy, row_stats) of `fastrlhf.token_logprob`; the caller checks the arguments.
 
-    Without `with_entropy` the entropy and its statistic, row_stats[2], are not made: zeros.
+    Without `with_entropy`, entropy and row_stats[2] are 0. `inplace_backward` concerns the backward only.
     """
-    del inplace_backward  # for the backward
+    del inplace_backward
     logits, rows, targets, row_t, mask, flags = row_inputs(logits, targets, row_temperature, mask)
     count, inner, stride_inner, stride_outer = rows
     double = logits.dtype == torch.float64

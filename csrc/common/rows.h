@@ -107,7 +107,7 @@ inline void set_per_row(RowInputs& in, const Tensor& targets,
   v.targets = in.targets.const_data_ptr();
   if (mask) {
     RL_CHECK(mask->scalar_type() == ScalarType::Bool && mask->numel() == v.rows.count,
-             "mask must be bool, one a row");
+             "mask must be bool, with one element per row");
     in.mask = as_contiguous(*mask);
     v.mask = static_cast<const bool*>(in.mask->const_data_ptr());
   }
@@ -115,7 +115,7 @@ inline void set_per_row(RowInputs& in, const Tensor& targets,
     const ScalarType dtype = row_temperature->scalar_type();
     RL_CHECK((dtype == ScalarType::Float || dtype == ScalarType::Double) &&
                  row_temperature->numel() == v.rows.count,
-             "row_temperature must be float32 or float64, one a row");
+             "row_temperature must be float32 or float64, with one element per row");
     in.row_temperature = as_contiguous(*row_temperature);
     v.wide_temperature = dtype == ScalarType::Double;
     v.row_temperature = in.row_temperature->const_data_ptr();

@@ -126,7 +126,7 @@ struct RowPassTensors {
     const ScalarType dtype = acc_dtype(in.logits.scalar_type());
     const auto check = [&](const Tensor& t, const char* name) {
       RL_CHECK(t.scalar_type() == dtype && t.numel() == in.args.rows.count && t.is_contiguous(),
-               name, " must be contiguous, one a row, in the accumulator's dtype");
+               name, " must be contiguous, with one element per row, in the accumulator's dtype");
     };
     check(logprob, "logprob");
     if (entropy) check(*entropy, "entropy");

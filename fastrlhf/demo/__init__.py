@@ -1,1 +1,1 @@
-"""The embedded default: restaurant records, their labeler, and the whole run on two CPU cores."""
+"""The demo: restaurant records, their labeler, and the pipeline from a base model to a report."""

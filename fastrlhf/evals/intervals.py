@@ -56,7 +56,7 @@ def bootstrap(
     """Percentile bootstrap interval of a statistic of sums over clusters.
 
     Args:
-        sums: [P, S], one row a cluster.
+        sums: [P, S], one row per cluster.
         statistic: maps sums [..., S] to values [...].
         seed: of the resampling; the interval is deterministic.
         replicates: number of resamples.

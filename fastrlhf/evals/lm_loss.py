@@ -1,4 +1,4 @@
-"""Language-model loss on held-out text, in nats a token. Shapes: P windows."""
+"""Language-model loss on held-out text, in nats per token. Shapes: P windows."""
 
 from collections.abc import Callable, Sequence
 
@@ -44,7 +44,7 @@ def window_sums(parts: Sequence[list[int]], token_nll: TokenNLL) -> np.ndarray:
 
 
 def evaluate(sums: np.ndarray, *, seed: int = 0) -> dict[str, float | dict]:
-    """Mean negative log-likelihood, in nats a token, with its interval over windows.
+    """Mean negative log-likelihood, in nats per token, with its interval over windows.
 
     Args:
         sums: [P, 2] from :func:`window_sums`.
@@ -58,7 +58,7 @@ def evaluate(sums: np.ndarray, *, seed: int = 0) -> dict[str, float | dict]:
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray, *, seed: int = 0) -> dict[str, float]:
-    """Loss of one model minus that of another on the same windows, in nats a token.
+    """Loss of one model minus that of another on the same windows, in nats per token.
 
     The comparison is paired, so its interval is narrower than those of the two losses.
 

@@ -74,7 +74,7 @@ class _Model:
         self.context = models.context_length(self.policy.config)
 
     def sample(self, rows: Sequence[dict]) -> tuple[list[str], list[data.Example], list[bool]]:
-        """One completion a row: (texts, prompt + completion tokens, whether it ended with EOS)."""
+        """One completion per row: (texts, prompt + completion tokens, whether it ended with EOS)."""
         cfg = self.cfg
         room = cfg.max_new_tokens
         prompts = data.encode_prompts(

@@ -115,23 +115,31 @@ def unavailable_reason(op: str, backend: str, device: str = "cpu") -> str:
     if "cuda" in kernels(op):
         return "" if device == "cuda" else f"it needs CUDA tensors; got {device}"
     if "cpu" in kernels(op):
-        return "the extension was built without CUDA (FASTRLHF_BUILD=cuda)"
+        return "the kernel library was built without CUDA (FASTRLHF_BUILD=cuda)"
     return _extension_error or "the op has no CUDA kernel"
 
 
 def auto(op: str, device: str) -> str:
     """The backend that "auto" takes for `op` on tensors of `device`."""
-    if (op, device) in AUTO:
-        for backend in AUTO[op, device].order:
-            if unavailable_reason(op, backend, device) == "":
-                return backend
+    for backend in _order(op, device):
+        if unavailable_reason(op, backend, device) == "":
+            return backend
     return "reference"
+
+
+def _order(op: str, device: str) -> tuple[str, ...]:
+    """Backends, the fastest first; for an op that is not in AUTO yet, by expectation."""
+    if (op, device) in AUTO:
+        return AUTO[op, device].order
+    return {"cpu": _CPU, "cuda": _CUDA}.get(device, ())
 
 
 def measured(op: str, device: str) -> str:
     """The committed measurement behind the order of "auto", or "not measured yet"."""
     file = RESULTS.get(device, "")
-    return f"{file}: {AUTO[op, device].row}" if file else "not measured yet"
+    return (
+        f"{file}: {AUTO[op, device].row}" if file and (op, device) in AUTO else "not measured yet"
+    )
 
 
 def _warn_of_reference(op: str, device: str) -> None:
@@ -140,8 +148,7 @@ def _warn_of_reference(op: str, device: str) -> None:
         if (op, device) in _warned:
             return
         _warned.add((op, device))
-    if (op, device) in AUTO:
-        fused = [b for b in AUTO[op, device].order if b != "reference"]
+    if fused := [b for b in _order(op, device) if b != "reference"]:
         why = "; ".join(f"{b} cannot run: {unavailable_reason(op, b, device)}" for b in fused)
     else:
         why = f"no fused backend takes {device} tensors"

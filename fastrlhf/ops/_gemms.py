@@ -69,7 +69,7 @@ class Gemms:
 
     def __init__(self, acc: torch.dtype, operand_dtype: torch.dtype):
         self.acc = acc
-        # The dtype of dL/dlogits in memory of its own; None: it overwrites the logits.
+        # The dtype of dL/dlogits if it has separate memory; None: it overwrites the logits.
         self.dlogits_dtype = None
 
     def operand(self, x: Tensor | None) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 `register` defines the raw op `fastrlhf::<name>` from its schema, the one place for C++, CUDA, Triton and Python.
 C++ and CUDA implement it in csrc (STABLE_TORCH_LIBRARY_IMPL, loaded before or after the definition). A Triton
-kernel becomes `fastrlhf::<name>_triton`, of the same schema, fake and autograd.
+kernel becomes a twin of the same schema, fake and autograd: my_op_fwd and my_op_triton_fwd.
 
 Autograd is our own kernel on the dispatch key "Autograd": an autograd.Function that calls the raw op below
 autograd. torch.library.register_autograd does the same but fills in schema defaults on every call, in time
@@ -44,7 +44,7 @@ def register(
         schema: "name(Tensor x, ...) -> ...", without defaults.
         fake: makes outputs of the right shapes and dtypes.
         op: the public op that needs this kernel. A backend runs `op` if it has every kernel registered for it.
-            Empty: a part that some backends lack.
+            Empty: a part that only some backends have, and not Triton.
         triton: "module.function" under fastrlhf.kernels, which takes the arguments of the schema; empty: none.
         autograd: as in `differentiable`. Without `wrt` the outputs are constants.
 
@@ -54,8 +54,7 @@ def register(
     cpp = _define(schema, fake, None, op, autograd, "cpu")
     calls = {"cpu": cpp, "cuda": cpp}
     if triton:
-        # A trailing underscore marks an op that writes to an argument, here as in PyTorch.
-        twin = re.sub(r"^(\w+?)(_?)\(", r"\1_triton\2(", schema)
+        twin = schema.replace(op, f"{op}_triton", 1)
         calls["triton"] = _define(twin, fake, _triton_kernel(triton), op, autograd, "triton")
     if op:
         name = f"fastrlhf::{_name(schema)}"
@@ -98,7 +97,7 @@ def _define(schema, fake, body, op, autograd, backend=None):
             return (guarded if _autocasts("cpu") or _autocasts("cuda") else body)(*arguments)
 
     def traced(*arguments):
-        """Tracing and transforms must see the op itself."""
+        """For tracing and transforms, which must see the op itself."""
         if autograd:
             return raw(*arguments)
         with torch.no_grad():
@@ -186,7 +185,7 @@ def differentiable(
     backend: str | None = None,
     traced: Callable | None = None,
 ) -> Callable:
-    """`body` with a gradient. A call keeps a graph only where a gradient is asked for.
+    """`body` with a gradient. A call keeps a graph only if an argument requires grad.
 
     Args:
         body: takes any arguments and returns a tensor, or a tuple of several.
@@ -201,11 +200,12 @@ def differentiable(
         backend: for `backward`, as ctx.backend.
         traced: runs instead of all this while something traces or transforms the call.
     """
-    apply = None
+    apply = pick = None
     if wrt:
         apply = _node(body, op, wrt, gives, setup, backward, create_graph, backend).apply
-    # A slice: itemgetter of one index returns no tuple.
-    pick = operator.itemgetter(*wrt) if len(wrt) > 1 else operator.itemgetter(slice(*_around(wrt)))
+        # By a slice if there is one: itemgetter of one index returns no tuple.
+        one = slice(wrt[0], wrt[0] + 1)
+        pick = operator.itemgetter(*wrt) if len(wrt) > 1 else operator.itemgetter(one)
 
     def call(*arguments):
         if traced is not None and torch.compiler.is_compiling():
@@ -233,10 +233,6 @@ def differentiable(
         return (out, *constants) if gives == 1 else (*out, *constants)
 
     return call
-
-
-def _around(wrt):
-    return (wrt[0], wrt[0] + 1) if wrt else (0, 0)
 
 
 def _node(body, op, wrt, gives, setup, backward, create_graph, backend):
@@ -284,7 +280,7 @@ def refuse_second_order(op: str, got: str = "") -> None:
 
 
 def needs(*tensors: Tensor | None) -> list[bool]:
-    """For each, whether its gradient may be asked for. (Inside torch.func.vmap a tensor cannot say.)"""
+    """For each, whether its gradient may be needed. (Inside torch.func.vmap, requires_grad is not reliable.)"""
     if not torch.is_grad_enabled():
         return [False] * len(tensors)
     mapped = _transforms_active()
@@ -295,18 +291,13 @@ def needs(*tensors: Tensor | None) -> list[bool]:
 
 
 def trained(*tensors: Tensor | None) -> bool:
-    """Whether the gradient of any may be asked for."""
+    """Whether the gradient of any may be needed."""
     if not torch.is_grad_enabled():
         return False
     for x in tensors:
         if x is not None and x.requires_grad:
             return True
     return _transforms_active()
-
-
-def plain() -> bool:
-    """Whether nothing traces or transforms the current call."""
-    return not torch.compiler.is_compiling() and not _transforms_active()
 
 
 # ---- errors -------------------------------------------------------------------------------------
@@ -317,12 +308,12 @@ _ERRORS = {"ValueError": ValueError, "TypeError": TypeError}
 
 
 def value_error(message: str) -> RuntimeError:
-    """What an op's body raises for a bad value; the caller receives ValueError("<public op>: <message>")."""
+    """The error to raise in an op's body for a bad value; the caller gets ValueError("<public op>: <message>")."""
     return RuntimeError(f"[fastrlhf ValueError] {message}")
 
 
 def _as_user_error(error, op, arguments):
-    """The error that a message with the prefix stands for, under the name of the public op; else None."""
+    """The Python error for a message with the prefix, naming the public op; None without the prefix."""
     found = _USER_ERROR.search(str(error))
     if found is None:
         return None

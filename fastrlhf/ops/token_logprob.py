@@ -28,7 +28,7 @@ def token_logprob(
     """log softmax(z)[target] in nats, with z = softcap * tanh(logits / softcap) / temperature.
 
     The fused backends read the logits once and keep 12 bytes a row for the backward, which reads
-    them once more and writes the gradient. With p = softmax(z), g = dL/dlogprob, h = dL/dentropy:
+    the logits again and writes the gradient. With p = softmax(z), g = dL/dlogprob, h = dL/dentropy:
     ``dL/dz_j = g (1[j = target] - p_j) - h p_j (log p_j + entropy)``.
 
     Args:
@@ -38,13 +38,12 @@ def token_logprob(
         temperature: above 0; a number, or a float tensor that broadcasts to ``targets``. A constant
             to autograd.
         softcap: above 0, or None. Applied before the temperature, as Gemma 2 does.
-        mask: [...], True (or non-zero) where the row counts. Other rows are not read, their targets
-            not looked at; they return 0 and get gradient 0.
+        mask: [...], True (or non-zero) where the row counts. Other rows and their targets are not
+            read; they return 0 and get gradient 0.
         return_entropy: also return H = -sum_j p_j log p_j, differentiable, at no extra read.
-        inplace_backward: let the backward write the gradient over ``logits``, whose contents are
-            then lost; a second backward through the graph raises. A licence, not an order: the
-            reference and torch.compile do not use it, nor do logits whose rows overlap or are
-            copied to be read.
+        inplace_backward: allow the backward to overwrite ``logits`` with the gradient; a second
+            backward through the graph then raises. The reference and torch.compile ignore it, as do
+            logits whose rows overlap or must be copied to be read.
         backend: see `fastrlhf.backends`.
 
     Returns:

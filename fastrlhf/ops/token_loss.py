@@ -40,20 +40,20 @@ def token_loss(
     - with it: loss = scale * max(-A rho, -A clip(rho, 1 - clip, 1 + clip)); with `dual_clip`, where
       A < 0, at most scale * (-A dual_clip). The terms of `ppo_loss`, before their mean.
 
-    d loss / d l is known as soon as l is, so the forward makes dL/dlogits_j = (d loss / d l)
-    (1[j = target] - p_j) dz_j/dlogits_j while the row is still on the chip: one read and one write
-    of the logits for forward and backward together. (Triton reads the row twice; so does CUDA in
-    float64, with a soft-cap above 64, and where a row does not fit on the chip.) The backward
-    multiplies row i by the upstream gradient of loss_i. **Where that is 1 it touches nothing**, so
-    fold the mean into the loss::
+    l determines d loss / d l, so the forward computes dL/dlogits_j = (d loss / d l)
+    (1[j = target] - p_j) dz_j/dlogits_j while the row is on the chip: one read and one write of the
+    logits for forward and backward together. (Triton reads the row twice; so does CUDA in float64,
+    with a soft-cap above 64, and if a row does not fit on the chip.) The backward multiplies row i by
+    the upstream gradient of loss_i. **If that is 1, it reads and writes nothing**, so include the mean
+    in the loss::
 
         loss, logprob = token_loss(logits, targets, advantages, scale=1 / n, ...)
         loss.sum().backward()
 
-    (the product of a loss scaler and of gradient accumulation belongs into `scale`, too). Any other
-    upstream gradient is right as well, and costs one more read and write of the rows it concerns.
-    Under torch.compile the gradient is made in the backward: two reads and one write in all. Every
-    backward of a retained graph after the first makes it again.
+    (and the factors of a loss scaler and of gradient accumulation in `scale`). Another upstream
+    gradient costs one more read and write of its rows. Under torch.compile the backward computes the
+    gradient: two reads and one write in all. Each further backward of a retained graph computes it
+    again.
 
     Args:
         logits: [..., V], float32, bfloat16, float16, or float64 (CPU). Any strides before a unit
@@ -68,10 +68,10 @@ def token_loss(
         mask: [...], True (or non-zero) where the row counts. Other rows are not read, nor their
             targets; loss, logprob and gradient are 0 there.
         scale: a number, or a 0-d float tensor (``1 / mask.sum()`` needs no sync). A constant.
-        inplace_backward: let the **forward** write the gradient over ``logits``, when autograd asks
-            for it: no second tensor of their size exists, and whoever reads ``logits`` after this
-            call reads the gradient. A second backward through the graph raises. A licence, not an
-            order: the reference, torch.compile and overlapping layouts do not use it.
+        inplace_backward: allow the **forward** to overwrite ``logits`` with the gradient if they
+            require grad. This saves a second tensor of their size; ``logits`` then hold the gradient,
+            and a second backward through the graph raises. The reference, torch.compile and
+            overlapping layouts ignore it.
         backend: see `fastrlhf.backends`.
 
     Returns:

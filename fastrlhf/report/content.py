@@ -7,7 +7,7 @@ Only `systems` and `results` are required. The page leaves out what is missing.
     {
       "title": str,
       "command": str,                       # the exact command that repeats the run
-      "seconds": number,                    # whole run
+      "seconds": number,                    # total
       "environment": {str: str | number},   # torch, cpu, attention, seed, versions, ...
       "backends": {op: backend},
       "systems": ["base", "sft", "ppo", "ppo_ptx"],       # in the order of the tables

@@ -352,7 +352,7 @@ def page(content: dict, logs: dict[str, list[dict]]) -> str:
     title = content.get("title", "fastrlhf run")
     under = []
     if isinstance(content.get("seconds"), int | float):
-        under.append(f"whole run {duration(content['seconds'])}")
+        under.append(f"total time {duration(content['seconds'])}")
     date = content.get("environment", {}).get("date")
     if date:
         under.append(str(date))

@@ -1,4 +1,4 @@
-"""Configurations: one flat dataclass a command, filled from a YAML file and command-line overrides.
+"""Configurations: one flat dataclass per command, filled from a YAML file and command-line overrides.
 
 A file holds the keys of one command, or sections named after commands (`sft:`, `reward:`) and variants of them
 (`rl_init:`, chosen with `--section rl_init`). jsonargparse checks the types. Every mistake of the user raises a

@@ -212,7 +212,7 @@ class Shuffle:
     """An endless sequence of passes over `size` items, each pass in a new random order.
 
     Item i of the sequence depends on (size, seed, i) alone, so `cursor`, the number of items drawn so far, is the
-    whole state.
+    complete state.
     """
 
     def __init__(self, size: int, seed: int, cursor: int = 0):

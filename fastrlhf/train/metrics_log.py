@@ -10,7 +10,7 @@ LOG = "log.jsonl"
 
 
 class MetricsLog:
-    """Appends one row {"step", "time", metric: value, ...} a step to `folder`/log.jsonl, and to TensorBoard.
+    """Appends one row {"step", "time", metric: value, ...} per step to `folder`/log.jsonl, and to TensorBoard.
 
     Args:
         folder: the run's output folder; TensorBoard's files go to `folder`/tb.

@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
     The factor gives the update about the RMS of an AdamW update, so that AdamW's learning rates carry over.
 
     torch.optim.Muon orthogonalizes in bf16, which a CPU without bf16 units emulates: for the demo's 28 matrices
-    it took 0.77 s of processor time a step. In fp32, as here, a step takes 0.04 s.
+    it took 0.77 s of processor time per step. In fp32, as here, it takes 0.04 s.
     """
 
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -66,7 +66,7 @@ def split(
     """Shuffle the R responses, split them into minibatches, and pack each into micro-batches.
 
     Args:
-        prompts: token ids, one prompt a response.
+        prompts: token ids of the prompt of each response.
         samples: the responses.
         minibatches: number of minibatches, i.e. optimizer steps in one pass.
         max_tokens: token budget of a micro-batch.
@@ -123,7 +123,7 @@ def score(
 def add_advantages(
     minibatches: Sequence[Sequence[ScoredMicroBatch]], scores: torch.Tensor, runtime: Runtime, cfg
 ) -> tuple[list[list[TrainingMicroBatch]], dict[str, float]]:
-    """Advantages and returns of a whole rollout: KL-penalized rewards, GAE, whitening.
+    """Advantages and returns of a rollout: KL-penalized rewards, GAE, whitening.
 
         reward_t = -kl_coef * KL_t, plus the response's score at its last token
 
@@ -134,7 +134,7 @@ def add_advantages(
 
     Returns:
         The micro-batches with advantages and returns, and the mean KL to the reference over all ranks, in nats:
-        {"kl/reference": a response, "kl/token": a token}.
+        {"kl/reference": per response, "kl/token": per token}.
     """
     real = [m for part in minibatches for m in part if m.weight]
     lengths = np.concatenate([m.lengths for m in real])
@@ -178,7 +178,7 @@ def metrics(
 ) -> dict[str, float]:
     """Means over the rollout of all ranks.
 
-    "sampler/logprob_gap" is the mean absolute difference, in nats a token, between the sampler's log-probs and
+    "sampler/logprob_gap" is the mean absolute difference, in nats per token, between the sampler's log-probs and
     those of the training path. `labels` [R] are the labeler's scores, if there is one.
     """
     real = [m for part in minibatches for m in part if m.weight]

@@ -212,7 +212,7 @@ class Runtime:
         if self.scaler is None and not self.fsdp:
             return float(self.accelerator.clip_grad_norm_(module.parameters(), limit))
         # Not accelerate's method: it compares parameters with == to find their model, which fails for two models of
-        # equal size, and it unscales fp16 gradients once a step, for all optimizers together.
+        # equal size, and it unscales fp16 gradients once per step, for all optimizers together.
         scale = self.loss_scale
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit * scale)
         return float(sharded.full_tensor(norm)) / scale

@@ -5,7 +5,7 @@ D head width, V vocabulary size.
 
 1. Prefill: the prompts run once as a packed batch, without padding, on the training path. Their keys and values
    are scattered into the cache.
-2. Decode: each row generates one token a step at its own position. When a quarter of the rows have finished, the
+2. Decode: each row generates one token per step at its own position. When a quarter of the rows have finished, the
    batch is compacted.
 
 Log-probs are those of the distribution that is sampled from, with the temperature applied. The trainer recomputes
@@ -88,6 +88,8 @@ class KVCache:
         self.layers = {
             n: [x.index_select(0, rows) for x in both] for n, both in self.layers.items()
         }
+
+    # transformers derives positions and masks from these numbers; the sampler passes its own.
 
     def get_seq_length(self, *_) -> int:
         return 0
@@ -225,7 +227,7 @@ def _draw(logits: torch.Tensor, temperature: float, generator) -> tuple[torch.Te
 
 
 def _invert_cdf(probs: torch.Tensor, generator) -> torch.Tensor:
-    # One uniform number a row. torch.multinomial draws an exponential for each of the V tokens: for 512 rows and
+    # One uniform number per row. torch.multinomial draws an exponential for each of the V tokens: for 512 rows and
     # V = 1024 it takes 14 ms on 2 cores, this 0.4 ms.
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]

@@ -45,7 +45,7 @@ def nll_backward(
 ) -> torch.Tensor:
     """Accumulate the gradient of `scale` * mean NLL into a policy.
 
-        mean NLL = sum over all ranks' targets of -logprob / number of all ranks' targets    (nats a token)
+        mean NLL = sum over all ranks' targets of -logprob / number of all ranks' targets    (nats per token)
 
     Returns:
         The mean NLL, 0-d, detached.
@@ -70,7 +70,7 @@ def nll_backward(
 
 @torch.no_grad()
 def mean_nll(module, examples: Sequence[Example], runtime: Runtime, max_tokens: int) -> float:
-    """Mean NLL of a data set over all ranks, in nats a token, in evaluation mode."""
+    """Mean NLL of a data set over all ranks, in nats per token, in evaluation mode."""
     training = module.training
     module.eval()
     local = examples[runtime.rank :: runtime.world] or examples[:1]

@@ -86,8 +86,7 @@ def check_against_truth(backend, logits, targets, kwargs, g=None):
     theirs = gradient(eager, logits, targets, g=g, **kwargs)
     double = cases.to_double(kwargs)
     truth = gradient(eager, logits.cpu().double(), targets.cpu(), g=g, **double)
-    # The ratio exp(logprob - old_logprob) hands the rounding of the log-prob to loss and gradient of the whole row.
-    # Where eager's happens to be small, its error is no measure of that: the truth, half an ulp off, is.
+    # The ratio exp(logprob - old_logprob) passes the rounding of the log-prob on to the loss and gradient of its row.
     rounded = truth
     if "old_logprob" in double:
         off = double["old_logprob"] - 2.0**-24 * truth[1]

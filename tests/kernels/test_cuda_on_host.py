@@ -181,7 +181,7 @@ def test_faults_are_seen(kind, faults):
 
 
 @pytest.mark.parametrize("kind", POISONED)
-def test_what_nobody_wrote_is_nan(kind, faults):
+def test_unwritten_memory_is_nan(kind, faults):
     values, error = faults[kind]
     assert error == ""
     assert [i for i, value in enumerate(values) if value != value] == [*POISONED[kind]]

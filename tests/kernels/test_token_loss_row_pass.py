@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-import fastrlhf  # noqa: F401  (registers the ops)
 from _support.logit_cases import DEVICE, each_backend, generator, randint, randn
 from _support.tolerance import assert_near
+from fastrlhf.ops import ppo_loss, token_logprob, token_loss  # noqa: F401  (register the raw ops)
 
 OPS = torch.ops.fastrlhf
 CAPS = {"plain": 0.0, "capped": 3.0, "exact cap": 100.0}

@@ -357,6 +357,6 @@ def test_opcheck(backend):
             outputs[2:] = None, None
         settings = (policy[1].abs() + 0.5, 1.0, 4.0, mask, scale)
         torch.library.opcheck(
-            torch.ops.fastrlhf.token_loss_rows_triton_,
+            torch.ops.fastrlhf.token_loss_triton_rows_,
             (logits, *policy, 0.2, math.inf, 0.1 * wanted, *settings, *outputs),
         )

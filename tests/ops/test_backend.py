@@ -1,4 +1,4 @@
-"""Which backend runs: what the table says, what auto takes, and every instruction set of this machine."""
+"""Which backend runs: the table of backends, the choice of "auto", and each instruction set of this machine."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ def test_auto_takes_the_compiled_kernel_and_counts_it():
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_every_instruction_set_of_this_machine(isa):
-    """The narrower versions of the C++ loops, which this machine would not choose; `make test-isa` has the rest."""
+    """The C++ loops for narrower instruction sets, which this machine does not select; `make test-isa` has the rest."""
     if _backend.unavailable_reason("token_logprob", "cpu"):
         pytest.skip(_backend.unavailable_reason("token_logprob", "cpu"))
     code = (

@@ -434,7 +434,7 @@ def layouts(x):
 
 
 @fused
-def test_any_layout_is_read_where_it_lies(spec, backend):
+def test_views_are_read_in_place(spec, backend):
     """Views: bitwise what contiguous tensors give. Nothing beside them is read, and no input is written."""
     situations = spec.situations((SMALL, MASKED, PACKED))
     if interpreted(backend):

@@ -1,6 +1,6 @@
-"""What "auto" takes and on whose word, and that the kernel which claims to have run did run.
+"""The order of "auto" against its measurement, and proof of which kernel ran.
 
-Behind each fused call the reference is poisoned, and the kernels are counted where they start: C++ ops at
+During each fused call every function of the reference raises, and kernels are counted where they start: C++ ops in
 torch's dispatcher, Triton kernels at their launch, CUDA kernels on the device.
 """
 
@@ -47,7 +47,7 @@ def small_call(op, backend):
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("op", fastrlhf.backends())
 def test_every_op_has_kernels_to_look_for(op, backend):
-    """What test_gpu looks for on the device is defined in the sources, and started."""
+    """The kernels that test_gpu expects on the device are defined and started in the sources."""
     names = kernels_of(op, backend)
     assert names
     files = (
@@ -72,13 +72,13 @@ def poisoned_reference(monkeypatch):
         monkeypatch.setattr(home, name, refuse)
 
     for name, function in inspect.getmembers(reference, inspect.isfunction):
-        if function.__module__.startswith(reference.__name__):  # its other half, too
+        if function.__module__.startswith(reference.__name__):  # not what it imports
             poison(reference, name)
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Grows by (module, name) of each Triton kernel that the interpreter is asked to launch."""
+    """The list of (module, name) of the Triton kernels that the interpreter launches."""
     seen = []
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     launch = interpreter.GridExecutor.__call__

@@ -89,7 +89,7 @@ def test_packed_equals_naive_loop(backend):
     platform.machine() not in ("x86_64", "AMD64"),
     reason="other compilers may fuse multiply and add in the recurrence",
 )
-def test_bit_for_bit_the_loop_over_steps():
+def test_bitwise_equal_to_the_loop_over_steps():
     rewards, values = cases.randn((11, 700), 1, torch.float32), cases.randn((11, 700), 2)
     values = values.float()
     for gamma, lam in ((1.0, 0.95), (0.99, 0.9)):
@@ -220,8 +220,8 @@ def test_any_layout(data):
 @given(st.data())
 def test_any_mask(data):
     rows, steps = data.draw(st.integers(0, 10)), data.draw(st.integers(0, 30))
-    bits = data.draw(st.lists(st.booleans(), min_size=rows * steps, max_size=rows * steps))
-    mask = torch.tensor(bits, dtype=torch.bool).reshape(rows, steps)
+    kept = data.draw(st.lists(st.booleans(), min_size=rows * steps, max_size=rows * steps))
+    mask = torch.tensor(kept, dtype=torch.bool).reshape(rows, steps)
     rewards, values = (cases.randn((rows, steps), i) for i in (0, 1))
     for backend in ("reference", "cpu", "triton"):
         got = gae(rewards, values, mask=mask, backend=backend)

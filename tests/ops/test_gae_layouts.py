@@ -38,7 +38,7 @@ def test_any_length_and_any_offset(backend, steps, dtype):
 
 
 @each_kernel
-def test_few_long_sequences_have_the_bits_that_they_have_among_many(backend):
+def test_few_long_sequences_are_bitwise_equal_to_themselves_among_many(backend):
     device, lengths = DEVICE[backend], [20_000, 0, 1, 8_193, 33_001]
     few = [cases.randn(sum(lengths), seed, torch.float32).to(device) for seed in (1, 2)]
     together = gae(*few, lam=0.99, cu_seqlens=cases.cu_of(lengths).to(device), backend=backend)
@@ -123,7 +123,7 @@ def test_kl_gae_of_few_long_masked_sequences(backend, estimator):
 
 @each_backend_of("kl_gae", ("cuda",))
 @pytest.mark.parametrize("shape", [(3, 4), (2, 1028), (150, 132), (2, 20_000)])
-def test_contiguous_rows_have_the_bits_of_strided_ones(backend, shape):
+def test_contiguous_rows_are_bitwise_equal_to_strided_ones(backend, shape):
     # csrc/cuda has a kernel for contiguous fp32 rows of a multiple of four tokens.
     device, seeds = DEVICE[backend], (1, 2, 3)
     mask, score = cases.random_mask(shape, 5, keep=0.97), cases.randn(shape[0], 4, torch.float32)

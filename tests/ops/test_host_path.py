@@ -1,4 +1,4 @@
-"""The host time of a call stays within the targets of benchmarks/bench_dispatch.py."""
+"""The CPU time of a call stays within the targets of benchmarks/bench_dispatch.py."""
 
 import importlib
 import sys

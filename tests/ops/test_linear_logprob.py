@@ -181,8 +181,8 @@ def test_any_shape(rows, width, vocab, data):
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("options", ["plain", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_forward_has_the_bits_of_the_update(dtype, options, backend, monkeypatch):
-    """It walks blocks of the vocabulary with all rows, the update blocks of rows with the vocabulary."""
+def test_the_forward_is_bitwise_equal_to_the_update(dtype, options, backend, monkeypatch):
+    """The forward takes blocks of the vocabulary with all rows, the update blocks of rows with all columns."""
     if _backend.unavailable_reason("linear_logprob", backend, "cpu"):
         pytest.skip("no C++ extension")
     rows, vocab = 131, 9001  # three blocks of columns, ragged
@@ -206,14 +206,14 @@ def test_the_forward_has_the_bits_of_the_update(dtype, options, backend, monkeyp
 
 
 def test_fp64_goes_by_rows():
-    """There a GEMM's bits depend on the columns beside: the forward would differ from the update."""
+    """A fp64 GEMM is not bitwise independent of the other columns, so the forward would differ from the update."""
     x, w = randn(378, 64, seed=0).double(), randn(9001, 64, seed=1).double()
     targets = randint(9001, (378,), 3)
     update = linear_token_loss(x, w.clone().requires_grad_(), targets, torch.neg)
     assert torch.equal(linear_logprob(x, w, targets), update.logprob)
 
 
-def test_a_bad_target_between_blocks_is_told():
+def test_a_bad_target_of_a_later_block_is_reported():
     x, w = randn(80, 4, seed=0), randn(9001, 4, seed=1)
     targets = torch.zeros(80, dtype=torch.int64).index_fill(0, torch.tensor([7]), 9001)
     with pytest.raises(ValueError, match=r"targets must be in \[0, 9001\); got 9001 at row 7"):

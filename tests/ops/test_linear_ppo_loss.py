@@ -1,4 +1,4 @@
-"""linear_ppo_loss on every backend: bits of the two ops, gradients against float64, memory, errors."""
+"""linear_ppo_loss on every backend: bitwise equal to the two ops, gradients against float64, GEMMs and memory."""
 
 import pytest
 import torch
@@ -103,7 +103,7 @@ def test_values_and_gradients(backend, options, dtype, four_rows_a_chunk, poison
 
 @each_backend
 @pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
-def test_bits_are_those_of_the_two_ops(backend, masked, four_rows_a_chunk, monkeypatch):
+def test_bitwise_equal_to_the_two_ops(backend, masked, four_rows_a_chunk, monkeypatch):
     """Loss and metrics (and the gradient of the values); both with chunks of four rows."""
     import importlib
 
@@ -116,8 +116,8 @@ def test_bits_are_those_of_the_two_ops(backend, masked, four_rows_a_chunk, monke
     theirs, expected = run(in_two_ops, *problem, **options)
     assert torch.equal(ours[0], theirs[0])
     # ppo_loss on Triton multiplies 1 / n into the upstream gradient, here it is in the gradient.
-    bits = {"rtol": 1e-6, "atol": 1e-9} if backend == "triton" else {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(ours[4], theirs[4], **bits)
+    bar = {"rtol": 1e-6, "atol": 1e-9} if backend == "triton" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(ours[4], theirs[4], **bar)
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(metrics[name], value), name
@@ -129,8 +129,8 @@ def test_bits_are_those_of_the_two_ops(backend, masked, four_rows_a_chunk, monke
 @pytest.mark.parametrize("flat", [False, True], ids=["3-d", "flat"])
 @pytest.mark.parametrize("options", [o for o in cases.OPTIONS if "mask" not in o])
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_a_batch_of_one_chunk_has_the_bits_of_the_loop(dtype, options, flat, monkeypatch):
-    """It goes a shorter way: every number must be the same, and those of cross entropy."""
+def test_one_chunk_is_bitwise_equal_to_the_loop(dtype, options, flat, monkeypatch):
+    """A batch of one chunk takes a shortcut: every result is bitwise the same, cross entropy's too."""
     (x, w, b), targets, rows = inputs(dtype)
     kwargs = {**cases.OPTIONS[options]((1, N), "cpu"), **FULL}
     kwargs.pop("mask", None)
@@ -251,7 +251,7 @@ def test_gemms_of_masked_idle_and_frozen_rows():
 @pytest.mark.parametrize("vocab", [50257, 151936])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_precision_of_16_bit_operands(vocab, dtype):
-    """|log-prob - truth| <= 2e-5 max(1, |z|): the bf16 head of eager is a thousand times further off."""
+    """|log-prob - truth| <= 2e-5 max(1, |z|). Eager with a 16-bit head is a thousand times less accurate."""
     x, w = randn(6, 64, seed=0, dtype=dtype), randn(vocab, 64, seed=1, dtype=dtype, scale=0.4)
     targets = randint(vocab, (6,), 2)
     z = x.double() @ w.double().t()
@@ -298,7 +298,7 @@ def test_an_embedding_tied_to_the_head(backend, four_rows_a_chunk):
     torch.testing.assert_close(ours, expected)
 
 
-def test_a_bad_target_between_blocks_is_told_by_this_op():
+def test_a_bad_target_of_a_later_block_names_this_op():
     x, w, row = torch.zeros(2, 4), torch.zeros(9001, 4), torch.zeros(2)
     with pytest.raises(ValueError, match=r"^linear_ppo_loss: targets must be in \[0, 9001\)"):
         linear_ppo_loss(x, w, torch.tensor([0, 9001]), row, row)

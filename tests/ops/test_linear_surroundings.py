@@ -47,8 +47,8 @@ def under_fake_tensors(x, w):
 
 
 @pytest.mark.parametrize("first", [under_a_default_device, under_inference, under_fake_tensors])
-def test_what_one_call_makes_serves_the_next(first):
-    """The mode that the first caller was under is gone with it."""
+def test_state_cached_by_one_call_serves_the_next(first):
+    """Cached tensors do not keep the mode of the first caller."""
     x, w = leaves()
     mask = torch.ones(N, dtype=torch.bool)
     expected = gradients(ppo(x, w, mask=mask, backend="reference").loss, x, w)
@@ -66,7 +66,7 @@ def test_what_one_call_makes_serves_the_next(first):
 
 @pytest.mark.parametrize("op", ["linear_logprob", "linear_cross_entropy", "linear_ppo_loss"])
 def test_gradients_of_a_column_major_weight_lie_as_compiled_code_expects(op):
-    """Also where no row counts, and nothing was multiplied."""
+    """Also where no row counts and no GEMM runs."""
     x, w = randn(N, H, seed=0).requires_grad_(), randn(H, V, seed=1).t().requires_grad_()
     targets, none = randint(V, (N,), 2), torch.zeros(N, dtype=torch.bool)
     if op == "linear_ppo_loss":
@@ -91,7 +91,7 @@ def test_accumulate_into_shares_no_memory_with_a_setting(name):
 
 @pytest.mark.parametrize("what", ["targets", "mask"])
 def test_a_token_loss_under_vmap(what):
-    """Over targets or masks of their own; what vmap cannot do is said by the op."""
+    """vmap over targets or masks; the op refuses what vmap cannot do."""
     x, w = leaves()
     targets, mask = randint(V, (3, N), 2), randn(3, N, seed=5) > 0
     given = {"targets": targets, "mask": mask}

@@ -261,7 +261,7 @@ def test_a_tensor_of_the_closure_gets_its_gradient_or_an_error():
         with pytest.raises(ValueError, match="no tensor that requires grad but its arguments"):
             linear_token_loss(x, w, targets, lambda p, a=captured: -a * p)
         linear_token_loss(x, w, targets, lambda p, a=captured: -a.detach() * p)
-    # One that is nobody's: what a loss of detached numbers becomes, so that it has a gradient at all.
+    # A leaf made inside the loss has no owner to receive its gradient.
     with pytest.raises(ValueError, match="no tensor that requires grad but its arguments"):
         linear_token_loss(x, w, targets, lambda p: (-p.detach()).requires_grad_())
     assert linear_token_loss(x, w, targets, lambda p: p).loss.requires_grad
@@ -339,7 +339,7 @@ class NoGradient(torch.autograd.Function):
 
 
 def test_a_function_without_a_gradient_is_zeros(monkeypatch):
-    # What nobody writes would be NaN.
+    # Unwritten memory holds NaN.
     empty = lambda *a, **k: torch.full(*a, fill_value=torch.nan, **k)  # noqa: E731
     monkeypatch.setattr(_gemms.torch, "empty", empty)
     x, w = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
@@ -350,7 +350,7 @@ def test_a_function_without_a_gradient_is_zeros(monkeypatch):
 @each_backend
 @pytest.mark.parametrize("other", ["name", "dtype"])
 def test_other_metrics_in_a_later_chunk(backend, other, four_rows_a_chunk):
-    """Rows without a number would be memory that nobody has written."""
+    """Otherwise rows of a later chunk would keep unwritten memory."""
     if backend == "reference":
         pytest.skip("the reference calls loss_fn once")
     (x, w, _), targets, _ = inputs(device=DEVICE[backend])

@@ -94,7 +94,7 @@ def test_any_rank_and_stride(backend, poisoned):
 
 
 @cases.each_backend("masked_whiten", ("cuda",))
-def test_every_bit_is_the_same_in_any_layout(backend):
+def test_bitwise_the_same_in_any_layout(backend):
     # fp64: nothing is rounded to fewer digits afterwards. Rows of 300 tokens cross tiles of 128.
     for shape in ((7, 300), (40, 33), (3, 1024)):
         x, mask = 7 + cases.randn(shape, 1), cases.random_mask(shape, 2)

@@ -48,8 +48,8 @@ def test_the_right_number_changes_nothing(op, backend):
         parameters = leaves()
         out = call(op, parameters, backend=backend, **options)
         results.append((out, *torch.autograd.grad(out.sum(), parameters)))
-    for plain, told in zip(*results, strict=True):
-        assert torch.equal(plain, told)
+    for plain, given in zip(*results, strict=True):
+        assert torch.equal(plain, given)
 
 
 @each_op
@@ -79,7 +79,7 @@ def test_a_wrong_number_leaves_accumulate_into_alone(op, backend):
         (3.0, TypeError, "num_rows must be an int; got float"),
     ],
 )
-def test_what_is_no_number_of_rows_is_refused(op, value, error, match):
+def test_an_invalid_number_of_rows_is_refused(op, value, error, match):
     with pytest.raises(error, match=f"^{op}: {match}"):
         call(op, leaves(), num_rows=value)
 
@@ -119,8 +119,8 @@ def test_all_rows_and_none():
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
 @pytest.mark.parametrize("op", OPS)
-def test_masks_of_their_own_under_vmap(op):
-    """Nobody can count there; the op does, call by call."""
+def test_one_mask_a_call_under_vmap(op):
+    """The op counts each call's rows, since vmap hides them from the caller."""
     parameters = leaves()
     masks = torch.stack([MASK, MASK.flip(1), MASK])
     more = {"reduction": "none"} if op == "linear_token_loss" else {}

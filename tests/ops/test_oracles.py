@@ -1,4 +1,4 @@
-"""Our ops against other people's functions: torch's own, TRL's and verl's, imported, never retold.
+"""Our ops against other people's functions: torch's, TRL's and verl's, imported from their packages.
 
 Values and gradients on random numbers, masks with holes, ragged packed lengths. tests/_support/oracles.py says how
 they are loaded and what the bar is. B sequences, T steps, N tokens, V vocabulary, H hidden, K completions.

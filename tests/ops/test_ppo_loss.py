@@ -208,7 +208,7 @@ def test_the_ratio_to_its_last_digits_whatever_its_size():
 
 
 @fused
-def test_any_rank_and_stride(backend, poisoned):
+def test_every_rank_and_stride(backend, poisoned):
     rows = 12 if cases.emulated(backend) else 60  # 11 and 53 programs or blocks
     tensors, mask = batch((rows, 900), torch.float32), cases.random_mask((rows, 900), 1)
 
@@ -233,7 +233,7 @@ def test_any_rank_and_stride(backend, poisoned):
 @each_backend
 @pytest.mark.parametrize("shape", [(70, 903), (65537,)])
 def test_every_dtype_beside_every_other(backend, shape):
-    """16-bit values are fp32 values: tensors of several dtypes and strides give the same bits."""
+    """A cast to fp32 is exact, so mixed dtypes and strides give bitwise the same results."""
     if cases.emulated(backend) and len(shape) == 2:  # 13 programs
         shape = (14, 903)
     elif cases.interpreted(backend):  # 9 programs; the last one holds one token

@@ -136,7 +136,7 @@ def test_shards_give_the_whole(case):
 
 
 def complaints(rank):
-    """Runs on each rank: what it is told of each mistake, and that modules pass the group on."""
+    """Runs on each rank: the error of each mistake. Modules pass the group on."""
     (x, w, b), targets, rows = inputs(torch.float32)
     w, world = w[rank * V // 2 : (rank + 1) * V // 2], dist.group.WORLD
     ops = {
@@ -161,7 +161,7 @@ def complaints(rank):
     return found
 
 
-def test_mistakes_are_told_on_every_rank():
+def test_mistakes_raise_on_every_rank():
     expected = {
         "group": "TypeError: {}: process_group must be a torch.distributed.ProcessGroup",
         "uneven": "ValueError: {}: weight must have V / 2 rows on every rank of process_group",

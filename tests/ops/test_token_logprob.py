@@ -40,8 +40,8 @@ def eager(logits, targets, temperature=1.0, softcap=None, mask=None):
 @pytest.mark.parametrize("options", cases.OPTIONS)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_values_and_gradients(backend, options, dtype, poisoned):
-    device, shape = DEVICE[backend], (2, 3)
-    whole = randn(2, 4, V, seed=0, dtype=dtype, scale=3, device=device)
+    device, shape = DEVICE[backend], (2, 3) if cases.emulated(backend) else (4, 25)
+    whole = randn(shape[0], shape[1] + 1, V, seed=0, dtype=dtype, scale=3, device=device)
     # Ramps: in some rows the maximum moves with every block, in others the first block holds it.
     ramp = torch.linspace(-12, 12, V, device=device).to(dtype)
     whole[:, ::2] += ramp
@@ -188,7 +188,7 @@ def test_whole_batches_of_the_lowest_logit(backend, dtype, kind, temperature):
 @fused
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1e-4, 1e-6, 1e-9, 1e-12])
-def test_the_softmax_is_one_where_an_ulp_of_tanh_is_many_powers_of_two(backend, temperature, dtype):
+def test_probabilities_sum_to_one_at_tiny_temperatures(backend, temperature, dtype):
     """Gradients of the largest logit's log-probability are those of probabilities: within 1, and they add up to 0."""
     logits = (-0.2 - 3 * randn(12, 2500, seed=0, device=DEVICE[backend]).abs()).to(dtype)
     logits[-1] = -math.inf  # soft-capped: V finite z
@@ -227,7 +227,7 @@ def test_rows_of_one_huge_logit(backend, temperature):
 @fused
 @pytest.mark.parametrize("temperature", [1.0, *cases.TEMPERATURES])
 @pytest.mark.parametrize("shift", [1e4, -1e4])
-def test_a_common_shift_costs_nothing(backend, shift, temperature):
+def test_a_common_shift_costs_no_accuracy(backend, shift, temperature):
     """softmax(z + s) = softmax(z): the bar is that of the logits without the shift."""
     logits, far = cases.shifted(shift, DEVICE[backend])
     targets, grads = (
@@ -311,9 +311,9 @@ def test_gradients_at_a_low_temperature(backend, mode):
 @pytest.mark.parametrize("softcap", [0.5, 3.0, 30.0, 32.0, 50.0, 1e4])
 def test_soft_caps_of_any_size(backend, softcap):
     """The bar has no allowance for the soft-cap. Logits around 0, and far beyond the cap."""
-    device, width = DEVICE[backend], 601
-    # Fewer where a row is slow, but for the cap at which rounding costs the most: there eager is needed as a measure.
-    rows = 4 if cases.interpreted(backend) and softcap < 1e4 else 100
+    device = DEVICE[backend]
+    # At the largest cap the entropies err by several eps, eager's too: 100 of them are needed to measure that.
+    rows, width = (100, 601) if softcap == 1e4 else (4, 3001)
     logits = randn(rows, width, seed=0, scale=4, device=device)
     logits[rows // 2 :] += torch.linspace(-3, 3, width, device=device) * min(softcap, 40.0)
     targets = randint(width, (rows,), 1, device=device)
@@ -341,7 +341,7 @@ def test_a_walk_without_the_entropy(backend):
 
 @fused
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_bits_do_not_depend_on_where_a_row_lies(backend, dtype):
+def test_bitwise_the_same_wherever_a_row_lies(backend, dtype):
     """Nor on whether the entropy is asked for: rows at every offset, at odd and even strides."""
     device, width = DEVICE[backend], 20011
     rows = randn(2, width, seed=0, dtype=dtype, scale=3, device=device)
@@ -379,7 +379,8 @@ def test_a_long_row(backend):
     theirs = gradients(eager, logits, targets, grads)
     truth = gradients(eager, logits.cpu().double(), targets.cpu(), grads)
     for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
-        assert_near(o, e, t, what)
+        # Two rows are no measure of eager. The reference is eager code, which sums 1.1 million terms with more error.
+        assert_near(o, e, t, what, rounded=e if backend == "reference" else None)
 
 
 @each_backend

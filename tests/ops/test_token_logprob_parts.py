@@ -1,4 +1,4 @@
-"""token_logprob_part_ and token_logprob_whole (CPU): the bits of token_logprob_fwd, however a row is cut."""
+"""token_logprob_part_ and token_logprob_whole (CPU): bitwise equal to token_logprob_fwd, however a row is cut."""
 
 import itertools
 
@@ -16,7 +16,7 @@ on_cpu = cases.each_backend("token_logprob", ("cpu",))
 
 
 def odd_rows(width, dtype):
-    """[14, width]: ramps whose maximum moves with every block, and values that no sum may stumble over."""
+    """[14, width]: ramps whose maximum moves with every block, and values at the edge of the format."""
     rows = randn(14, width, seed=0, scale=3, dtype=torch.float64)
     ramp = torch.linspace(-12, 12, width, dtype=torch.float64)
     rows[0] += ramp
@@ -38,7 +38,7 @@ def odd_rows(width, dtype):
 
 
 def same(ours, theirs):
-    """Equal to the last bit, NaN in the same places."""
+    """Bitwise equal, NaN in the same places."""
     for ours_one, theirs_one in zip(ours, theirs, strict=True):
         assert ours_one.dtype == theirs_one.dtype and ours_one.shape == theirs_one.shape
         torch.testing.assert_close(ours_one, theirs_one, rtol=0, atol=0, equal_nan=True)
@@ -54,7 +54,7 @@ def settings_of(options, shape):
 
 
 def by_parts(logits, targets, settings, cuts):
-    """(logprob, entropy, stats) of parts that end at `cuts`, each in memory of its own."""
+    """(logprob, entropy, stats) of parts that end at `cuts`, each in separate memory."""
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     state = torch.full((6, len(logits)), NAN, dtype=acc)
     for first, end in itertools.pairwise((0, *cuts)):
@@ -72,7 +72,7 @@ def cuts(width, blocks):
 @pytest.mark.parametrize("dtype", [*cases.DTYPES, torch.float64])
 @pytest.mark.parametrize("options", cases.OPTIONS)
 @pytest.mark.parametrize("width", [7, 2047, 2049, 4095, 4096, 4097, 50257, 128256])
-def test_bits_of_whole_rows(backend, width, options, dtype, poisoned):
+def test_bitwise_equal_to_whole_rows(backend, width, options, dtype, poisoned):
     logits = odd_rows(width, dtype)
     targets, settings = randint(width, (14,), 1), settings_of(options, (14,))
     expected = ops.token_logprob_fwd(logits, targets, *settings, True, False)

@@ -125,7 +125,7 @@ def test_is_token_logprob_and_ppo_loss(backend, dual_clip):
 
 @fused
 def test_one_write_where_the_upstream_gradient_is_one(backend):
-    """The backward hands out what the forward wrote: the same memory, the same bits."""
+    """The backward returns the gradient that the forward wrote: no copy, bitwise the same."""
     device = DEVICE[backend]
     logits = randn(5, V, seed=0, device=device).requires_grad_()
     targets = randint(V, (5,), 1, device=device)
@@ -137,7 +137,7 @@ def test_one_write_where_the_upstream_gradient_is_one(backend):
         assert max(allocated, default=0) < grad.nbytes / 5  # not even one row
     out = torch.empty_like(logits)
     unused = (None, None, 0.2, INF, None, 1.0, 0.0, None, None)
-    name = "token_loss_fwd_triton_" if backend == "triton" else "token_loss_fwd_"
+    name = "token_loss_triton_fwd_" if backend == "triton" else "token_loss_fwd_"
     getattr(torch.ops.fastrlhf, name)(logits.detach(), targets, *unused, 0.2, out)
     assert torch.equal(grad, out)
 
@@ -170,7 +170,7 @@ def test_backward_of_more_rows_than_programs(backend, monkeypatch):
 
 @fused
 def test_backward_twice(backend):
-    """From the logits the second time; not at all where they are gone."""
+    """The second backward recomputes from the logits; it is refused where they were overwritten."""
     device = DEVICE[backend]
     leaf = randn(3, 11, seed=0, device=device).requires_grad_()
     targets, g = randint(11, (3,), 1, device=device), randn(3, seed=2, device=device)
@@ -192,7 +192,7 @@ def test_backward_twice(backend):
 
 
 @fused
-def test_whoever_saved_the_overwritten_logits_hears_of_it(backend):
+def test_autograd_reports_saved_logits_that_were_overwritten(backend):
     leaf = randn(3, 11, seed=0, device=DEVICE[backend]).requires_grad_()
     logits = leaf.tanh()  # needs its own result for its backward
     targets = randint(11, (3,), 1, device=leaf.device)
@@ -267,7 +267,7 @@ def test_whole_batches_of_the_lowest_logit(backend, dtype, kind, temperature):
 @on_gpu
 @pytest.mark.parametrize("temperature", [1.0, *cases.TEMPERATURES])
 @pytest.mark.parametrize("shift", [1e4, -1e4])
-def test_a_common_shift_costs_nothing(backend, shift, temperature):
+def test_a_common_shift_costs_no_accuracy(backend, shift, temperature):
     """softmax(z + s) = softmax(z): the bar is that of the logits without the shift."""
     logits, far = cases.shifted(shift, DEVICE[backend])
     targets, kwargs = randint(5003, (4,), 1, device=logits.device), {"temperature": temperature}
@@ -298,7 +298,7 @@ def test_gradients_at_a_low_temperature(backend):
 
 @fused
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_bits_do_not_depend_on_where_a_row_lies(backend, dtype):
+def test_bitwise_the_same_wherever_a_row_lies(backend, dtype):
     """At every offset, at odd and even strides; in place and not."""
     device, width = DEVICE[backend], 20011
     rows = randn(2, width, seed=0, dtype=dtype, scale=3, device=device)
@@ -331,7 +331,7 @@ def test_nan_stays_nan_in_its_row(backend):
 
 @fused
 def test_an_upstream_gradient_of_zero_silences_a_row(backend):
-    """As in token_logprob: what carries no gradient gets 0, even where the loss is NaN."""
+    """As in token_logprob: a row without an upstream gradient gets 0, even where the loss is NaN."""
     device = DEVICE[backend]
     logits, targets = randn(3, 33, seed=0, device=device), randint(33, (3,), 1, device=device)
     logits[1, 20] = NAN

@@ -1,4 +1,4 @@
-"""token_loss_rows_, the row pass of the linear losses: the bits of its parts, and float64."""
+"""token_loss_rows_ (CPU), the row pass of the linear losses: bitwise equal to its parts, and against float64."""
 
 import math
 
@@ -9,6 +9,7 @@ from test_token_logprob_parts import same, settings_of
 from _support import logit_cases as cases
 from _support.logit_cases import DEVICE, randint, randn
 from _support.tolerance import assert_near
+from fastrlhf.ops import ppo_loss, token_logprob, token_loss  # noqa: F401  (register the raw ops)
 
 NAN, INF = float("nan"), float("inf")
 NARROW = (torch.bfloat16, torch.float16)
@@ -66,7 +67,7 @@ class Call:
 @pytest.mark.parametrize("options", cases.OPTIONS)
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
 @pytest.mark.parametrize("dtype", [*cases.DTYPES, torch.float64])
-def test_bits_of_the_ops_one_after_the_other(backend, dtype, entropy_coef, options, poisoned):
+def test_bitwise_equal_to_the_separate_ops(backend, dtype, entropy_coef, options, poisoned):
     """token_logprob_fwd, ppo_loss_fwd and token_logprob_bwd_ on the same logits."""
     rows, width, dual_clip = 300, 773, 3.0
     settings = settings_on(DEVICE[backend], options, rows)
@@ -146,7 +147,7 @@ def test_gradient_in_float64(backend, options, given):
 
 @each_backend
 def test_rows_that_do_not_count(backend, poisoned):
-    """Masked: not read, 0 in all. Slope 0: zero-filled, with the log-prob of the row."""
+    """Masked rows are not read and give 0. Rows with grad_logprob 0 get a zero gradient and keep their log-prob."""
     device = DEVICE[backend]
     logits, targets, advantages, old_logprob = problem(8, 50, torch.float32, device)
     mask = torch.tensor([1, 0, 1, 0, 1, 1, 0, 1], device=device) > 0
@@ -166,7 +167,7 @@ def test_rows_that_do_not_count(backend, poisoned):
 
 
 @each_backend
-def test_outputs_that_nobody_wants(backend):
+def test_optional_outputs(backend):
     device = DEVICE[backend]
     arguments = problem(5, 33, torch.float32, device)
     full = Call(*arguments, 0.1, PLAIN)
@@ -198,10 +199,17 @@ def test_bad_input_is_refused_before_anything_is_written(backend):
     refused("temperature must be above 0; got -2", settings=(row_temperature, *PLAIN[1:]))
     refused("an entropy_coef needs the entropy", (dlogits, logprob, None, grad_logprob))
     refused(
-        "must be contiguous, one a row", (dlogits, torch.zeros(4, 2)[:, 0], entropy, grad_logprob)
+        "must be contiguous, with one element per row",
+        (dlogits, torch.zeros(4, 2)[:, 0], entropy, grad_logprob),
     )
-    refused("must be contiguous, one a row", (dlogits, logprob, entropy, grad_logprob[:3]))
-    refused("must be contiguous, one a row", (dlogits, logprob.double(), entropy, grad_logprob))
+    refused(
+        "must be contiguous, with one element per row",
+        (dlogits, logprob, entropy, grad_logprob[:3]),
+    )
+    refused(
+        "must be contiguous, with one element per row",
+        (dlogits, logprob.double(), entropy, grad_logprob),
+    )
     refused("out must be like logits", (dlogits.double(), logprob, entropy, grad_logprob))
     refused("out must be like logits", (dlogits[:, :-1], logprob, entropy, grad_logprob))
     shared = logits.view(torch.bfloat16)[:, :33]

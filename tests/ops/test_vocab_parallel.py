@@ -68,7 +68,7 @@ def combinations():
     for part in PARTS:
         yield BACKENDS[-1], torch.float32, "all", part
     if not _backend.unavailable_reason(module.OP, "triton", "cpu"):
-        yield "triton", torch.float32, "softcap", "everything"  # statistics of its own
+        yield "triton", torch.float32, "softcap", "everything"  # Triton's own statistics
 
 
 def sharded_outputs(rank):
@@ -154,7 +154,7 @@ def test_extremes():
 
 
 def complaints(rank):
-    """Runs on each rank: what it is told of each mistake."""
+    """Runs on each rank: the error of each mistake."""
     x, w, b = shard(tensors(torch.float32), rank)
     targets, world = randint(V, (1, N), 3), dist.group.WORLD
 
@@ -178,7 +178,7 @@ def complaints(rank):
     return found
 
 
-def test_mistakes_are_told_on_every_rank():
+def test_mistakes_raise_on_every_rank():
     every = ranks.run(complaints)
     expected = {
         "string": "TypeError: linear_logprob: process_group must be a torch.distributed.ProcessGroup",

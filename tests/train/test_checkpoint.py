@@ -48,8 +48,10 @@ def test_checkpoints_never_unpickle_code(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_sft_resumes_bitwise(optimizer, monkeypatch):
     text = {"pretrain_mix": 0.2, "text": str(tiny.folder() / "text.txt"), "dropout": 0.1}
-    whole = tiny.sft_config(f"sft_whole_{optimizer}", epochs=3.0, optimizer=optimizer, **text)
-    sft.main(whole)
+    uninterrupted = tiny.sft_config(
+        f"sft_whole_{optimizer}", epochs=3.0, optimizer=optimizer, **text
+    )
+    sft.main(uninterrupted)
     cut = tiny.sft_config(
         f"sft_cut_{optimizer}", epochs=3.0, optimizer=optimizer, save_every=3, **text
     )
@@ -59,14 +61,16 @@ def test_sft_resumes_bitwise(optimizer, monkeypatch):
     monkeypatch.undo()
     cut.resume = True
     sft.main(cut)
-    assert tiny.same_weights(whole.out, cut.out)
-    assert [r["step"] for r in tiny.log(cut.out)] == [r["step"] for r in tiny.log(whole.out)]
+    assert tiny.same_weights(uninterrupted.out, cut.out)
+    assert [r["step"] for r in tiny.log(cut.out)] == [
+        r["step"] for r in tiny.log(uninterrupted.out)
+    ]
 
 
 def test_ppo_resumes_bitwise(monkeypatch):
     options = {"ptx_coef": 1.0, "iterations": 4}
-    whole = tiny.ppo_config("ppo_whole", **options)
-    ppo.main(whole)
+    uninterrupted = tiny.ppo_config("ppo_whole", **options)
+    ppo.main(uninterrupted)
     cut = tiny.ppo_config("ppo_cut", save_every=2, **options)
     tiny.stop_after(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
@@ -74,8 +78,8 @@ def test_ppo_resumes_bitwise(monkeypatch):
     monkeypatch.undo()
     cut.resume = True
     ppo.main(cut)
-    assert tiny.same_weights(whole.out, cut.out)
-    assert tiny.same_weights(f"{whole.out}/value", f"{cut.out}/value")
+    assert tiny.same_weights(uninterrupted.out, cut.out)
+    assert tiny.same_weights(f"{uninterrupted.out}/value", f"{cut.out}/value")
 
 
 def test_a_resumed_run_keeps_its_settings(monkeypatch, capsys):
@@ -112,8 +116,8 @@ def test_a_run_killed_after_its_last_checkpoint_can_finish(stage, monkeypatch):
     with open(Path(cfg.out) / "log.jsonl", "a") as file:
         file.write('{"step": 99, "ti')  # a line truncated by the kill
     summary = main(cfg)
-    whole = main(make(f"{stage}_unbroken"))
-    assert summary["train/loss"] == whole["train/loss"]
+    uninterrupted = main(make(f"{stage}_unbroken"))
+    assert summary["train/loss"] == uninterrupted["train/loss"]
     first, second = (
         tiny.weights(cfg.out),
         tiny.weights(str(Path(cfg.out).parent / f"{stage}_unbroken")),

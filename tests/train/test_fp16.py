@@ -59,8 +59,8 @@ def test_ppo_with_a_scaler_equals_ppo_bitwise(unscaled, scaled):
 
 def test_a_resumed_run_keeps_the_scale(scaled, monkeypatch):
     settings = {"epochs": 3.0, "optimizer": "muon", "save_every": 3}
-    whole = tiny.sft_config("fp16_whole", **settings)
-    sft.main(whole)
+    uninterrupted = tiny.sft_config("fp16_whole", **settings)
+    sft.main(uninterrupted)
     cut = tiny.sft_config("fp16_cut", **settings)
     tiny.stop_after(monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
@@ -77,7 +77,7 @@ def test_a_resumed_run_keeps_the_scale(scaled, monkeypatch):
     monkeypatch.setattr(Optimizers, "step", seen)
     cut.resume = True
     sft.main(cut)
-    assert tiny.same_weights(whole.out, cut.out)
+    assert tiny.same_weights(uninterrupted.out, cut.out)
     assert scales[0] == 2 * SCALE  # step 4, after the growth that followed steps 1 and 2
 
 

@@ -3,7 +3,7 @@
 The model is a Llama of the configured size. The tokenizer is a byte-level BPE trained on the same text, unless a
 folder with a tokenizer is given.
 
-Loss: mean NLL over all tokens of the batch, in nats a token.
+Loss: mean NLL over all tokens of the batch, in nats per token.
 """
 
 from dataclasses import dataclass, field

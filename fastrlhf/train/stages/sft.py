@@ -1,6 +1,6 @@
 """Supervised fine-tuning on demonstrations (paper C.1).
 
-Loss: mean NLL over the batch's targets, in nats a token. The targets are the response and its EOS, or with
+Loss: mean NLL over the batch's targets, in nats per token. The targets are the response and its EOS, or with
 `loss_on="full"` the prompt as well.
 
 With `pretrain_mix` > 0 every batch also holds pretraining text, which gives the paper's RL initialization (C.3).

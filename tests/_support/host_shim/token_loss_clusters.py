@@ -1,4 +1,4 @@
-"""token_loss by clusters of 1, 2, 4 and 8 blocks: the bits of the path that reads a row twice, and of token_logprob.
+"""token_loss by clusters of 1, 2, 4 and 8 blocks: bitwise equal to the path that reads a row twice.
 
 Run by tests/kernels/test_cuda_on_host.py in the host shim as sm_90. HOST_SHIM_SHARED bounds the shared memory that a
 block may take, and so decides how many blocks must share a row.
@@ -21,7 +21,7 @@ CASES = [*((width, cap) for width in (5003, 20011) for cap in CAPS), (50257, "pl
 
 
 def shares(width, dtype):
-    """{blocks of a cluster: bytes that each needs}, without sizes that a smaller cluster stands in for."""
+    """{blocks of a cluster: bytes that each needs}, without sizes for which a smaller cluster suffices."""
     tiles = -(-width * dtype.itemsize // TILE_BYTES)
     smallest = {-(-tiles // size): size for size in reversed(SIZES)}
     return {size: each * TILE_BYTES + EXTRA_BYTES for each, size in smallest.items()}
@@ -50,12 +50,12 @@ def problem(width, dtype, offset):
 @pytest.mark.parametrize(("width", "cap"), CASES)
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_the_cluster(dtype, offset, width, cap, backend, monkeypatch):
+def test_bitwise_the_same_for_any_cluster(dtype, offset, width, cap, backend, monkeypatch):
     logits, targets, temperature, mask = problem(width, dtype, offset)
     softcap = CAPS[cap]
 
     def run(shared, out_offset):
-        """Bits of loss, logprob, grad_logprob, stats and the gradient; at out_offset None in place."""
+        """Raw bytes of loss, logprob, grad_logprob, row_stats and the gradient; at out_offset None in place."""
         monkeypatch.setenv("HOST_SHIM_SHARED", str(shared))
         rows = rows_at(offset, width, dtype).copy_(logits)
         out = rows if out_offset is None else rows_at(out_offset, width, dtype)

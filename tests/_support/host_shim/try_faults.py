@@ -1,4 +1,4 @@
-"""Runs each fault of faults.cu named on the command line in a process of its own; prints what came of it as JSON."""
+"""Runs each fault of faults.cu that the command line names in a forked process, and prints the outcomes as JSON."""
 
 import json
 import os

@@ -356,8 +356,9 @@ def linear_logprob(
     if process_group is not None:
         raise ValueError("process_group: a vocab-sharded weight is not supported; expected None")
     shape, (vocab, width) = targets.shape, weight.shape
-    x, w = upcast(hidden).reshape(-1, width), upcast(weight)
-    b = None if bias is None else upcast(bias)
+    acc = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+    x, w = hidden.to(acc).reshape(-1, width), weight.to(acc)
+    b = None if bias is None else bias.to(acc)
     rows = [x, targets.reshape(-1)]
     rows.append(mask.reshape(-1) if mask is not None else None)
     if isinstance(temperature, Tensor):

@@ -278,7 +278,7 @@ def logit_rows(op, logits, targets, temperature, softcap, mask, vocab=None):
     row_temperature = None
     if isinstance(temperature, Tensor):
         row_temperature, temperature = _row_temperature(op, temperature, logits, targets), 1.0
-    elif temperature != 1.0 or type(temperature) is not float:
+    elif type(temperature) is not float or temperature != 1.0:
         temperature = number(op, "temperature", temperature, low=0, strict=True)
     if mask is not None:
         mask = row_mask(op, mask, targets.shape, logits.device)
@@ -337,9 +337,11 @@ def row_values(op: str, targets: Tensor, vocab: int, mask, row_temperature) -> N
         value = int(targets.reshape(-1)[row])
         raise ValueError(f"{op}: targets must be in [0, {vocab}); got {value} at row {row}")
     if row_temperature is not None:
-        counted = row_temperature if mask is None else row_temperature[mask]
-        if not bool((counted > 0).all()):
-            raise ValueError(f"{op}: temperature must be above 0; got {counted.min():g}")
+        bad = ~(row_temperature > 0) & (True if mask is None else mask)
+        if bool(bad.any()):
+            row = int(bad.reshape(-1).nonzero()[0])
+            value = row_temperature.reshape(-1)[row].item()
+            raise ValueError(f"{op}: temperature must be above 0; got {value:f} at row {row}")
 
 
 def overwritable(logits: Tensor) -> bool:

@@ -224,7 +224,7 @@ def scaled(ctx, grad_loss: Tensor, wanted) -> list[Tensor | None]:
     return out
 
 
-def _run_body(op, body, backend, accumulated, hidden, weight, bias, values):
+def _linear_loss(op, body, backend, accumulated, hidden, weight, bias, values):
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         loss, grads = body()
     return loss, *grads, *(None,) * (4 - len(grads))
@@ -253,7 +253,7 @@ def _backward(ctx, grad_loss):
 
 
 _with_gradients = differentiable(
-    _run_body,
+    _linear_loss,
     op=lambda arguments: arguments[0],
     wrt=(4, 5, 6, 7),
     setup=_setup,

@@ -13,6 +13,7 @@ import functools
 import importlib
 import operator
 import re
+import threading
 from collections.abc import Callable
 
 import torch
@@ -104,6 +105,7 @@ def _define(schema, fake, body, op, autograd, backend=None):
             return raw(*arguments)
 
     below = below_cpp if body is None else below_python
+    below.__name__ = name  # of the node, if `op` is a function
     if autograd:
         kernel = differentiable(below, op=op, backend=backend, **autograd)
         _LIBRARY.impl(name, kernel if body is None else _tensors_only(kernel), "Autograd")
@@ -116,6 +118,10 @@ def _name(schema):
     return schema[: schema.index("(")]
 
 
+# Triton's modules import each other in circles: two threads that import them at once see them half done.
+_importing = threading.RLock()
+
+
 def _triton_kernel(where):
     """Calls "module.function"; the module, and Triton with it, is imported when the op first runs."""
     home, function = where.split(".")
@@ -124,7 +130,8 @@ def _triton_kernel(where):
     def body(*arguments):
         nonlocal module
         if module is None:
-            module = importlib.import_module(f"fastrlhf.kernels.{home}")
+            with _importing:
+                module = importlib.import_module(f"fastrlhf.kernels.{home}")
         return getattr(module, function)(*arguments)
 
     return body

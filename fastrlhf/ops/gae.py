@@ -80,6 +80,8 @@ def gae(
 
 def check(op, first, like, values, gamma, lam, whiten):
     """Checked (gamma, lam)."""
+    if values is None:
+        _checks.tensor(op, "values", values)
     _checks.same_tokens(op, first, like, values=values)
     gamma = _checks.fraction(op, "gamma", gamma)
     lam = _checks.fraction(op, "lam", lam)

@@ -81,6 +81,8 @@ def kl_reward(
 
 def check(op, logprob, ref_logprob, beta, estimator):
     """Checked (estimator index, beta)."""
+    if ref_logprob is None:
+        _checks.tensor(op, "ref_logprob", ref_logprob)
     _checks.same_tokens(op, "logprob", logprob, ref_logprob=ref_logprob)
     index = _checks.estimator(op, estimator)
     return index, _checks.number(op, "beta", beta, low=0)

@@ -82,6 +82,8 @@ def linear_logprob(
     )
     if num_rows is not None:
         _checks.num_rows(OP, num_rows, mask, targets)
+    if type(return_entropy) is not bool:
+        _checks.flag(OP, "return_entropy", return_entropy)
     chosen = choose(OP, backend, hidden, weight, bias)
     vocab = weight.shape[0]
     if process_group is not None:

@@ -251,7 +251,7 @@ def _call(loss_fn, logprob, entropy, per_token) -> tuple[Tensor, dict[str, Tenso
     return loss.to(logprob.dtype), {name: x.detach() for name, x in metrics.items()}
 
 
-def _checked(loss_fn, mask, logprob, *entropy, **per_token):
+def _checked(loss_fn, mask, logprob, /, *entropy, **per_token):
     """`_call` on all rows that count, as reference.py calls `loss_fn`, with the checks of `_Tokens`."""
     loss, metrics = _call(loss_fn, logprob, entropy[0] if entropy else None, per_token)
     if logprob.requires_grad:

@@ -83,6 +83,9 @@ def ppo_loss(
     >>> out.loss, out.metrics["ratio_max"]
     (tensor(-1.), tensor(1.))
     """
+    if old_logprob is None or advantages is None:
+        _checks.tensor(OP, "old_logprob", old_logprob)
+        _checks.tensor(OP, "advantages", advantages)
     _checks.same_tokens(
         OP,
         "logprob",

@@ -65,6 +65,10 @@ def token_logprob(
     row_temperature, temperature, softcap, mask = _checks.logit_rows(
         OP, logits, targets, temperature, softcap, mask
     )
+    if type(return_entropy) is not bool:
+        _checks.flag(OP, "return_entropy", return_entropy)
+    if type(inplace_backward) is not bool:
+        _checks.flag(OP, "inplace_backward", inplace_backward)
     chosen = choose(OP, backend, logits, row_temperature)
     if chosen == "reference":
         _checks.row_values(OP, targets, logits.shape[-1], mask, row_temperature)

@@ -107,6 +107,8 @@ def token_loss(
         scale_tensor = _checks.scale_tensor(OP, scale, logits.device, acc)
     else:
         number = _checks.number(OP, "scale", scale)
+    if type(inplace_backward) is not bool:
+        _checks.flag(OP, "inplace_backward", inplace_backward)
     chosen = choose(OP, backend, logits)
     if chosen == "reference":
         _checks.row_values(OP, targets, logits.shape[-1], mask, row_temperature)

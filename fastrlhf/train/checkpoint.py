@@ -115,9 +115,9 @@ def load_latest(folder: Path) -> dict | None:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged archive
         older = f"to continue from step {found[-2]}" if len(found) > 1 else "and start again"
+        reason = str(error).splitlines() or ["the file is empty"]  # torch's EOFError has no message
         raise UserError(
-            f"checkpoint {path} is damaged ({str(error).splitlines()[0]}); "
-            f"remove {str(path.parent)!r} {older}"
+            f"checkpoint {path} is damaged ({reason[0]}); remove {str(path.parent)!r} {older}"
         ) from error
 
 

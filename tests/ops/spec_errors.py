@@ -4,6 +4,7 @@
 A message names the op, the argument, what was expected and what was given.
 """
 
+import numpy as np
 import torch
 
 INF, NAN = float("inf"), float("nan")
@@ -33,9 +34,12 @@ ERRORS = {
             ({"targets": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, ("must be on",)),
             ({"temperature": 0.0}, ValueError, ("temperature must be a finite number above 0; got 0",)),
             ({"temperature": NAN}, ValueError, ("temperature must be a finite number",)),
+            ({"temperature": np.ones(2)}, TypeError, ("temperature must be a number; got ndarray",)),
+            ({"return_entropy": "yes"}, TypeError, ("return_entropy must be a bool; got str",)),
+            ({"inplace_backward": {}}, TypeError, ("inplace_backward must be a bool; got dict",)),
             ({"temperature": "1"}, TypeError, ("temperature must be a number; got str",)),
             ({"temperature": torch.ones(3)}, ValueError, ("must broadcast to (2,); got (3,)",)),
-            ({"temperature": torch.tensor([1.0, -1.0])}, ValueError, ("temperature must be above 0",)),
+            ({"temperature": torch.tensor([1.0, -1.0])}, ValueError, ("above 0; got -1.000000 at row 1",)),
             ({"temperature": torch.ones(2, requires_grad=True)}, ValueError, ("must be a constant",)),
             ({"softcap": -1.0}, ValueError, ("softcap must be a finite number above 0; got -1",)),
             ({"mask": [True, True]}, TypeError, ("mask must be a torch.Tensor",)),
@@ -69,8 +73,9 @@ ERRORS = {
             ({"scale": torch.ones(1)}, ValueError, ("scale must have shape (); got (1,)",)),
             ({"scale": torch.tensor(1)}, TypeError, ("scale must be float32",)),
             ({"scale": torch.tensor(1.0, device="meta")}, ValueError, ("scale must be on cpu; got meta",)),
+            ({"inplace_backward": 1}, TypeError, ("inplace_backward must be a bool; got int",)),
             ({"temperature": 0.0}, ValueError, ("temperature must be a finite number above 0; got 0",)),
-            ({"temperature": torch.tensor([1.0, -1.0])}, ValueError, ("temperature must be above 0",)),
+            ({"temperature": torch.tensor([1.0, -1.0])}, ValueError, ("above 0; got -1.000000 at row 1",)),
             ({"softcap": -1.0}, ValueError, ("softcap must be a finite number above 0; got -1",)),
             ({"mask": torch.ones(3)}, ValueError, ("mask must have shape (2,); got (3,)",)),
             ({"backend": "gpu"}, ValueError, ("backend must be one of",)),
@@ -80,6 +85,7 @@ ERRORS = {
         HEAD,
         [
             ({"hidden": "x"}, TypeError, ("hidden must be a torch.Tensor; got str",)),
+            ({"return_entropy": "yes"}, TypeError, ("return_entropy must be a bool; got str",)),
             ({"weight": torch.zeros(5, 3)}, ValueError, ("weight must have shape (V, 4)",)),
             ({"weight": torch.zeros(5, 4).long()}, TypeError, ("weight must be float32",)),
             ({"bias": torch.zeros(4)}, ValueError, ("bias must have shape (5,); got (4,)",)),
@@ -143,6 +149,7 @@ ERRORS = {
         {"logprob": X, "ref_logprob": X, "score": SCORE, "beta": 0.1, "cu_seqlens": CU},
         [
             ({"logprob": torch.zeros(4).int()}, TypeError, ("logprob", "float32", "int32")),
+            ({"ref_logprob": None}, TypeError, ("ref_logprob", "Tensor", "NoneType")),
             ({"ref_logprob": torch.zeros(3)}, ValueError, ("ref_logprob", "(4,)", "(3,)")),
             ({"ref_logprob": torch.zeros(4).double()}, TypeError, ("ref_logprob", "float64")),
             ({"score": torch.zeros(2)}, ValueError, ("score", "(1,)", "(2,)")),
@@ -169,6 +176,7 @@ ERRORS = {
         [
             ({"rewards": [0.0]}, TypeError, ("rewards", "Tensor", "list")),
             ({"rewards": torch.zeros(4).int()}, TypeError, ("rewards", "float32", "int32")),
+            ({"values": None}, TypeError, ("values", "Tensor", "NoneType")),
             ({"values": torch.zeros(4).long()}, TypeError, ("values", "int64")),
             ({"values": torch.zeros(5)}, ValueError, ("values", "(4,)", "(5,)")),
             ({"values": torch.zeros(4).double()}, TypeError, ("values", "float64", "float32")),
@@ -205,6 +213,8 @@ ERRORS = {
         {"logprob": X, "ref_logprob": X, "score": SCORE, "values": X, "beta": 0.1, "cu_seqlens": CU},
         [
             ({"logprob": torch.zeros(4).int()}, TypeError, ("logprob", "float32", "int32")),
+            ({"ref_logprob": None}, TypeError, ("ref_logprob", "Tensor", "NoneType")),
+            ({"values": None}, TypeError, ("values", "Tensor", "NoneType")),
             ({"ref_logprob": torch.zeros(3)}, ValueError, ("ref_logprob", "(4,)", "(3,)")),
             ({"values": torch.zeros(3)}, ValueError, ("values", "(4,)", "(3,)")),
             ({"score": torch.zeros(2)}, ValueError, ("score", "(1,)", "(2,)")),
@@ -239,6 +249,8 @@ ERRORS = {
         [
             ({"logprob": [0.0]}, TypeError, ("logprob", "Tensor", "list")),
             ({"logprob": X.int()}, TypeError, ("logprob", "float32", "int32")),
+            ({"old_logprob": None}, TypeError, ("old_logprob", "Tensor", "NoneType")),
+            ({"advantages": None}, TypeError, ("advantages", "Tensor", "NoneType")),
             ({"old_logprob": torch.zeros(3)}, ValueError, ("old_logprob", "(4,)", "(3,)")),
             ({"advantages": torch.zeros(4, 1)}, ValueError, ("advantages", "(4,)", "(4, 1)")),
             ({"advantages": X.double()}, TypeError, ("advantages", "float64", "float32")),

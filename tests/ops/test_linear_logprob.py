@@ -138,6 +138,25 @@ def test_strided_hidden_and_workspaces(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("wide", ["hidden", "weight"])
+def test_one_fp64_operand_makes_the_sums_fp64(backend, wide):
+    if DEVICE[backend] == "cuda":
+        pytest.skip("float64 runs on the CPU")
+    x, w, bias = randn(3, H, seed=0), randn(V, H, seed=1), randn(V, seed=2)
+    x, w = (x.double(), w) if wide == "hidden" else (x, w.double())
+    operands = [t.requires_grad_() for t in (x, w, bias)]
+    copies = [t.detach().double().requires_grad_() for t in operands]
+    targets = randint(V, (3,), 3)
+    out = linear_logprob(x, w, targets, bias=bias, backend=backend)
+    expected = eager(*copies[:2], targets, copies[2])[0]
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    expected.sum().backward()
+    for operand, copy in zip(operands, copies, strict=True):
+        torch.testing.assert_close(operand.grad, copy.grad.to(operand.dtype))
+
+
+@each_backend
 def test_kept_logits_serve_a_second_backward(backend, chunks):
     chunks(4, keep=True)
     x, w, _ = (t.requires_grad_() for t in parameters(device=DEVICE[backend]))

@@ -315,6 +315,19 @@ def test_a_loss_that_writes_into_its_arguments(reduction, written):
 
 
 @each_backend
+@pytest.mark.parametrize("name", ["mask", "loss_fn"])
+def test_a_tensor_per_token_may_have_any_name(backend, name):
+    (x, w, _), targets, rows = inputs(device=DEVICE[backend], count=4)
+    advantage = rows["advantage"]
+
+    def loss_fn(logprob, **per_token):
+        return -per_token[name] * logprob
+
+    out = linear_token_loss(x, w, targets, loss_fn, per_token={name: advantage}, backend=backend)
+    torch.testing.assert_close(out.loss, -(advantage * out.logprob).mean())
+
+
+@each_backend
 def test_masked_rows_may_have_any_temperature(backend):
     x, w, targets = torch.randn(4, 3), torch.randn(5, 3), torch.arange(4)
     mask = torch.tensor([1, 0, 1, 1])

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import pickle
+import subprocess
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -65,6 +68,15 @@ def test_no_graph_where_no_gradient_is_asked_for(how):
 
 
 @FUSED
+@FUSED
+def test_the_node_of_a_linear_loss_is_named_after_it():
+    """Users see the name in `grad_fn=`, in profiles and in anomaly mode."""
+    x, w, targets = torch.zeros(2, 3, requires_grad=True), torch.zeros(4, 3), torch.tensor([0, 1])
+    an_op = fastrlhf.linear_cross_entropy(x, w, targets, backend="cpu")
+    no_op = fastrlhf.linear_token_loss(x, w, targets, torch.neg, backend="cpu").loss
+    assert all("linear_loss" in loss.grad_fn.name() for loss in (an_op, no_op))
+
+
 def test_saved_tensors_pass_the_hooks_and_constants_stay_constants():
     x, w, targets, old, advantages = logprob_and_head()
     kept = []
@@ -138,6 +150,30 @@ def test_what_a_backend_runs_is_what_was_registered(monkeypatch):
     _backend.provide("two_kernels", ["cuda", "triton"], gradient=False)
     assert _backend.kernels("two_kernels") == {"triton"}
     assert _backend.unavailable_reason("two_kernels", "cpu")
+
+
+def test_threads_may_run_triton_kernels_first_at_once():
+    """Importing them imports Triton, whose modules fail if two threads begin to import them."""
+    pytest.importorskip("triton")
+    code = (
+        "import sys, threading\n"
+        "from fastrlhf.ops import _register\n"
+        "homes = ('gae', 'kl_gae', 'kl_reward', 'masked_whiten', 'ppo_loss', 'ranking_loss')\n"
+        "start, failed = threading.Barrier(len(homes)), []\n"
+        "def first_call(home):\n"
+        "    start.wait()\n"
+        "    try: _register._triton_kernel(f'{home}.forward')()\n"
+        "    except Exception as error:\n"
+        "        if 'missing' not in str(error): failed.append(repr(error))\n"
+        "sys.setswitchinterval(1e-5)\n"
+        "threads = [threading.Thread(target=first_call, args=(home,)) for home in homes]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+        "sys.exit('; '.join(failed) or 0)\n"
+    )
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------

@@ -31,6 +31,9 @@ def test_checkpoints_are_complete_or_absent(tmp_path, monkeypatch):
         UserError, match="step_00000003/state.pt is damaged .* to continue from step 2"
     ):
         checkpoint.load_latest(tmp_path)
+    (tmp_path / "step_00000003" / "state.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="is damaged .the file is empty.; remove"):
+        checkpoint.load_latest(tmp_path)
 
 
 def test_checkpoints_never_unpickle_code(tmp_path):

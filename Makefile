@@ -41,7 +41,7 @@ help:
 	@echo "make docs       the documentation site in build/docs, from docs/ and the docstrings; needs Python 3.11"
 	@echo "make bench      time the ops against eager PyTorch; writes benchmarks/results/"
 	@echo "make bench-docs the table, plots and performance page of README and docs/ from the committed results"
-	@echo "make budgets    instructions a logit and resident blocks of the row kernels on sm_90; needs nvcc, no GPU"
+	@echo "make budgets    instructions per logit and resident blocks of the row kernels on sm_90; needs nvcc, no GPU"
 	@echo "make traffic    bytes, launches, host syncs and memory of the linear ops' CUDA plan; needs no GPU"
 	@echo "make wheels     release wheels in dist/: one for every Python, one with the C++ packer for each on PATH"
 	@echo "make gpu        on a CUDA machine, < 10 minutes: build, tests, sanitizer, quickstart, bench; OUT=$(OUT)"
@@ -68,7 +68,7 @@ $(VENV)/.stamp-deps: $(VENV)/.stamp-venv pyproject.toml
 	@touch $@
 
 # In place and with ninja, so that only changed files compile. The editable install above finds the result.
-$(VENV)/.stamp-build-$(FASTRLHF_BUILD): $(VENV)/.stamp-deps setup.py $(CPP)
+$(VENV)/.stamp-build-$(FASTRLHF_BUILD): $(VENV)/.stamp-deps setup.py $(CPP) $(wildcard fastrlhf/ops/*.py)
 	$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 

@@ -19,12 +19,14 @@ The choice depends on the toolkit and on torch's own build, never on a GPU of th
 built on machines without one.
 """
 
+import ast
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -132,6 +134,30 @@ def version():
     return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
 
 
+def schemas():
+    """ "name:crc32" of every schema that fastrlhf/ops registers for C++ and CUDA.
+
+    The library carries them, and the package refuses a library that was built for other schemas: its kernels would
+    read the arguments in another order.
+    """
+    found = []
+    for path in sorted(ROOT.glob("fastrlhf/ops/*.py")):
+        tree = ast.parse(path.read_text())
+        named = {
+            node.targets[0].id: node.value.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and isinstance(node.value, ast.Constant)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "register":
+                expression = ast.fix_missing_locations(ast.Expression(node.args[0]))
+                schema = eval(compile(expression, path.name, "eval"), {}, named)
+                found.append(f"{schema.partition('(')[0]}:{zlib.crc32(schema.encode()):08x}")
+    return " ".join(found)
+
+
 def sources(pattern):
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
@@ -153,6 +179,7 @@ def kernel_library(kind, ext):
         "-fno-math-errno",
         "-fno-trapping-math",
         f'-DFASTRLHF_VERSION="{version()}"',
+        f'-DFASTRLHF_SCHEMAS="{schemas()}"',
         *defines,
         *prefix_maps,
     ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import harness
+from fastrlhf import extras
 
 
 def pytest_addoption(parser):
@@ -32,7 +33,9 @@ def pytest_configure(config):
             "benchmarks/ does not run under pytest-xdist, which disables the timing: pass -n 0"
         )
     if not config.pluginmanager.has_plugin("benchmark"):
-        raise pytest.UsageError("benchmarks/ needs pytest-benchmark: pip install 'fastrlhf[test]'")
+        raise pytest.UsageError(
+            f"benchmarks/ needs pytest-benchmark: {extras.how_to_install('test')}"
+        )
 
 
 def pytest_report_header(config):

@@ -27,6 +27,7 @@ std::string make_build_info() {
   text += "cpu_isa_compiled=" + isas + "\n";
   text += std::string("cpu_isa_running=") + rl::isa_name(rl::running_isa()) + "\n";
   text += "cuda_archs=" FASTRLHF_CUDA_ARCHS "\n";
+  text += "schemas=" FASTRLHF_SCHEMAS "\n";
   return text;
 }
 

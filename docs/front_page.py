@@ -3,7 +3,7 @@
     python docs/front_page.py [--check]
 
 Standard library only. With --check nothing is written, and the exit status is 1 if either is stale.
-A row shows the GPU's figures where that run timed the op beside something else, else the CPU's.
+A row shows the GPU's figures if that run also timed another implementation of the op, otherwise the CPU's.
 """
 
 import argparse
@@ -67,8 +67,15 @@ def shown(row: dict | None) -> str:
     if row is None:
         return ""
     name = row["provider"].replace("F.cross_entropy", "`F.cross_entropy`")
-    mark = "" if "median_ms" in row else "†"
-    return f"{name} {number(time_of(row))}{mark}"
+    return f"{name} {number(time_of(row))}{mark(row)}"
+
+
+def mark(row: dict) -> str:
+    """† not compared in that run; ‡ failed the accuracy check; § the host was slower than the device."""
+    if "median_ms" not in row:
+        return "†" if "was not compared" in row["ungated"] else "‡"
+    # The host takes as long as the timed interval, so the host determines it.
+    return "§" if row.get("host_ms", 0) > 0.95 * row["median_ms"] else ""
 
 
 def number(value: float) -> str:
@@ -93,14 +100,14 @@ def table(results: dict[str, list[dict]]) -> str:
         pytorch = [r for r in others if r["provider"] in PYTORCH]
         libraries = [r for r in others if r["provider"] not in PYTORCH]
         what = f"{machine}, {case_of(ours)}"
-        cells = [f"`{op}`", computes, what, number(ours["median_ms"])]
+        cells = [f"`{op}`", computes, what, number(ours["median_ms"]) + mark(ours)]
         cells += [shown(min(some, key=time_of, default=None)) for some in (pytorch, libraries)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def plot(rows: list[dict]) -> str:
-    """Horizontal bars from 0 on a linear axis, one panel an op."""
+    """Horizontal bars from 0 on a linear axis, one panel per op."""
     label, width, bar, gap = 210, 560, 16, 6
     parts, y = [], 8
     for op, direction in PANELS:
@@ -115,7 +122,7 @@ def plot(rows: list[dict]) -> str:
             length = width * time_of(row) / limit
             colour = "#0f766e" if row["ours"] else "#9aa1ab"
             name = f"fastrlhf {row['provider']}" if row["ours"] else row["provider"]
-            note = number(time_of(row)) + ("" if "median_ms" in row else " †")
+            note = f"{number(time_of(row))} {mark(row)}".rstrip()
             middle = y + bar - 4
             parts.append(
                 f'<text x="{label - 8}" y="{middle}" text-anchor="end">{escape(name)}</text>'

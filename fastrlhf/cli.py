@@ -70,7 +70,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "[extra]: the command needs pip install 'fastrlhf[extra]'.",
+            f"[extra]: the command needs it: {extras.how_to_install('extra')}",
             "fastrlhf <command> --help lists the command's options; --config takes a YAML file or",
             "the name of a shipped recipe (quickstart, instructgpt_paper, h200).",
         ]

@@ -125,7 +125,7 @@ def examine() -> dict:
     report["ops"] = _backend.backends()
     report["auto"] = {
         op: {
-            "order": list(_backend.AUTO[op, device].order),
+            "order": list(_backend.order(op, device)),
             "measured": _backend.measured(op, device),
         }
         for op in _backend.OPS
@@ -185,7 +185,7 @@ def _extras(report: dict) -> list[tuple[str, str]]:
         return [("extras", "unknown: this source tree is not installed")]
     rows = []
     for name, absent in report.items():
-        fix = f"lacks {', '.join(absent)}: pip install 'fastrlhf[{name}]'"
+        fix = f"lacks {', '.join(absent)}: {extras.how_to_install(name)}"
         rows.append(("" if rows else "extras", f"[{name}] {fix if absent else 'installed'}"))
     return rows
 

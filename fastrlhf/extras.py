@@ -43,9 +43,14 @@ def missing(extra: str) -> list[str]:
     return [name for name in packages(extra) if version(name) is None]
 
 
+def how_to_install(extra: str) -> str:
+    """How to install `extra`, for messages. fastrlhf is on no package index."""
+    return f"in a clone of fastrlhf, pip install --no-build-isolation '.[{extra}]'"
+
+
 def require(extra: str) -> None:
     """UserError unless every package of `extra` is installed."""
     if absent := missing(extra):
         raise UserError(
-            f"needs the extra [{extra}]: pip install 'fastrlhf[{extra}]' (missing: {', '.join(absent)})"
+            f"needs the extra [{extra}]: {how_to_install(extra)} (missing: {', '.join(absent)})"
         )

@@ -82,7 +82,7 @@ class PPOLoss(_Loss):
         entropy: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> PPOLossOutput:
-        """PPOLossOutput(loss, metrics); all tensors [...], one element a token."""
+        """PPOLossOutput(loss, metrics); all tensors [...], one element per token."""
         return _ppo_loss.ppo_loss(
             logprob,
             old_logprob,
@@ -170,7 +170,7 @@ class LinearPPOLoss(_Loss):
         num_rows: int | None = None,
         process_group: "torch.distributed.ProcessGroup | None" = None,
     ) -> PPOLossOutput:
-        """PPOLossOutput(loss, metrics); hidden [..., H], weight [V, H], the others [...], one a token.
+        """PPOLossOutput(loss, metrics); hidden [..., H], weight [V, H], the others [...], one element per token.
 
         `temperature` and `scale`: tensors in place of the module's numbers.
         """

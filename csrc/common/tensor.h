@@ -33,7 +33,7 @@ using torch::stable::Tensor;
 // prefix marks the message, and fastrlhf/ops/_register.py translates it into a ValueError of the
 // public op.
 [[noreturn]] inline void user_error(const std::string& message) {
-  throw std::runtime_error("[fastrlhf ValueError] " + message);
+  throw std::runtime_error("fastrlhf ValueError: " + message);
 }
 
 inline bool is_float_dtype(ScalarType t) {

@@ -47,7 +47,8 @@ class KlRewards {
   }
 
   // Writes and returns the rewards of tokens [start, start + count) of sequence b, masked by
-  // `keep`. `scored`: from scored_token().
+  // `keep`. `scored`: from scored_token(). The unnamed argument is the scratch block of
+  // GivenRewards (gae_scan.h), which converts its dtype there; these rewards go to the output.
   RL_INLINE const A* run(int64_t b, int64_t scored, int64_t start, int64_t count,
                          const uint8_t* keep, A*) const {
     switch (estimator_) {

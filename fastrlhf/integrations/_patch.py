@@ -223,7 +223,7 @@ class Integration:
         self._options = options
         backend = options.get("backend", "auto")
         self.report = [
-            f"{swap.target.name} runs {_op_and_backend(swap.target.op, backend)}"
+            f"{swap.target.name}{_replacement(swap.target.op, backend)}"
             + (f"; {count} imported references replaced" if count else "")
             for swap, count in zip(swaps, counts, strict=True)
         ] + [f"{name} is left unchanged: {reason}" for name, reason in unchanged.items()]
@@ -321,9 +321,9 @@ class Integration:
         return count
 
 
-def _op_and_backend(op: str, backend: str) -> str:
-    """ "<op>, backend <name>" with the backend that "auto" takes on this machine."""
+def _replacement(op: str, backend: str) -> str:
+    """ " runs <op>, backend <name>" with the backend that "auto" takes here, or ": <what is done>" without an op."""
     row = fastrlhf.backends().get(op)
     if row is None:
-        return op
-    return f"{op}, backend {row['auto'] if backend == 'auto' else backend}"
+        return f": {op}"
+    return f" runs {op}, backend {row['auto'] if backend == 'auto' else backend}"

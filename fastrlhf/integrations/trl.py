@@ -278,7 +278,7 @@ _INTEGRATION = Integration(
         Target(
             _UTILS,
             "_use_triton",
-            "the compaction of the positions that are not ignored",
+            "ignored positions are dropped before the head",
             _compact_on_cpu,
             ("device",),
             references=False,

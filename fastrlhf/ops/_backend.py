@@ -1,8 +1,9 @@
 """Which implementation of an op runs: "auto" | "reference" | "cpu" | "triton" | "cuda".
 
-"auto" takes the first backend in AUTO that can run; AUTO lists them by a committed measurement, the fastest first. If
-only the reference can run, it warns once with the reason. Naming a backend that cannot run raises a ValueError with the
-reason and an alternative.
+"auto" takes the first backend in AUTO that can run. On a CPU AUTO lists them by a committed measurement, the fastest
+first. On a GPU the order is a choice until RESULTS names a whole results file of one: on the H200 of 2026-11-27 the
+Triton kernels of that commit were faster for some ops. If only the reference can run, it warns once with the reason.
+Naming a backend that cannot run raises a ValueError with the reason and an alternative.
 """
 
 import importlib
@@ -31,7 +32,7 @@ differentiable: set[str] = set()
 
 
 class Auto(NamedTuple):
-    """`order`: backends, the fastest first. `row`: the benchmark case that measured it."""
+    """`order`: backends, the first that can run is taken. `row`: the benchmark case that measures it."""
 
     order: tuple[str, ...]
     row: str
@@ -115,19 +116,21 @@ def unavailable_reason(op: str, backend: str, device: str = "cpu") -> str:
     if "cuda" in kernels(op):
         return "" if device == "cuda" else f"it needs CUDA tensors; got {device}"
     if "cpu" in kernels(op):
-        return "the kernel library was built without CUDA (FASTRLHF_BUILD=cuda)"
+        return (
+            "the kernel library was built without CUDA, which needs a CUDA build of torch and nvcc"
+        )
     return _extension_error or "the op has no CUDA kernel"
 
 
 def auto(op: str, device: str) -> str:
     """The backend that "auto" takes for `op` on tensors of `device`."""
-    for backend in _order(op, device):
+    for backend in order(op, device):
         if unavailable_reason(op, backend, device) == "":
             return backend
     return "reference"
 
 
-def _order(op: str, device: str) -> tuple[str, ...]:
+def order(op: str, device: str) -> tuple[str, ...]:
     """Backends, the fastest first; for an op that is not in AUTO yet, by expectation."""
     if (op, device) in AUTO:
         return AUTO[op, device].order
@@ -148,7 +151,7 @@ def _warn_of_reference(op: str, device: str) -> None:
         if (op, device) in _warned:
             return
         _warned.add((op, device))
-    if fused := [b for b in _order(op, device) if b != "reference"]:
+    if fused := [b for b in order(op, device) if b != "reference"]:
         why = "; ".join(f"{b} cannot run: {unavailable_reason(op, b, device)}" for b in fused)
     else:
         why = f"no fused backend takes {device} tensors"

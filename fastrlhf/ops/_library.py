@@ -5,6 +5,7 @@ serves every Python version and every torch >= 2.10.
 """
 
 import ctypes
+import zlib
 from pathlib import Path
 
 import torch
@@ -13,6 +14,10 @@ PATH = Path(__file__).resolve().parents[1] / "libfastrlhf.so"
 
 # A source checkout shadows an installed package when Python starts in its folder.
 _IN_CHECKOUT = PATH.parents[1].joinpath("setup.py").is_file()
+
+
+# Name of a raw op -> the checksum of its schema that the loaded library was built for.
+_schemas: dict[str, str] = {}
 
 
 def load() -> str:
@@ -31,7 +36,18 @@ def load() -> str:
     except OSError as error:
         # torch raises its own error from the loader's, which says what is missing.
         return f"the kernel library does not load: {error.__cause__ or error}"
+    _schemas.update(entry.split(":") for entry in _facts()["schemas"].split())
     return ""
+
+
+def check_schema(schema: str) -> None:
+    """ImportError if the loaded library was built for another schema: it would read the arguments in another order."""
+    name = schema.partition("(")[0]
+    if _schemas and _schemas.get(name) != f"{zlib.crc32(schema.encode()):08x}":
+        raise ImportError(
+            f"{PATH.name} was built for another version of fastrlhf::{name}: build it again "
+            f"(pip install --no-build-isolation -e . in the checkout)"
+        )
 
 
 def build_info() -> dict:
@@ -41,10 +57,15 @@ def build_info() -> dict:
         version, torch_target_version (oldest torch it serves), compiler, cpu_isa_compiled (list), cpu_isa_running,
         cuda_archs (list, empty without CUDA).
     """
+    info = _facts()
+    del info["schemas"]
+    return info | {name: info[name].split() for name in ("cpu_isa_compiled", "cuda_archs")}
+
+
+def _facts() -> dict[str, str]:
     function = ctypes.CDLL(str(PATH)).fastrlhf_build_info
     function.restype = ctypes.c_char_p
-    info = dict(line.split("=", 1) for line in function().decode().splitlines())
-    return info | {name: info[name].split() for name in ("cpu_isa_compiled", "cuda_archs")}
+    return {"schemas": ""} | dict(line.split("=", 1) for line in function().decode().splitlines())
 
 
 def poison_fresh_memory(on: bool) -> float:

@@ -53,7 +53,7 @@ class Chunk:
 
 
 class Head:
-    """The operands and the tensors of one number a row. `index`: which of the N rows count, None for all."""
+    """The operands and the tensors of one number per row. `index`: which of the N rows count, None for all."""
 
     # `wrong`: on a GPU, whether num_rows is wrong, as a 0-d bool tensor; else None. `counted` [N]: the rows that it
     # should have counted.

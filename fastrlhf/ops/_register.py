@@ -21,7 +21,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
 
-from fastrlhf.ops import _backend
+from fastrlhf.ops import _backend, _library
 
 _LIBRARY = torch.library.Library("fastrlhf", "FRAGMENT")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -52,6 +52,7 @@ def register(
     A call is a function of the schema's arguments with two further forms: `.below` records no gradient, `.raw`
     also omits the guard against autograd, for the body of another op, which runs below autograd already.
     """
+    _library.check_schema(schema)
     cpp = _define(schema, fake, None, op, autograd, "cpu")
     calls = {"cpu": cpp, "cuda": cpp}
     if triton:
@@ -202,7 +203,7 @@ def differentiable(
         setup: (ctx, arguments, outputs) saves what the backward needs; None with `backward` None.
         backward: (ctx, a gradient or None for each of `gives`, not all None) -> a gradient or None for
             each of `wrt`; ctx.needs_input_grad begins with those of `wrt`. None: a backward raises.
-        create_graph: whether the backward consists of ops that refuse a second derivative themselves.
+        create_graph: True if the backward is made of registered ops, which raise on a second derivative themselves.
             Otherwise create_graph=True raises.
         backend: for `backward`, as ctx.backend.
         traced: runs instead of all this while something traces or transforms the call.
@@ -310,13 +311,13 @@ def trained(*tensors: Tensor | None) -> bool:
 # ---- errors -------------------------------------------------------------------------------------
 
 # csrc/common/tensor.h starts a user error's message with this: the stable ABI throws one type of exception.
-_USER_ERROR = re.compile(r"\[fastrlhf (ValueError|TypeError)\] ([^\n]*)")
+_USER_ERROR = re.compile(r"fastrlhf (ValueError|TypeError): ([^\n]*)")
 _ERRORS = {"ValueError": ValueError, "TypeError": TypeError}
 
 
 def value_error(message: str) -> RuntimeError:
     """The error to raise in an op's body for a bad value; the caller gets ValueError("<public op>: <message>")."""
-    return RuntimeError(f"[fastrlhf ValueError] {message}")
+    return RuntimeError(f"fastrlhf ValueError: {message}")
 
 
 def _as_user_error(error, op, arguments):

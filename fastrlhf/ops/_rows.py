@@ -131,7 +131,7 @@ def local_targets(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
 def whole_rows(every: Tensor, targets: Tensor, width: int, mask: Tensor | None):
     """(logprob [n], entropy [n], row_stats [3, n]) by `combine`, from parts [W, 4, n] of `width` columns each."""
     owner = targets.long().div(width, rounding_mode="floor").clamp(0, len(every) - 1)
-    # fp64 is cheap for a few numbers a row, and each result is rounded once.
+    # fp64 is cheap for a few numbers per row, and each result is rounded once.
     logprob, entropy, row_stats = (x.to(every.dtype) for x in combine(every.double(), owner))
     if mask is not None:
         logprob, entropy = logprob.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)

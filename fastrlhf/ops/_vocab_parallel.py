@@ -2,7 +2,7 @@
 
 Shapes: N rows, H hidden, V whole vocabulary, W ranks, V/W rows of a shard: rank r holds [r V/W, (r+1) V/W).
 
-Forward: each rank runs the ordinary op on its shard, which gives four numbers a row: row_max, shifted_lse and
+Forward: each rank runs the ordinary op on its shard, which gives four numbers per row: row_max, shifted_lse and
 shifted_mean of its own softmax, and the log-prob of the target if it lies there. One all-gather of these 16 bytes a
 row combines them. Unlike a MAX and a SUM reduction it waits once, and every rank adds up in rank order, so the
 results are bitwise identical on all ranks.

@@ -117,7 +117,7 @@ def linear_logprob(
 
 
 def linear_logprob_with(look, hidden, weight, targets, *, bias, temperature, softcap, backend):
-    """(logprob, entropy) of `linear_logprob`, with statistics of the logits, which exist a chunk of rows at a time.
+    """(logprob, entropy) of `linear_logprob`, with statistics of the logits, which exist one chunk of rows at a time.
 
     `look(logits [n, V], targets [n])` is called for each chunk, at least once. No gradient flows through it.
     """

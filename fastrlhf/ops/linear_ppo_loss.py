@@ -54,7 +54,7 @@ def linear_ppo_loss(
         clip, dual_clip, value_clip, value_coef, entropy_coef: as in `ppo_loss`.
         scale, accumulate_into: as in `linear_cross_entropy`; the metrics are not scaled.
         compact_rows: rows whose gradient is exactly 0 (clipped, A = 0) enter only the first GEMM. On a
-            GPU the host waits twice a chunk. Ignored while a CUDA graph is captured.
+            GPU the host waits twice per chunk. Ignored while a CUDA graph is captured.
         num_rows: as in `linear_logprob`. Without it the host waits for a GPU once, in the forward. On a
             GPU a wrong number makes loss, metrics and gradients NaN.
         process_group: as in `linear_logprob`; accumulate_into, like dW, has this rank's rows. Every rank

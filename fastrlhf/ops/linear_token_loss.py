@@ -223,7 +223,7 @@ def _call(loss_fn, logprob, entropy, per_token) -> tuple[Tensor, dict[str, Tenso
     except (RuntimeError, TypeError) as error:
         error.add_note(
             f"{OP}: loss_fn was called with {logprob.numel()} rows and {', '.join(given)}; tensors of one "
-            "number a row reach it through per_token=, cut to the same rows"
+            "number per row reach it through per_token=, cut to the same rows"
         )
         raise
     if changed := [name for name, count in _writes(given).items() if count != before[name]]:
@@ -240,7 +240,7 @@ def _call(loss_fn, logprob, entropy, per_token) -> tuple[Tensor, dict[str, Tenso
         what = f"metric {name!r} of " if name else ""
         if value.shape != logprob.shape:
             raise ValueError(
-                f"{OP}: {what}loss_fn must have shape {tuple(logprob.shape)}, one number a row; "
+                f"{OP}: {what}loss_fn must have shape {tuple(logprob.shape)}, one number per row; "
                 f"got {tuple(value.shape)}"
             )
     if logprob.requires_grad and not loss.requires_grad:

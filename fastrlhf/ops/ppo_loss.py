@@ -1,6 +1,6 @@
 """ppo_loss: clipped policy loss, clipped value loss, entropy bonus and every metric in one pass.
 
-Shapes: every tensor [...], one element a token, packed [N] or padded [B, T]; n unmasked tokens.
+Shapes: every tensor [...], one element per token, packed [N] or padded [B, T]; n unmasked tokens.
 """
 
 import torch

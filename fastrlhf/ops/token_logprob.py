@@ -27,7 +27,7 @@ def token_logprob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(z)[target] in nats, with z = softcap * tanh(logits / softcap) / temperature.
 
-    The fused backends read the logits once and keep 12 bytes a row for the backward, which reads
+    The fused backends read the logits once and keep 12 bytes per row for the backward, which reads
     the logits again and writes the gradient. With p = softmax(z), g = dL/dlogprob, h = dL/dentropy:
     ``dL/dz_j = g (1[j = target] - p_j) - h p_j (log p_j + entropy)``.
 
@@ -53,7 +53,7 @@ def token_logprob(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or value. On CPU a counted target outside
-            [0, V) raises ValueError: one compare a row, before the logits are touched. On a GPU that
+            [0, V) raises ValueError: one compare per row, before the logits are touched. On a GPU that
             would cost a host sync, so the row's logprob and gradient are NaN instead, and nothing
             outside the row is read.
 

@@ -22,7 +22,7 @@ Only `systems` and `results` are required. The page leaves out what is missing.
       "reward_model": {"held_out": {...}, "human": {...}},  # reward_accuracy.evaluate's results
       "labeler": {"agreement/<criterion>": number, "decided/<criterion>": number, ...},
       "stages": [{"name": str, "seconds": number, "log": "sft/log.jsonl"}],
-      "speed": {"auto": number, "reference": number},      # PPO update, seconds an iteration
+      "speed": {"auto": number, "reference": number},      # PPO update, seconds per iteration
       "samples": [{"record": {slot: value}, "human": str,
                    "outputs": {system: str | {"text", "missing": [slot], "invented": [slot]}}}]
     }

@@ -1,6 +1,6 @@
 """Sampling of responses from a policy, with a static key/value cache.
 
-Shapes: B prompts, N packed prompt tokens, K cache slots a row (longest prompt + new tokens), k key heads,
+Shapes: B prompts, N packed prompt tokens, K cache slots per row (longest prompt + new tokens), k key heads,
 D head width, V vocabulary size.
 
 1. Prefill: the prompts run once as a packed batch, without padding, on the training path. Their keys and values

@@ -16,7 +16,7 @@ def interpreted(backend):
 
 
 def emulated(backend):
-    """Whether a GPU's kernels run on the CPU: interpreted, or in the host shim, some 10 us a token."""
+    """Whether a GPU's kernels run on the CPU: interpreted, or in the host shim, some 10 us per token."""
     return backend in ("triton", "cuda") and DEVICE[backend] == "cpu"
 
 

@@ -80,6 +80,10 @@ def small_call(op, backend, device, dtype=torch.float32, steps=5, vocab=50, layo
             {},
         ),
     }
+    if op not in arguments:
+        raise ValueError(
+            f"small_call: {op} has no arguments here; add them to tests/_support/small_calls.py"
+        )
     positional, named = arguments[op]()
     out = getattr(fastrlhf, op)(*positional, **named, **more, backend=backend)
     outputs = out if isinstance(out, tuple) else (out,)

@@ -171,7 +171,7 @@ def test_on_a_gpu_rows_are_timed_by_replays_on_the_device_clock(tmp_path):
 
 
 def test_compare_and_histogram(tmp_path):
-    select = ["--device", "cpu", "-k", "masked_whiten"]
+    select = ["--device", "cpu", "-k", "masked_whiten", "--no-compile"]
     plots = [f"--benchmark-histogram={tmp_path}/plots/ops"]
     has_pygal = importlib.util.find_spec("pygal") is not None
     saved = run(tmp_path, *select, "--benchmark-save=before", *plots * has_pygal)

@@ -1,4 +1,4 @@
-"""Budgets of the row kernels: instructions a logit, spills and resident blocks, from machine code for sm_90.
+"""Budgets of the row kernels: instructions per logit, spills and resident blocks, from machine code for sm_90.
 
 benchmarks/budgets.py has the table; this file holds the kernels to it. tests/kernels/test_sass.py tests the counter.
 """
@@ -49,7 +49,7 @@ def over(rows):
             found.append(f"{name}: has neither a budget nor an entry in TODAY")
         elif row["instructions"] > bound:
             found.append(
-                f"{name}: {row['instructions']:.2f} instructions a logit, {bound:.2f} allowed"
+                f"{name}: {row['instructions']:.2f} instructions per logit, {bound:.2f} allowed"
             )
         if row["spills"]:
             found.append(f"{name}: {row['spills']} bytes of stack and local memory")
@@ -58,7 +58,7 @@ def over(rows):
         if row["mufu_budget"] is not None:
             mufu = row["ex2"] + row["mufu"]
             if mufu > row["mufu_budget"] * MARGIN:
-                found.append(f"{name}: {mufu:.2f} MUFU a logit, {row['mufu_budget']} allowed")
+                found.append(f"{name}: {mufu:.2f} MUFU per logit, {row['mufu_budget']} allowed")
         # A pass over shared memory has no global loads; Triton schedules its loads itself.
         from_global = row["aligned"] and row["loads"] and not row["kernel"].startswith("triton")
         if from_global and row["loads"] < budgets.LOADS_IN_FLIGHT:

@@ -66,6 +66,10 @@ def refusals():
                 yield pytest.param(op, *case, backend, id=f"{op}-{','.join(case[0])}{i}-{backend}")
 
 
+def test_every_op_has_refusals():
+    assert set(ERRORS) == set(SPECS), "spec_errors.py has one entry per op of specs.py"
+
+
 @pytest.mark.parametrize(("op", "change", "kind", "words", "on"), list(refusals()))
 def test_errors_name_the_argument(op, change, kind, words, on):
     arguments = {**ERRORS[op][0], "backend": on, **change}

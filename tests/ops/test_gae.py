@@ -169,7 +169,7 @@ def test_more_steps_than_a_16_bit_counter(backend):
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
     if cases.interpreted(backend):
-        return  # 5 ms a row
+        return  # 5 ms per row
     rows = torch.full((70_001, 1), 2.0)
     assert torch.equal(gae(rows, rows, backend=backend)[1], rows)
 

@@ -21,7 +21,7 @@ each_backend = cases.each_backend("linear_logprob")
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """Four rows a chunk, so that a small test meets several chunks and a short last one."""
+    """Four rows per chunk, so that a small test meets several chunks and a short last one."""
 
     def of(rows, keep=False):
         monkeypatch.setattr(_gemms, "chunk_rows", lambda *_: rows)

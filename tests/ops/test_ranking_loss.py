@@ -153,7 +153,7 @@ def test_nan_shows(backend):
 def test_many_prompts_and_long_ones(backend, monkeypatch):
     """Blocks, or Triton's programs, take several prompts each."""
     prompts = 2500
-    if cases.interpreted(backend):  # 2.4 prompts a program too
+    if cases.interpreted(backend):  # 2.4 prompts per program too
         from fastrlhf.kernels import ranking_loss as kernels
 
         prompts = 2500 * 64 // kernels.PROGRAMS

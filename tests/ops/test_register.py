@@ -195,7 +195,7 @@ def test_an_error_of_cpp_becomes_one_of_the_public_op():
 
 def test_other_errors_stay_what_they_are():
     def body(x):
-        raise RuntimeError("[fastrlhf TypeError] x must be an int; got None" if x else "CUDA error")
+        raise RuntimeError("fastrlhf TypeError: x must be an int; got None" if x else "CUDA error")
 
     call = _register.differentiable(body, op="some_op")
     with pytest.raises(TypeError, match="^some_op: x must be an int; got None$"):

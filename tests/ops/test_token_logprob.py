@@ -379,8 +379,8 @@ def test_a_long_row(backend):
     theirs = gradients(eager, logits, targets, grads)
     truth = gradients(eager, logits.cpu().double(), targets.cpu(), grads)
     for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
-        # Two rows are no measure of eager. The reference is eager code, which sums 1.1 million terms with more error.
-        assert_near(o, e, t, what, rounded=e if backend == "reference" else None)
+        # Eager's error is not luck here: each result is a sum of 1.1 million terms.
+        assert_near(o, e, t, what, enough=1)
 
 
 @each_backend

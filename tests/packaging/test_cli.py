@@ -136,9 +136,15 @@ def test_every_command_exists_and_prints_its_help(name, capsys):
 def test_missing_extra_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(extras, "missing", {"train": ["accelerate", "rich"], "bench": ["rich"]}.get)
     line = bad_input(capsys, "sft", "--help")
-    needs = "needs the extra [train]: pip install 'fastrlhf[train]' (missing: accelerate, rich)"
+    needs = (
+        "needs the extra [train]: in a clone of fastrlhf, pip install --no-build-isolation '.[train]' "
+        "(missing: accelerate, rich)"
+    )
     assert line == f"fastrlhf sft: error: {needs}"
-    needs = "needs the extra [bench]: pip install 'fastrlhf[bench]' (missing: rich)"
+    needs = (
+        "needs the extra [bench]: in a clone of fastrlhf, pip install --no-build-isolation '.[bench]' "
+        "(missing: rich)"
+    )
     assert bad_input(capsys, "bench", "gae") == f"fastrlhf bench: error: {needs}"
 
 

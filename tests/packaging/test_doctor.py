@@ -21,6 +21,12 @@ def report_of(capsys, status=0):
     return json.loads(capsys.readouterr().out)
 
 
+def test_an_op_that_is_not_measured_yet(capsys, monkeypatch):
+    monkeypatch.delitem(_backend.AUTO, ("gae", "cpu"))
+    entry = report_of(capsys)["auto"]["gae"]
+    assert entry == {"order": ["cpu", "reference"], "measured": "not measured yet"}
+
+
 def test_json_agrees_with_the_package(capsys):
     report = report_of(capsys)
     assert report["problems"] == []
@@ -100,7 +106,8 @@ def test_missing_extra_is_no_broken_install(capsys, monkeypatch):
     assert report["versions"]["no-such-package"] is None
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert "[train] lacks no-such-package: pip install 'fastrlhf[train]'\n" in text
+    how = "in a clone of fastrlhf, pip install --no-build-isolation '.[train]'"
+    assert f"[train] lacks no-such-package: {how}\n" in text
     assert "[report] installed\n" in text
 
 

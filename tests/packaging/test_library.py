@@ -1,6 +1,8 @@
 """libfastrlhf.so: no Python symbols, and no binding to one Python version."""
 
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,20 @@ def test_packer_module_has_python_symbols():
     _C = pytest.importorskip("fastrlhf._C")
     symbols = dynamic_symbols(Path(_C.__file__))
     assert [name for name in symbols if name.startswith(("Py", "_Py"))]
+
+
+@needs_library
+def test_a_library_of_other_schemas_is_refused():
+    """The build stores a checksum of each schema; without this check a swapped argument gives wrong numbers."""
+    assert {"gae", "token_loss_fwd_"} <= _library._schemas.keys()
+    code = (
+        "from fastrlhf.ops import _library; load = _library.load\n"
+        "def changed():\n"
+        "    found = load(); _library._schemas['gae'] = '00000000'; return found\n"
+        "_library.load = changed\n"
+        "import fastrlhf; fastrlhf.kl_reward\n"
+        "try:\n    fastrlhf.gae\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "built for another version of fastrlhf::gae: build it again" in done.stdout, done.stderr

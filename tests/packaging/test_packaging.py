@@ -276,7 +276,8 @@ def test_base_install_has_the_ops(wheel, scratch):
         refused = start(command, name, "--help", cwd=scratch)
         assert refused.returncode == 2
         assert refused.stdout == "" and refused.stderr.count("\n") == 1
-        assert f"needs the extra [{extra}]: pip install 'fastrlhf[{extra}]'" in refused.stderr
+        how = f"in a clone of fastrlhf, pip install --no-build-isolation '.[{extra}]'"
+        assert f"needs the extra [{extra}]: {how}" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def unscaled():
     return cfg.out
 
 
-# Two steps an iteration. Muon gives the policy two optimizers; the value model has one.
+# Two steps per iteration. Muon gives the policy two optimizers; the value model has one.
 PPO = {"ptx_coef": 27.8, "max_grad_norm": None, "optimizer": "muon"}
 
 

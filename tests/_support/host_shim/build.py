@@ -141,8 +141,11 @@ def ops_of(source):
 
 def source_of(op):
     """The file of csrc/cuda that implements an op."""
-    (found,) = (p for p in (ROOT / "csrc" / "cuda").glob("*.cu") if op in ops_of(p))
-    return found
+    found = [p for p in (ROOT / "csrc" / "cuda").glob("*.cu") if op in ops_of(p)]
+    if len(found) != 1:
+        names = ", ".join(p.name for p in found) or "none"
+        raise ValueError(f"{op}: expected one file of csrc/cuda that implements it; got {names}")
+    return found[0]
 
 
 def _run(command):
@@ -203,7 +206,7 @@ def _base():
     precompile = [CXX, *FLAGS, "-xc++-header", str(header)]
     _once(folder / "repeat.h.gch", lambda to: _run([*precompile, f"-o{to}"]))
     options = ["-include", str(header), "-DSHIM_CUDACC", "-DSHIM_CUDA_ARCH=800"]
-    # Last options win: the scheduler switches some ten thousand times a block, and is not on trial.
+    # Last options win: the scheduler switches some ten thousand times per block, and is not on trial.
     scheduler = _compile(HERE / "fibers.cpp", "fibers", key, "-O2", "-fno-sanitize=all")
     return key, options, scheduler
 

@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 import typing
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from fastrlhf import extras
 from fastrlhf.errors import UserError, did_you_mean
@@ -142,7 +142,7 @@ def dispatch(arguments: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the `fastrlhf` command; returns the exit status."""
+    """Run a command line, by default that of this process; return the exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     command = arguments[0] if arguments and arguments[0] in COMMANDS else ""
     prefix = f"fastrlhf {command}".rstrip()
@@ -165,3 +165,24 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{prefix}: interrupted", file=sys.stderr)
         return 130
+
+
+def end(status: int) -> NoReturn:
+    """End the process. A rank of a run of several processes skips the interpreter's shutdown.
+
+    During that shutdown a thread of a process group that still frees a tensor is killed inside C++ ("terminate called
+    without an active exception"), and torchrun reports a run as failed that had succeeded. `Run.finish` has written
+    and closed every file by then.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
+        sys.exit(status)
+    distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def program() -> NoReturn:
+    """Run the command line of this process; the entry point of `fastrlhf` and `python -m fastrlhf`."""
+    end(main())

@@ -4,7 +4,7 @@ import sys
 
 from accelerate.state import AcceleratorState
 
-from fastrlhf.cli import main
+from fastrlhf.cli import end, main
 
 
 def stages(lines) -> int:
@@ -18,4 +18,4 @@ def stages(lines) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(stages(zip(sys.argv[1::2], sys.argv[2::2], strict=True)))
+    end(stages(zip(sys.argv[1::2], sys.argv[2::2], strict=True)))

@@ -200,3 +200,20 @@ def test_reader_that_leaves_is_no_traceback():
     result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(writer)
     assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_a_rank_ends_without_the_shutdown_of_the_interpreter():
+    """Threads of a process group may not outlive the interpreter; status and output are kept."""
+    code = """
+import atexit, sys
+import torch.distributed as dist
+from fastrlhf import cli
+atexit.register(print, "shutdown")
+if sys.argv[1] == "rank":
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+sys.stdout.write("done")
+cli.end(3)
+"""
+    for kind, printed in (("rank", "done"), ("alone", "doneshutdown\n")):
+        done = subprocess.run([sys.executable, "-c", code, kind], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (3, printed), done.stderr

@@ -237,7 +237,7 @@ def test_wheel_metadata(wheel):
     assert f"\nVersion: {fastrlhf.__version__}\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
     assert f"{info}/licenses/LICENSE" in archive.namelist()
-    assert "fastrlhf = fastrlhf.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+    assert "fastrlhf = fastrlhf.cli:program" in archive.read(f"{info}/entry_points.txt").decode()
     required = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
     base = {Requirement(text).name for text in required if "extra ==" not in text}
     assert base == {"torch", "triton"}

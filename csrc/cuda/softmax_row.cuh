@@ -153,9 +153,14 @@ struct alignas(kCount * sizeof(T)) Pack {
 template <typename T>
 constexpr int kTileColumns = 32 * kTileVectors * kPerVector<T>;
 
+// A lane's vectors of a tile, in registers.
 template <typename T>
 struct Tile {
+  using Logit = T;
+  static constexpr int kUnroll = kTileVectors;
   Pack<T> vector[kTileVectors];
+
+  __device__ __forceinline__ Pack<T> at(int k) const { return vector[k]; }
 };
 
 // Streaming read of data that is not read again. `from` is 16-byte aligned.
@@ -236,6 +241,20 @@ __device__ __forceinline__ Pack<T> guarded_pack(const T* row, int64_t column, in
   return x;
 }
 
+// A lane's vectors of a tile, left in global memory and read one after the other: slower than Tile,
+// and an eighth of its code.
+template <typename T>
+struct RareTile {
+  using Logit = T;
+  static constexpr int kUnroll = 1;
+  const T* row;
+  int64_t column, width;  // of this lane's first vector
+
+  __device__ __forceinline__ Pack<T> at(int k) const {
+    return guarded_pack(row, column + k * 32 * kPerVector<T>, width);
+  }
+};
+
 enum class Start { aligned, anywhere, rare };
 
 // Tiles of a row in global memory. aligned: the row starts at a 16-byte boundary. rare: any
@@ -286,21 +305,25 @@ struct GlobalTiles {
     return x;
   }
   // Reads any tile, with -inf after the end of the row.
-  __device__ __forceinline__ Tile<T> read_guarded(int64_t tile) const {
-    Tile<T> x;
+  __device__ __forceinline__ auto read_guarded(int64_t tile) const {
+    if constexpr (kStart == Start::rare) {
+      return RareTile<T>{row, column(tile, 0), width};
+    } else {
+      Tile<T> x;
 #pragma unroll
-    for (int k = 0; k < kTileVectors; ++k) {
-      const int64_t at = column(tile, k);
-      if (kAligned && at + kPerVector<T> <= width) {
-        x.vector[k] = read_pack(row + at);
-      } else if (at < width) {
-        x.vector[k] = guarded_pack(row, at, width);
-      } else {
+      for (int k = 0; k < kTileVectors; ++k) {
+        const int64_t at = column(tile, k);
+        if (kAligned && at + kPerVector<T> <= width) {
+          x.vector[k] = read_pack(row + at);
+        } else if (at < width) {
+          x.vector[k] = guarded_pack(row, at, width);
+        } else {
 #pragma unroll
-        for (int i = 0; i < Pack<T>::kWords; ++i) x.vector[k].word[i] = Words<T>::neg_inf();
+          for (int i = 0; i < Pack<T>::kWords; ++i) x.vector[k].word[i] = Words<T>::neg_inf();
+        }
       }
+      return x;
     }
-    return x;
   }
 };
 
@@ -356,30 +379,33 @@ struct Exponent {
 // Reduces a tile by one warp. kFar: relative to z of `top`, the largest logit of the row. kGuarded:
 // only the first `columns` of the tile exist; the rest are -inf, which a soft-cap would make
 // finite.
-template <bool kFar, bool kGuarded, bool kEntropy, typename T, typename A, Cap kCap>
-__device__ __forceinline__ Partial<A> reduce_tile(const Tile<T>& x, const Exponent<A, kCap>& f,
+template <bool kFar, bool kGuarded, bool kEntropy, typename Vectors, typename A, Cap kCap>
+__device__ __forceinline__ Partial<A> reduce_tile(const Vectors& x, const Exponent<A, kCap>& f,
                                                   A top, int64_t columns) {
+  using T = typename Vectors::Logit;
   using W = Words<T>;
   constexpr int kPerWord = W::kPerWord;
-  typename W::Word largest = x.vector[0].word[0];
-#pragma unroll
+  typename W::Word largest = x.at(0).word[0];
+#pragma unroll Vectors::kUnroll
   for (int k = 0; k < kTileVectors; ++k) {
+    const Pack<T> vector = x.at(k);
 #pragma unroll
-    for (int i = 0; i < Pack<T>::kWords; ++i) largest = W::max(largest, x.vector[k].word[i]);
+    for (int i = 0; i < Pack<T>::kWords; ++i) largest = W::max(largest, vector.word[i]);
   }
   const A max = warp_max(static_cast<A>(W::max_of(largest)));
   const A b = kFar ? f.z(top) : f.base(max);
   // Tree sums per vector: fewer roundings of a sum dominated by one large term.
   A sum = 0, weighted[2] = {};
-#pragma unroll
+#pragma unroll Vectors::kUnroll
   for (int k = 0; k < kTileVectors; ++k) {
     constexpr int kSize = kPerVector<T>;
     if (kGuarded && k * 32 * kSize >= columns) continue;
+    const Pack<T> vector = x.at(k);
     A e[kSize];
 #pragma unroll
     for (int i = 0; i < Pack<T>::kWords; ++i) {
       A both[kPerWord];
-      W::unpack(x.vector[k].word[i], both);
+      W::unpack(vector.word[i], both);
 #pragma unroll
       for (int j = 0; j < kPerWord; ++j) {
         const int at = i * kPerWord + j;
@@ -696,7 +722,8 @@ __device__ __forceinline__ void write_gradient(const Gradient& grad, const Share
                                                const T* from, O* out) {
   using From = Words<T>;
   using To = Words<O>;
-  constexpr int kUnroll = Gradient::kUnroll, kSize = kPerVector<T>, kStep = kThreads * kSize;
+  constexpr int kUnroll = kRare ? 1 : Gradient::kUnroll, kSize = kPerVector<T>,
+                kStep = kThreads * kSize;
   const auto of = [&](const Pack<T>& x) {
     acc_t<T> each[kSize];
 #pragma unroll
@@ -722,15 +749,17 @@ __device__ __forceinline__ void write_gradient(const Gradient& grad, const Share
   const T* x_ptr = from + int64_t{v} * kSize;
   O* y_ptr = out + share.column(v);
   if (skew_of<kSize>(out) == share.skew) {
+    if constexpr (kUnroll > 1) {
 #pragma unroll 1
-    for (; v >= (kUnroll - 1) * kThreads; v -= kUnroll * kThreads) {
-      Pack<T> x[kUnroll];
+      for (; v >= (kUnroll - 1) * kThreads; v -= kUnroll * kThreads) {
+        Pack<T> x[kUnroll];
 #pragma unroll
-      for (int k = 0; k < kUnroll; ++k) x[k] = read_pack_once(x_ptr - k * kStep);
+        for (int k = 0; k < kUnroll; ++k) x[k] = read_pack_once(x_ptr - k * kStep);
 #pragma unroll
-      for (int k = 0; k < kUnroll; ++k) write_pack(y_ptr - k * kStep, of(x[k]));
-      x_ptr -= kUnroll * kStep;
-      y_ptr -= kUnroll * kStep;
+        for (int k = 0; k < kUnroll; ++k) write_pack(y_ptr - k * kStep, of(x[k]));
+        x_ptr -= kUnroll * kStep;
+        y_ptr -= kUnroll * kStep;
+      }
     }
 #pragma unroll 1
     for (; v >= 0; v -= kThreads, x_ptr -= kStep, y_ptr -= kStep) {

@@ -3,6 +3,7 @@
 Of commands one test uses torchrun itself; others get its environment.
 """
 
+import gc
 import os
 import socket
 import sys
@@ -30,6 +31,7 @@ def run(function) -> list:
 
 
 def _body(rank, function, folder):
+    gc.freeze()  # the imported modules, which no rank frees
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     options = {"rank": rank, "world_size": WORLD, "init_method": f"file://{folder}/store"}
@@ -77,6 +79,7 @@ def commands(*lines, ranks=WORLD, **environment):
 def _commands(environment, lines, folder):
     from _support.stage_runs import stages
 
+    gc.freeze()
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)

@@ -94,13 +94,17 @@ def test_a_signal_ends_the_parts_too(tmp_path, number):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("arguments", [["--quick"], [], ["--quick", "--only", "bench"]])
-def test_without_a_gpu_it_refuses_before_the_first_part(tmp_path, arguments):
-    command = [sys.executable, "benchmarks/gpu.py", "--out", str(tmp_path / "out"), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == "" and not (tmp_path / "out").exists()
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("gpu.py: no CUDA device") and "--quick --tiny --device cpu" in line
+def test_without_a_gpu_it_refuses_before_the_first_part(gpu, tmp_path, monkeypatch, capfd):
+    command = ["benchmarks/gpu.py", "--out", str(tmp_path / "out")]
+    assert subprocess.run([sys.executable, *command], cwd=ROOT).returncode == 1
+    for arguments in (["--quick"], ["--quick", "--only", "bench"]):
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
+        assert gpu.main() == 1
+    said, refused = capfd.readouterr()
+    assert said == "" and not (tmp_path / "out").exists()
+    first, *others = refused.splitlines()
+    assert first.startswith("gpu.py: no CUDA device") and "--quick --tiny --device cpu" in first
+    assert others == [first] * 2
 
 
 def test_only_needs_a_name():

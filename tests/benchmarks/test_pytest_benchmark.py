@@ -95,11 +95,19 @@ def benchmarks_of(path):
     return json.loads(path.read_text(), parse_constant=pytest.fail)["benchmarks"]
 
 
-def test_every_case_is_a_group_with_a_row_per_provider(harness, tmp_path):
-    """The cases, directions and providers are those that run.py times."""
-    out = tmp_path / "out.json"
-    done = run(tmp_path, "--device", "cpu", f"--benchmark-json={out}")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of every case, saved as "before": (its folder, its JSON file)."""
+    folder = tmp_path_factory.mktemp("whole")
+    out = folder / "out.json"
+    done = run(folder, "--device", "cpu", "--benchmark-save=before", f"--benchmark-json={out}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    return folder, out
+
+
+def test_every_case_is_a_group_with_a_row_per_provider(harness, whole):
+    """The cases, directions and providers are those that run.py times."""
+    _, out = whole
     import registry
 
     module, groups, every = harness[0], {}, {}
@@ -170,29 +178,28 @@ def test_on_a_gpu_rows_are_timed_by_replays_on_the_device_clock(tmp_path):
         assert row["options"]["timer"] == "device_events" and row["stats"]["rounds"] >= 3
 
 
-def test_compare_and_histogram(tmp_path):
+def test_compare_and_histogram(whole):
+    folder, _ = whole
     select = ["--device", "cpu", "-k", "masked_whiten", "--no-compile"]
-    plots = [f"--benchmark-histogram={tmp_path}/plots/ops"]
     has_pygal = importlib.util.find_spec("pygal") is not None
-    saved = run(tmp_path, *select, "--benchmark-save=before", *plots * has_pygal)
-    assert saved.returncode == 0, saved.stdout
-    if has_pygal:
-        (plot,) = (tmp_path / "plots").iterdir()
-        assert "masked_whiten" in plot.name and "fastrlhf (cpu)" in plot.read_text()
-
+    plots = [f"--benchmark-histogram={folder}/plots/ops"] * has_pygal
     # As if everything had been 1000 times as fast before.
-    (path,) = (tmp_path / "storage").rglob("0001_before.json")
+    (path,) = (folder / "storage").rglob("0001_before.json")
     document = json.loads(path.read_text())
     for row in document["benchmarks"]:
         row["stats"]["median"] /= 1000
     path.write_text(json.dumps(document))
-    done = run(tmp_path, *select, "--benchmark-compare", "--benchmark-compare-fail=median:900%")
+    fail = "--benchmark-compare-fail=median:900%"
+    done = run(folder, *select, *plots, "--benchmark-compare", fail)
     printed = done.stdout + done.stderr
     assert done.returncode != 0 and "Performance has regressed" in printed
     for name in ("fastrlhf (cpu) (NOW)", "fastrlhf (cpu) (0001_before)", "eager (NOW)"):
         assert name in printed
     assert "machine_info is different" not in printed
-    if not has_pygal:
+    if has_pygal:
+        (plot,) = (folder / "plots").iterdir()
+        assert "masked_whiten" in plot.name and "fastrlhf (cpu)" in plot.read_text()
+    else:
         pytest.skip("compared; no histogram without pygal, of pytest-benchmark[histogram]")
 
 

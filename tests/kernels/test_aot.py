@@ -138,33 +138,44 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 
-# Runs in a separate process: in this one the kernels may be decorated for the interpreter.
+# Runs in a separate process: in this one the kernels may be decorated for the interpreter. One process for all modules,
+# as importing Triton and torch takes longer than to compile a small module.
 COMPILE = """
-import json, re, subprocess, sys, tempfile
+import json, re, subprocess, sys, tempfile, traceback
 import triton
 from aot import kernels_of, triton_kernel
 
-module, variants, targets = json.loads(sys.argv[1])
-kernels = kernels_of(module)
-assert set(kernels) == set(variants), f"kernels {set(kernels)}, compiled here {set(variants)}"
+def report(built, target):
+    if target[0] == "cuda":
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(built.asm["cubin"]); file.flush()
+            tool = triton.knobs.nvidia.cuobjdump.path
+            text = subprocess.run(
+                [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
+        return [int(re.search(key + r":(\\d+)", text)[1]) for key in ("STACK", "LOCAL")]
+    text = built.asm["amdgcn"]
+    stack = re.search(r"\\.private_segment_fixed_size: (\\d+)", text)[1]
+    return [int(stack), int(re.search(r"\\.vgpr_spill_count: +(\\d+)", text)[1])]
 
-for name, cases in variants.items():
-    for constants, dtype in cases:
-        for target in targets:
-            built = triton_kernel(kernels[name], constants, dtype, target)
-            if target[0] == "cuda":
-                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                    file.write(built.asm["cubin"]); file.flush()
-                    tool = triton.knobs.nvidia.cuobjdump.path
-                    report = subprocess.run(
-                        [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-                    ).stdout
-                stack, local = (int(re.search(key + r":(\\d+)", report)[1]) for key in ("STACK", "LOCAL"))
-            else:
-                text = built.asm["amdgcn"]
-                stack = int(re.search(r"\\.private_segment_fixed_size: (\\d+)", text)[1])
-                local = int(re.search(r"\\.vgpr_spill_count: +(\\d+)", text)[1])
-            print(json.dumps([name, dtype, str(target[1]), stack, local]))
+def compiled(module, variants, targets):
+    kernels = kernels_of(module)
+    assert set(kernels) == set(variants), f"kernels {set(kernels)}, compiled here {set(variants)}"
+    return [
+        [name, dtype, target, *report(triton_kernel(kernels[name], constants, dtype, of), of)]
+        for name, cases in variants.items()
+        for constants, dtype in cases
+        for target, of in targets.items()
+    ]
+
+variants, targets = json.load(sys.stdin)
+found = {}
+for module, of_module in variants.items():
+    try:
+        found[module] = compiled(module, of_module, targets)
+    except Exception:
+        found[module] = traceback.format_exc()
+print(json.dumps(found))
 """
 
 
@@ -172,28 +183,29 @@ def test_every_kernel_file_is_compiled_here():
     assert {p.stem for p in KERNEL_FILES} == set(VARIANTS)
 
 
-# Processes: each module for all targets, the two with the most variants in two parts.
-NAMES = list(TARGETS)
-PARTS = [
-    pytest.param(module, names, id=f"{module}-{'-'.join(names)}")
-    for module in VARIANTS
-    for names in ((NAMES[:2], NAMES[2:]) if module.startswith("token") else (NAMES,))
-]
-
-
-@pytest.mark.parametrize(("module", "names"), PARTS)
-def test_triton_kernels(module, names):
+@pytest.fixture(scope="module")
+def triton_reports():
+    """{module: its rows (kernel, dtype, target, stack, local), or the text of its error}."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = os.pathsep.join([str(ROOT), str(BENCHMARKS)])
     # Triton keys its cache by the source, the compiler and the target.
     env |= {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(ROOT / "build" / "aot" / "triton")}
-    job = json.dumps([module, VARIANTS[module], [TARGETS[name] for name in names]])
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, job], env=env, capture_output=True, text=True
+        [sys.executable, "-c", COMPILE],
+        input=json.dumps([VARIANTS, TARGETS]),
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == len(names) * sum(len(v) for v in VARIANTS[module].values())
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("module", VARIANTS)
+def test_triton_kernels(module, triton_reports):
+    rows = triton_reports[module]
+    assert not isinstance(rows, str), rows[-3000:]
+    assert len(rows) == len(TARGETS) * sum(len(v) for v in VARIANTS[module].values())
     for name, dtype, target, stack, local in rows:
         assert stack == 0 and local == 0, f"{name} {dtype} {target}: stack {stack}, local {local}"
 
@@ -241,14 +253,11 @@ def test_cuda_kernels(compilers, source, arch):
 
 @pytest.mark.skipif(bool(NO_NVCC), reason=NO_NVCC)
 @pytest.mark.parametrize("source", CUDA_FILES, ids=[p.name for p in CUDA_FILES])
-def test_the_host_pass(compilers, source, tmp_path):
+def test_the_host_pass(compilers, source):
     """g++ compiles the output of nvcc's host pass, which fails for e.g. a range-for over a braced list."""
-    out = tmp_path / "host.ii"
-    done = compilers.nvcc(source, out, "-cuda", "-arch=compute_90", "-Xcicc", "-O0")
-    assert done.returncode == 0, done.stderr[-3000:]
-    done = subprocess.run(
-        ["g++", "-std=c++20", "-fsyntax-only", "-w", out], capture_output=True, text=True
-    )
+    host = compilers.compiled(source, compilers.HOST_ARCH).host
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-w", host]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -52,12 +52,8 @@ SAME = {
 }
 
 COMPILE = """
-import collections, json, re, sys
+import collections, json, re, sys, traceback
 from aot import kernels_of, triton_kernel
-
-module, name, variants = json.loads(sys.argv[1])
-kernel = kernels_of(module)[name]
-arguments = [p.name for p in kernel.params]
 
 def orders(ttgir):
     # [kind, combining operation, layout] of each operand of each reduction and scan
@@ -78,43 +74,66 @@ def orders(ttgir):
             steps.append(m[1])
     return sorted(found)
 
-for constants, dtype in variants:
+def compiled(module, name, variants, dtype):
+    kernel = kernels_of(module)[name]
+    arguments = [p.name for p in kernel.params]
     ones = {n: 1 for n in arguments if n.startswith("stride") and n.endswith("_col")}
-    for strides, aligned in (({}, ()), (ones, ()), (ones, arguments)):
-        built = triton_kernel(kernel, constants | strides, dtype, ("cuda", 90, 32), aligned)
-        ptx = re.findall(r"\\b(fma|mul|add|sub)(?:\\.rn)?(?:\\.ftz)?\\.(f32|f64)\\b", built.asm["ptx"])
-        counts = collections.Counter(".".join(x) for x in ptx)
-        print(json.dumps([orders(built.asm["ttgir"]), counts]))
+    found = []
+    for constants in variants:
+        of_variant = []
+        for strides, aligned in (({}, ()), (ones, ()), (ones, arguments)):
+            built = triton_kernel(kernel, constants | strides, dtype, ("cuda", 90, 32), aligned)
+            ptx = re.findall(r"\\b(fma|mul|add|sub)(?:\\.rn)?(?:\\.ftz)?\\.(f32|f64)\\b", built.asm["ptx"])
+            counts = collections.Counter(".".join(x) for x in ptx)
+            of_variant.append([orders(built.asm["ttgir"]), counts])
+        found.append([constants, of_variant])
+    return found
+
+done = []
+for job in json.load(sys.stdin):
+    try:
+        done.append(compiled(*job))
+    except Exception:
+        done.append(traceback.format_exc())
+print(json.dumps(done))
 """
+# Dtypes of the rows of logits: in the ops, and in the linear losses.
+ROW_DTYPES = ("bf16", "fp32->bf16")
+CASES = [(*k, dtype) for k in SAME for dtype in (ROW_DTYPES if "token" in k[0] else ("fp32",))]
 
 
-def compiled(module, kernel, variants):
-    """([(kind, operands)], {instruction: count}) of each variant and alignment."""
+@pytest.fixture(scope="module")
+def compiled():
+    """{case: [(constants, [(operands, {instruction: count}) of each alignment])], or the text of its error}.
+
+    From one process for all cases: importing Triton and torch takes longer than to compile a kernel.
+    """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
     env |= {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(ROOT / "build" / "aot" / "triton")}
+    jobs = [[module, kernel, SAME[module, kernel], dtype] for module, kernel, dtype in CASES]
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps([module, kernel, variants])],
+        [sys.executable, "-c", COMPILE],
+        input=json.dumps(jobs),
         env=env,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 3 * len(variants)
+    return dict(zip(CASES, json.loads(done.stdout), strict=True))
+
+
+def variants_of(compiled, *case):
+    found = compiled[case]
+    assert not isinstance(found, str), found[-3000:]
+    assert len(found) == len(SAME[case[:2]]) and all(len(x) == 3 for _, x in found)
     return found
 
 
-def all_compiled(module, kernel, dtype):
-    variants = [(constants, dtype) for constants in SAME[module, kernel]]
-    found = compiled(module, kernel, variants)
-    return [(constants, found[3 * i : 3 * i + 3]) for i, (constants, _) in enumerate(variants)]
-
-
-@pytest.mark.parametrize(("module", "kernel"), [k for k in SAME if "token" not in k[0]])
-def test_sums_over_tokens(module, kernel):
+@pytest.mark.parametrize(("module", "kernel", "dtype"), [c for c in CASES if "token" not in c[0]])
+def test_sums_over_tokens(module, kernel, dtype, compiled):
     """All reductions and scans have one layout, the arithmetic is the same, and there is no FMA."""
-    per_variant = all_compiled(module, kernel, "fp32")
+    per_variant = variants_of(compiled, module, kernel, dtype)
     plain = per_variant[0][1][0]
     assert plain[0] and len({layout for _, _, layout in plain[0]}) == 1
     for constants, found in per_variant:
@@ -129,11 +148,10 @@ def test_sums_over_tokens(module, kernel):
                 assert order == plain[0] and counts == plain[1]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32->bf16"])
-@pytest.mark.parametrize(("module", "kernel"), [k for k in SAME if "token" in k[0]])
-def test_sums_over_rows_of_logits(module, kernel, dtype):
+@pytest.mark.parametrize(("module", "kernel", "dtype"), [c for c in CASES if "token" in c[0]])
+def test_sums_over_rows_of_logits(module, kernel, dtype, compiled):
     """Only the maximum is reduced in layout order; every variant has the same number of explicit FMAs."""
-    for _, found in all_compiled(module, kernel, dtype):
+    for _, found in variants_of(compiled, module, kernel, dtype):
         for order, counts in found:
             assert {x[1] for x in order} <= {"arith.maxnumf", "arith.maximumf"}
             assert bool(order) == kernel.endswith("fwd_kernel")  # a gradient reduces nothing

@@ -5,6 +5,7 @@ compiled call. The host shim (tests/kernels/test_cuda_on_host.py) runs these che
 """
 
 import importlib
+import os
 
 import pytest
 import torch
@@ -218,7 +219,9 @@ def test_opcheck(spec, backend):
     for ending in spec.raw:
         assert any(name.endswith(ending) for name in names), (ending, names)
     utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if not (spec.gemm and interpreted(backend)):  # minutes under the interpreter
+    # The linear ops take minutes under the interpreter. In the host shim, "cuda" is the raw op of "cpu" with another
+    # kernel, which tracing does not see.
+    if not (spec.gemm and interpreted(backend)) and "FASTRLHF_HOST_SHIM" not in os.environ:
         utils.append("test_aot_dispatch_dynamic")
     for function, arguments in found:
         torch.library.opcheck(function, arguments, test_utils=utils)

@@ -190,10 +190,11 @@ def test_whole_batches_of_the_lowest_logit(backend, dtype, kind, temperature):
 @pytest.mark.parametrize("temperature", [1e-4, 1e-6, 1e-9, 1e-12])
 def test_probabilities_sum_to_one_at_tiny_temperatures(backend, temperature, dtype):
     """Gradients of the largest logit's log-probability are those of probabilities: within 1, and they add up to 0."""
-    logits = (-0.2 - 3 * randn(12, 2500, seed=0, device=DEVICE[backend]).abs()).to(dtype)
+    rows = 5 if cases.interpreted(backend) else 12
+    logits = (-0.2 - 3 * randn(rows, 2500, seed=0, device=DEVICE[backend]).abs()).to(dtype)
     logits[-1] = -math.inf  # soft-capped: V finite z
     kwargs = {"temperature": temperature, "softcap": 30.0, "return_entropy": True}
-    targets, grads = logits.argmax(-1), [torch.ones(12), torch.zeros(12)]
+    targets, grads = logits.argmax(-1), [torch.ones(rows), torch.zeros(rows)]
     logprob, entropy, grad = gradients(
         token_logprob, logits, targets, grads, backend=backend, **kwargs
     )
@@ -369,7 +370,8 @@ def test_bitwise_the_same_wherever_a_row_lies(backend, dtype):
 @each_backend
 def test_a_long_row(backend):
     """More tiles than wait for one merge; the largest logits lie in the first and the last ones."""
-    device, width = DEVICE[backend], 1_100_003
+    # The interpreter takes 5 s for a million columns, and its kernel has no merges.
+    device, width = DEVICE[backend], 262_151 if cases.interpreted(backend) else 1_100_003
     logits = randn(2, width, seed=0, scale=3, device=device)
     logits[0, :3000] += 20
     logits[1, -3000:] += 20
@@ -379,7 +381,7 @@ def test_a_long_row(backend):
     theirs = gradients(eager, logits, targets, grads)
     truth = gradients(eager, logits.cpu().double(), targets.cpu(), grads)
     for what, o, e, t in zip(NAMES, ours, theirs, truth, strict=True):
-        # Eager's error is not luck here: each result is a sum of 1.1 million terms.
+        # Eager's error is not luck here: each result is a sum of many terms.
         assert_near(o, e, t, what, enough=1)
 
 

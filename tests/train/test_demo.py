@@ -1,5 +1,6 @@
 """The demo from end to end in a minute: every stage runs, the report is complete, and the splits are disjoint."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -7,18 +8,31 @@ import pytest
 import yaml
 
 from fastrlhf import report
-from fastrlhf.demo import run
+from fastrlhf.demo import evaluate, run
 from fastrlhf.errors import UserError
 from fastrlhf.train import data
 from fastrlhf.train.config import recipe_path
 
 SMALL = {
-    "sft": {"epochs": 0.02},
-    "rl_init": {"epochs": 0.02},
+    "sft": {"epochs": 0.25},
+    "rl_init": {"epochs": 0.25},
     "reward": {"batch": 8},
-    "ppo": {"iterations": 2, "batch": 16, "minibatch": 8},
-    "ppo_ptx": {"iterations": 2, "batch": 16, "minibatch": 8},
+    "ppo": {"iterations": 2, "batch": 8, "minibatch": 4},
+    "ppo_ptx": {"iterations": 2, "batch": 8, "minibatch": 4},
 }
+# Every n-th line of a file of the shipped data. test_demo_data.py reads the whole files.
+EVERY = {"demonstrations_train": 30, "rankings_human": 6, "text_train": 20, "text_test": 10}
+
+
+def small_data(folder: Path) -> Path:
+    """A part of the shipped data, in files of the same names."""
+    folder.mkdir()
+    for file in run.DATA.glob("*.gz"):
+        with gzip.open(file, "rt", encoding="utf-8") as whole:
+            lines = whole.readlines()[:: EVERY.get(file.name.partition(".")[0], 8)]
+        with gzip.open(folder / file.name, "wt", encoding="utf-8", compresslevel=1) as part:
+            part.writelines(lines)
+    return folder
 
 
 def small_recipe(folder: Path) -> str:
@@ -31,13 +45,16 @@ def small_recipe(folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_demo_runs_from_base_to_report(tmp_path):
+def test_demo_runs_from_base_to_report(tmp_path, monkeypatch):
     out = tmp_path / "demo"
+    data_folder = small_data(tmp_path / "data")
+    monkeypatch.setattr(run, "DATA", data_folder)
+    monkeypatch.setattr(evaluate, "DATA", data_folder)
     cfg = run.DemoConfig(
         out=str(out),
         device="cpu",
         recipe=small_recipe(tmp_path),
-        comparisons=24,
+        comparisons=16,
         samples=2,
         limit=12,
     )

@@ -67,7 +67,7 @@ def _attention(device: str) -> dict:
     except ImportError as error:
         return {**report, "path": f"unknown: {error}", "broken": True}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    path = attention.plan(torch.device(device), dtype).kernel
+    path = attention.kernel_name(torch.device(device), dtype)
     return {**report, "dtype": str(dtype).removeprefix("torch."), "path": path}
 
 

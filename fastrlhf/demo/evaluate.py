@@ -273,7 +273,7 @@ def _environment(cfg, runtime: Runtime) -> dict:
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "precision": cfg.precision,
-        "attention": attention.plan(runtime.device, runtime.compute_dtype).kernel,
+        "attention": attention.kernel_name(runtime.device, runtime.compute_dtype),
         "split": cfg.split,
         "seed": cfg.seed,
     }

@@ -28,8 +28,9 @@ def patch(backend: str = "auto") -> Patch:
       computed when they are read (`outputs.logits`). Evaluation (gradients disabled) and metrics see tensors.
     - `loss_utils.ForCausalLMLoss`: the same loss, by `linear_cross_entropy` of the hidden states with the model's logit
       scale and soft-cap. If the logits are a tensor, `token_logprob` reads them once, without an fp32 copy.
-    - `attn_implementation="fastrlhf_varlen"` is added, with its mask function: packed batches (`cu_seq_lens_q`, as
-      from DataCollatorWithFlattening) run a variable-length kernel; see `fastrlhf.integrations.attention`.
+
+    `attn_implementation="fastrlhf_varlen"` is added, and remains after `unpatch`: packed batches (`cu_seq_lens_q`, as
+    from DataCollatorWithFlattening) run a variable-length kernel; see `fastrlhf.integrations.attention`.
 
     The logits stay a tensor, and the reason is counted in `fallbacks`, if the head is not a plain `nn.Linear` (LoRA on
     the head, quantization), has hooks or a replaced forward, is sharded (DTensor, ZeRO-3), or is traced by
@@ -194,13 +195,7 @@ def _are_plain_operands(hidden, weight) -> bool:
 
 
 def _register_attention() -> None:
-    from fastrlhf.integrations import attention  # noqa: F401  (registers the implementation)
-
-
-def _mask(original, backend):
-    from fastrlhf.integrations import attention
-
-    return attention.PendingMask
+    from fastrlhf.integrations import attention  # noqa: F401  (registers the implementation, for good)
 
 
 _INTEGRATION = Integration(
@@ -226,13 +221,6 @@ _INTEGRATION = Integration(
             "a head whose logits are computed when they are read",
             _call,
             ("self",),
-        ),
-        Target(
-            "transformers.masking_utils",
-            "AttentionMaskInterface._global_mapping[fastrlhf_varlen]",
-            "masks computed when they are read",
-            _mask,
-            new=True,
         ),
     ),
     unchanged={

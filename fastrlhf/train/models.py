@@ -85,8 +85,8 @@ class Policy(nn.Module):
         return self.lm.config
 
     def hidden(self, batch: PackedBatch, cache=None) -> torch.Tensor:
-        """Last hidden states [N, H]; a sampler's key/value `cache` is filled on the way."""
-        return _packed_hidden(self.lm.base_model, batch, cache)
+        """Last hidden states [N, H]; a sampler's `cache` is filled with keys and values on the way."""
+        return _packed_hidden(decoder(self.lm), batch, cache)
 
     def forward(self, batch: PackedBatch, rows: torch.Tensor, head: Head):
         """Return `head` of the hidden states at positions `rows` [M] (int64) of a packed batch.
@@ -132,13 +132,13 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: PackedBatch, rows: torch.Tensor) -> torch.Tensor:
         """Scores, fp32 [M], at positions `rows` [M] (int64)."""
-        hidden = _packed_hidden(self.model.base_model, batch).index_select(0, rows)
+        hidden = _packed_hidden(decoder(self.model), batch).index_select(0, rows)
         weight = self.model.score.weight.to(hidden.dtype)
         return (hidden @ weight.t()).squeeze(-1).float() + self.bias
 
 
 def load_policy(path: str, runtime, *, trainable: bool, backend: str = "auto") -> Policy:
-    """Load a causal LM with the attention kernel of this device.
+    """Load a causal LM with this package's attention.
 
     Trainable weights are fp32, and autocast computes in `runtime.compute_dtype`; frozen weights have that dtype.
 
@@ -155,9 +155,8 @@ def load_policy(path: str, runtime, *, trainable: bool, backend: str = "auto") -
 
 def policy_from_config(config, runtime, backend: str = "auto") -> Policy:
     """A causal LM with fresh fp32 weights."""
-    choice = attention.plan(runtime.device, runtime.compute_dtype)
     lm = AutoModelForCausalLM.from_config(
-        config, attn_implementation=choice.implementation, dtype=torch.float32
+        config, attn_implementation=attention.NAME, dtype=torch.float32
     )
     return Policy(lm.to(runtime.device), backend)
 
@@ -214,8 +213,45 @@ def reward_model_from_policy(path: str, runtime, seed: int = 0) -> RewardModel:
 
 
 def context_length(config) -> int:
-    """Longest sequence, in tokens, that the model supports."""
-    return int(getattr(config, "max_position_embeddings", 1 << 30))
+    """Longest sequence, in tokens, that the model supports beside others in a batch."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", 1 << 30)
+    return int(min(longest, _batch_independent_length(config)))
+
+
+def _batch_independent_length(config) -> int:
+    # Beyond it, the longest sequence of a batch changes the angles by which RoPE rotates all of them.
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    limit = 1 << 30
+    for found in (rope, *rope.values()):  # one dict, or one for each kind of layer
+        kind = found.get("rope_type") if isinstance(found, dict) else None
+        if kind == "longrope":
+            limit = min(limit, found["original_max_position_embeddings"])
+        elif kind == "dynamic":
+            limit = min(limit, config.max_position_embeddings)
+    return limit
+
+
+def check_positions(config, longest: int, row: int) -> None:
+    """Raise UserError where transformers computes a token from more than its sequence and its position in it.
+
+    Args:
+        config: of the model.
+        longest: longest sequence.
+        row: tokens of the packed row; the longest sequence while decoding.
+    """
+    limit = _batch_independent_length(config)
+    if longest > limit:
+        raise UserError(
+            f"a sequence of {longest} tokens: expected at most {limit}, because beyond that the model's RoPE (longrope "
+            "or dynamic) rotates all sequences of a batch by other angles"
+        )
+    text = config.get_text_config()
+    if getattr(text, "attn_temperature_tuning", False) and row >= text.floor_scale:
+        raise UserError(
+            f"a packed row of {row} tokens: expected fewer than {text.floor_scale}, because from there on "
+            "transformers scales the queries by the position in the row instead of that in the sequence"
+        )
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
@@ -227,33 +263,40 @@ def set_dropout(model: nn.Module, probability: float) -> None:
             module.attention_dropout = probability
 
 
+def decoder(model) -> nn.Module:
+    """The transformer of a model with a head.
+
+    Raises:
+        UserError: the model names none, or it takes no positions, as a packed batch requires.
+    """
+    found = [x for x in (model.base_model, getattr(model, "model", model)) if x is not model]
+    if not found:
+        raise UserError(f"{type(model).__name__} has no transformer apart from its head")
+    if "position_ids" not in _parameters(type(found[0])):
+        raise UserError(
+            f"{type(found[0]).__name__} is not supported: its forward takes no position_ids, "
+            "which packed sequences need"
+        )
+    return found[0]
+
+
 @functools.cache
-def _cache_name(kind: type) -> str:
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
-
-
-def cache_arguments(body: nn.Module, cache) -> dict:
-    """Keyword arguments that pass `cache` to a transformers model. From 5.24 on the argument is named `cache`."""
-    if cache is None:
-        return {"use_cache": False}
-    return {_cache_name(type(body)): cache, "use_cache": True}
+def _parameters(kind: type) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def _packed_hidden(body, batch: PackedBatch, cache=None) -> torch.Tensor:
-    # `fastrlhf.integrations.attention` reads the `_q` names and `layout`; transformers' flash-attention also reads
-    # the `_k` names.
-    return body(
-        input_ids=batch.input_ids.unsqueeze(0),
-        position_ids=batch.position_ids.unsqueeze(0),
-        **cache_arguments(body, cache),
-        cu_seq_lens_q=batch.cu_seqlens,
-        cu_seq_lens_k=batch.cu_seqlens,
-        max_length_q=batch.max_seqlen,
-        max_length_k=batch.max_seqlen,
-        layout=attention.padded_layout(
-            batch.cu_seqlens, batch.max_seqlen, batch.input_ids.shape[0]
-        ),
-    ).last_hidden_state[0]
+    total = batch.input_ids.shape[0]
+    check_positions(body.config, batch.max_seqlen, total)
+    row = attention.PackedRow(batch.cu_seqlens, batch.max_seqlen, total, cache)
+    with attention.running(row):
+        hidden = body(
+            input_ids=batch.input_ids.unsqueeze(0),
+            position_ids=batch.position_ids.unsqueeze(0),
+            use_cache=False,
+        ).last_hidden_state[0]
+    row.check(body)
+    return hidden
 
 
 def _require_folder(path: str) -> None:
@@ -273,18 +316,21 @@ def _config(path: str, trust_remote_code: bool):
 
 def _load(auto, path: str, runtime, trainable: bool, fresh: tuple[str, ...] = (), **options):
     _require_folder(path)
-    choice = attention.plan(runtime.device, runtime.compute_dtype)
     try:
         model, loaded = auto.from_pretrained(
             path,
             output_loading_info=True,
             dtype=torch.float32 if trainable else runtime.compute_dtype,
-            attn_implementation=choice.implementation,
+            attn_implementation=attention.NAME,
             trust_remote_code=runtime.trust_remote_code,
             use_safetensors=True,
             **options,
         )
     except Exception as error:  # safetensors and transformers raise many types for a damaged file
+        if isinstance(error, KeyError) and error.args == (attention.NAME,):
+            raise UserError(
+                f"model of {path!r} is not supported: its class does not use transformers' attention functions"
+            ) from error
         raise UserError(f"model of {path!r} cannot be loaded: {_first_line(error)}") from error
     missing = sorted(set(loaded["missing_keys"]) - set(fresh))
     if missing:

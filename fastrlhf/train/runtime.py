@@ -137,7 +137,7 @@ class Runtime:
 
     def describe(self) -> str:
         """Device, ranks, precision, threads and attention kernel, in one line."""
-        kernel = attention.plan(self.device, self.compute_dtype).kernel
+        kernel = attention.kernel_name(self.device, self.compute_dtype)
         dtype = str(self.compute_dtype).removeprefix("torch.")
         return (
             f"device {self.device.type} x{self.world}{' (FSDP2)' * self.fsdp}, {dtype}, "

@@ -18,10 +18,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from fastrlhf.integrations import attention
 from fastrlhf.train import sharded
-from fastrlhf.train.models import Policy, cache_arguments
+from fastrlhf.train.models import Policy, check_positions, decoder
 from fastrlhf.train.packing import collate
 
 
@@ -48,57 +49,44 @@ class Sampler(Protocol):
 
 
 class KVCache:
-    """Keys and values [B, k, K, D] of each layer, with transformers' cache interface; rows differ in length.
+    """Keys and values of each attention layer, [B, k, K, width]; rows differ in length.
+
+    Layers may differ in k, and keys and values in width. Layers with a window keep all K slots.
 
     Args:
-        slot: where the next `update` writes. Prefill: [N] flat cache slots (row * K + position) of the packed
-            tokens. Decode: [B] slots of the new tokens in their rows.
+        slot: [N] int64, the slot (row * K + position) of each packed prompt token.
         rows: B.
         width: K.
     """
 
-    is_compileable = False
-
     def __init__(self, slot: torch.Tensor, rows: int, width: int):
-        self.rows, self.width, self.used = rows, width, width
-        self.slot = slot
-        self.layers: dict[int, list[torch.Tensor]] = {}
-        self.prefill = True
+        self.slot, self.rows, self.width = slot, rows, width
+        self.layers: dict[nn.Module, tuple[torch.Tensor, ...]] = {}
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_, **__):
-        """Store new keys and values; return the ones to attend to."""
-        if self.prefill:  # key, value: [1, k, N, D]; attention itself runs packed
-            heads, width = key.shape[1], key.shape[3]
-            both = []
-            for x in (key, value):
-                flat = x.new_zeros(self.rows * self.width, heads, width)
-                flat[self.slot] = x[0].transpose(0, 1)
-                both.append(
-                    flat.view(self.rows, self.width, heads, width).transpose(1, 2).contiguous()
-                )
-            self.layers[layer] = both
-            return key, value
-        index = self.slot[:, None, None, None].expand(-1, key.shape[1], 1, key.shape[3])
+    def fill(self, layer: nn.Module, *packed: torch.Tensor) -> None:
+        """Store a layer's keys and values of the packed prompts, each [1, k, N, width]."""
+        stored = []
+        for x in packed:
+            heads, width = x.shape[1], x.shape[3]
+            flat = x.new_zeros(self.rows * self.width, heads, width)
+            flat[self.slot] = x[0].transpose(0, 1)
+            grid = flat.view(self.rows, self.width, heads, width)
+            stored.append(grid.transpose(1, 2).contiguous())
+        self.layers[layer] = tuple(stored)
+
+    def append(self, layer: nn.Module, key, value, position: torch.Tensor):
+        """Store one new key and value per row, [B, k, 1, width], at `position` [B]; return all of the layer."""
         for store, new in zip(self.layers[layer], (key, value), strict=True):
+            index = position[:, None, None, None].expand_as(new)
             store.scatter_(2, index, new)
-        return tuple(store[:, :, : self.used] for store in self.layers[layer])
+        return self.layers[layer]
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep only these rows of the batch."""
         self.layers = {
-            n: [x.index_select(0, rows) for x in both] for n, both in self.layers.items()
+            layer: tuple(x.index_select(0, rows) for x in stored)
+            for layer, stored in self.layers.items()
         }
-
-    # transformers derives positions and masks from these numbers; the sampler passes its own.
-
-    def get_seq_length(self, *_) -> int:
-        return 0
-
-    def get_query_offset(self, *_) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, *_) -> tuple[int, int]:
-        return self.width, 0
 
 
 class HFSampler:
@@ -137,7 +125,7 @@ class HFSampler:
         generator = torch.Generator(device=device).manual_seed(seed)
         training, config = self.policy.training, self.policy.config
         implementation = config._attn_implementation
-        # Decoding at a different position in each row needs our attention; flash-attn's path cannot do it.
+        # Decoding at a different position in each row needs our attention.
         config._attn_implementation = attention.NAME
         self.policy.eval()
 
@@ -164,18 +152,17 @@ class HFSampler:
         rows = len(prompts)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         width = int(lengths.max()) + max_new
+        check_positions(policy.config, width, width)
         owner = torch.repeat_interleave(torch.arange(rows, device=device), lengths)
         cache = KVCache(owner * width + batch.position_ids, rows, width)
         last = batch.cu_seqlens[1:].long() - 1
         logits = self._logits(policy.hidden(batch, cache).index_select(0, last))
-        cache.prefill = False
 
         tokens = torch.zeros(rows, max_new, dtype=torch.int64, device=device)
         logprobs = torch.zeros(rows, max_new, device=device)
         counts = torch.full((rows,), max_new, device=device)
         finished = torch.zeros(rows, dtype=torch.bool, device=device)
         alive = torch.arange(rows, device=device)  # prompt of each row that is still in the batch
-        slots = torch.arange(width, device=device)
         position = lengths.clone()
         running = torch.ones(rows, dtype=torch.bool, device=device)
         for step in range(max_new):
@@ -197,14 +184,11 @@ class HFSampler:
                 alive, position, choice, running = (
                     x[keep] for x in (alive, position, choice, running)
                 )
-            cache.slot, cache.used = position, width - max_new + step + 1
-            mask = (slots[None, : cache.used] <= position[:, None])[:, None, None, :]
-            hidden = policy.lm.base_model(
-                input_ids=choice[:, None],
-                position_ids=position[:, None],
-                attention_mask=mask,
-                **cache_arguments(policy.lm.base_model, cache),
-            ).last_hidden_state[:, 0]
+            used = width - max_new + step + 1
+            with attention.running(attention.DecodeStep(position, used, cache)):
+                hidden = decoder(policy.lm)(
+                    input_ids=choice[:, None], position_ids=position[:, None], use_cache=False
+                ).last_hidden_state[:, 0]
             logits = self._logits(hidden)
             position = position + 1
         return _collect(tokens, logprobs, counts, finished)

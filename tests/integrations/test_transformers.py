@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from transformers.loss import loss_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from _support.patched import assert_no_worse
 from fastrlhf.integrations import PatchError
@@ -424,10 +425,10 @@ def test_everything_is_restored():
         with integration.patch():
             pass
         assert "fastrlhf_varlen" in ALL_MASK_ATTENTION_FUNCTIONS
+        assert "fastrlhf_varlen" in ALL_ATTENTION_FUNCTIONS
     assert loss_utils.ForCausalLMLoss is before[0]
     assert loss_utils.LOSS_MAPPING == before[1]
     assert "__call__" not in vars(forward)
-    assert "fastrlhf_varlen" not in ALL_MASK_ATTENTION_FUNCTIONS
 
 
 def test_compiled_models_keep_their_loss():

@@ -82,17 +82,6 @@ def test_packed_gradients_equal_separate_gradients(runtime):
         torch.testing.assert_close(ours, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_attention_refuses_sliding_windows():
-    query = torch.zeros(1, 2, 8, 4)
-    with pytest.raises(ValueError, match="sliding_window=4, longest sequence 8"):
-        attention.attention(None, query, query, query, None, sliding_window=4)
-
-
-def test_plan_names_the_kernel():
-    plan = attention.plan(torch.device("cpu"), torch.float32)
-    assert plan.implementation == attention.NAME and "SDPA" in plan.kernel
-
-
 def test_saved_model_loads_in_plain_transformers():
     lm = AutoModelForCausalLM.from_pretrained(tiny.base())
     assert lm.config._attn_implementation != attention.NAME

@@ -32,12 +32,13 @@ PREFLIGHT := build/preflight
 ORACLES := build/oracles
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs test test-isa bench bench-docs bench-update budgets traffic wheels gpu gpu-quick preflight check fmt clean
+.PHONY: help install demo docs test test-isa fuzz bench bench-docs bench-update budgets traffic wheels gpu gpu-quick preflight check fmt clean
 
 help:
 	@echo "make demo       align the shipped tiny model end to end and write its report (minutes, 2 CPU cores)"
 	@echo "make test       the whole test suite"
 	@echo "make test-isa   the ops' CPU tests again under each lesser instruction set that this machine has"
+	@echo "make fuzz       random calls and command lines against the reference, < 20 minutes; ARGS=--quick: CI's part"
 	@echo "make docs       the documentation site in build/docs, from docs/ and the docstrings; needs Python 3.11"
 	@echo "make bench      time the ops against eager PyTorch; writes benchmarks/results/"
 	@echo "make bench-docs the table, plots and performance page of README and docs/ from the committed results"
@@ -103,6 +104,9 @@ test: install $(VENV)/.stamp-test $(ORACLES)/.stamp-$(VERL)-$(OPENRLHF)
 
 test-isa: install $(VENV)/.stamp-test
 	$(PY) tests/isas.py $(ARGS)
+
+fuzz: install $(VENV)/.stamp-test
+	$(PY) tests/fuzz.py $(ARGS)
 
 # The test extra brings TRL, which is timed beside ours.
 bench: install $(VENV)/.stamp-test

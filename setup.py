@@ -6,8 +6,8 @@ fastrlhf/_C              the sequence packer as a pybind11 module, for the Pytho
                          runs in Python, with the same result
 
 FASTRLHF_BUILD = auto (default) | none | cpu | cuda
-    auto  CUDA where torch is a CUDA build and a toolkit is found, else C++ for the CPU, else none;
-          stops when torch is missing, because pip hides warnings and the reference is slow
+    auto  CUDA where torch is a CUDA build and a toolkit is found, else C++ for the CPU; stops when torch or a C++
+          compiler is missing: pip hides warnings, and would keep the wheel without kernels for later installs
     none  pure Python: every op runs on its PyTorch reference, and on Triton when there is a GPU
     cpu   C++ kernels for the CPU
     cuda  C++ and CUDA kernels; stops and says how to fix it when something is missing
@@ -110,7 +110,7 @@ def choose(wanted, ext):
         say("building no kernels (FASTRLHF_BUILD=none)")
         return "none"
     no_cpu, no_cuda = missing_for_cpu(ext), missing_for_cuda(ext)
-    if ext is None and wanted == "auto":
+    if no_cpu and wanted == "auto":
         sys.exit(f"fastrlhf: {no_cpu}; FASTRLHF_BUILD=none builds without the kernels")
     if wanted == "cuda" and no_cuda:
         sys.exit(f"fastrlhf: FASTRLHF_BUILD=cuda cannot work: {no_cuda}")
@@ -122,11 +122,8 @@ def choose(wanted, ext):
     if not no_cuda:
         say(f"building the cuda kernels (auto: torch is a CUDA build, CUDA_HOME={ext.CUDA_HOME})")
         return "cuda"
-    if not no_cpu:
-        say(f"building the cpu kernels (auto: {no_cuda.split(':')[0]})")
-        return "cpu"
-    say(f"building no kernels (auto: {no_cpu})")
-    return "none"
+    say(f"building the cpu kernels (auto: {no_cuda.split(':')[0]})")
+    return "cpu"
 
 
 def version():

@@ -5,8 +5,18 @@ op on first use, so `fastrlhf --help` prints at once.
 """
 
 import importlib
+import sys
 
 __version__ = "0.1.0"
+if sys.version_info < (3, 10):  # noqa: UP036  (pip is not the only way to get here)
+    raise ImportError(
+        f"fastrlhf {__version__} needs Python >= 3.10; this is {'.'.join(map(str, sys.version_info[:3]))}"
+    )
+
+from fastrlhf import _namespace
+
+# The releases of torch that the tests have run with.
+OLDEST_TORCH, NEWEST_TORCH = (2, 10), (2, 13)
 
 # Public name -> the module that defines it.
 _HOME = {
@@ -36,10 +46,39 @@ def __getattr__(name):
         return importlib.import_module("fastrlhf.nn")
     if name not in _HOME:
         raise AttributeError(f"module 'fastrlhf' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    try:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    except AttributeError as error:
+        # The ops use parts of torch that a later release may rename.
+        torch = sys.modules.get("torch")
+        if torch is None or torch_release(torch.__version__) <= NEWEST_TORCH:
+            raise
+        raise ImportError(
+            f"fastrlhf {__version__} does not work with torch {torch.__version__}: {error}. It is tested with torch "
+            f"{_dotted(OLDEST_TORCH)} to {_dotted(NEWEST_TORCH)}"
+        ) from error
     globals()[name] = value
     return value
 
 
+def torch_release(version):
+    """(major, minor)."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def too_old(version):
+    return (
+        f"fastrlhf {__version__} needs torch >= {_dotted(OLDEST_TORCH)}; this is torch {version}. Upgrade it "
+        "(https://pytorch.org/get-started/locally)"
+    )
+
+
+def _dotted(release):
+    return ".".join(map(str, release))
+
+
 def __dir__():
     return sorted(__all__)
+
+
+_namespace.offer(set(_HOME.values()))

@@ -5,13 +5,13 @@ status is 1 only where the install is broken: a missing requirement, or a compil
 built but does not load. A slow or partial install is not broken.
 """
 
-import importlib
 import importlib.util
 import json
 import os
 import platform
 
-from fastrlhf import extras
+import fastrlhf
+from fastrlhf import _compiled, extras
 from fastrlhf.errors import UserError, did_you_mean
 from fastrlhf.integrations import _versions
 
@@ -23,7 +23,6 @@ Show what is installed, which backend runs each op on this machine, and why the 
 
 REQUIREMENTS = ("torch", "triton")
 EXTRAS = ("train", "eval", "report", "demo", "bench")
-OLDEST_TORCH = (2, 10)
 FLASH_ATTENTION = {"flash_attn_interface": "flash-attn 3", "flash_attn": "flash-attn 2"}
 
 
@@ -43,15 +42,13 @@ def _kernels() -> dict:
 
 def _packer() -> dict:
     """Which sequence packer runs, C++ or Python; both give the same result."""
-    if importlib.util.find_spec("fastrlhf._C") is None:
-        reason = f"fastrlhf._C is not built for Python {platform.python_version()}"
-        return {"runs": "Python", "reason": reason}
-    try:
-        importlib.import_module("fastrlhf._C")
-    except ImportError as error:
-        reason = f"fastrlhf._C is built, but does not load: {error}"
+    module, reason = _compiled.packer()
+    if module is not None:
+        return {"runs": "C++"}
+    if reason:
         return {"runs": "Python", "reason": reason, "broken": True}
-    return {"runs": "C++"}
+    reason = f"fastrlhf._C is not built for Python {platform.python_version()}"
+    return {"runs": "Python", "reason": reason}
 
 
 def _attention(device: str) -> dict:
@@ -76,7 +73,7 @@ def examine() -> dict:
     names = sorted({name for extra in EXTRAS for name in extras.packages(extra)})
     versions = {name: extras.version(name) for name in (*REQUIREMENTS, *names)}
     report = {
-        "fastrlhf": importlib.import_module("fastrlhf").__version__,
+        "fastrlhf": fastrlhf.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
@@ -109,6 +106,16 @@ def examine() -> dict:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
+    if fastrlhf.torch_release(torch.__version__) < fastrlhf.OLDEST_TORCH:
+        report["problems"].append(fastrlhf.too_old(torch.__version__))
+        return report
+    try:
+        from fastrlhf.ops import _backend
+
+        ops = _backend.backends()
+    except (ImportError, AttributeError) as error:
+        report["problems"].append(f"the ops do not load: {error}")
+        return report
     report["kernels"], report["packer"] = _kernels(), _packer()
     for part in (report["kernels"], report["packer"]):
         if part.pop("broken", False):
@@ -116,13 +123,8 @@ def examine() -> dict:
     built_for = report["kernels"].get("version", report["fastrlhf"])
     if built_for != report["fastrlhf"]:
         report["problems"].append(f"the kernel library is of fastrlhf {built_for}: build it again")
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
-        oldest = ".".join(map(str, OLDEST_TORCH))
-        report["problems"].append(f"torch {torch.__version__} is older than {oldest}")
-    from fastrlhf.ops import _backend
-
     report["device"] = device
-    report["ops"] = _backend.backends()
+    report["ops"] = ops
     report["auto"] = {
         op: {
             "order": list(_backend.order(op, device)),
@@ -149,7 +151,7 @@ def _facts(report: dict) -> list[tuple[str, str]]:
     ]
     if "torch" not in report:
         return rows
-    torch_, kernels = report["torch"], report["kernels"]
+    torch_ = report["torch"]
     devices = ", ".join(f"{d['name']} ({d['capability']})" for d in torch_["cuda_devices"])
     build = f"built for CUDA {torch_['cuda_build']}" if torch_["cuda_build"] else "a CPU build"
     rows += [
@@ -157,6 +159,9 @@ def _facts(report: dict) -> list[tuple[str, str]]:
         ("GPU", devices or "none found"),
         ("CPU", f"torch uses {torch_['cpu_capability']}, {torch_['threads']} threads"),
     ]
+    if "kernels" not in report:
+        return rows
+    kernels = report["kernels"]
     if kernels["present"]:
         archs = ", ".join(kernels["cuda_archs"]) or "none (built without CUDA)"
         target, compiled = kernels["torch_target_version"], kernels["cpu_isa_compiled"]

@@ -135,7 +135,7 @@ class LinearPPOLoss(_Loss):
         _checks.ppo_settings(op, clip, dual_clip, value_clip, value_coef, entropy_coef)
         _checks.number(op, "scale", scale)
         _checks.flag(op, "compact_rows", compact_rows)
-        _checks.check_workspace(op, workspace)
+        _checks.word(op, "workspace", workspace, _checks.WORKSPACES)
         super().__init__(
             op,
             temperature=temperature,
@@ -227,7 +227,7 @@ class LinearCrossEntropy(_Loss):
         if softcap is not None:
             _checks.number(op, "softcap", softcap, low=0, strict=True)
         _checks.number(op, "scale", scale)
-        _checks.check_workspace(op, workspace)
+        _checks.word(op, "workspace", workspace, _checks.WORKSPACES)
         super().__init__(
             op,
             ignore_index=ignore_index,

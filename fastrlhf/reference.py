@@ -172,11 +172,14 @@ def masked_whiten(x, *, cu_seqlens=None, mask=None, shift_mean=True, unbiased=Tr
     x = upcast(x)
     keep = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
     count = keep.sum()
-    mean = x.masked_fill(~keep, 0.0).sum() / count.clamp(min=1)
-    centered = (x - mean).masked_fill(~keep, 0.0)
+    # Sums are of x - max(x): equal elements have mean x and no variance, whatever their size.
+    largest = x.masked_fill(~keep, -torch.inf).max() if x.numel() else x.sum()
+    shifted = (x - largest).masked_fill(~keep, 0.0)
+    mean = shifted.sum() / count.clamp(min=1)
+    centered = (shifted - mean).masked_fill(~keep, 0.0)
     variance = (centered * centered).sum() / (count - int(unbiased)).clamp(min=1)
     out = centered * torch.rsqrt(variance + WHITEN_EPS)
-    return (out if shift_mean else out + mean).masked_fill(~keep, 0.0)
+    return (out if shift_mean else out + (largest + mean)).masked_fill(~keep, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -380,7 +383,7 @@ def linear_logprob(
             return_entropy=return_entropy,
         )
 
-    size = max(1, _CHUNK_BYTES[workspace] // (w.element_size() * vocab))
+    size = max(1, _CHUNK_BYTES[workspace] // (w.element_size() * max(1, vocab)))
     outputs = []
     for start in range(0, max(x.shape[0], 1), size):
         chunk = [None if row is None else row[start : start + size] for row in rows]
@@ -575,7 +578,9 @@ def ranking_loss(scores, ranks, cu_groups):
     s, rank = layout.pad(scores), layout.pad(ranks.double())  # exact to 2^53
     both = layout.mask.unsqueeze(2) & layout.mask.unsqueeze(1)
     pairs = both & (rank.unsqueeze(2) < rank.unsqueeze(1))  # [P, better, worse]
-    pair_loss = -F.logsigmoid(s.unsqueeze(2) - s.unsqueeze(1)).masked_fill(~pairs, 0.0)
+    # Masked before logsigmoid too, whose backward multiplies a NaN by the gradient 0.
+    difference = (s.unsqueeze(2) - s.unsqueeze(1)).masked_fill(~pairs, 0.0)
+    pair_loss = -F.logsigmoid(difference).masked_fill(~pairs, 0.0)
     pair_count = pairs.sum((1, 2))
     prompt_loss = pair_loss.sum((1, 2)) / pair_count.clamp(min=1)
     return prompt_loss.sum() / (pair_count > 0).sum().clamp(min=1)

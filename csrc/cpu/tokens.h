@@ -23,12 +23,13 @@ constexpr int64_t kBlock = 1024;
 constexpr int64_t kGrainBlocks = 12;
 constexpr int64_t kGrainTokens = kGrainBlocks * kBlock;
 
-// keep ? a : b for a mask byte of 0 or 1, without a branch: ragged masks mispredict.
+// keep ? a : b for a mask byte, without a branch: ragged masks mispredict. A kept byte need not be 1:
+// a bool view of a numpy array may hold any value.
 template <typename A>
 RL_INLINE A blend(uint8_t keep, A a, A b) {
   using Bits = std::conditional_t<std::is_same_v<A, double>, uint64_t, uint32_t>;
   const Bits other = std::bit_cast<Bits>(b);
-  return std::bit_cast<A>(other ^ ((other ^ std::bit_cast<Bits>(a)) & (Bits{0} - Bits{keep})));
+  return std::bit_cast<A>(other ^ ((other ^ std::bit_cast<Bits>(a)) & (Bits{0} - Bits{keep != 0})));
 }
 
 // A 1-d or 2-d float tensor of tokens.
@@ -117,8 +118,8 @@ class Tokens {
   bool flat_ = true;          // a single stride covers all tokens
 };
 
-// The optional bool mask of the tokens as contiguous bytes. Without a mask, data() is null and
-// every token counts.
+// The optional bool mask of the tokens as contiguous bytes, 0 where masked. Without a mask, data()
+// is null and every token counts.
 class Mask {
  public:
   Mask(const std::optional<Tensor>& mask, int64_t count) {
@@ -132,7 +133,7 @@ class Mask {
   const uint8_t* from(int64_t start, int64_t count) const {
     if (data_ == nullptr) return nullptr;
     uint8_t all = 1;
-    for (int64_t i = start; i < start + count; ++i) all &= data_[i];
+    for (int64_t i = start; i < start + count; ++i) all &= data_[i] != 0;
     return all ? nullptr : data_ + start;
   }
   // All mask bytes, or null.
@@ -161,7 +162,7 @@ class Mask {
     for (int64_t at = 0; at < tokens; at += kBlock) {
       const int64_t end = std::min(at + kBlock, tokens);
       int32_t block = 0;  // 32 bits, so that the loop vectorises well
-      for (int64_t i = at; i < end; ++i) block += data_[i];
+      for (int64_t i = at; i < end; ++i) block += data_[i] != 0;
       kept += block;
     }
     return kept;

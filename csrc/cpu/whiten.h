@@ -40,7 +40,7 @@ RL_INLINE Moments block_moments(const A* x, const uint8_t* keep, int64_t count) 
   for (int64_t i = 0; i < count; ++i) sum += x[i];
   if (keep) {
 #pragma omp simd reduction(+ : kept)
-    for (int64_t i = 0; i < count; ++i) kept += keep[i];
+    for (int64_t i = 0; i < count; ++i) kept += keep[i] != 0;
   } else {
     kept = static_cast<int32_t>(count);
   }

@@ -97,9 +97,11 @@ struct PpoCall {
   double* totals;  // [kTotalWords, blocks]
 };
 
-// Sum of sixteen mask bytes of 0 or 1.
+// How many of sixteen mask bytes are not 0.
 __device__ __forceinline__ int count_bytes(uint4 v) {
-  return static_cast<int>(((v.x + v.y + v.z + v.w) * 0x01010101u) >> 24);
+  const uint32_t ones = (nonzero_bytes(v.x) >> 7) + (nonzero_bytes(v.y) >> 7) +
+                        (nonzero_bytes(v.z) >> 7) + (nonzero_bytes(v.w) >> 7);
+  return static_cast<int>((ones * 0x01010101u) >> 24);
 }
 
 // Number of unmasked tokens of a slice; called by a whole block.

@@ -233,7 +233,9 @@ __device__ __forceinline__ void read_across(const TokenView& view, const Tiles& 
   for (int j = 0; j < kPerLane; ++j) x[j] = stage[lane_id() * kPerLane + j];
 }
 
-// ---- masks: bytes of 0 or 1, four per word; an absent mask keeps every token -------------------
+// ---- masks: bytes, four per word, 0 where masked; an absent mask keeps every token --------------
+//
+// A kept byte need not be 1: a bool view of a numpy array may hold any value.
 
 __device__ __forceinline__ uint32_t fetch_mask(const TokenView& view, const char* from, int count,
                                                bool as_vectors) {
@@ -244,8 +246,15 @@ __device__ __forceinline__ uint32_t fetch_mask(const TokenView& view, const char
   return bytes[0] | bytes[1] << 8 | bytes[2] << 16 | bytes[3] << 24;
 }
 
-// Packs bits 0, 8, 16 and 24 into bits 0 to 3.
-__device__ __forceinline__ unsigned nibble(uint32_t bytes) { return bytes * 0x10204080u >> 28; }
+// The top bit of each byte that is not 0.
+__device__ __forceinline__ uint32_t nonzero_bytes(uint32_t bytes) {
+  return (((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes) & 0x80808080u;
+}
+
+// Bit j is set if byte j is not 0.
+__device__ __forceinline__ unsigned nibble(uint32_t bytes) {
+  return nonzero_bytes(bytes) * 0x00204081u >> 28;
+}
 
 // Bit j is set if the lane's token j exists and is not masked.
 __device__ __forceinline__ unsigned unpack_mask(const TokenView& view, uint32_t raw, int count,
@@ -260,7 +269,7 @@ __device__ __forceinline__ unsigned unpack_mask(const TokenView& view, uint32_t 
   unsigned keep = 0;
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) {
-    const unsigned ballot = __ballot_sync(kAllLanes, raw >> (8 * j) & 1u);
+    const unsigned ballot = __ballot_sync(kAllLanes, raw >> (8 * j) & 0xffu);
     if (j == word) keep = ballot >> (lane_id() * kPerLane % 32) & 0xfu;
   }
   return keep;

@@ -124,6 +124,8 @@ def unavailable_reason(op: str, backend: str, device: str = "cpu") -> str:
 
 def auto(op: str, device: str) -> str:
     """The backend that "auto" takes for `op` on tensors of `device`."""
+    if device == "meta":  # shapes alone, which are those of every fused backend
+        return "cpu"
     for backend in order(op, device):
         if unavailable_reason(op, backend, device) == "":
             return backend
@@ -162,7 +164,7 @@ def _warn_of_reference(op: str, device: str) -> None:
 
 def check_name(op: str, backend: str) -> None:
     """ValueError unless `backend` is a name; whether it can run is only known with the tensors."""
-    if backend not in ("auto", *BACKENDS):
+    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
         raise ValueError(f"{op}: backend must be one of {('auto', *BACKENDS)}; got {backend!r}")
 
 

@@ -6,11 +6,12 @@ Shapes: logits [..., V] and hidden [..., H] of N rows, B sequences, T steps. A c
 
 import difflib
 import math
+import numbers
 import operator
-import sys
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -19,7 +20,11 @@ WORKSPACES = ("fast", "compact")
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 # The types of nearly all tensor arguments: they pass on one look, anything else is examined.
 _PLAIN = (Tensor, torch.nn.Parameter)
-_MAX = sys.float_info.max
+# The kernels take numbers in float32. A divisor (a temperature, a soft-cap) below _TINY would be 0 there, or its
+# reciprocal infinite.
+_MAX, _TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+# A clip that is None, as the raw ops take it: no ratio reaches it. (Infinity is no number in the JSON of AOTInductor.)
+UNLIMITED = _MAX
 
 
 # ---- one argument -------------------------------------------------------------------------------
@@ -28,6 +33,13 @@ _MAX = sys.float_info.max
 def tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(value).__name__}")
+    if type(value) not in _PLAIN and hasattr(value, "device_mesh"):
+        # The kernels would read one rank's part of it.
+        raise TypeError(
+            f"{op}: {name} must be a plain tensor; got a DTensor {tuple(value.shape)} with placements "
+            f"{value.placements}. Pass {name}.full_tensor(), or under FSDP2 (fully_shard) call {op} inside the "
+            "forward of the module that owns the parameter, where it is gathered"
+        )
     if value.layout is not torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else str(value.layout)
         raise TypeError(f"{op}: {name} must be a dense tensor (torch.strided); got {kind}")
@@ -44,24 +56,6 @@ def float_tensor(op: str, name: str, value: object) -> None:
         )
 
 
-def whole_tensor(op: str, name: str, value: object) -> None:
-    """Refuses a DTensor: the kernels would read one rank's part of it."""
-    if type(value) not in _PLAIN and hasattr(value, "device_mesh"):
-        raise TypeError(
-            f"{op}: {name} must be a plain tensor; got a DTensor {tuple(value.shape)} with placements "
-            f"{value.placements}. Under FSDP2 (fully_shard) call {op} inside the forward of the module "
-            f"that owns {name}, where it is gathered, or pass {name}.full_tensor()"
-        )
-
-
-def whole_float_tensor(op: str, name: str, value: object) -> None:
-    if type(value) in _PLAIN and value.dtype in FLOAT_DTYPES and value.layout is torch.strided:
-        if not value.is_nested:
-            return
-    whole_tensor(op, name, value)
-    float_tensor(op, name, value)
-
-
 def index_tensor(op: str, name: str, value: object) -> None:
     if type(value) in _PLAIN and value.dtype in INDEX_DTYPES and value.layout is torch.strided:
         if not value.is_nested:
@@ -72,10 +66,19 @@ def index_tensor(op: str, name: str, value: object) -> None:
 
 
 def shape(op: str, name: str, value: Tensor, expected: tuple) -> None:
-    if value.shape != expected:
+    if not _same_shape(value.shape, expected):
         raise ValueError(
             f"{op}: {name} must have shape {tuple(expected)}; got {tuple(value.shape)}"
         )
+
+
+def _same_shape(a: tuple, b: tuple) -> bool:
+    """Under torch.compile also True for sizes that only the data will tell; the kernels check them again."""
+    if not torch.compiler.is_compiling():
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # slow to import
+
+    return len(a) == len(b) and all(guard_or_true(x == y) for x, y in zip(a, b, strict=True))
 
 
 def same_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
@@ -95,16 +98,50 @@ def constants(op: str, **tensors: Tensor | None) -> None:
 
 def number(op: str, name: str, value: object, *, low: float | None = None, strict=False) -> float:
     """A finite Python number, at least (or, if strict, above) `low`."""
-    # The common case. The rest names the error, or converts an int.
-    if type(value) is float and -_MAX <= value <= _MAX and (low is None or value > low):
+    # The common case. The rest names the error, or converts an int or a numpy scalar.
+    if type(value) is float and -_MAX <= value <= _MAX and (low is None or value > low + _TINY):
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{op}: {name} must be a number; got {type(value).__name__}")
     bound = "" if low is None else (f" above {low:g}" if strict else f" of at least {low:g}")
-    finite = abs(value) <= _MAX
-    if not finite or (low is not None and (value < low or (strict and value == low))):
-        raise ValueError(f"{op}: {name} must be a finite number{bound}; got {value}")
+    held = abs(value) <= _MAX and (not strict or low != 0 or not 0 < value < _TINY)
+    if not held or (low is not None and (value < low or (strict and value == low))):
+        range_ = "" if held or not abs(value) < math.inf else " within the range of float32"
+        raise ValueError(f"{op}: {name} must be a finite number{bound}{range_}; got {value}")
     return float(value)
+
+
+def whole_number(op: str, name: str, value: object) -> int:
+    """A Python or numpy integer as a Python one."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
+        raise TypeError(f"{op}: {name} must be an int; got {type(value).__name__}")
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)
+
+
+def word(op: str, name: str, value: object, words: tuple[str, ...]) -> None:
+    """One of some strings. (`value in words` alone fails where `value` is an array.)"""
+    if not isinstance(value, str) or value not in words:
+        listed = " or ".join(filter(None, (", ".join(map(repr, words[:-1])), repr(words[-1]))))
+        raise ValueError(f"{op}: {name} must be {listed}; got {value!r}")
+
+
+def readable(x: Tensor) -> bool:
+    """Whether a check may read values of `x`: a GPU would be waited for; a tracer and a fake tensor have none."""
+    return x.is_cpu and not torch.compiler.is_compiling() and not valueless(x)
+
+
+def valueless(x: Tensor) -> bool:
+    """Whether `x` has a shape and no values: a meta tensor, or a fake one."""
+    return x.device.type == "meta" or (type(x) not in _PLAIN and is_fake(x))
+
+
+def has_values(op: str, name: str, x: Tensor | None) -> None:
+    """For a backend whose shapes depend on the values of `x`."""
+    if x is not None and not torch.compiler.is_compiling() and valueless(x):
+        raise NotImplementedError(
+            f"{op}: the reference needs the values of {name}, which meta and fake tensors do not have; "
+            "use backend='auto'"
+        )
 
 
 def row_mask(op: str, value: object, expected: tuple, device: torch.device) -> Tensor | None:
@@ -138,11 +175,14 @@ def same_tokens(op: str, first: str, like: Tensor, **others: Tensor | None) -> N
 
 def tokens_of(op, first, expected, dtype, device, **others: Tensor | None) -> None:
     """`same_tokens` of `others`, where `first` has this shape, dtype and device."""
+    compiling = torch.compiler.is_compiling()
     for name, value in others.items():
         if value is None:
             continue
-        if isinstance(value, Tensor) and value.dtype is dtype and value.device == device:
-            if value.layout is torch.strided and not value.is_nested and value.shape == expected:
+        if type(value) in _PLAIN and value.dtype is dtype and value.device == device:
+            if value.layout is torch.strided and not value.is_nested:
+                if compiling or value.shape != expected:
+                    shape(op, name, value, expected)
                 continue  # the common case
         float_tensor(op, name, value)
         shape(op, name, value, expected)
@@ -169,8 +209,7 @@ def token_mask(op: str, value: Tensor | None, like: Tensor) -> Tensor | None:
     if value is None:
         return None
     checked = row_mask(op, value, like.shape, like.device)
-    on_cpu = like.device.type == "cpu" and not torch.compiler.is_compiling()
-    if value.dtype != torch.bool and on_cpu:
+    if value.dtype != torch.bool and readable(value):
         wrong = value[checked & (value != 1)]
         if wrong.numel():
             raise ValueError(
@@ -186,12 +225,12 @@ def offsets(
     tensor(op, name, value)
     if value.dtype != torch.int32:
         raise TypeError(f"{op}: {name} must be int32; got {value.dtype}")
-    if value.dim() != 1 or value.numel() < 1:
+    if value.dim() != 1 or (not torch.compiler.is_compiling() and value.numel() < 1):
         raise ValueError(
             f"{op}: {name} must have shape ({axis} + 1,) with {axis} >= 0; got {tuple(value.shape)}"
         )
     same_device(op, name, value, device)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(value):
         ends = value.tolist()  # one copy; for a batch's B it is cheaper than three tensor ops
         if ends[0] != 0 or ends[-1] != tokens or any(map(operator.gt, ends, ends[1:])):
             raise ValueError(
@@ -223,7 +262,7 @@ def layout(
 
 def estimator(op: str, value: object) -> int:
     """Index of a KL estimator, which the kernels take in place of its name."""
-    if value in ESTIMATORS:
+    if isinstance(value, str) and value in ESTIMATORS:
         return ESTIMATORS.index(value)
     close = difflib.get_close_matches(str(value), ESTIMATORS, n=1, cutoff=0.3)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -255,10 +294,11 @@ def as_rows(x: Tensor | None) -> Tensor | None:
 # ---- rows of logits -----------------------------------------------------------------------------
 
 
-def logit_rows(op, logits, targets, temperature, softcap, mask, vocab=None):
+def logit_rows(op, logits, targets, temperature, softcap, mask, vocab=None, sharded=False):
     """Checked (row_temperature | None, temperature, softcap or 0.0, bool mask | None) of logits [..., V].
 
-    `vocab`: V, where `logits` are hidden states [..., H], which `linear_head` has checked.
+    `vocab`: V, where `logits` are hidden states [..., H], which `linear_head` has checked. `sharded`: it is one rank's
+    part of V.
     """
     if vocab is None:
         float_tensor(op, "logits", logits)
@@ -268,12 +308,15 @@ def logit_rows(op, logits, targets, temperature, softcap, mask, vocab=None):
     if logits.dim() < 1:
         name = "logits" if vocab is None else "hidden"
         raise ValueError(f"{op}: {name} must have a last axis; got a 0-d tensor")
-    if targets.shape != logits.shape[:-1]:
+    compiling = torch.compiler.is_compiling()
+    if compiling or targets.shape != logits.shape[:-1]:
         shape(op, "targets", targets, logits.shape[:-1])
     if targets.device != logits.device:
         same_device(op, "targets", targets, logits.device)
-    if (logits.shape[-1] if vocab is None else vocab) == 0 and targets.numel() > 0:
-        raise ValueError(f"{op}: the vocabulary must have at least 1 entry; got 0")
+    what = "logits" if vocab is None else "weight"
+    vocab = logits.shape[-1] if vocab is None else vocab
+    if vocab == 0 and targets.numel() > 0:
+        raise ValueError(f"{op}: {what} must have a vocabulary of at least 1 entry; got 0")
     softcap = 0.0 if softcap is None else number(op, "softcap", softcap, low=0, strict=True)
     row_temperature = None
     if isinstance(temperature, Tensor):
@@ -282,6 +325,10 @@ def logit_rows(op, logits, targets, temperature, softcap, mask, vocab=None):
         temperature = number(op, "temperature", temperature, low=0, strict=True)
     if mask is not None:
         mask = row_mask(op, mask, targets.shape, logits.device)
+    if vocab == 1 and not sharded:
+        # Its probability is 1 at any temperature and soft-cap; at 1 the C++ kernel does not round z, and finds exactly 1.
+        row_values(op, targets, vocab, mask, row_temperature)
+        return None, 1.0, 1.0 if softcap else 0.0, mask
     return row_temperature, temperature, softcap, mask
 
 
@@ -324,11 +371,7 @@ def row_values(op: str, targets: Tensor, vocab: int, mask, row_temperature) -> N
 
     For backends whose kernels do not check, and for ops that would find out in a later chunk.
     """
-    if (
-        targets.device.type != "cpu"
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if torch._C._are_functorch_transforms_active() or not readable(targets):
         return
     counted = targets if mask is None else targets[mask]
     if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= vocab):
@@ -348,9 +391,9 @@ def overwritable(logits: Tensor) -> bool:
     """Whether a backward may write the gradient of [..., V] logits over them.
 
     Not where rows share memory (an expanded view), nor in layouts that the kernels copy before they
-    read (more than two row strides, or a last stride that is not 1), nor under torch.func.vmap.
+    read (more than two row strides, a last stride that is not 1, a negative view), nor under torch.func.vmap.
     """
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or logits.is_neg():
         return False
     *row_sizes, width = logits.shape
     *row_strides, last = logits.stride()
@@ -370,15 +413,10 @@ def overwritable(logits: Tensor) -> bool:
 # ---- the head of a linear op --------------------------------------------------------------------
 
 
-def check_workspace(op: str, value: object) -> None:
-    if value not in WORKSPACES:
-        raise ValueError(f"{op}: workspace must be 'fast' or 'compact'; got {value!r}")
-
-
 def linear_head(op, hidden, weight, bias, workspace) -> torch.dtype:
     """Checks hidden [..., H], weight [V, H] and bias [V]; returns the dtype of sums over their products."""
-    whole_float_tensor(op, "hidden", hidden)
-    whole_float_tensor(op, "weight", weight)
+    float_tensor(op, "hidden", hidden)
+    float_tensor(op, "weight", weight)
     expected, given = hidden.shape, weight.shape
     if not expected or len(given) != 2 or given[1] != expected[-1]:
         width = expected[-1] if expected else "H"
@@ -391,33 +429,30 @@ def linear_head(op, hidden, weight, bias, workspace) -> torch.dtype:
     if weight.device != hidden.device:
         same_device(op, "weight", weight, hidden.device)
     if bias is not None:
-        whole_float_tensor(op, "bias", bias)
+        float_tensor(op, "bias", bias)
         shape(op, "bias", bias, given[:1])
         same_device(op, "bias", bias, hidden.device)
-    if workspace not in WORKSPACES:
-        check_workspace(op, workspace)
+    if type(workspace) is not str or workspace not in WORKSPACES:
+        word(op, "workspace", workspace, WORKSPACES)
     return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
 
 
-def num_rows(op: str, value: object, mask: Tensor | None, targets: Tensor) -> None:
-    """On CPU and in eager mode, `value` must also be the number of rows that `mask` counts."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{op}: num_rows must be an int; got {type(value).__name__}")
+def num_rows(op: str, value: object, mask: Tensor | None, targets: Tensor) -> int:
+    """Checked. On CPU and in eager mode, `value` must also be the number of rows that `mask` counts."""
+    value = whole_number(op, "num_rows", value)
     if mask is None:
         raise ValueError(f"{op}: num_rows must come with mask; got mask=None")
-    if not 0 <= value <= targets.numel():
+    if not torch.compiler.is_compiling() and not 0 <= value <= targets.numel():
         raise ValueError(f"{op}: num_rows must be in [0, {targets.numel()}]; got {value}")
-    if mask.is_cpu and type(mask) is Tensor:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return
+    if readable(mask) and not torch._C._are_functorch_transforms_active():
         count = int(mask.sum())
         if count != value:
             raise ValueError(f"{op}: num_rows must be {count}, the rows that count; got {value}")
+    return value
 
 
 def reduction(op: str, value: object) -> None:
-    if value not in ("mean", "sum", "none"):
-        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none'; got {value!r}")
+    word(op, "reduction", value, ("mean", "sum", "none"))
 
 
 def flag(op: str, name: str, value: object) -> None:
@@ -429,16 +464,23 @@ def flag(op: str, name: str, value: object) -> None:
 
 
 def ppo_settings(op, clip, dual_clip, value_clip, value_coef, entropy_coef):
-    """The five numbers of the loss as the raw op takes them: infinite for a clip that is None."""
+    """The five numbers of the loss as the raw op takes them: UNLIMITED for a clip that is None."""
     return (
         number(op, "clip", clip, low=0, strict=True),
-        math.inf if dual_clip is None else number(op, "dual_clip", dual_clip, low=1, strict=True),
-        math.inf
+        UNLIMITED if dual_clip is None else number(op, "dual_clip", dual_clip, low=1, strict=True),
+        UNLIMITED
         if value_clip is None
         else number(op, "value_clip", value_clip, low=0, strict=True),
         number(op, "value_coef", value_coef),
         number(op, "entropy_coef", entropy_coef),
     )
+
+
+def ppo_options(settings: tuple) -> dict:
+    """The same numbers as reference.py takes them: by name, None for UNLIMITED."""
+    names = ("clip", "dual_clip", "value_clip", "value_coef", "entropy_coef")
+    options = dict(zip(names, settings, strict=True))
+    return options | {x: None for x in ("dual_clip", "value_clip") if options[x] == UNLIMITED}
 
 
 def ppo_values(op, values, old_values, returns, value_clip):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from fastrlhf import _compiled
+
 PATH = Path(__file__).resolve().parents[1] / "libfastrlhf.so"
 
 # A source checkout shadows an installed package when Python starts in its folder.
@@ -22,22 +24,32 @@ _schemas: dict[str, str] = {}
 
 def load() -> str:
     """Load the library; return an empty string, or why the C++ ops are unavailable."""
+    install = "pip install --no-build-isolation"
     if not PATH.is_file():
         if _IN_CHECKOUT:
             fix = (
-                "in this checkout, which Python imports here: run pip install --no-build-isolation -e . in it, "
+                f"in this checkout, which Python imports here: run {install} -e . in it, "
                 "or start Python in another folder to use an installed fastrlhf"
             )
         else:
-            fix = "(pip install --no-build-isolation . with FASTRLHF_BUILD=cpu or cuda)"
+            fix = f"({install} . with FASTRLHF_BUILD=cpu or cuda)"
         return f"the kernel library is not built {fix}"
+    reason = _compiled.cut_off(PATH)
     try:
-        torch.ops.load_library(str(PATH))
+        if not reason:
+            torch.ops.load_library(str(PATH))
+            _schemas.update(entry.split(":") for entry in _facts()["schemas"].split())
     except OSError as error:
         # torch raises its own error from the loader's, which says what is missing.
-        return f"the kernel library does not load: {error.__cause__ or error}"
-    _schemas.update(entry.split(":") for entry in _facts()["schemas"].split())
-    return ""
+        reason = f"{error.__cause__ or error}"
+    except AttributeError:
+        reason = f"{PATH.name} is not a library of fastrlhf"
+    if not reason:
+        return ""
+    # A library with CUDA kernels does not load beside a torch without CUDA, for one.
+    option = "-e" if _IN_CHECKOUT else "--force-reinstall"
+    again = f"build it again for torch {torch.__version__}: {install} {option} ."
+    return f"the kernel library does not load: {reason}; {again}"
 
 
 def check_schema(schema: str) -> None:

@@ -84,7 +84,7 @@ class Head:
             if self.index is not None:
                 self.rows = self.index.numel()
             elif hidden.device.type != "cpu":
-                self.mask = mask
+                self.mask = mask  # during a capture some of the rows may not count
             if self.wrong is not None:
                 self.counted = mask
         rows_temperature = None if row_temperature is None else self.take(row_temperature)
@@ -129,6 +129,9 @@ class Head:
             x = self.hidden if where.stop - where.start == self.count else self.hidden[where]
         else:
             x = self.hidden.index_select(0, where)
+        if self.mask is not None and self.gemms.is_capturing():
+            # Rows that do not count enter the GEMMs: their dlogits of 0 times a NaN would reach dW.
+            x = x.masked_fill(~self.mask[where].unsqueeze(1), 0.0)
         return self.gemms.operand(x)
 
     def chunks(

@@ -22,7 +22,7 @@ from fastrlhf.ops._rows import RowKernels, TokenLoss
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 PPO, CROSS_ENTROPY = "linear_ppo_loss", "linear_cross_entropy"  # the raw op's `loss`
-NO_CLIP = 1.0, math.inf, 0.0  # clip, dual_clip, entropy_coef of a loss that has none
+NO_CLIP = 1.0, _checks.UNLIMITED, 0.0  # clip, dual_clip, entropy_coef of a loss that has none
 
 
 class Work(NamedTuple):
@@ -76,7 +76,7 @@ def _forward(
         if mask is not None:
             logprob, entropy = head.scatter(logprob), head.scatter(entropy)
         old_logprob, advantages, old_values, returns = per_token
-        if math.isinf(settings[4]):
+        if settings[4] == _checks.UNLIMITED:
             old_values = None
         tokens = (logprob, old_logprob, advantages, values, old_values, returns, entropy, mask)
         total, metrics, stacked = ppo_loss.FWD[backend].raw(*tokens, *settings[2:], needs[3])
@@ -204,7 +204,7 @@ def scaled(ctx, grad_loss: Tensor, wanted) -> list[Tensor | None]:
     In place, unless autograd retains the graph. (A tracer passes a subclass of Tensor.) An upstream gradient of 1 costs
     nothing: on CPU it is compared here, on a GPU by the kernel that multiplies.
     """
-    keep = type(grad_loss) is not Tensor or _keeps_graph()
+    keep = torch.compiler.is_compiling() or type(grad_loss) is not Tensor or _keeps_graph()
     one = not keep and grad_loss.is_cpu and grad_loss.item() == 1
     by_kernel = not (keep or grad_loss.is_cpu or ctx.backend == "reference")
     out = []
@@ -224,16 +224,21 @@ def scaled(ctx, grad_loss: Tensor, wanted) -> list[Tensor | None]:
     return out
 
 
-def _linear_loss(op, body, backend, accumulated, hidden, weight, bias, values):
+def _linear_loss(op, body, backend, into, late, hidden, weight, bias, values):
+    total = torch.zeros_like(into) if late else into
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        loss, grads = body()
+        loss, grads = body(total)
+    if late:
+        grads[1] = total
     return loss, *grads, *(None,) * (4 - len(grads))
 
 
 def _setup(ctx, arguments, outputs):
-    ctx.op, _, ctx.backend, ctx.accumulated, *parameters = arguments
+    _, _, ctx.backend, ctx.into, ctx.late, *parameters = arguments
     ctx.spent = False
     ctx.dtypes = [None if p is None else p.dtype for p in parameters]
+    if ctx.late:
+        ctx.dtypes[1] = ctx.into.dtype
     ctx.save_for_backward(*outputs[1:])
 
 
@@ -241,34 +246,38 @@ def _backward(ctx, grad_loss):
     if torch.is_grad_enabled():
         refuse_second_order(ctx.op, "; got create_graph=True")
     wanted = list(ctx.needs_input_grad[:-2])
-    if ctx.accumulated:
-        if ctx.spent:
-            raise RuntimeError(
-                f"{ctx.op}: with accumulate_into the backward runs once, for dW has been added once; "
-                "got a second one (retain_graph=True)"
-            )
-        grad_loss = _one(ctx.op, grad_loss)
-        ctx.spent, wanted[1] = True, False
-    return scaled(ctx, grad_loss, wanted)
+    if ctx.into is None:
+        return scaled(ctx, grad_loss, wanted)
+    if ctx.spent:
+        raise RuntimeError(
+            f"{ctx.op}: with accumulate_into the backward runs once, for dW has been added once; "
+            "got a second one (retain_graph=True)"
+        )
+    ctx.spent, wanted[1] = True, ctx.late
+    grads = scaled(ctx, grad_loss if ctx.late else _one(ctx.op, grad_loss), wanted)
+    if ctx.late:
+        ctx.into.add_(grads[1])
+        grads[1] = None
+    return grads
 
 
 _with_gradients = differentiable(
     _linear_loss,
     op=lambda arguments: arguments[0],
-    wrt=(4, 5, 6, 7),
+    wrt=(5, 6, 7, 8),
     setup=_setup,
     backward=_backward,
     create_graph=True,
 )
 
 
-def gradients_in_forward(
-    op, body, backend, accumulated, hidden, weight, bias, values=None
-) -> Tensor:
-    """The loss of `body() -> (loss, [dX, dW, db, ...])`, with these gradients of the parameters.
+def gradients_in_forward(op, body, backend, into, hidden, weight, bias, values=None) -> Tensor:
+    """The loss of `body(into) -> (loss, [dX, dW, db, ...])`, with these gradients of the parameters.
 
-    Eager mode only, for a `body` that calls a Python function, adds to a tensor or waits for other ranks. With
-    `accumulated`, dW has been added already, for an upstream gradient of 1.
+    Eager mode only, for a `body` that calls a Python function, adds to a tensor or waits for other ranks. With `into`
+    it adds dW to this tensor, for an upstream gradient of 1. Under saved-tensor hooks dW is saved like the other
+    gradients, and added in the backward: a checkpoint, which works by such hooks, runs the forward again, but the
+    backward once. (The hook on top may be another's and hide the checkpoint.)
     """
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
@@ -276,7 +285,13 @@ def gradients_in_forward(
             "accumulate_into or process_group; loop over the batch, or use reduction='none' "
             "without accumulate_into"
         )
-    return _with_gradients(op, body, backend, accumulated, hidden, weight, bias, values)[0]
+    if _checks.valueless(hidden):
+        raise NotImplementedError(
+            f"{op}: meta and fake tensors are not implemented for accumulate_into or process_group"
+        )
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    late = into is not None and hooks is not None
+    return _with_gradients(op, body, backend, into, late, hidden, weight, bias, values)[0]
 
 
 def in_forward(arguments, values, *, into, group):
@@ -284,14 +299,13 @@ def in_forward(arguments, values, *, into, group):
     found = {}
     hidden, weight, bias, *_, loss, _, backend, needs = arguments
 
-    def body():
+    def body(into):
         total, found["metrics"], *grads = _forward(*arguments, into=into, group=group)
         if needs[3]:
             grads[3] = grads[3].reshape(values.shape)
         return total, grads
 
-    accumulated = into is not None
-    total = gradients_in_forward(loss, body, backend, accumulated, hidden, weight, bias, values)
+    total = gradients_in_forward(loss, body, backend, into, hidden, weight, bias, values)
     return total, found["metrics"]
 
 
@@ -312,7 +326,7 @@ def by_reference(op: str, function: Callable, parameters, *, into, group):
         return whole(*parameters)
     wanted, found = needs(*parameters), {}
 
-    def body():
+    def body(into):
         leaves = [x if x is None else x.detach() for x in parameters]
         wrt = [x.requires_grad_() for x, want in zip(leaves, wanted, strict=True) if want]
         with torch.enable_grad():
@@ -324,7 +338,7 @@ def by_reference(op: str, function: Callable, parameters, *, into, group):
         grads[1] = None
         return loss.detach(), grads
 
-    loss = gradients_in_forward(op, body, "reference", True, *parameters)
+    loss = gradients_in_forward(op, body, "reference", into, *parameters)
     return loss if isinstance(found["out"], Tensor) else found["out"]._replace(loss=loss)
 
 
@@ -371,7 +385,6 @@ def check_accumulate(
     if torch.compiler.is_compiling():
         raise ValueError(f"{op}: {name} must be None under torch.compile, where dW is planned")
     _checks.tensor(op, name, into)
-    _checks.whole_tensor(op, name, into)
     if into.dtype not in (weight.dtype, dtype):
         allowed = " or ".join(dict.fromkeys((str(dtype), str(weight.dtype))))
         raise TypeError(f"{op}: {name} must be {allowed}; got {into.dtype}")
@@ -383,14 +396,14 @@ def check_accumulate(
         raise ValueError(
             f"{op}: {name} must be a constant, as weight.grad is; got a tensor that requires grad"
         )
-    if torch.is_grad_enabled() and not weight.requires_grad:
-        raise ValueError(f"{op}: with {name}, weight must require grad")
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if torch.is_grad_enabled() and hooks and hooks[0].__module__ == "torch.utils.checkpoint":
-        raise ValueError(
-            f"{op}: {name} must be None under torch.utils.checkpoint(use_reentrant=False), whose second "
-            "forward would add dW again"
-        )
+    if torch.is_grad_enabled():
+        if not weight.requires_grad:
+            raise ValueError(f"{op}: with {name}, weight must require grad")
+        if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"{op}: {name} must be None for a weight with a hook (register_hook, "
+                "register_post_accumulate_grad_hook), which would get no gradient"
+            )
     first, last = _extent(into)
     for other, value in inputs.items():
         if value is None:
@@ -428,7 +441,7 @@ def _fake(hidden, weight, bias, values, targets, *rest):
 
 
 def _setup_op(ctx, arguments, outputs):
-    ctx.loss, ctx.backend = arguments[12], arguments[14]
+    ctx.backend = arguments[14]
     ctx.dtypes, kept = [], []
     for x, grad, need in zip(arguments, outputs[2:], arguments[-1], strict=False):
         ctx.dtypes.append(None if x is None else x.dtype)
@@ -438,7 +451,7 @@ def _setup_op(ctx, arguments, outputs):
 
 def _backward_op(ctx, grad_loss):
     if torch.is_grad_enabled():
-        refuse_second_order(ctx.loss, "; got create_graph=True")
+        refuse_second_order(ctx.op, "; got create_graph=True")
     return scaled(ctx, grad_loss, ctx.needs_input_grad[:4])
 
 

@@ -14,13 +14,14 @@ import importlib
 import operator
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
 
+from fastrlhf import _namespace
 from fastrlhf.ops import _backend, _library
 
 _LIBRARY = torch.library.Library("fastrlhf", "FRAGMENT")
@@ -78,7 +79,8 @@ def register_python(
 
 def _define(schema, fake, body, op, autograd, backend=None):
     name = _name(schema)
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    with _namespace.defining():
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     if body is not None:
         guarded = without_autocast(body)
         _LIBRARY.impl(name, _tensors_only(guarded), "CompositeExplicitAutograd")
@@ -107,10 +109,11 @@ def _define(schema, fake, body, op, autograd, backend=None):
 
     below = below_cpp if body is None else below_python
     below.__name__ = name  # of the node, if `op` is a function
+    options = {"op": op, "backend": backend, "names": [x.name for x in raw._schema.arguments]}
     if autograd:
-        kernel = differentiable(below, op=op, backend=backend, **autograd)
+        kernel = differentiable(below, **options, **autograd)
         _LIBRARY.impl(name, kernel if body is None else _tensors_only(kernel), "Autograd")
-    call = differentiable(below, op=op, backend=backend, traced=traced, **autograd)
+    call = differentiable(below, **options, traced=traced, **autograd)
     call.below, call.raw = below, run if body is None else below
     return call
 
@@ -133,6 +136,8 @@ def _triton_kernel(where):
         if module is None:
             with _importing:
                 module = importlib.import_module(f"fastrlhf.kernels.{home}")
+        # The kernels read memory, in which the sign of a negative view is not.
+        arguments = [x.resolve_neg() if isinstance(x, Tensor) else x for x in arguments]
         return getattr(module, function)(*arguments)
 
     return body
@@ -160,7 +165,12 @@ def _unobserved(arguments) -> bool:
     for x in arguments:
         if type(x) is list and not _PLAIN.issuperset(map(type, x)):
             return False
-    return _PLAIN.issuperset(map(type, arguments))
+    if not _PLAIN.issuperset(map(type, arguments)):
+        return False
+    for x in arguments:
+        if x is not None:
+            return x.device.type != "meta"  # there only the fake can run
+    return True
 
 
 def without_autocast(body: Callable) -> Callable:
@@ -191,6 +201,7 @@ def differentiable(
     backward: Callable | None = None,
     create_graph: bool = False,
     backend: str | None = None,
+    names: Sequence[str] = (),
     traced: Callable | None = None,
 ) -> Callable:
     """`body` with a gradient. A call keeps a graph only if an argument requires grad.
@@ -206,6 +217,7 @@ def differentiable(
         create_graph: True if the backward is made of registered ops, which raise on a second derivative themselves.
             Otherwise create_graph=True raises.
         backend: for `backward`, as ctx.backend.
+        names: of the arguments, for messages.
         traced: runs instead of all this while something traces or transforms the call.
     """
     apply = pick = None
@@ -232,7 +244,7 @@ def differentiable(
             constants = []
             out = apply(*inputs, arguments, constants)
         except RuntimeError as error:
-            found = _as_user_error(error, op, arguments)
+            found = _as_user_error(error, op, names, arguments)
             if found is None:
                 raise
             raise found from None
@@ -252,6 +264,7 @@ def _node(body, op, wrt, gives, setup, backward, create_graph, backend):
         outputs = body(*arguments)
         ctx.set_materialize_grads(False)
         ctx.backend = backend
+        ctx.op = op if isinstance(op, str) else op(arguments)
         if setup is not None:
             setup(ctx, arguments, outputs)
         if isinstance(outputs, Tensor):
@@ -261,14 +274,14 @@ def _node(body, op, wrt, gives, setup, backward, create_graph, backend):
 
     def node_backward(ctx, *grads):
         if backward is None:
-            refuse_second_order(op)
+            refuse_second_order(ctx.op)
         for grad in grads:
             if grad is not None:
                 break
         else:
             return nothing
         if not create_graph and torch.is_grad_enabled():
-            refuse_second_order(op, "; got create_graph=True")
+            refuse_second_order(ctx.op, "; got create_graph=True")
         return *backward(ctx, *grads), None, None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(node_backward)}
@@ -310,6 +323,8 @@ def trained(*tensors: Tensor | None) -> bool:
 
 # ---- errors -------------------------------------------------------------------------------------
 
+# torch's own message, where a tensor made under torch.inference_mode would be saved for the backward.
+_INFERENCE = "Inference tensors cannot be saved for backward"
 # csrc/common/tensor.h starts a user error's message with this: the stable ABI throws one type of exception.
 _USER_ERROR = re.compile(r"fastrlhf (ValueError|TypeError): ([^\n]*)")
 _ERRORS = {"ValueError": ValueError, "TypeError": TypeError}
@@ -320,12 +335,20 @@ def value_error(message: str) -> RuntimeError:
     return RuntimeError(f"fastrlhf ValueError: {message}")
 
 
-def _as_user_error(error, op, arguments):
-    """The Python error for a message with the prefix, naming the public op; None without the prefix."""
-    found = _USER_ERROR.search(str(error))
-    if found is None:
-        return None
-    return _ERRORS[found[1]](f"{op if isinstance(op, str) else op(arguments)}: {found[2]}")
+def _as_user_error(error, op, names, arguments):
+    """The Python error for a message that a user can act on, naming the public op; None for another message."""
+    text = str(error)
+    op = op if isinstance(op, str) else op(arguments)
+    if found := _USER_ERROR.search(text):
+        return _ERRORS[found[1]](f"{op}: {found[2]}")
+    if _INFERENCE in text:
+        for name, x in zip(names, arguments, strict=False):
+            if isinstance(x, Tensor) and x.is_inference():
+                return ValueError(
+                    f"{op}: {name.removeprefix('row_')} must not be an inference tensor where a gradient is recorded "
+                    "(clone it outside of torch.inference_mode); got one"
+                )
+    return None
 
 
 # ---- choice -------------------------------------------------------------------------------------

@@ -4,13 +4,13 @@ Shapes: R rows that count, n rows of a chunk, V vocabulary; fp32, or fp64 for fp
 z = softcap * tanh(logits / softcap) / temperature; row_stats [3, n] as in token_logprob.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrlhf.ops import token_logprob, token_loss
+from fastrlhf.ops._checks import UNLIMITED
 from fastrlhf.reference import LOG_RATIO_LIMIT
 
 BLOCK = 4096  # columns: a multiple of kBlock in csrc/cpu/softmax_row.h
@@ -23,7 +23,7 @@ class TokenLoss(NamedTuple):
     advantages: Tensor | None
     old_logprob: Tensor | None
     clip: float
-    dual_clip: float  # inf: none
+    dual_clip: float  # UNLIMITED: none
     entropy_coef: float
     scale: Tensor  # 0-d
 
@@ -114,7 +114,7 @@ def policy_grad_logprob(logprob, advantages, old_logprob, loss: TokenLoss) -> Te
     unclipped, clipped = -a * ratio, -a * ratio.clamp(1 - loss.clip, 1 + loss.clip)
     larger = torch.where(clipped > unclipped, clipped, unclipped)
     idle = (clipped > unclipped) | (log_ratio != distance)
-    if math.isfinite(loss.dual_clip):
+    if loss.dual_clip < UNLIMITED:
         idle |= (a < 0) & (-a * loss.dual_clip < larger)
     grad_logprob = unclipped.masked_fill(idle, 0.0)
     # A NaN must not hide behind a clip.

@@ -73,12 +73,12 @@ _same_shapes_once = functools.lru_cache(maxsize=256)(_same_shapes)
 
 def _forward(hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest):
     """(logprob, entropy, row_stats) of the whole vocabulary, from this rank's shard of weight and bias."""
-    num_rows, workspace, backend, group = rest
+    num_rows, workspace, backend, op, group = rest
     kernels = ShardKernels(backend, temperature, softcap, group, weight.shape[0])
     flat = targets.reshape(-1)
     local, _ = local_targets(targets, kernels.columns)
     arguments = (hidden, weight, local, bias, row_t, temperature, softcap, mask)
-    logprob, _, row_stats, _ = FWD(*arguments, num_rows, workspace, backend, False)
+    logprob, _, row_stats, _ = FWD(*arguments, num_rows, workspace, backend, op, False)
     flat_mask = None if mask is None else mask.reshape(-1)
     logprob, entropy, row_stats = kernels.over_ranks(logprob.view(-1), row_stats, flat, flat_mask)
     return logprob.view(targets.shape), entropy.view(targets.shape), row_stats
@@ -99,7 +99,7 @@ def _gather(mine: Tensor, group) -> Tensor:
 
 @without_autocast
 def _gradients(hidden, weight, bias, targets, row_stats, row_t, mask, upstream, needs, settings):
-    temperature, softcap, num_rows, workspace, backend, group = settings
+    temperature, softcap, num_rows, workspace, backend, _, group = settings
     gemms = gemms_for(hidden, weight)
     head = Head(gemms, hidden, weight, bias, targets, row_t, mask, workspace, num_rows)
     kernels = ShardKernels(backend, temperature, softcap, group, weight.shape[0])
@@ -116,7 +116,7 @@ def _backward(ctx, *upstream):
 
 _vocab_parallel = differentiable(
     without_autocast(_forward),
-    op="linear_logprob",
+    op=lambda arguments: arguments[11],
     wrt=(0, 1, 3),
     gives=2,
     setup=_setup,

@@ -64,6 +64,7 @@ def gae(
         _checks.per_sequence(OP, "bootstrap", bootstrap, "rewards", rewards, count)
     chosen = choose(OP, backend, rewards, values, bootstrap)
     if chosen == "reference":
+        _checks.has_values(OP, "cu_seqlens", cu_seqlens)
         with torch.no_grad():
             return reference.gae(
                 rewards,

@@ -66,6 +66,7 @@ def kl_reward(
     _checks.per_sequence(OP, "score", score, "logprob", logprob, count)
     chosen = choose(OP, backend, logprob, ref_logprob, score)
     if chosen == "reference":
+        _checks.has_values(OP, "cu_seqlens", cu_seqlens)
         with torch.no_grad():
             return reference.kl_reward(
                 logprob,

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastrlhf import reference
 from fastrlhf.ops import _backend, _checks, _linear_loss, token_loss
 from fastrlhf.ops._register import choose, needs
-from fastrlhf.ops.linear_logprob import linear_logprob
+from fastrlhf.ops.linear_logprob import logprob_of
 
 OP = "linear_cross_entropy"
 
@@ -50,8 +50,10 @@ def linear_cross_entropy(
             accumulation holds one dW. float32 (float64 for float64), or the weight's dtype. The upstream
             gradient of the loss must be 1; factors of the loss go into `scale`. Another one raises on
             CPU; on a GPU, where the check would be a sync, dX and db are NaN. A second backward raises.
-            Refused under non-reentrant torch.utils.checkpoint, which would add dW twice. dW is added
-            even if the loss is not used. None (a ``weight.grad`` before the first backward) disables it.
+            dW is added even if the loss is not used. Under saved-tensor hooks (non-reentrant
+            torch.utils.checkpoint, offloading) it is added in the backward, and two dW are held until
+            then. Refused for a weight with a hook, which would get no gradient. None (a ``weight.grad``
+            before the first backward) disables it.
         num_rows: the number of targets that are not ignore_index, as in `linear_logprob`.
         workspace, backend: as in `linear_logprob`.
         process_group: as in `linear_ppo_loss`.
@@ -70,18 +72,25 @@ def linear_cross_entropy(
     tensor(1.3863)
     """
     acc = _checks.linear_head(OP, hidden, weight, bias, workspace)
-    check_settings(OP, ignore_index, reduction)
+    ignore_index = check_settings(OP, ignore_index, reduction)
     _checks.index_tensor(OP, "targets", targets)
+    held = torch.iinfo(targets.dtype)
+    if not held.min <= ignore_index <= held.max:
+        raise ValueError(
+            f"{OP}: ignore_index must be within the range of targets ({targets.dtype}); got {ignore_index}"
+        )
     chosen = choose(OP, backend, hidden, weight, bias)
     vocab = _linear_loss.whole_vocab(OP, process_group, hidden, weight)
     if 0 <= ignore_index < vocab:
         raise ValueError(f"{OP}: ignore_index must be outside [0, {vocab}); got {ignore_index}")
     counted = targets != ignore_index
     row_temperature, temperature_number, cap, _ = _checks.logit_rows(
-        OP, hidden, targets, temperature, softcap, None, vocab=weight.shape[0]
+        *(OP, hidden, targets, temperature, softcap, None),
+        vocab=weight.shape[0],
+        sharded=process_group is not None,
     )
     if num_rows is not None:
-        _checks.num_rows(OP, num_rows, counted, targets)
+        num_rows = _checks.num_rows(OP, num_rows, counted, targets)
     factor = _linear_loss.scale_argument(OP, scale, hidden.device, acc)
     if accumulate_into is not None:
         if reduction == "none":
@@ -112,19 +121,9 @@ def linear_cross_entropy(
         parameters = (hidden, weight, bias, None)
         return _linear_loss.by_reference(OP, loss, parameters, into=into, group=process_group)
     if reduction == "none":
-        logprob = linear_logprob(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            mask=counted,
-            workspace=workspace,
-            num_rows=num_rows,
-            process_group=process_group,
-            backend=chosen,
-        )
+        rows = (targets, bias, row_temperature, temperature_number, cap, counted)
+        options = (num_rows, workspace, chosen, process_group)
+        logprob = logprob_of(OP, hidden, weight, *rows, False, *options)
         return -logprob if factor is None else -factor * logprob
     arguments = (
         hidden,
@@ -149,10 +148,11 @@ def linear_cross_entropy(
     return _linear_loss.FWD(*arguments)[0]
 
 
-def check_settings(op, ignore_index, reduction):
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{op}: ignore_index must be an int; got {type(ignore_index).__name__}")
+def check_settings(op: str, ignore_index: object, reduction: object) -> int:
+    """The checked ignore_index."""
+    checked = _checks.whole_number(op, "ignore_index", ignore_index)
     _checks.reduction(op, reduction)
+    return checked
 
 
 _backend.provide(OP, _backend.kernels(token_loss.OP), gradient=True)

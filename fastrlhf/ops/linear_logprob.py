@@ -78,10 +78,12 @@ def linear_logprob(
     """
     _checks.linear_head(OP, hidden, weight, bias, workspace)
     row_temperature, temperature, softcap, mask = _checks.logit_rows(
-        OP, hidden, targets, temperature, softcap, mask, vocab=weight.shape[0]
+        *(OP, hidden, targets, temperature, softcap, mask),
+        vocab=weight.shape[0],
+        sharded=process_group is not None,
     )
     if num_rows is not None:
-        _checks.num_rows(OP, num_rows, mask, targets)
+        num_rows = _checks.num_rows(OP, num_rows, mask, targets)
     if type(return_entropy) is not bool:
         _checks.flag(OP, "return_entropy", return_entropy)
     chosen = choose(OP, backend, hidden, weight, bias)
@@ -92,9 +94,21 @@ def linear_logprob(
         vocab = _vocab_parallel.check_group(OP, process_group, hidden, weight)
     if chosen == "reference" or process_group is not None:
         _checks.row_values(OP, targets, vocab, mask, row_temperature)
+    rows = (targets, bias, row_temperature, temperature, softcap, mask)
+    options = (num_rows, workspace, chosen, process_group)
+    return logprob_of(OP, hidden, weight, *rows, return_entropy, *options)
+
+
+def logprob_of(
+    op, hidden, weight, targets, bias, row_temperature, temperature, softcap, mask, return_entropy, num_rows,
+    workspace, chosen, group,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """`linear_logprob` of checked arguments, for the public op `op`, which later errors name."""
+    if group is not None:
+        from fastrlhf.ops import _vocab_parallel  # imports torch.distributed
     if chosen == "reference":
-        if process_group is not None:
-            weight, bias = _vocab_parallel.whole_head(process_group, weight, bias)
+        if group is not None:
+            weight, bias = _vocab_parallel.whole_head(group, weight, bias)
         return reference.linear_logprob(
             hidden,
             weight,
@@ -108,11 +122,14 @@ def linear_logprob(
             workspace=workspace,
         )
     arguments = (hidden, weight, targets, bias, row_temperature, temperature, softcap, mask)
-    arguments += (num_rows, workspace, chosen)
-    if process_group is not None:
-        logprob, entropy = _vocab_parallel.logprob(*arguments, process_group)
+    arguments += (num_rows, workspace, chosen, op)
+    if group is not None:
+        logprob, entropy = _vocab_parallel.logprob(*arguments, group)
     else:
-        logprob, entropy, _, _ = FWD(*arguments, trained(hidden, weight, bias))
+        keep = trained(hidden, weight, bias) and _keeps_logits(
+            hidden, weight, targets, mask, num_rows
+        )
+        logprob, entropy, _, _ = FWD(*arguments, keep)
     return (logprob, entropy) if return_entropy else logprob
 
 
@@ -137,7 +154,7 @@ def linear_logprob_with(look, hidden, weight, targets, *, bias, temperature, sof
         return reference.linear_logprob(hidden, weight, targets, return_entropy=True, **options)
     if not targets.numel():
         look(hidden.new_empty(0, weight.shape[0]), targets.reshape(-1))
-    settings = (None, temperature, softcap, None, None, "fast", chosen)
+    settings = (None, temperature, softcap, None, None, "fast", chosen, OP)
     keep = False  # the logits
     return _looking(hidden, weight, targets, bias, *settings, keep, look)[:2]
 
@@ -145,23 +162,28 @@ def linear_logprob_with(look, hidden, weight, targets, *, bias, temperature, sof
 # ---- registration -------------------------------------------------------------------------------
 
 
-def _keeps_logits(hidden, weight, targets, mask, num_rows, trained: bool) -> bool:
+def _keeps_logits(hidden, weight, targets, mask, num_rows) -> bool:
     # In a captured CUDA graph all rows take part, otherwise those that count: a forward inside a graph would keep other
     # rows than a backward outside of it expects.
-    if not trained or (hidden.is_cuda and mask is not None and num_rows is None):
+    if hidden.is_cuda and mask is not None and num_rows is None:
         return False
     size = targets.numel() * weight.shape[0] * acc_of(hidden, weight).itemsize
+    if torch.compiler.is_compiling():  # a size that only the data will tell may be too large
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # slow to import
+
+        return guard_or_false(size > 0) and guard_or_false(size <= KEEP_BYTES)
     return 0 < size <= KEEP_BYTES
 
 
 def _fwd(
-    hidden, weight, targets, bias, row_t, temperature, softcap, mask, num_rows, workspace, backend, trained, look=None
+    hidden, weight, targets, bias, row_t, temperature, softcap, mask, num_rows, workspace, backend, op, keep,
+    look=None,
 ):  # fmt: skip
     gemms = gemms_for(hidden, weight)
     head = Head(gemms, hidden, weight, bias, targets, row_t, mask, workspace, num_rows)
     kernels = RowKernels(backend, temperature, softcap)
     kept = torch.empty(0, dtype=head.acc, device=head.device)
-    if _keeps_logits(hidden, weight, targets, mask, num_rows, trained):
+    if keep:
         # Those of the rows that count, one after the other; the remaining memory is never read.
         kept = kept.new_empty((head.count, head.vocab))
     logprob, entropy, row_stats = statistics(head, kernels, kept if kept.numel() else None, look)
@@ -173,12 +195,11 @@ def _fwd_fake(hidden, weight, targets, bias, row_t, temperature, softcap, mask, 
     acc = acc_of(hidden, weight)
     out = hidden.new_empty(targets.shape, dtype=acc)
     count, vocab = targets.numel(), weight.shape[0]
-    keep = _keeps_logits(hidden, weight, targets, mask, num_rows, rest[-1])
     return (
         out,
         torch.empty_like(out),
         hidden.new_empty((3, count), dtype=acc),
-        hidden.new_empty((count, vocab) if keep else (0,), dtype=acc),
+        hidden.new_empty((count, vocab) if rest[-1] else (0,), dtype=acc),
     )
 
 
@@ -256,11 +277,17 @@ def _backward(ctx, *upstream):
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-_AUTOGRAD = {"op": OP, "wrt": (0, 1, 3), "gives": 2, "setup": _setup, "backward": _backward}
-# `kept` [N, V]: the logits, if they are small and `trained`; else empty.
+_AUTOGRAD = {
+    "op": lambda arguments: arguments[11],
+    "wrt": (0, 1, 3),
+    "gives": 2,
+    "setup": _setup,
+    "backward": _backward,
+}
+# `op`: the public op, which errors name. `kept` [N, V]: the logits with `keep`; else empty.
 FWD = register_python(
     "linear_logprob_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, "
-    "float temperature, float softcap, Tensor? mask, SymInt? num_rows, str workspace, str backend, bool trained) "
+    "float temperature, float softcap, Tensor? mask, SymInt? num_rows, str workspace, str backend, str op, bool keep) "
     "-> (Tensor logprob, Tensor entropy, Tensor row_stats, Tensor kept)",
     _fwd_fake,
     _fwd,

@@ -77,7 +77,9 @@ def linear_ppo_loss(
     """
     acc = _checks.linear_head(OP, hidden, weight, bias, workspace)
     row_temperature, temperature_number, cap, _ = _checks.logit_rows(
-        OP, hidden, targets, temperature, softcap, None, vocab=weight.shape[0]
+        *(OP, hidden, targets, temperature, softcap, None),
+        vocab=weight.shape[0],
+        sharded=process_group is not None,
     )
     if old_logprob is None or advantages is None:
         _checks.tensor(OP, "old_logprob", old_logprob)
@@ -103,7 +105,7 @@ def linear_ppo_loss(
     if compact_rows is not False:
         _checks.flag(OP, "compact_rows", compact_rows)
     if num_rows is not None:
-        _checks.num_rows(OP, num_rows, mask, targets)
+        num_rows = _checks.num_rows(OP, num_rows, mask, targets)
     factor = None
     if type(scale) is not float or scale != 1:
         factor = _linear_loss.scale_argument(OP, scale, hidden.device, acc)
@@ -136,11 +138,7 @@ def linear_ppo_loss(
                 old_values=old_values,
                 returns=returns,
                 mask=mask,
-                clip=clip,
-                dual_clip=dual_clip,
-                value_clip=value_clip,
-                value_coef=value_coef,
-                entropy_coef=entropy_coef,
+                **_checks.ppo_options(settings),
                 scale=1.0 if factor is None else factor,
                 num_rows=num_rows,
                 workspace=workspace,

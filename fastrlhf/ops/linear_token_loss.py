@@ -14,7 +14,7 @@ from fastrlhf.ops import _backend, _checks, _linear_loss, token_logprob
 from fastrlhf.ops._gemms import as_parameters, gemms_for
 from fastrlhf.ops._linear import Head
 from fastrlhf.ops._register import choose, needs
-from fastrlhf.ops.linear_logprob import linear_logprob
+from fastrlhf.ops.linear_logprob import logprob_of
 from fastrlhf.reference import LinearTokenLossOutput
 
 OP = "linear_token_loss"
@@ -93,7 +93,9 @@ def linear_token_loss(
     """
     acc = _checks.linear_head(OP, hidden, weight, bias, workspace)
     row_temperature, temperature_number, cap, mask = _checks.logit_rows(
-        OP, hidden, targets, temperature, softcap, mask, vocab=weight.shape[0]
+        *(OP, hidden, targets, temperature, softcap, mask),
+        vocab=weight.shape[0],
+        sharded=process_group is not None,
     )
     if not callable(loss_fn):
         raise TypeError(f"{OP}: loss_fn must be callable; got {type(loss_fn).__name__}")
@@ -102,7 +104,7 @@ def linear_token_loss(
     _checks.flag(OP, "with_entropy", with_entropy)
     _checks.flag(OP, "compact_rows", compact_rows)
     if num_rows is not None:
-        _checks.num_rows(OP, num_rows, mask, targets)
+        num_rows = _checks.num_rows(OP, num_rows, mask, targets)
     factor = _linear_loss.scale_argument(OP, scale, hidden.device, acc)
     if accumulate_into is not None:
         if reduction == "none":
@@ -113,21 +115,10 @@ def linear_token_loss(
     chosen = choose(OP, backend, hidden, weight, bias)
     vocab = _linear_loss.whole_vocab(OP, process_group, hidden, weight)
     _checks.row_values(OP, targets, vocab, mask, row_temperature)
-    if reduction == "none" or torch.compiler.is_compiling():
-        head = linear_logprob(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            mask=mask,
-            return_entropy=True,
-            num_rows=num_rows,
-            workspace=workspace,
-            process_group=process_group,
-            backend=chosen,
-        )
+    if reduction == "none" or torch.compiler.is_compiling() or _checks.valueless(hidden):
+        rows = (targets, bias, row_temperature, temperature_number, cap, mask)
+        options = (num_rows, workspace, chosen, process_group)
+        head = logprob_of(OP, hidden, weight, *rows, True, *options)
         if factor is None:
             factor = torch.ones((), dtype=acc, device=hidden.device)
         if reduction == "mean":
@@ -164,7 +155,7 @@ def linear_token_loss(
         accumulate_into = None
     found = {}
 
-    def body():
+    def body(into):
         gemms = gemms_for(hidden, weight)
         per_row = (targets, row_temperature, mask)
         head = Head(gemms, *parameters, *per_row, workspace, num_rows)
@@ -174,7 +165,7 @@ def linear_token_loss(
             cap,
             chosen,
             wanted,
-            into=accumulate_into,
+            into=into,
             apart=True,
             compact=compact_rows,
             group=process_group,
@@ -187,8 +178,7 @@ def linear_token_loss(
             return total, [None] * 3
         return total, as_parameters(work.grads.finish(), parameters, _linear_loss.kept_dtype)
 
-    accumulated = accumulate_into is not None
-    loss = _linear_loss.gradients_in_forward(OP, body, chosen, accumulated, *parameters)
+    loss = _linear_loss.gradients_in_forward(OP, body, chosen, accumulate_into, *parameters)
     tokens = found["tokens"]
     shape = targets.shape
     return LinearTokenLossOutput(

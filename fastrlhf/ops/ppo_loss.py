@@ -115,11 +115,7 @@ def ppo_loss(
             returns=returns,
             entropy=entropy,
             mask=mask,
-            clip=clip,
-            dual_clip=dual_clip,
-            value_clip=value_clip,
-            value_coef=value_coef,
-            entropy_coef=entropy_coef,
+            **_checks.ppo_options(settings),
         )
     tokens = (logprob, old_logprob, advantages, values, old_values, returns, entropy, mask)
     if value_clip is None:
@@ -182,7 +178,7 @@ def _as(x, dtype):
     return x if x.dtype == dtype else x.to(dtype)
 
 
-# A clip that is None is infinite. `grads` [k, ...]: dL/dlogprob, and dL/dvalues and dL/dentropy where these are given;
+# A clip that is None is UNLIMITED. `grads` [k, ...]: dL/dlogprob, and dL/dvalues and dL/dentropy where these are given;
 # k = 0 unless `with_grad`.
 FWD = register(
     "ppo_loss_fwd(Tensor logprob, Tensor old_logprob, Tensor advantages, Tensor? values, Tensor? old_values, "

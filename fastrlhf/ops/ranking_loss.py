@@ -3,7 +3,6 @@
 Shapes: P prompts, M completions in all; scores, ranks [M], cu_groups [P+1].
 """
 
-import torch
 from torch import Tensor
 
 from fastrlhf import reference
@@ -55,11 +54,11 @@ def ranking_loss(
     cu_groups = _checks.offsets(
         OP, cu_groups, scores.shape[0], scores.device, name="cu_groups", axis="P"
     )
-    if scores.device.type == "cpu" and not torch.compiler.is_compiling():
-        if ranks.numel() and int(ranks.min()) < 1:
-            raise ValueError(f"{OP}: ranks must be at least 1 (1 = best); got {int(ranks.min())}")
+    if _checks.readable(ranks) and ranks.numel() and int(ranks.min()) < 1:
+        raise ValueError(f"{OP}: ranks must be at least 1 (1 = best); got {int(ranks.min())}")
     chosen = choose(OP, backend, scores)
     if chosen == "reference":
+        _checks.has_values(OP, "cu_groups", cu_groups)
         return reference.ranking_loss(scores, ranks, cu_groups)
     return FWD[chosen](scores, ranks.long(), cu_groups, trained(scores))[0]
 

@@ -4,8 +4,6 @@ Shapes: logits [..., V] -> N rows; targets, advantages, old_logprob, mask, outpu
 d loss / d logprob; row_stats [2, N] = (row_max, shifted_lse) as in token_logprob.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -129,7 +127,7 @@ def token_loss(
         advantages,
         old_logprob,
         clip,
-        math.inf if dual_clip is None else dual_clip,
+        _checks.UNLIMITED if dual_clip is None else dual_clip,
         row_temperature,
         temperature,
         softcap,
@@ -204,7 +202,21 @@ def _arguments(ctx, rows):
 
 
 _gradient_in_forward = differentiable(
-    _forward, op=OP, wrt=(0,), setup=_setup_forward, backward=_scaled, create_graph=True
+    _forward,
+    op=OP,
+    wrt=(0,),
+    setup=_setup_forward,
+    backward=_scaled,
+    create_graph=True,
+    names=("logits", "backend", "inplace", "targets", "advantages", "old_logprob", "clip", "dual_clip", "temperature",
+           "number", "softcap", "mask", "scale"),
+)  # fmt: skip
+# token_logprob's backward, which here refuses a second derivative under our name.
+_gradient = differentiable(
+    lambda backend, *arguments: token_logprob.BWD[backend].below(*arguments),
+    op=OP,
+    wrt=(1, 2, 3),
+    traced=lambda backend, *arguments: token_logprob.BWD[backend](*arguments),
 )
 
 
@@ -213,7 +225,8 @@ def _from_row_stats(
 ) -> Tensor:
     """dL/dlogits from the logits and the statistics of their rows."""
     *_, row_temperature, temperature, softcap, mask, _, _ = arguments
-    return token_logprob.BWD[backend](
+    return _gradient(
+        backend,
         grad_loss * grad_logprob,
         None,
         logits,

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-try:
-    from fastrlhf import _C
-except (
-    ImportError
-):  # without the extension, pack() uses pack_reference, which gives the same result
-    _C = None
+from fastrlhf import _compiled
+
+# None without the extension: pack() then uses pack_reference, which gives the same result.
+_C, _ = _compiled.packer()
 
 # Limit of the moves between bins after first-fit; must equal the limit in csrc/packer.cpp.
 _MAX_MOVES = 256

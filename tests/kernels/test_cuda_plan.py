@@ -74,6 +74,8 @@ class Problem:
         """[hidden, weight, bias or None, values or None], in `dtype` or in the dtypes of the problem."""
         choice = self.choice
         x = randn(N, H, seed=0).to(self.dtype).to(dtype or self.dtype)
+        if "masked_hidden" in choice:  # of rows that do not count
+            x = x.masked_fill(~MASK[:, None], choice["masked_hidden"])
         w = randn(V, H, seed=1).to(self.weight_dtype).to(dtype or self.weight_dtype)
         b = randn(V, seed=6).to(self.weight_dtype).to(dtype or self.weight_dtype)
         if choice.get("strided"):
@@ -512,6 +514,28 @@ def test_an_error_in_loss_fn_leaves_accumulate_into_unchanged():
     with small_chunks(), FakeGpu(V, H) as gpu, pytest.raises(KeyError):
         fastrlhf.linear_token_loss(x, w, problem.targets, fails, accumulate_into=into)
     assert gpu.gemms["weight"] == 1 and (into == 1).all()
+
+
+@each_op
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize(
+    "more", [{}, {"compact_rows": True, "some_advantages": 0}, {"num_rows": True}]
+)
+def test_a_masked_row_of_nan_reaches_no_gradient(op, dtype, capturing, more):
+    """During a capture such rows enter the GEMMs, where their dlogits of 0 times a NaN would be a NaN in dW."""
+    for value in (torch.nan, torch.inf):
+        clean, dirty = {}, {"masked_hidden": value}
+        found = []
+        for hidden in (clean, dirty):
+            problem = Problem(mask=MASK, bias=True, dtype=dtype, **hidden, **more)
+            leaves = problem.leaves()
+            with small_chunks(), FakeGpu(V, H, capturing=capturing):
+                outs, _ = gradients(op, problem, leaves)
+            found.append([x.detach() for x in outs] + [x.grad for x in leaves[:3]])
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.equal(ours, theirs) and theirs.isfinite().all()
+        assert (found[0][-3][~MASK] == 0).all()
 
 
 @each_op

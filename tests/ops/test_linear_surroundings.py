@@ -1,8 +1,11 @@
 """The linear ops in surroundings that others set: default devices, modes, tracebacks, compiled callers."""
 
+import itertools
+
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import fastrlhf
 from _support.logit_cases import randint, randn
@@ -40,7 +43,7 @@ def under_inference(x, w):
 
 
 def under_fake_tensors(x, w):
-    with FakeTensorMode(), pytest.raises(DataDependentOutputException):  # it looks at its loss
+    with FakeTensorMode():
         hidden, weight = torch.zeros(0, H), torch.zeros(V, H)
         targets = torch.zeros(0, dtype=torch.long)
         fastrlhf.linear_token_loss(hidden, weight, targets, torch.neg, reduction="sum")
@@ -87,6 +90,110 @@ def test_accumulate_into_shares_no_memory_with_a_setting(name):
     with pytest.raises(ValueError, match=f"accumulate_into must not share memory with {name}"):
         ppo(x, w, accumulate_into=into, **{name: other})
     assert (into == 1).all()
+
+
+LOSSES = {
+    "linear_cross_entropy": lambda x, w, **options: fastrlhf.linear_cross_entropy(
+        x, w, randint(V, (N,), 2), **options
+    ),
+    "linear_ppo_loss": lambda x, w, **options: ppo(x, w, **options).loss,
+    "linear_token_loss": lambda x, w, **options: (
+        fastrlhf.linear_token_loss(x, w, randint(V, (N,), 2), torch.neg, **options).loss
+    ),
+}
+each_loss = pytest.mark.parametrize("op", LOSSES)
+
+
+def own_checkpoint(function):
+    """A checkpoint with hooks of its own, as other libraries have: it saves nothing, and runs again when asked."""
+    hooks = torch.autograd.graph.saved_tensors_hooks
+
+    def call(x):
+        count, again = itertools.count(), []
+
+        def keep(saved):
+            again.append(saved)
+            return saved
+
+        def unpack(place):
+            if not again:
+                with torch.enable_grad(), hooks(keep, lambda saved: saved):
+                    function(x)
+            return again[place]
+
+        with hooks(lambda _: next(count), unpack):
+            return function(x)
+
+    return call
+
+
+def in_save_on_cpu(function):
+    def inside(x):
+        with torch.autograd.graph.save_on_cpu():
+            return function(x)
+
+    return inside
+
+
+SURROUNDINGS = {
+    "reentrant": lambda f: lambda x: checkpoint(f, x, use_reentrant=True),
+    "not reentrant": lambda f: lambda x: checkpoint(f, x, use_reentrant=False),
+    "save_on_cpu": in_save_on_cpu,
+    "save_on_cpu inside": lambda f: lambda x: checkpoint(in_save_on_cpu(f), x, use_reentrant=False),
+    "save_on_cpu around": lambda f: in_save_on_cpu(lambda x: checkpoint(f, x, use_reentrant=False)),
+    "own hooks": own_checkpoint,
+    "own hooks, save_on_cpu inside": lambda f: own_checkpoint(in_save_on_cpu(f)),
+}
+
+
+@each_loss
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("around", SURROUNDINGS)
+def test_accumulate_into_adds_dw_once_wherever_the_forward_runs_again(op, around, backend):
+    x, w = leaves()
+    dx, dw = gradients(LOSSES[op](x, w, backend=backend), x, w)
+    into = torch.ones(V, H)
+    call = SURROUNDINGS[around](lambda x: LOSSES[op](x, w, accumulate_into=into, backend=backend))
+    loss = call(x * 1)
+    loss.backward(retain_graph=around == "save_on_cpu")
+    torch.testing.assert_close(into - 1, dw)
+    torch.testing.assert_close(x.grad, dx)
+    assert w.grad is None
+    if around == "save_on_cpu":
+        with pytest.raises(
+            RuntimeError, match=f"{op}: with accumulate_into the backward runs once"
+        ):
+            loss.backward()
+        torch.testing.assert_close(into - 1, dw)
+
+
+@each_loss
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_accumulate_into_refuses_a_weight_with_a_hook(op, hook):
+    """The hook would get no gradient, after dW has been added."""
+    x, w = leaves()
+    into = torch.zeros(V, H)
+    handle = getattr(w, hook)(lambda grad: None)
+    with pytest.raises(
+        ValueError, match=f"^{op}: accumulate_into must be None for a weight with a"
+    ):
+        LOSSES[op](x, w, accumulate_into=into)
+    assert (into == 0).all()
+    handle.remove()
+    LOSSES[op](x, w, accumulate_into=into).backward()
+    assert into.any()
+
+
+@pytest.mark.parametrize("op", ["linear_token_loss", "linear_cross_entropy"])
+def test_an_error_at_run_time_names_the_op_that_was_called(op):
+    """Not linear_logprob, which computes its log-probs. Eager, and in a compiled program."""
+    x, w = leaves()
+    more = {"loss_fn": torch.neg} if op == "linear_token_loss" else {}
+    call = lambda: getattr(fastrlhf, op)(x, w, torch.full((N,), V), reduction="none", **more)  # noqa: E731
+    torch._dynamo.reset()
+    for function in (call, torch.compile(call, backend="eager", fullgraph=True)):
+        with pytest.raises(ValueError, match=f"^{op}: targets must be in "):
+            function()
 
 
 @pytest.mark.parametrize("what", ["targets", "mask"])

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from _support import logit_cases as cases
 from _support.logit_cases import DEVICE, randint, randn
@@ -268,35 +267,6 @@ def test_a_tensor_of_the_closure_gets_its_gradient_or_an_error():
     loss = linear_token_loss(x, w, targets, lambda p: -alpha * p, reduction="none").loss
     (got,) = torch.autograd.grad(loss.mean(), alpha)
     torch.testing.assert_close(got, -linear_logprob(x, w, targets).mean().detach())
-
-
-def _into(x, w, targets, into, op):
-    if op == "cross entropy":
-        return linear_cross_entropy(x, w, targets, accumulate_into=into)
-    return linear_token_loss(x, w, targets, torch.neg, accumulate_into=into).loss
-
-
-@pytest.mark.parametrize("op", ["cross entropy", "token loss"])
-def test_accumulate_into_is_added_once_or_refused(op):
-    (x, w, _), targets, _ = inputs()
-    x.requires_grad_(), w.requires_grad_()
-    (expected,) = torch.autograd.grad(linear_cross_entropy(x, w, targets), w)
-    into = torch.zeros(V, H)
-    call = lambda x: _into(x, w, targets, into, op)  # noqa: E731
-    with pytest.raises(
-        ValueError, match="accumulate_into must be None under torch.utils.checkpoint"
-    ):
-        checkpoint(call, x, use_reentrant=False)
-    assert (into == 0).all()
-    checkpoint(call, x, use_reentrant=True).backward()
-    torch.testing.assert_close(into, expected)
-    into.zero_()
-    with torch.autograd.graph.save_on_cpu():
-        loss = call(x)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="with accumulate_into the backward runs once"):
-        loss.backward()
-    torch.testing.assert_close(into, expected)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

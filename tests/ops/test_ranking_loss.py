@@ -65,6 +65,17 @@ def test_equals_pairs_one_by_one(backend, scale):
 
 
 @each_backend
+def test_a_nan_outside_every_pair_reaches_no_gradient(backend):
+    """Ties and a prompt of one completion are not counted, whatever their scores."""
+    scores = torch.tensor([1.0, 2.0, math.nan, math.nan, math.nan])
+    ranks, cu = torch.tensor([1, 2, 1, 3, 3]), cases.cu_of((2, 1, 2))
+    loss, grad = run(anywhere, scores, ranks, cu, backend=backend)
+    expected, expected_grad = naive(scores.tolist(), ranks.tolist(), (2, 1, 2))
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert torch.allclose(grad, expected_grad.float(), rtol=1e-6)
+
+
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_two_completions_are_the_pairwise_loss(backend, dtype):
     chosen, rejected = cases.randn((2, 33), 1, dtype, scale=3.0)

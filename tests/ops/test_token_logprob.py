@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from _support import logit_cases as cases
 from _support.logit_cases import DEVICE, randint, randn
 from _support.tolerance import assert_near
-from fastrlhf import reference, token_logprob
+from fastrlhf import linear_logprob, reference, token_logprob
 from fastrlhf.ops import _backend
 
 V = 4133  # ragged; more than one block of the Triton (4096) and C++ (2048) kernels
@@ -223,6 +223,26 @@ def test_rows_of_one_huge_logit(backend, temperature):
     expected = torch.full_like(logits, -1 / width)
     expected[targets, targets] += 1
     torch.testing.assert_close(out[2], expected / temperature, rtol=2e-6, atol=1e-9)
+
+
+@each_backend
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.3}])
+def test_the_only_entry_has_probability_1(backend, options):
+    """At any temperature; exactly, but for the rounding of an exponent to base 2 in the kernels of GPUs."""
+    bar = 1e-7 if backend in ("triton", "cuda") else 0
+    logits = 5 * randn(20, 1, seed=0, device=DEVICE[backend])
+    targets = torch.zeros(20, dtype=torch.long, device=DEVICE[backend])
+    for temperature in (0.7, 1.3, 1e-12, torch.linspace(0.3, 3, 20, device=DEVICE[backend])):
+        kwargs = {"temperature": temperature, "backend": backend, **options}
+        ones = torch.ones(2, 20, device=DEVICE[backend])
+        for out in gradients(token_logprob, logits, targets, ones, return_entropy=True, **kwargs):
+            assert out.abs().max() <= bar
+        head = torch.ones(1, 1, device=DEVICE[backend])
+        assert linear_logprob(logits, head, targets, **kwargs).abs().max() <= bar
+    wrong = torch.linspace(-1, 1, 20)
+    if DEVICE[backend] == "cpu" and not cases.emulated(backend):
+        with pytest.raises(ValueError, match="temperature must be above 0; got -1.000000 at row 0"):
+            token_logprob(logits, targets, temperature=wrong, backend=backend)
 
 
 @fused

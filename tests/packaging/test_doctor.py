@@ -3,13 +3,15 @@
 import importlib.metadata
 import importlib.util
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastrlhf
-from fastrlhf import cli, doctor, extras
+from fastrlhf import _compiled, cli, doctor, extras
 from fastrlhf.integrations import _versions
 from fastrlhf.ops import _backend, _library
 
@@ -90,6 +92,48 @@ def test_library_that_does_not_load_is_a_broken_install(capsys, monkeypatch, tmp
     assert "file too short" in problem or "invalid ELF header" in problem  # the loader's own words
 
 
+def cut(path, source, size):
+    """A copy of a compiled file whose end is missing: the loader would map it, and a first access be a SIGBUS."""
+    whole = source.read_bytes()
+    path.write_bytes(whole[:size])
+    return f"{path.name} is cut off: {size} of "
+
+
+@pytest.mark.skipif(bool(_backend._extension_error), reason="the kernel library is not built")
+@pytest.mark.parametrize("share", [100_000, -1])
+def test_a_library_that_is_cut_off(capsys, monkeypatch, tmp_path, share):
+    real = _library.PATH
+    monkeypatch.setattr(_library, "PATH", tmp_path / real.name)
+    said = cut(_library.PATH, real, share % real.stat().st_size)
+    (problem,) = report_of(capsys, status=1)["problems"]
+    assert f"the kernel library does not load: {said}" in problem
+    assert f"build it again for torch {torch.__version__}: pip install" in problem
+    assert _compiled.cut_off(real) == ""
+
+
+def test_a_library_of_something_else(capsys, monkeypatch, tmp_path):
+    _C = pytest.importorskip("fastrlhf._C")
+    monkeypatch.setattr(_library, "PATH", tmp_path / "libfastrlhf.so")
+    _library.PATH.write_bytes(Path(_C.__file__).read_bytes())
+    (problem,) = report_of(capsys, status=1)["problems"]
+    assert "libfastrlhf.so is not a library of fastrlhf; build it again" in problem
+
+
+def test_a_packer_that_is_cut_off(capsys, monkeypatch, tmp_path):
+    spec = importlib.util.find_spec("fastrlhf._C")
+    if spec is None:
+        pytest.skip("fastrlhf._C is not built")
+    real = importlib.util.find_spec
+    broken = importlib.util.spec_from_file_location("fastrlhf._C", tmp_path / "_C.so")
+    said = cut(tmp_path / "_C.so", Path(spec.origin), 100_000)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *r: broken if n == "fastrlhf._C" else real(n, *r)
+    )
+    module, reason = _compiled.packer()
+    assert module is None and f"fastrlhf._C is built, but does not load: {said}" in reason
+    assert report_of(capsys, status=1)["packer"]["runs"] == "Python"
+
+
 def test_missing_requirement_is_a_broken_install(capsys, monkeypatch):
     version = extras.version
     monkeypatch.setattr(extras, "version", lambda name: None if name == "triton" else version(name))
@@ -137,8 +181,29 @@ def test_packer(capsys, monkeypatch, built):
 
 
 def test_old_torch_is_a_broken_install(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "OLDEST_TORCH", (99, 0))
-    assert "is older than 99.0" in report_of(capsys, status=1)["problems"][0]
+    monkeypatch.setattr(fastrlhf, "OLDEST_TORCH", (99, 0))
+    (problem,) = report_of(capsys, status=1)["problems"]
+    assert f"needs torch >= 99.0; this is torch {torch.__version__}. Upgrade it" in problem
+    assert cli.main(["doctor"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("sys.version_info = (3, 9, 1, 'final', 0)", "needs Python >= 3.10; this is 3.9.1"),
+        ("import torch; torch.__version__ = '2.9.1'", "needs torch >= 2.10; this is torch 2.9.1"),
+        (
+            "import torch; torch.__version__ = '9.0.0'; del torch._C._len_torch_dispatch_stack",
+            "does not work with torch 9.0.0: ",
+        ),
+    ],
+)
+def test_an_import_that_cannot_work_says_why(before, said):
+    """An unsupported Python, and a torch exchanged below or above the tested releases."""
+    code = f"import sys; {before}; import fastrlhf; fastrlhf.gae"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: fastrlhf ") and said in last, done.stderr
 
 
 def test_transformers_that_does_not_load_is_a_broken_install(capsys, monkeypatch):

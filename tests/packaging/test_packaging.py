@@ -420,11 +420,16 @@ def test_toolkit_behind_an_nvcc_that_is_a_script(tmp_path, monkeypatch):
     assert ext.CUDA_HOME == str(tmp_path)
 
 
-def test_a_build_that_sees_no_torch_stops():
-    """An isolated build would else end in a package without kernels, and pip hides what it says."""
+def test_a_build_without_torch_or_a_compiler_stops(monkeypatch):
+    """Else the package would have no kernels: pip hides what a build says, and keeps the wheel for later."""
     spec = importlib.util.spec_from_file_location("fastrlhf_setup", ROOT / "setup.py")
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
     with pytest.raises(SystemExit, match="--no-build-isolation.*FASTRLHF_BUILD=none"):
         setup.choose("auto", None)
-    assert setup.choose("none", None) == "none"
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit, match="install g\\+\\+ >= 11 or set CXX; FASTRLHF_BUILD=none"):
+        setup.choose("auto", setup.cpp_extension())
+    for ext in (None, setup.cpp_extension()):
+        assert setup.choose("none", ext) == "none"

@@ -19,6 +19,7 @@ from fastrlhf.train.models import context_length, load_policy, load_reward_model
 from fastrlhf.train.runtime import Runtime
 from fastrlhf.train.sampler import HFSampler
 from fastrlhf.train.steps import score_sequences, token_logprobs
+from fastrlhf.train.text import TextEncoder
 
 DATA = Path(__file__).resolve().parent / "data"
 BASELINE = "sft"  # win rates and changes are relative to it
@@ -40,17 +41,18 @@ def evaluate(systems: dict[str, str], reward: str, cfg, runtime: Runtime) -> dic
         Part of the content of report.json; `fastrlhf.report.content` describes it.
     """
     tokenizer = load_tokenizer(systems[BASELINE])
+    encoder = TextEncoder(tokenizer, parse_special_tokens=True)
     rows = _records(cfg)
     policies = {
-        name: load_policy(folder, runtime, trainable=False, backend=cfg.backend)
+        name: load_policy(
+            folder, runtime, trainable=False, tokenizer=tokenizer, backend=cfg.backend
+        )
         for name, folder in systems.items()
     }
     reward_model = load_reward_model(reward, runtime, trainable=False)
-    prompts = data.encode(tokenizer, [row["prompt"] for row in rows])
+    prompts = encoder.prompts([row["prompt"] for row in rows], "prompts")
     text = data.read_text(str(DATA / f"text_{cfg.split}.txt.gz"))
-    windows = data.text_windows(
-        text, tokenizer, context_length(reward_model.config), "held-out text"
-    )
+    windows = data.text_windows(text, encoder, context_length(reward_model.config), "held-out text")
     windows = [w.tokens.tolist() for w in windows]
 
     def nll_of(policy):
@@ -61,7 +63,7 @@ def evaluate(systems: dict[str, str], reward: str, cfg, runtime: Runtime) -> dic
             )
         ]
 
-    judge = Judge(rows, prompts, tokenizer, reward_model, policies[REFERENCE])
+    judge = Judge(rows, prompts, encoder, reward_model, policies[REFERENCE])
     found = {
         name: {
             "sampled": judge.sample(policy, times=cfg.samples, temperature=1.0, seed=cfg.seed + 11),
@@ -86,7 +88,7 @@ def evaluate(systems: dict[str, str], reward: str, cfg, runtime: Runtime) -> dic
         "human": judge.humans(),
         "reward_model": {
             "held_out": judge.pair_accuracy(found[REFERENCE]["sampled"]),
-            "human": _human_accuracy(reward_model, tokenizer),
+            "human": _human_accuracy(reward_model, encoder),
         },
         "labeler": labeler.validate(
             data.read_rows(_file(f"demonstrations_{cfg.split}"), {"prompt": str}, "demonstrations"),
@@ -130,23 +132,27 @@ class Judge:
     """
 
     def __init__(
-        self, rows: list[dict], prompts: list[list[int]], tokenizer, reward_model, reference
+        self,
+        rows: list[dict],
+        prompts: list[list[int]],
+        encoder: TextEncoder,
+        reward_model,
+        reference,
     ):
-        self.rows, self.prompts, self.tokenizer = rows, prompts, tokenizer
+        self.rows, self.prompts, self.encoder = rows, prompts, encoder
         self.reward_model, self.reference = reward_model, reference
 
     def sample(self, policy, *, times: int, temperature: float, seed: int) -> JudgedSamples:
         """Sample `times` completions for every row and judge them."""
         rows = [i for i in range(len(self.rows)) for _ in range(times)]
-        samples = HFSampler(policy, self.tokenizer, max_batch=512).generate(
-            [self.prompts[i] for i in rows],
+        prompts = [self.prompts[i] for i in rows]
+        samples = HFSampler(policy, self.encoder.tokenizer, max_batch=512).generate(
+            prompts,
             max_new_tokens=MAX_NEW_TOKENS,
             temperature=temperature,
             seed=seed,
         )
-        texts = self.tokenizer.batch_decode(
-            [t.tolist() for t in samples.tokens], skip_special_tokens=True
-        )
+        texts = self.encoder.decode(prompts, samples.tokens, samples.finished)
         examples = [
             data.Example(np.concatenate([self.prompts[i], t]), len(self.prompts[i]))
             for i, t in zip(rows, samples.tokens, strict=True)
@@ -251,11 +257,11 @@ def _records(cfg) -> list[dict]:
     return every[: cfg.limit] if cfg.limit else every
 
 
-def _human_accuracy(reward_model, tokenizer) -> dict:
+def _human_accuracy(reward_model, encoder: TextEncoder) -> dict:
     rows = data.read_rankings(_file("rankings_human"))
     flat = [{"prompt": r["prompt"], "completion": text} for r in rows for text in r["completions"]]
     examples = data.encode_examples(
-        flat, tokenizer, context_length(reward_model.config), "human rankings"
+        flat, encoder, context_length(reward_model.config), "human rankings"
     )
     scores = iter(score_sequences(reward_model, [e.tokens for e in examples], MAX_TOKENS).tolist())
     return reward_accuracy.evaluate(

@@ -27,8 +27,9 @@ from fastrlhf.train.metrics_log import LOG
 from fastrlhf.train.models import load_policy, load_tokenizer
 from fastrlhf.train.run import Run
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
-from fastrlhf.train.sampler import HFSampler
+from fastrlhf.train.sampler import HFSampler, check_temperature
 from fastrlhf.train.stages import ppo, pretrain, reward, sft
+from fastrlhf.train.text import TextEncoder
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -173,6 +174,8 @@ def _folder(cfg: DemoConfig) -> OutputFolder:
         raise UserError(
             f"samples: expected at least 2 (the reward model orders them), got {cfg.samples}"
         )
+    for temperature in cfg.label_temperatures:
+        check_temperature(temperature, "label_temperatures")
     if cfg.rankings:
         data.read_rankings(cfg.rankings)
     for section in SECTIONS:  # a mistake in the recipe must not stop the demo half-way
@@ -219,7 +222,8 @@ def _write_prompts(demonstrations: str, path: Path) -> None:
 def _label(cfg: DemoConfig, model: str, path: str, runtime: Runtime) -> None:
     """Sample K completions for each of `cfg.comparisons` training prompts, rank them, and write the rankings."""
     tokenizer = load_tokenizer(model)
-    policy = load_policy(model, runtime, trainable=False, backend=cfg.backend)
+    text = TextEncoder(tokenizer, parse_special_tokens=True)
+    policy = load_policy(model, runtime, trainable=False, tokenizer=tokenizer, backend=cfg.backend)
     rows = data.read_rows(
         str(DATA / "demonstrations_train.jsonl.gz"), {"prompt": str}, "demonstrations"
     )
@@ -232,14 +236,14 @@ def _label(cfg: DemoConfig, model: str, path: str, runtime: Runtime) -> None:
     texts: dict[tuple[int, int], str] = {}
     for t, temperature in enumerate(cfg.label_temperatures):
         part = [(n, k) for n, k in pairs if k % len(cfg.label_temperatures) == t]
+        tokens = text.prompts([chosen[n] for n, _ in part], "demonstrations")
         samples = sampler.generate(
-            data.encode(tokenizer, [chosen[n] for n, _ in part]),
+            tokens,
             max_new_tokens=evaluate.MAX_NEW_TOKENS,
             temperature=temperature,
             seed=cfg.seed + t,
         )
-        tokens = [t.tolist() for t in samples.tokens]
-        texts |= zip(part, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True)
+        texts |= zip(part, text.decode(tokens, samples.tokens, samples.finished), strict=True)
     ranked = []
     for n, (prompt, count) in enumerate(zip(chosen, counts, strict=True)):
         completions = [texts[n, k] for k in range(count)]

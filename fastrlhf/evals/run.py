@@ -15,12 +15,13 @@ from fastrlhf.evals.intervals import mean_interval
 from fastrlhf.train import data, models
 from fastrlhf.train.files import replace_text
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
-from fastrlhf.train.sampler import HFSampler
+from fastrlhf.train.sampler import HFSampler, check_temperature
 from fastrlhf.train.steps import score_sequences, token_logprobs
+from fastrlhf.train.text import TextConfig, TextEncoder, check_same_ends
 
 
 @dataclass
-class EvalConfig(RuntimeConfig):
+class EvalConfig(RuntimeConfig, TextConfig):
     """Evaluate a model folder. Every figure is printed with its 95 % interval."""
 
     model: str = ""  # folder of the model to evaluate
@@ -69,21 +70,25 @@ class _Model:
     def __init__(self, folder: str, cfg: EvalConfig, runtime: Runtime):
         self.cfg = cfg
         self.tokenizer = models.load_tokenizer(folder, cfg.trust_remote_code)
-        self.policy = models.load_policy(folder, runtime, trainable=False, backend=cfg.backend)
-        models.check_vocabulary(self.tokenizer, self.policy.lm, folder)
+        self.policy = models.load_policy(
+            folder, runtime, trainable=False, tokenizer=self.tokenizer, backend=cfg.backend
+        )
+        self.sampler = HFSampler(self.policy, self.tokenizer)
+        self.text = TextEncoder(self.tokenizer, cfg.parse_special_tokens)
+        self.text.note_ends(self.sampler.ends)
         self.context = models.context_length(self.policy.config)
 
     def sample(self, rows: Sequence[dict]) -> tuple[list[str], list[data.Example], list[bool]]:
-        """One completion per row: (texts, prompt + completion tokens, whether it ended with EOS)."""
+        """One completion per row: (texts, prompt + completion tokens, whether it ended with an end token)."""
         cfg = self.cfg
         room = cfg.max_new_tokens
         prompts = data.encode_prompts(
-            rows, self.tokenizer, self.context, room, f"prompts {cfg.prompts!r}"
+            rows, self.text, self.context, room, f"prompts {cfg.prompts!r}"
         )
-        samples = HFSampler(self.policy, self.tokenizer).generate(
+        samples = self.sampler.generate(
             prompts, max_new_tokens=room, temperature=cfg.temperature, seed=cfg.seed
         )
-        texts = self.tokenizer.batch_decode(samples.tokens, skip_special_tokens=True)
+        texts = self.text.decode(prompts, samples.tokens, samples.finished)
         examples = [
             data.Example(np.array([*p, *t], dtype=np.int64), len(p))
             for p, t in zip(prompts, samples.tokens, strict=True)
@@ -140,10 +145,10 @@ def _evaluate_samples(
     return [{"prompt": p, "completion": t} for p, t in zip(labels, texts, strict=True)]
 
 
-def _pair_accuracy(cfg: EvalConfig, reward_model, tokenizer, context: int) -> dict:
+def _pair_accuracy(cfg: EvalConfig, reward_model, text: TextEncoder, context: int) -> dict:
     rows = data.read_rankings(cfg.rankings)
     flat = [{"prompt": r["prompt"], "completion": c} for r in rows for c in r["completions"]]
-    examples = data.encode_examples(flat, tokenizer, context, f"rankings {cfg.rankings!r}")
+    examples = data.encode_examples(flat, text, context, f"rankings {cfg.rankings!r}")
     scores = iter(score_sequences(reward_model, [e.tokens for e in examples], cfg.max_tokens))
     rows = [r | {"scores": [float(next(scores)) for _ in r["completions"]]} for r in rows]
     return reward_accuracy.evaluate(rows, seed=cfg.seed)
@@ -152,7 +157,7 @@ def _pair_accuracy(cfg: EvalConfig, reward_model, tokenizer, context: int) -> di
 def _evaluate_text(cfg: EvalConfig, model: _Model, baseline: _Model | None, result: dict) -> None:
     length = cfg.window or model.context
     what = f"text {cfg.text!r}"
-    windows = data.text_windows(data.read_text(cfg.text), model.tokenizer, length, what)
+    windows = data.text_windows(data.read_text(cfg.text), model.text, length, what)
     parts = [w.tokens.tolist() for w in windows]
     ours = lm_loss.window_sums(parts, model.token_nll)
     result["text_loss"] = lm_loss.evaluate(ours, seed=cfg.seed)["loss"]
@@ -168,6 +173,7 @@ def _check(cfg: EvalConfig) -> None:
         raise UserError("nothing to evaluate on: give prompts, text or rankings")
     if cfg.rankings and not cfg.reward_model:
         raise UserError("rankings: needs reward_model, whose pair accuracy they measure")
+    check_temperature(cfg.temperature)
     if cfg.samples < 1 or cfg.limit < 0:
         raise UserError(
             f"samples, limit: expected >= 1 and >= 0, got {cfg.samples} and {cfg.limit}"
@@ -194,6 +200,7 @@ def main(cfg: EvalConfig) -> dict:
     if cfg.reward_model:
         tokenizer = models.load_tokenizer(cfg.reward_model, cfg.trust_remote_code)
         models.check_same_vocabulary(model.tokenizer, tokenizer, "model and reward_model")
+        check_same_ends(model.text, tokenizer, "model and reward_model")
         reward_model = models.load_reward_model(cfg.reward_model, runtime, trainable=False)
     result: dict = {}
     samples = []
@@ -202,10 +209,13 @@ def main(cfg: EvalConfig) -> dict:
     if cfg.text:
         _evaluate_text(cfg, model, baseline, result)
     if cfg.rankings:
-        accuracy = _pair_accuracy(cfg, reward_model, model.tokenizer, model.context)
+        accuracy = _pair_accuracy(cfg, reward_model, model.text, model.context)
         for criterion, figures in accuracy.items():
             for key in ("accuracy", "longer"):
                 result[f"pair_{key}/{criterion}"] = figures[key]
+    if runtime.is_main:
+        for note in model.text.notes:
+            print(f"eval: {note}")
     _print(cfg, result, samples)
     if cfg.out:
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
@@ -216,8 +226,8 @@ def main(cfg: EvalConfig) -> dict:
 
 # Description of each figure, by the part of its name before the slash.
 MEANING = {
-    "finished": "share of completions that end with EOS",
-    "length": "tokens per completion, EOS included",
+    "finished": "share of completions that end with an end token",
+    "length": "tokens per completion, end token included",
     "bleu": "against the prompts' human completions",
     "coverage": "share of the prompts' slots that are expressed",
     "missing": "missing slots per completion",

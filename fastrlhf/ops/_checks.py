@@ -326,7 +326,7 @@ def logit_rows(op, logits, targets, temperature, softcap, mask, vocab=None, shar
     if mask is not None:
         mask = row_mask(op, mask, targets.shape, logits.device)
     if vocab == 1 and not sharded:
-        # Its probability is 1 at any temperature and soft-cap; at 1 the C++ kernel does not round z, and finds exactly 1.
+        # Its probability is 1 at any temperature and soft-cap. At 1 the C++ kernel does not round z, so lse = z.
         row_values(op, targets, vocab, mask, row_temperature)
         return None, 1.0, 1.0 if softcap else 0.0, mask
     return row_temperature, temperature, softcap, mask

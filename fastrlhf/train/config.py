@@ -190,11 +190,12 @@ def _convert(where: str, hint, value):
 
 # Bounds of numeric settings, whose names mean the same in every command: (low, high, whether low is allowed).
 _INF = math.inf
+_MAX_LR = 1e30  # lr / (1 - beta1) must be an fp32 number
 RANGES = {
     "seed": (0, 2**31, True),
-    "lr": (0, _INF, False),
-    "value_lr": (0, _INF, False),
-    "muon_lr": (0, _INF, False),
+    "lr": (0, _MAX_LR, False),
+    "value_lr": (0, _MAX_LR, False),
+    "muon_lr": (0, _MAX_LR, False),
     "beta1": (0, 0.9999999, True),
     "beta2": (0, 0.9999999, True),
     "adam_eps": (0, _INF, False),

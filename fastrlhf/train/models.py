@@ -22,6 +22,7 @@ from fastrlhf.errors import UserError
 from fastrlhf.integrations import attention
 from fastrlhf.train.heads import Head, unembedding_parameters
 from fastrlhf.train.packing import PackedBatch
+from fastrlhf.train.vocabulary import Vocabulary, end_tokens
 
 # Attributes of a reward model's config.json.
 REWARD_BIAS = "fastrlhf_reward_bias"
@@ -32,7 +33,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
     """Load the tokenizer of a model folder.
 
     Raises:
-        UserError: it cannot be loaded, has no EOS token, or uses its EOS token as PAD.
+        UserError: it cannot be loaded, or has no EOS token.
     """
     _require_folder(path)
     try:
@@ -41,27 +42,35 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
         raise UserError(f"tokenizer of {path!r} cannot be loaded: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer of {path!r} has no EOS token; generation could never stop")
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise UserError(
-            f"tokenizer of {path!r}: PAD and EOS are the same token ({tokenizer.eos_token!r}, id "
-            f"{tokenizer.eos_token_id}), so the model would never learn to stop; give PAD its own token"
-        )
     return tokenizer
 
 
-def check_vocabulary(tokenizer, model, path: str) -> None:
-    """Raise UserError unless every token id has an embedding row."""
+def check_vocabulary(tokenizer, model, path: str) -> Vocabulary:
+    """The tokenizer's ids; raise UserError unless each has an embedding row."""
+    vocabulary = Vocabulary.of(tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    if vocabulary.size > rows:
         raise UserError(
-            f"{path!r}: the tokenizer has {len(tokenizer)} tokens, "
+            f"{path!r}: the tokenizer has {vocabulary.size} tokens, "
             f"the model has {rows} embedding rows; they must match"
         )
+    if vocabulary.holes and getattr(
+        model.config.get_text_config(), "final_logit_softcapping", None
+    ):
+        raise UserError(
+            f"{path!r}: the tokenizer skips {len(vocabulary.holes)} ids (first {vocabulary.holes[0]}) and the model "
+            "soft-caps its logits; expected a token for each id"
+        )
+    return vocabulary
 
 
 def check_same_vocabulary(first, second, what: str) -> None:
-    """Raise UserError unless two tokenizers map every token to the same id, as models that share ids require."""
-    if first.get_vocab() != second.get_vocab():
+    """Raise UserError unless two tokenizers map every token to the same id, as models that share ids require.
+
+    A PAD that only one of them has makes no difference (see `with_pad`).
+    """
+    pads = {(t.pad_token, t.pad_token_id) for t in (first, second)}
+    if (first.get_vocab().items() ^ second.get_vocab().items()) - pads:
         raise UserError(
             f"{what}: the vocabularies differ ({len(first)} and {len(second)} tokens); train both from one tokenizer"
         )
@@ -73,16 +82,26 @@ class Policy(nn.Module):
     Args:
         lm: a Hugging Face causal LM.
         backend: of the fused ops.
+        vocabulary: the ids that have a token; the other rows of the head have probability 0. None: every row has one.
     """
 
-    def __init__(self, lm, backend: str = "auto"):
+    def __init__(self, lm, backend: str = "auto", vocabulary: Vocabulary | None = None):
         super().__init__()
         self.lm = lm
         self.backend = backend
+        self.vocabulary = vocabulary
 
     @property
     def config(self):
         return self.lm.config
+
+    @property
+    def unembedding(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The head (weight [S, H], bias [S] or None), with the S rows of `vocabulary`."""
+        weight, bias = unembedding_parameters(self.lm)
+        if self.vocabulary is None:
+            return weight, bias
+        return self.vocabulary.unembedding(weight, bias)
 
     def hidden(self, batch: PackedBatch, cache=None) -> torch.Tensor:
         """Last hidden states [N, H]; a sampler's `cache` is filled with keys and values on the way."""
@@ -96,7 +115,7 @@ class Policy(nn.Module):
         are attributes of the head because FSDP casts float tensors among the arguments to the compute dtype.
         """
         hidden = self.hidden(batch).index_select(0, rows)
-        weight, bias = unembedding_parameters(self.lm)
+        weight, bias = self.unembedding
         if weight.dtype != hidden.dtype:  # under autocast: 16-bit hidden states, fp32 weights
             weight = weight.to(hidden.dtype)
             bias = None if bias is None else bias.to(hidden.dtype)
@@ -137,28 +156,43 @@ class RewardModel(nn.Module):
         return (hidden @ weight.t()).squeeze(-1).float() + self.bias
 
 
-def load_policy(path: str, runtime, *, trainable: bool, backend: str = "auto") -> Policy:
+def load_policy(
+    path: str, runtime, *, trainable: bool, tokenizer=None, backend: str = "auto"
+) -> Policy:
     """Load a causal LM with this package's attention.
 
     Trainable weights are fp32, and autocast computes in `runtime.compute_dtype`; frozen weights have that dtype.
 
+    Args:
+        tokenizer: rows of the vocabulary without a token in it have probability 0, and its EOS is an end token. None:
+            every row has a token.
+
     Raises:
-        UserError: the folder is missing or damaged, or holds a reward model.
+        UserError: the folder is missing or damaged, holds a reward model, or has fewer embedding rows than tokens.
     """
     named = _config(path, runtime.trust_remote_code).architectures or []
     if any("SequenceClassification" in name for name in named):
         raise UserError(
             f"{path!r} is a reward model ({named[0]}): expected a causal language model"
         )
-    return Policy(_load(AutoModelForCausalLM, path, runtime, trainable), backend)
+    lm = _load(AutoModelForCausalLM, path, runtime, trainable)
+    if tokenizer is None:
+        return Policy(lm, backend)
+    # Training teaches the tokenizer's EOS, so `generate` of the saved model must stop there too.
+    ends = end_tokens(tokenizer, lm)
+    lm.generation_config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
+    return Policy(lm, backend, check_vocabulary(tokenizer, lm, path))
 
 
-def policy_from_config(config, runtime, backend: str = "auto") -> Policy:
-    """A causal LM with fresh fp32 weights."""
+def policy_from_config(
+    config, runtime, backend: str = "auto", vocabulary: Vocabulary | None = None
+) -> Policy:
+    """A causal LM with fresh fp32 weights; `vocabulary` as in `Policy`."""
     lm = AutoModelForCausalLM.from_config(
         config, attn_implementation=attention.NAME, dtype=torch.float32
     )
-    return Policy(lm.to(runtime.device), backend)
+    lm.get_input_embeddings().padding_idx = None  # see _load
+    return Policy(lm.to(runtime.device), backend, vocabulary)
 
 
 def load_reward_model(path: str, runtime, *, trainable: bool) -> RewardModel:
@@ -337,6 +371,8 @@ def _load(auto, path: str, runtime, trainable: bool, fresh: tuple[str, ...] = ()
         raise UserError(
             f"model of {path!r} lacks {len(missing)} of its tensors ({missing[0]}, ...), which would be random"
         )
+    # torch drops the gradient of this row. Packed batches have no padding, and PAD may be EOS.
+    model.get_input_embeddings().padding_idx = None
     model.to(runtime.device)
     return model.train() if trainable else model.eval().requires_grad_(False)
 

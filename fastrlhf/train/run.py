@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -140,6 +140,11 @@ class Run:
             self._metrics_log.write(step, self.seconds, self.metrics)
             self.terminal.step(step, self.metrics)
 
+    def say(self, lines: Sequence[str]) -> None:
+        """Print lines on the terminal, before the first step."""
+        for line in lines:
+            self.terminal.line(line)
+
     def show_samples(self, step: int, columns: tuple[str, ...], rows: list[tuple]) -> None:
         """Show prompts and responses on the terminal and in TensorBoard."""
         self.terminal.table(step, columns, rows)
@@ -173,7 +178,7 @@ class Run:
         self.save_model(model, tokenizer, self.out)
         if self.runtime.is_main:
             replace_text(self.out / SUMMARY, json.dumps(summary, indent=2) + "\n")
-            self.terminal.finished(f"wrote {self.out} after {self.seconds:.0f} s")
+            self.terminal.line(f"wrote {self.out} after {self.seconds:.0f} s")
         self.runtime.accelerator.wait_for_everyone()
         return summary
 

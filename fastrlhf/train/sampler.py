@@ -20,19 +20,35 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastrlhf.errors import UserError
 from fastrlhf.integrations import attention
 from fastrlhf.train import sharded
 from fastrlhf.train.models import Policy, check_positions, decoder
 from fastrlhf.train.packing import collate
+from fastrlhf.train.vocabulary import end_tokens
+
+MIN_TEMPERATURE = 1e-6  # below it logits / temperature leaves the range of fp32; 0 is greedy
+
+
+class NonFiniteLogits(UserError):
+    """The policy's logits are NaN or infinite: its weights have diverged or are damaged."""
+
+
+def check_temperature(value: float, name: str = "temperature", error: type[Exception] = UserError):
+    """Raise `error` unless `value` is 0 (greedy), or finite and at least MIN_TEMPERATURE."""
+    if value != 0 and not MIN_TEMPERATURE <= value < float("inf"):
+        raise error(
+            f"{name}: expected 0 (greedy) or a number from {MIN_TEMPERATURE:g} up, got {value}"
+        )
 
 
 @dataclass
 class Samples:
     """One response for each prompt."""
 
-    tokens: list[np.ndarray]  # int64 [length] each; EOS included, no padding
+    tokens: list[np.ndarray]  # int64 [length] each; end token included, no padding
     logprobs: list[np.ndarray]  # fp32 [length] each, nats
-    finished: list[bool]  # True: ends with EOS; False: cut at `max_new_tokens`
+    finished: list[bool]  # True: ends with an end token; False: cut at `max_new_tokens`
 
 
 class Sampler(Protocol):
@@ -94,12 +110,16 @@ class HFSampler:
 
     Args:
         policy: the policy; under FSDP2 its weights are gathered while it samples.
-        tokenizer: for its EOS token, which ends a response.
+        tokenizer: a response ends at its EOS, or at an end token of the policy's generation_config.
         max_batch: prompts that are decoded at once.
+
+    Attributes:
+        ends: ids that end a response.
     """
 
     def __init__(self, policy: Policy, tokenizer, max_batch: int = 256):
-        self.policy, self.eos, self.max_batch = policy, tokenizer.eos_token_id, max_batch
+        self.policy, self.max_batch = policy, max_batch
+        self.ends = end_tokens(tokenizer, policy.lm)
 
     @torch.no_grad()
     def generate(
@@ -113,10 +133,11 @@ class HFSampler:
         """Sample one response for each prompt; temperature 0 is greedy. The result depends on `seed` alone.
 
         Raises:
-            ValueError: a prompt is empty, `temperature` is negative, or `max_new_tokens` is below 1.
+            ValueError: a prompt is empty, `temperature` is neither 0 nor at least MIN_TEMPERATURE, or
+                `max_new_tokens` is below 1.
+            NonFiniteLogits: the logits are NaN or infinite.
         """
-        if temperature < 0:
-            raise ValueError(f"temperature: expected >= 0, got {temperature}")
+        check_temperature(temperature, error=ValueError)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected >= 1, got {max_new_tokens}")
         if any(len(p) == 0 for p in prompts):
@@ -165,18 +186,23 @@ class HFSampler:
         alive = torch.arange(rows, device=device)  # prompt of each row that is still in the batch
         position = lengths.clone()
         running = torch.ones(rows, dtype=torch.bool, device=device)
+        ends = torch.tensor(self.ends, device=device)
         for step in range(max_new):
             choice, logprob = _draw(logits, temperature, generator)
             tokens[alive, step] = torch.where(running, choice, tokens[alive, step])
             logprobs[alive, step] = torch.where(running, logprob, logprobs[alive, step])
-            ended = running & (choice == self.eos)
+            broken = (running & ~logprob.isfinite()).sum()
+            ended = running & torch.isin(choice, ends)
             counts[alive[ended]] = step + 1
             finished[alive[ended]] = True
             running = running & ~ended
-            if step + 1 == max_new:
-                break
-            left = int(running.sum())
-            if left == 0:
+            left, broken = torch.stack([running.sum(), broken]).tolist()
+            if broken:
+                raise NonFiniteLogits(
+                    f"sampling: the logits of {broken} responses are NaN or infinite at token {step + 1}; the "
+                    "weights have diverged or are damaged"
+                )
+            if step + 1 == max_new or left == 0:
                 break
             if left <= 0.75 * len(alive):
                 keep = running.nonzero().squeeze(1)
@@ -194,8 +220,8 @@ class HFSampler:
         return _collect(tokens, logprobs, counts, finished)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        head = self.policy.lm.get_output_embeddings()
-        logits = head(hidden.to(head.weight.dtype)).float()
+        weight, bias = self.policy.unembedding
+        logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
         softcap = getattr(self.policy.config, "final_logit_softcapping", None)
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
@@ -206,7 +232,8 @@ def _draw(logits: torch.Tensor, temperature: float, generator) -> tuple[torch.Te
     if temperature == 0:
         choice = logits.argmax(-1)
     else:
-        choice = _invert_cdf(logprobs.exp(), generator)
+        # With NaN logits the result may be V, and `generate` reports the NaN log-prob.
+        choice = _invert_cdf(logprobs.exp(), generator).clamp(max=logits.shape[-1] - 1)
     return choice, logprobs.gather(1, choice[:, None]).squeeze(1)
 
 

@@ -71,9 +71,9 @@ class Terminal:
             table.add_row(*(f"{x:.3g}" if isinstance(x, float) else escape(str(x)) for x in row))
         self._progress.console.print(table)
 
-    def finished(self, text: str) -> None:
-        """Print the last line, unless the terminal is silent (`every` 0)."""
-        if self.every:
+    def line(self, text: str) -> None:
+        """Print a line of plain text, unless the terminal is silent (`every` 0)."""
+        if self.every and self.is_main:
             self._print(f"{self.stage}: {text}", markup=False)
 
     def stop(self) -> None:

@@ -18,6 +18,7 @@ WORDS = (
     "the cat sat on a red mat and saw two small dogs near one old tree by the blue river".split()
 )
 QUIET = {"device": "cpu", "log_every": 0, "tensorboard": False}
+MARKED = {"parse_special_tokens": True}  # <say> in the prompts is a token
 
 
 @functools.lru_cache
@@ -74,7 +75,13 @@ def sft_config(name: str, **changes) -> sft.SFTConfig:
     """A quick SFT run into folder()/name."""
     demos = str(folder() / "demos.jsonl")
     quick = {"epochs": 1.0, "batch": 16, "lr": 1e-3, "dropout": 0.0}
-    fixed = {**QUIET, "model": base(), "demonstrations": demos, "out": str(folder() / name)}
+    fixed = {
+        **QUIET,
+        **MARKED,
+        "model": base(),
+        "demonstrations": demos,
+        "out": str(folder() / name),
+    }
     return sft.SFTConfig(**{**fixed, **quick, **changes})
 
 
@@ -85,7 +92,7 @@ def reward_config(name: str, **changes) -> reward.RewardConfig:
         "demonstrations": str(folder() / "demos.jsonl"),
     }
     quick = {"batch": 8, "lr": 1e-3, "epochs": 2}
-    fixed = {**QUIET, "model": base(), "out": str(folder() / name), **files}
+    fixed = {**QUIET, **MARKED, "model": base(), "out": str(folder() / name), **files}
     return reward.RewardConfig(**{**fixed, **quick, **changes})
 
 
@@ -112,6 +119,7 @@ def ppo_config(name: str, **changes):
     small = {"warmup_iterations": 1, "ptx_ratio": 0.5, "ptx_length": 32, "max_tokens": 96}
     fixed = {
         **QUIET,
+        **MARKED,
         "model": base(),
         "reward_model": reward_model(),
         "prompts": str(folder() / "prompts.jsonl"),

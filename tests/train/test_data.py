@@ -22,10 +22,10 @@ def test_shuffle_visits_every_item_once_per_epoch_and_resumes():
 
 def test_text_documents_and_windows(tmp_path):
     class Letters:
-        eos_token_id = 0
+        prefix, eos = [], 0
 
-        def __call__(self, texts, **_):
-            return {"input_ids": [[ord(c) for c in t] for t in texts]}
+        def documents(self, texts, what):
+            return [[ord(c) for c in t] for t in texts]
 
     path = tmp_path / "text.txt.gz"
     with gzip.open(path, "wt") as file:
@@ -38,6 +38,9 @@ def test_text_documents_and_windows(tmp_path):
     assert windows[0].targets == 3
     with pytest.raises(UserError, match="fewer than one window of 100"):
         data.text_windows(documents, Letters(), 100, "x")
+    Letters.prefix = [1]  # a window begins as every sequence does
+    starts = [w.tokens[:2].tolist() for w in data.text_windows(documents, Letters(), 4, "x")]
+    assert starts == [[1, ord("a")], [1, ord("c")], [1, ord("e")]]
 
 
 def test_next_token_rows_skip_the_prompt():

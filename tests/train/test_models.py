@@ -7,7 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+)
 
 from _support import tiny
 from fastrlhf.errors import UserError
@@ -16,7 +22,9 @@ from fastrlhf.train import data, models
 from fastrlhf.train.heads import SummedNLL
 from fastrlhf.train.packing import collate
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
-from fastrlhf.train.stages import sft
+from fastrlhf.train.stages import ppo, reward, sft
+from fastrlhf.train.steps import score_sequences
+from fastrlhf.train.text import TextEncoder
 
 CONFIGS = {
     "llama": LlamaConfig(
@@ -114,12 +122,56 @@ def test_missing_folder(runtime):
 
 
 def test_pad_equal_to_eos(tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny.base(), folder)
-    path = folder / "tokenizer_config.json"
-    path.write_text(path.read_text().replace("<|pad|>", "<|end|>"))
-    with pytest.raises(UserError, match="PAD and EOS are the same token"):
-        models.load_tokenizer(str(folder))
+    """It was refused, because a trainer that pads ignores PAD and with it EOS. Ours packs, and EOS is a target.
+
+    transformers reads a score at the last token that is not PAD: with PAD = EOS, the token before the one that we
+    read. So a reward model and a value model are saved with another PAD.
+    """
+    base = tmp_path / "base"
+    shutil.copytree(tiny.base(), base)
+    for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
+        content = (base / name).read_text()
+        (base / name).write_text(
+            content.replace("<|pad|>", "<|end|>").replace('"pad_token_id": 1', '"pad_token_id": 0')
+        )
+    tokenizer = models.load_tokenizer(str(base))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
+    # A tokenizer without any PAD and without a row to spare.
+    content = json.loads((base / "tokenizer.json").read_text().replace("<|pad|>", "<other>"))
+    (base / "tokenizer.json").write_text(json.dumps(content))
+
+    rows = data.read_rows(str(tiny.folder() / "demos.jsonl"), {"prompt": str}, "x")[:5]
+    texts = [row["prompt"] + row["completion"] for row in rows]
+    reward.main(tiny.reward_config("x", model=str(base), epochs=1, out=str(tmp_path / "reward")))
+    cfg = tiny.ppo_config("x", model=str(base), reward_model=str(tmp_path / "reward"), iterations=1)
+    cfg.out = str(tmp_path / "ppo")
+    ppo.main(cfg)
+    for folder in (tmp_path / "reward", tmp_path / "ppo" / "value"):
+        plain = AutoModelForSequenceClassification.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert plain.config.pad_token_id == tokenizer.pad_token_id == 320
+        ours = models.load_reward_model(str(folder), Runtime(cfg), trainable=False)
+        encoder = TextEncoder(tokenizer, parse_special_tokens=True)
+        sequences = [e.tokens for e in data.encode_examples(rows, encoder, 64, "x")]
+        for side in ("left", "right"):
+            batch = tokenizer(
+                [text + "<|end|>" for text in texts],
+                padding=True,
+                padding_side=side,
+                return_tensors="pt",
+            )
+            assert (batch["input_ids"] == 320).any()
+            with torch.no_grad():
+                scores = plain(**batch).logits[:, 0] + ours.bias
+            np.testing.assert_allclose(scores, score_sequences(ours, sequences, 500), atol=1e-5)
+
+
+def test_eos_as_pad_still_trains_its_embedding(runtime):
+    config = LlamaConfig(**{**CONFIGS["llama"].to_dict(), "pad_token_id": 5, "eos_token_id": 5})
+    policy = models.policy_from_config(config, runtime)
+    batch, rows, targets = data.next_token_rows([data.Example(np.array([5, 6, 7]), 1)], "cpu")
+    policy(batch, rows, SummedNLL(targets)).backward()
+    assert policy.lm.get_input_embeddings().weight.grad[5].any()
 
 
 def test_vocabularies_that_differ():

@@ -5,10 +5,13 @@ import pytest
 import torch
 
 from _support import tiny
+from fastrlhf import evals
+from fastrlhf.errors import UserError
 from fastrlhf.train import data, models
 from fastrlhf.train.heads import TokenLogprobs
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
 from fastrlhf.train.sampler import HFSampler, _invert_cdf
+from fastrlhf.train.stages import ppo
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +53,16 @@ def test_finished_rows_are_compacted_away(policy, tokenizer):
     frequent = HFSampler(policy, tokenizer).generate(many, max_new_tokens=24, seed=3)
     ids, counts = np.unique(np.concatenate(frequent.tokens), return_counts=True)
     sampler = HFSampler(policy, tokenizer)
-    sampler.eos = int(ids[counts.argmax()])
+    end = int(ids[counts.argmax()])
+    sampler.ends = (end,)
     found = sampler.generate(many, max_new_tokens=24, seed=4)
     assert 0 < sum(found.finished) and len({len(t) for t in found.tokens}) > 3
     for tokens, logprobs, finished in zip(
         found.tokens, found.logprobs, found.finished, strict=True
     ):
         assert len(tokens) == len(logprobs)
-        assert sampler.eos not in tokens[:-1]
-        assert (tokens[-1] == sampler.eos) == finished
+        assert end not in tokens[:-1]
+        assert (tokens[-1] == end) == finished
         assert finished or len(tokens) == 24
     truth = trainer_logprobs(policy, many, found.tokens)
     for ours, theirs in zip(found.logprobs, truth, strict=True):
@@ -111,12 +115,62 @@ def test_same_seed_same_draws(policy, tokenizer):
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens: expected >= 1"),
-        ({"max_new_tokens": 4, "temperature": -1}, "temperature: expected >= 0"),
+        (
+            {"max_new_tokens": 4, "temperature": -1},
+            r"temperature: expected 0 \(greedy\) or a number from 1e-06 up, got -1",
+        ),
     ],
 )
 def test_bad_arguments(policy, tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
         HFSampler(policy, tokenizer).generate(PROMPTS, **options)
+
+
+@pytest.mark.parametrize("temperature", [9e-7, float("nan"), float("inf")])
+def test_a_temperature_near_zero_is_refused(policy, tokenizer, temperature, tmp_path):
+    message = rf"temperature: expected 0 \(greedy\) or a number from 1e-06 up, got {temperature}"
+    options = {"temperature": temperature}
+    with pytest.raises(ValueError, match=message):
+        HFSampler(policy, tokenizer).generate(PROMPTS, max_new_tokens=1, **options)
+    with pytest.raises(UserError, match=message):
+        evals.main(evals.EvalConfig(model=tiny.base(), prompts="x", device="cpu", **options))
+    with pytest.raises(UserError, match=message):
+        ppo.main(tiny.ppo_config("x", out=str(tmp_path / "out"), **options))
+    assert not (tmp_path / "out").exists()
+    smallest = HFSampler(policy, tokenizer).generate(PROMPTS, max_new_tokens=4, temperature=1e-6)
+    greedy = HFSampler(policy, tokenizer).generate(PROMPTS, max_new_tokens=4, temperature=0)
+    assert all(np.array_equal(a, b) for a, b in zip(smallest.tokens, greedy.tokens, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_end_the_sampling(tokenizer, value):
+    policy = models.load_policy(
+        tiny.base(), Runtime(RuntimeConfig(device="cpu")), trainable=False, tokenizer=tokenizer
+    )
+    policy.lm.base_model.norm.weight[3] = value
+    for temperature in (0, 1):
+        with pytest.raises(
+            UserError, match="^sampling: the logits of 20 responses are NaN or inf.* at token 1;"
+        ):
+            HFSampler(policy, tokenizer).generate(
+                PROMPTS, max_new_tokens=4, temperature=temperature
+            )
+
+
+def test_a_diverged_ppo_run_names_its_step(monkeypatch, tmp_path):
+    update = ppo.Trainer.update
+
+    def diverge(self, *arguments):
+        metrics = update(self, *arguments)
+        self.policy.lm.base_model.norm.weight.data[3] = float("nan")
+        return metrics
+
+    monkeypatch.setattr(ppo.Trainer, "update", diverge)
+    with pytest.raises(
+        UserError,
+        match="^ppo step 2: the log-prob of a sampled token is nan; stopped, no checkpoint",
+    ):
+        ppo.main(tiny.ppo_config("x", out=str(tmp_path / "out")))
 
 
 def test_empty_prompt(policy, tokenizer):

@@ -14,6 +14,7 @@ One iteration:
 `ptx_coef` 0 is PPO; the paper's PPO-ptx uses 27.8.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ from fastrlhf.train.config import require_paths
 from fastrlhf.train.models import (
     REWARD_BIAS,
     check_same_vocabulary,
-    check_vocabulary,
     context_length,
     load_policy,
     load_reward_model,
@@ -40,8 +40,10 @@ from fastrlhf.train.optim import EMA, OptimConfig, Optimizers, warm_constant
 from fastrlhf.train.rollout import MicroBatch, ScoredMicroBatch, TrainingMicroBatch
 from fastrlhf.train.run import OutputConfig, Run
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
-from fastrlhf.train.sampler import HFSampler, Samples
+from fastrlhf.train.sampler import HFSampler, NonFiniteLogits, Samples, check_temperature
 from fastrlhf.train.steps import nll_backward, require_fit
+from fastrlhf.train.text import TextConfig, TextEncoder, check_same_ends
+from fastrlhf.train.vocabulary import with_pad
 
 # Metrics of a line on the terminal.
 HEADLINE = (
@@ -57,7 +59,7 @@ Labeler = Callable[[Sequence[dict], Sequence[str]], Sequence[float]]
 
 
 @dataclass
-class PPOConfig(OptimConfig, RuntimeConfig, OutputConfig):
+class PPOConfig(OptimConfig, RuntimeConfig, TextConfig, OutputConfig):
     """Settings of the ppo stage. Defaults are the paper's or, where it gives none, those of earlier papers."""
 
     model: str = ""  # folder of the RL initialization: start of the policy, and the KL reference
@@ -105,6 +107,7 @@ def main(cfg: PPOConfig, labeler: Labeler | None = None) -> dict:
     _check(cfg, runtime)
     with Run(cfg, "ppo", runtime, HEADLINE, extendable=("iterations",)) as run:
         trainer = Trainer(cfg, runtime, labeler)
+        run.say(trainer.text.notes)
         for step in run.steps(cfg.iterations, trainer.parts):
             run.log(step, trainer.iterate(step - 1, run))
         return trainer.finish(run)
@@ -144,16 +147,23 @@ class Trainer:
     def __init__(self, cfg: PPOConfig, runtime: Runtime, labeler: Labeler | None):
         self.cfg, self.runtime, self.labeler = cfg, runtime, labeler
         self.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
-        check_same_vocabulary(
-            self.tokenizer,
-            load_tokenizer(cfg.reward_model, cfg.trust_remote_code),
-            "model and reward_model",
+        self.text = TextEncoder(self.tokenizer, cfg.parse_special_tokens)
+        value_tokenizer = load_tokenizer(cfg.reward_model, cfg.trust_remote_code)
+        check_same_vocabulary(self.tokenizer, value_tokenizer, "model and reward_model")
+        check_same_ends(self.text, value_tokenizer, "model and reward_model")
+        self.policy, self.reference = (
+            load_policy(
+                cfg.model,
+                runtime,
+                trainable=trainable,
+                tokenizer=self.tokenizer,
+                backend=cfg.backend,
+            )
+            for trainable in (True, False)
         )
-        self.policy = load_policy(cfg.model, runtime, trainable=True, backend=cfg.backend)
-        check_vocabulary(self.tokenizer, self.policy.lm, cfg.model)
-        self.reference = load_policy(cfg.model, runtime, trainable=False, backend=cfg.backend)
         self.reward_model = load_reward_model(cfg.reward_model, runtime, trainable=False)
         self.value_model = load_reward_model(cfg.reward_model, runtime, trainable=True)
+        self.value_tokenizer = with_pad(value_tokenizer, self.value_model.model)
         self.reward_scale = 1 / self.reward_model.std if cfg.scale_reward else 1.0
         with torch.no_grad():  # values predict the scaled reward
             self.value_model.model.score.weight.mul_(self.reward_scale)
@@ -165,17 +175,13 @@ class Trainer:
         context = context_length(self.policy.config)
         self.rows = data.read_rows(cfg.prompts, {"prompt": str}, "prompts")
         what = f"prompts {cfg.prompts!r}"
-        self.prompts = data.encode_prompts(
-            self.rows, self.tokenizer, context, cfg.max_new_tokens, what
-        )
+        self.prompts = data.encode_prompts(self.rows, self.text, context, cfg.max_new_tokens, what)
         self.order = data.Shuffle(len(self.prompts), cfg.seed)
         self.windows: list[data.Example] = []
         if cfg.ptx_coef > 0:
             length = data.window_length(cfg.ptx_length, context, "ptx_length")
             documents = data.read_text(cfg.text)
-            self.windows = data.text_windows(
-                documents, self.tokenizer, length, f"text {cfg.text!r}"
-            )
+            self.windows = data.text_windows(documents, self.text, length, f"text {cfg.text!r}")
         longest = [len(p) + cfg.max_new_tokens for p in self.prompts]
         require_fit(longest, cfg.max_tokens, "prompts + max_new_tokens")
         reward_context = context_length(self.reward_model.config)
@@ -198,6 +204,7 @@ class Trainer:
         self.reward_model = runtime.prepare_frozen(self.reward_model)
         self.ema = EMA(self.policy, cfg.ema_decay) if cfg.ema_decay > 0 else None
         self.sampler = HFSampler(self.policy, self.tokenizer)
+        self.text.note_ends(self.sampler.ends)
         # What a checkpoint holds.
         self.parts = {
             "policy": self.policy,
@@ -224,12 +231,16 @@ class Trainer:
         chosen = self.order.take(cfg.batch)[runtime.rank :: runtime.world]
         prompts = [self.prompts[i] for i in chosen]
         seed = [cfg.seed, iteration, runtime.rank]
-        samples = self.sampler.generate(
-            prompts,
-            max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.temperature,
-            seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
-        )
+        try:
+            samples = self.sampler.generate(
+                prompts,
+                max_new_tokens=cfg.max_new_tokens,
+                temperature=cfg.temperature,
+                seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
+            )
+        except NonFiniteLogits:
+            run.check(iteration + 1, {"the log-prob of a sampled token": math.nan})
+            raise
         clock.append(time.perf_counter())
 
         # Train mode, so that old log-probs come from the same code as in the update. Dropout is 0.
@@ -238,7 +249,8 @@ class Trainer:
         count = cfg.batch // cfg.minibatch
         packed = rollout.split(prompts, samples, count, cfg.max_tokens, runtime, seed)
         scored = [self._score(part) for part in packed]
-        metrics = rollout.metrics(scored, samples, runtime, self._labels(chosen, samples))
+        labels = self._labels(chosen, prompts, samples)
+        metrics = rollout.metrics(scored, samples, runtime, labels)
         rewards = self._rewards(scored, samples)
         minibatches, kl = rollout.add_advantages(scored, rewards, runtime, cfg)
         if run.terminal.prints(iteration + 1):
@@ -286,11 +298,12 @@ class Trainer:
             rewards[~torch.tensor(samples.finished)] = self.cfg.missing_eos_score
         return rewards
 
-    def _labels(self, chosen: list[int], samples: Samples) -> Sequence[float] | None:
+    def _labels(
+        self, chosen: list[int], prompts: list[list[int]], samples: Samples
+    ) -> Sequence[float] | None:
         if self.labeler is None:
             return None
-        tokens = [t.tolist() for t in samples.tokens]
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        texts = self.text.decode(prompts, samples.tokens, samples.finished)
         return self.labeler([self.rows[i] for i in chosen], texts)
 
     def _update_minibatch(
@@ -363,7 +376,7 @@ class Trainer:
         """Write the averaged policy and the value model."""
         if self.ema is not None:
             self.ema.copy_to(self.policy)
-        run.save_model(self.value_model.model, self.tokenizer, run.out / "value")
+        run.save_model(self.value_model.model, self.value_tokenizer, run.out / "value")
         kept = ("reward/rm", "reward/labeler", "kl/reference", "ptx/loss")
         summary = {name: run.metrics[name] for name in kept if name in run.metrics}
         return run.finish(self.policy.lm, self.tokenizer, summary)
@@ -379,6 +392,7 @@ def _check(cfg: PPOConfig, runtime: Runtime) -> None:
         raise UserError("ptx_coef > 0 needs text: expected a file of pretraining text, got nothing")
     if cfg.temperature <= 0:
         raise UserError(f"temperature: expected a positive number, got {cfg.temperature}")
+    check_temperature(cfg.temperature)
     if cfg.batch % cfg.minibatch or cfg.minibatch % runtime.world:
         raise UserError(
             f"batch {cfg.batch} must be a multiple of minibatch {cfg.minibatch}, "

@@ -16,17 +16,19 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from fastrlhf.errors import UserError
 from fastrlhf.train import data
-from fastrlhf.train.models import check_vocabulary, load_tokenizer, policy_from_config
+from fastrlhf.train.models import load_tokenizer, policy_from_config
 from fastrlhf.train.optim import OptimConfig, Optimizers, cosine
 from fastrlhf.train.run import OutputConfig, Run
 from fastrlhf.train.runtime import PRECISIONS, Runtime, RuntimeConfig
 from fastrlhf.train.steps import mean_nll, nll_backward, require_fit
+from fastrlhf.train.text import TextConfig, TextEncoder
+from fastrlhf.train.vocabulary import Vocabulary
 
 EOS, PAD = "<|end|>", "<|pad|>"
 
 
 @dataclass
-class PretrainConfig(OptimConfig, RuntimeConfig, OutputConfig):
+class PretrainConfig(OptimConfig, RuntimeConfig, TextConfig, OutputConfig):
     """Settings of the pretrain stage."""
 
     text: str = ""  # training text: .txt(.gz), or .jsonl(.gz) with "text"
@@ -34,7 +36,9 @@ class PretrainConfig(OptimConfig, RuntimeConfig, OutputConfig):
     tokenizer: str = ""  # folder with a tokenizer; empty: train one
     vocab_size: int = 1024  # vocabulary size of a trained tokenizer
     tokenizer_text: list[str] = field(default_factory=list)  # more text to train the tokenizer on
-    special_tokens: list[str] = field(default_factory=list)  # strings that are one token each
+    special_tokens: list[str] = field(
+        default_factory=list
+    )  # strings that are one token each, see parse_special_tokens
     hidden_size: int = 128  # hidden size
     intermediate_size: int = 384  # width of the MLP
     layers: int = 4  # transformer layers
@@ -63,19 +67,23 @@ def main(cfg: PretrainConfig) -> dict:
         tokenizer = (
             load_tokenizer(cfg.tokenizer) if cfg.tokenizer else _train_tokenizer(cfg, documents)
         )
-        windows = data.text_windows(documents, tokenizer, cfg.context, f"text {cfg.text!r}")
+        text = TextEncoder(tokenizer, cfg.parse_special_tokens)
+        windows = data.text_windows(documents, text, cfg.context, f"text {cfg.text!r}")
         valid = None
         if cfg.valid_text:
             valid = data.text_windows(
-                data.read_text(cfg.valid_text), tokenizer, cfg.context, f"text {cfg.valid_text!r}"
+                data.read_text(cfg.valid_text), text, cfg.context, f"text {cfg.valid_text!r}"
             )
         require_fit([cfg.context], cfg.max_tokens, "windows (context)")
-        policy = policy_from_config(_llama(cfg, tokenizer), runtime, cfg.backend)
-        check_vocabulary(tokenizer, policy.lm, "pretrain")
+        vocabulary = Vocabulary.of(tokenizer)
+        policy = policy_from_config(
+            _llama(cfg, tokenizer, vocabulary.size), runtime, cfg.backend, vocabulary
+        )
         optimizer = Optimizers(policy, cfg)
         order = data.Shuffle(len(windows), cfg.seed)
         module = runtime.prepare(policy, optimizer)
 
+        run.say(text.notes)
         module.train()
         parts = {"model": policy, "optimizer": optimizer, "order": order}
         for step in run.steps(cfg.steps, parts):
@@ -161,14 +169,14 @@ def _train_tokenizer(cfg: PretrainConfig, documents: list[str]) -> PreTrainedTok
     )
 
 
-def _llama(cfg: PretrainConfig, tokenizer) -> LlamaConfig:
+def _llama(cfg: PretrainConfig, tokenizer, rows: int) -> LlamaConfig:
     if cfg.hidden_size % (2 * cfg.heads):
         raise UserError(
             f"hidden_size: expected a multiple of 2 * heads = {2 * cfg.heads} (rotary embeddings "
             f"rotate pairs), got {cfg.hidden_size}"
         )
     return LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=rows,
         hidden_size=cfg.hidden_size,
         intermediate_size=cfg.intermediate_size,
         num_hidden_layers=cfg.layers,
@@ -176,7 +184,7 @@ def _llama(cfg: PretrainConfig, tokenizer) -> LlamaConfig:
         num_key_value_heads=cfg.heads,
         max_position_embeddings=cfg.context,
         tie_word_embeddings=True,
-        bos_token_id=None,
+        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

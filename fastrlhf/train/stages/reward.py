@@ -32,10 +32,12 @@ from fastrlhf.train.packing import collate
 from fastrlhf.train.run import OutputConfig, Run
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
 from fastrlhf.train.steps import micro_batches, require_fit, score_sequences
+from fastrlhf.train.text import TextConfig, TextEncoder
+from fastrlhf.train.vocabulary import with_pad
 
 
 @dataclass
-class RewardConfig(OptimConfig, RuntimeConfig, OutputConfig):
+class RewardConfig(OptimConfig, RuntimeConfig, TextConfig, OutputConfig):
     """Settings of the reward stage; the defaults are those of the paper's 6B reward model."""
 
     model: str = ""  # folder of the language model that the reward model starts from
@@ -70,17 +72,19 @@ def main(cfg: RewardConfig) -> dict:
         tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
         reward_model = reward_model_from_policy(cfg.model, runtime, cfg.seed)
         check_vocabulary(tokenizer, reward_model.model, cfg.model)
+        tokenizer = with_pad(tokenizer, reward_model.model)
+        text = TextEncoder(tokenizer, cfg.parse_special_tokens)
         set_dropout(reward_model, 0.0)
         context = context_length(reward_model.config)
-        train = _comparisons(cfg.rankings, tokenizer, context)
-        valid = _comparisons(cfg.valid_rankings, tokenizer, context) if cfg.valid_rankings else None
+        train = _comparisons(cfg.rankings, text, context)
+        valid = _comparisons(cfg.valid_rankings, text, context) if cfg.valid_rankings else None
         demos = []
         if cfg.demonstrations:
             rows = data.read_rows(
                 cfg.demonstrations, {"prompt": str, "completion": str}, "demonstrations"
             )
             what = f"demonstrations {cfg.demonstrations!r}"
-            demos = [e.tokens for e in data.encode_examples(rows, tokenizer, context, what)]
+            demos = [e.tokens for e in data.encode_examples(rows, text, context, what)]
         usable = [c for c in train if len(set(c.ranks)) > 1]
         if not usable:
             raise UserError(
@@ -94,6 +98,7 @@ def main(cfg: RewardConfig) -> dict:
         order = data.Shuffle(len(usable), cfg.seed)
         module = runtime.prepare(reward_model, optimizer)
 
+        run.say(text.notes)
         module.train()
         parts = {"model": reward_model, "optimizer": optimizer, "order": order}
         for step in run.steps(steps, parts):
@@ -172,10 +177,10 @@ def _score(module, comparisons: list[Comparison], max_tokens: int) -> list[np.nd
     return np.split(flat, np.cumsum([len(c.ranks) for c in comparisons])[:-1])
 
 
-def _comparisons(path: str, tokenizer, context: int) -> list[Comparison]:
+def _comparisons(path: str, text: TextEncoder, context: int) -> list[Comparison]:
     rows = data.read_rankings(path)
-    flat = [{"prompt": r["prompt"], "completion": text} for r in rows for text in r["completions"]]
-    tokens = iter(data.encode_examples(flat, tokenizer, context, f"rankings {path!r}, completion"))
+    flat = [{"prompt": r["prompt"], "completion": c} for r in rows for c in r["completions"]]
+    tokens = iter(data.encode_examples(flat, text, context, f"rankings {path!r}, completion"))
     return [
         Comparison([next(tokens).tokens for _ in row["completions"]], row["ranks"]) for row in rows
     ]

@@ -14,7 +14,6 @@ from fastrlhf.errors import UserError
 from fastrlhf.train import data
 from fastrlhf.train.config import require_paths
 from fastrlhf.train.models import (
-    check_vocabulary,
     context_length,
     load_policy,
     load_tokenizer,
@@ -24,10 +23,11 @@ from fastrlhf.train.optim import OptimConfig, Optimizers, cosine
 from fastrlhf.train.run import OutputConfig, Run
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
 from fastrlhf.train.steps import mean_nll, nll_backward, require_fit
+from fastrlhf.train.text import TextConfig, TextEncoder
 
 
 @dataclass
-class SFTConfig(OptimConfig, RuntimeConfig, OutputConfig):
+class SFTConfig(OptimConfig, RuntimeConfig, TextConfig, OutputConfig):
     """Settings of the sft stage; the defaults are those of the paper's 1.3B SFT model."""
 
     model: str = ""  # folder of the base model
@@ -52,13 +52,15 @@ def main(cfg: SFTConfig) -> dict:
     _check(cfg)
     with Run(cfg, "sft", runtime) as run:
         tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
-        policy = load_policy(cfg.model, runtime, trainable=True, backend=cfg.backend)
-        check_vocabulary(tokenizer, policy.lm, cfg.model)
+        policy = load_policy(
+            cfg.model, runtime, trainable=True, tokenizer=tokenizer, backend=cfg.backend
+        )
+        text = TextEncoder(tokenizer, cfg.parse_special_tokens)
         set_dropout(policy, cfg.dropout)
         context = context_length(policy.config)
-        examples = _examples(cfg, cfg.demonstrations, tokenizer, context)
+        examples = _examples(cfg, cfg.demonstrations, text, context)
         valid = (
-            _examples(cfg, cfg.valid_demonstrations, tokenizer, context)
+            _examples(cfg, cfg.valid_demonstrations, text, context)
             if cfg.valid_demonstrations
             else None
         )
@@ -66,7 +68,7 @@ def main(cfg: SFTConfig) -> dict:
         if cfg.pretrain_mix > 0:
             length = data.window_length(cfg.pretrain_length, context, "pretrain_length")
             windows = data.text_windows(
-                data.read_text(cfg.text), tokenizer, length, f"text {cfg.text!r}"
+                data.read_text(cfg.text), text, length, f"text {cfg.text!r}"
             )
         for part, what in (
             (examples, "demonstrations"),
@@ -81,6 +83,7 @@ def main(cfg: SFTConfig) -> dict:
         text_order = data.Shuffle(max(1, len(windows)), cfg.seed + 1)
         module = runtime.prepare(policy, optimizer)
 
+        run.say(text.notes)
         module.train()
         parts = {
             "model": policy,
@@ -127,7 +130,7 @@ def _check(cfg: SFTConfig) -> None:
         )
 
 
-def _examples(cfg: SFTConfig, path: str, tokenizer, context: int) -> list[data.Example]:
+def _examples(cfg: SFTConfig, path: str, text: TextEncoder, context: int) -> list[data.Example]:
     rows = data.read_rows(path, {"prompt": str, "completion": str}, "demonstrations")
     what = f"demonstrations {path!r}"
-    return data.encode_examples(rows, tokenizer, context, what, full_loss=cfg.loss_on == "full")
+    return data.encode_examples(rows, text, context, what, full_loss=cfg.loss_on == "full")

@@ -32,11 +32,12 @@ PREFLIGHT := build/preflight
 ORACLES := build/oracles
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs test test-isa fuzz bench bench-docs bench-update budgets traffic wheels gpu gpu-quick preflight check fmt clean
+.PHONY: help install demo docs test nightly test-isa fuzz bench bench-docs bench-update budgets traffic wheels gpu gpu-quick preflight check fmt clean
 
 help:
 	@echo "make demo       align the shipped tiny model end to end and write its report (minutes, 2 CPU cores)"
-	@echo "make test       the whole test suite"
+	@echo "make test       the test suite"
+	@echo "make nightly    the tests that are too long for it"
 	@echo "make test-isa   the ops' CPU tests again under each lesser instruction set that this machine has"
 	@echo "make fuzz       random calls and command lines against the reference, < 20 minutes; ARGS=--quick: CI's part"
 	@echo "make docs       the documentation site in build/docs, from docs/ and the docstrings; needs Python 3.11"
@@ -100,7 +101,10 @@ docs: $(VENV)/.stamp-docs
 	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs
 
 test: install $(VENV)/.stamp-test $(ORACLES)/.stamp-$(VERL)-$(OPENRLHF)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not nightly" $(ARGS)
+
+nightly: install $(VENV)/.stamp-test $(ORACLES)/.stamp-$(VERL)-$(OPENRLHF)
+	$(PY) -m pytest -n $(JOBS) -m nightly $(ARGS)
 
 test-isa: install $(VENV)/.stamp-test
 	$(PY) tests/isas.py $(ARGS)
@@ -148,7 +152,7 @@ preflight:
 	  --no-build-isolation -e '.[bench,demo]' $(call extra,test)
 	cd $(PREFLIGHT) && FASTRLHF_BUILD=cuda $(abspath $(VENV))-preflight/bin/python setup.py --quiet build_ext --inplace
 	cd $(PREFLIGHT) && $(abspath $(VENV))-preflight/bin/python -m fastrlhf doctor
-	cd $(PREFLIGHT) && $(abspath $(VENV))-preflight/bin/python -m pytest -m "not slow" $(ARGS)
+	cd $(PREFLIGHT) && $(abspath $(VENV))-preflight/bin/python -m pytest -m "not slow and not nightly" $(ARGS)
 
 # The kernels are compiled once, for FASTRLHF_BUILD. dist/ gets one wheel tagged py3-none, without _C, for any Python,
 # and one wheel with _C for each python3.x >= 3.10 on PATH; pip prefers the latter where it fits. A Python without its

@@ -1,6 +1,6 @@
 """Fused kernels for RLHF, and a thin PyTorch trainer that runs InstructGPT on them.
 
-Importing this package imports nothing else and touches no GPU. A public name is imported from its
+Importing this package imports no other and touches no GPU. A public name is imported from its
 op on first use, so `fastrlhf --help` prints at once.
 """
 
@@ -15,8 +15,8 @@ if sys.version_info < (3, 10):  # noqa: UP036  (pip is not the only way to get h
 
 from fastrlhf import _namespace
 
-# The releases of torch that the tests have run with.
-OLDEST_TORCH, NEWEST_TORCH = (2, 10), (2, 13)
+OLDEST_TORCH = (2, 10)
+NEWEST_TORCH = (2, 13)  # that the tests have run with
 
 # Public name -> the module that defines it.
 _HOME = {
@@ -48,14 +48,14 @@ def __getattr__(name):
         raise AttributeError(f"module 'fastrlhf' has no attribute {name!r}")
     try:
         value = getattr(importlib.import_module(_HOME[name]), name)
-    except AttributeError as error:
+    except (AttributeError, ImportError) as error:
         # The ops use parts of torch that a later release may rename.
         torch = sys.modules.get("torch")
         if torch is None or torch_release(torch.__version__) <= NEWEST_TORCH:
             raise
         raise ImportError(
-            f"fastrlhf {__version__} does not work with torch {torch.__version__}: {error}. It is tested with torch "
-            f"{_dotted(OLDEST_TORCH)} to {_dotted(NEWEST_TORCH)}"
+            f"fastrlhf {__version__} does not work with torch {torch.__version__}: {error}. It needs "
+            f"{_dotted(OLDEST_TORCH)} or later, and is tested up to {_dotted(NEWEST_TORCH)}"
         ) from error
     globals()[name] = value
     return value

@@ -5,15 +5,17 @@ programming error keeps its traceback. Only the module of the chosen command is 
 prints at once.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import os
 import sys
+import time
 import typing
 from typing import NamedTuple, NoReturn
 
 from fastrlhf import extras
-from fastrlhf.errors import UserError, did_you_mean
+from fastrlhf.errors import UserError, did_you_mean, printable
 
 
 class Command(NamedTuple):
@@ -151,7 +153,12 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
-        print(f"{prefix}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return _refuse(prefix, error)
+    except RuntimeError:
+        # A collective fails when another rank ends: repeat what that rank has said.
+        if (line := _said_by_another_rank()) is None:
+            raise
+        print(line, file=sys.stderr)
         return 2
     except OSError as error:
         if isinstance(error, BrokenPipeError):
@@ -160,11 +167,48 @@ def main(argv: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         # A full disk or missing permission: the user can fix it, like bad input.
-        print(f"{prefix}: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(prefix, error)
     except KeyboardInterrupt:
         print(f"{prefix}: interrupted", file=sys.stderr)
         return 130
+
+
+def _refuse(prefix: str, error: Exception) -> int:
+    line = f"{prefix}: error: {' '.join(printable(error).split())}"
+    print(line, file=sys.stderr)
+    if (ranks := _ranks()) is not None:
+        store = ranks.distributed_c10d._get_default_store()
+        with contextlib.suppress(RuntimeError):  # the store has ended with its rank
+            store.set(_SAID, f"{line} (rank {ranks.get_rank()})")
+            store.add(_ENDING, 1)
+    return 2
+
+
+# Keys in the store of a run of several processes: a failed rank's line, and how many ranks have printed one.
+_SAID, _ENDING = "fastrlhf/said", "fastrlhf/ending"
+_PATIENCE = 5.0  # seconds that a failed rank gives the others to repeat its line
+
+
+def _ranks():
+    """torch.distributed, if this process is a rank of a run of several."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    return distributed
+
+
+def _said_by_another_rank() -> str | None:
+    if (ranks := _ranks()) is None:
+        return None
+    store = ranks.distributed_c10d._get_default_store()
+    try:
+        if not store.check([_SAID]):
+            return None
+        line = store.get(_SAID).decode()
+        store.add(_ENDING, 1)
+        return line
+    except RuntimeError:  # the store has ended with its rank
+        return None
 
 
 def end(status: int) -> NoReturn:
@@ -174,15 +218,31 @@ def end(status: int) -> NoReturn:
     without an active exception"), and torchrun reports a run as failed that had succeeded. `Run.finish` has written
     and closed every file by then.
     """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
+    if (ranks := _ranks()) is None:
         sys.exit(status)
-    distributed.destroy_process_group()
+    store, world = ranks.distributed_c10d._get_default_store(), ranks.get_world_size()
+    ranks.destroy_process_group()  # the collective that the others wait in fails
     sys.stdout.flush()
     sys.stderr.flush()
+    if status:
+        _wait(store, world)
     os._exit(status)
+
+
+def _wait(store, world: int) -> None:
+    """Stay until all ranks have printed their line: this one's process may hold the store."""
+    deadline = time.monotonic() + _PATIENCE
+    with contextlib.suppress(RuntimeError):
+        while store.check([_SAID]) and store.add(_ENDING, 0) < world:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.05)
 
 
 def program() -> NoReturn:
     """Run the command line of this process; the entry point of `fastrlhf` and `python -m fastrlhf`."""
+    # OpenMP reads this when torch loads. Threads that spin while they wait take the cores from other processes and
+    # from each other: beside one busy process on two cores, a PPO iteration of the demo took 60 times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path or a text may not fit the encoding
     end(main())

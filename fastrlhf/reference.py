@@ -172,14 +172,16 @@ def masked_whiten(x, *, cu_seqlens=None, mask=None, shift_mean=True, unbiased=Tr
     x = upcast(x)
     keep = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
     count = keep.sum()
-    # Sums are of x - max(x): equal elements have mean x and no variance, whatever their size.
-    largest = x.masked_fill(~keep, -torch.inf).max() if x.numel() else x.sum()
-    shifted = (x - largest).masked_fill(~keep, 0.0)
-    mean = shifted.sum() / count.clamp(min=1)
-    centered = (shifted - mean).masked_fill(~keep, 0.0)
+    mean = x.masked_fill(~keep, 0.0).sum() / count.clamp(min=1)
+    if (
+        x.numel()
+    ):  # equal elements are their mean, whatever their size; the sum would round, or overflow
+        smallest = x.masked_fill(~keep, torch.inf).min()
+        mean = torch.where(smallest == x.masked_fill(~keep, -torch.inf).max(), smallest, mean)
+    centered = (x - mean).masked_fill(~keep, 0.0)
     variance = (centered * centered).sum() / (count - int(unbiased)).clamp(min=1)
     out = centered * torch.rsqrt(variance + WHITEN_EPS)
-    return (out if shift_mean else out + (largest + mean)).masked_fill(~keep, 0.0)
+    return (out if shift_mean else out + mean).masked_fill(~keep, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------

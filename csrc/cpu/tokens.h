@@ -23,13 +23,13 @@ constexpr int64_t kBlock = 1024;
 constexpr int64_t kGrainBlocks = 12;
 constexpr int64_t kGrainTokens = kGrainBlocks * kBlock;
 
-// keep ? a : b for a mask byte, without a branch: ragged masks mispredict. A kept byte need not be 1:
-// a bool view of a numpy array may hold any value.
+// keep ? a : b for a mask byte, without a branch: ragged masks mispredict. A kept byte need not be
+// 1: a bool view of a numpy array may hold any value.
 template <typename A>
 RL_INLINE A blend(uint8_t keep, A a, A b) {
   using Bits = std::conditional_t<std::is_same_v<A, double>, uint64_t, uint32_t>;
-  const Bits other = std::bit_cast<Bits>(b);
-  return std::bit_cast<A>(other ^ ((other ^ std::bit_cast<Bits>(a)) & (Bits{0} - Bits{keep != 0})));
+  const Bits kept = std::bit_cast<Bits>(a), masked = Bits{0} - Bits{keep == 0};
+  return std::bit_cast<A>(kept ^ ((kept ^ std::bit_cast<Bits>(b)) & masked));
 }
 
 // A 1-d or 2-d float tensor of tokens.

@@ -2,7 +2,7 @@
 
 import platform
 import shlex
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -292,4 +292,4 @@ def _on_this_device(runtime: Runtime) -> dict:
 
 def _changed(cfg) -> dict:
     fresh = type(cfg)()
-    return {key: value for key, value in vars(cfg).items() if value != getattr(fresh, key)}
+    return {key: value for key, value in asdict(cfg).items() if value != getattr(fresh, key)}

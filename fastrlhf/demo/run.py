@@ -11,7 +11,7 @@ Each stage runs as its command does, with its section of the recipe, and writes 
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -57,13 +57,15 @@ class DemoConfig(RuntimeConfig):
 
 def main(cfg: DemoConfig) -> dict:
     """Run the demo, write `out`/report.json and `out`/report.html, and return the content of the report."""
-    with _folder(cfg) as out:
-        config.save_resolved(cfg, out / MARK)
-        return _run(cfg, out)
-
-
-def _run(cfg: DemoConfig, out: Path) -> dict:
+    folder = _folder(cfg)
     runtime = Runtime(cfg)
+    runtime.require_one_process("demo")
+    with folder as out:
+        config.save_resolved(cfg, out / MARK)
+        return _run(cfg, out, runtime)
+
+
+def _run(cfg: DemoConfig, out: Path, runtime: Runtime) -> dict:
     clock = Clock(cfg)
     base = str(HERE / "base")
     if cfg.from_scratch:
@@ -164,7 +166,7 @@ class Clock:
 def _folder(cfg: DemoConfig) -> OutputFolder:
     """Check all settings; return the output folder, which is not yet created or emptied."""
     config.check_ranges(cfg)
-    folder = OutputFolder(cfg.out, MARK, overwrite=cfg.overwrite, inputs=asdict(cfg))
+    folder = OutputFolder(cfg.out, MARK, overwrite=cfg.overwrite, inputs=config.paths(cfg))
     if not 2 <= cfg.completions_low <= cfg.completions_high:
         raise UserError(
             f"completions_low and completions_high: expected 2 <= low <= high, "

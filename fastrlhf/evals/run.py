@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,15 +10,18 @@ from pathlib import Path
 
 import numpy as np
 
-from fastrlhf.errors import UserError
+from fastrlhf.errors import UserError, printable
 from fastrlhf.evals import bleu, kl, lm_loss, reward_accuracy, slots, winrate
 from fastrlhf.evals.intervals import mean_interval
-from fastrlhf.train import data, models
-from fastrlhf.train.files import replace_text
+from fastrlhf.train import config, data, models
+from fastrlhf.train.files import PARTIAL, replace_text
+from fastrlhf.train.folder import refuse_input_inside
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
 from fastrlhf.train.sampler import HFSampler, check_temperature
 from fastrlhf.train.steps import score_sequences, token_logprobs
 from fastrlhf.train.text import TextConfig, TextEncoder, check_same_ends
+
+CONTENT = ("model", "figures", "samples")  # keys of the file that `out` names
 
 
 @dataclass
@@ -145,8 +149,20 @@ def _evaluate_samples(
     return [{"prompt": p, "completion": t} for p, t in zip(labels, texts, strict=True)]
 
 
-def _pair_accuracy(cfg: EvalConfig, reward_model, text: TextEncoder, context: int) -> dict:
-    rows = data.read_rankings(cfg.rankings)
+def _rankings(path: str) -> list[dict]:
+    rows = data.read_rankings(path)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("criterion", ""), str):
+            got = type(row["criterion"]).__name__
+            raise UserError(f"rankings {path!r}, row {number}: criterion: expected str, got {got}")
+    if all(len(set(row["ranks"])) == 1 for row in rows):
+        raise UserError(f"rankings {path!r}: no two completions of a prompt have different ranks")
+    return rows
+
+
+def _pair_accuracy(
+    cfg: EvalConfig, rows: list[dict], reward_model, text: TextEncoder, context: int
+) -> dict:
     flat = [{"prompt": r["prompt"], "completion": c} for r in rows for c in r["completions"]]
     examples = data.encode_examples(flat, text, context, f"rankings {cfg.rankings!r}")
     scores = iter(score_sequences(reward_model, [e.tokens for e in examples], cfg.max_tokens))
@@ -154,10 +170,12 @@ def _pair_accuracy(cfg: EvalConfig, reward_model, text: TextEncoder, context: in
     return reward_accuracy.evaluate(rows, seed=cfg.seed)
 
 
-def _evaluate_text(cfg: EvalConfig, model: _Model, baseline: _Model | None, result: dict) -> None:
-    length = cfg.window or model.context
+def _evaluate_text(
+    cfg: EvalConfig, documents: list[str], model: _Model, baseline: _Model | None, result: dict
+) -> None:
+    length = data.window_length(cfg.window, model.context, "window")
     what = f"text {cfg.text!r}"
-    windows = data.text_windows(data.read_text(cfg.text), model.text, length, what)
+    windows = data.text_windows(documents, model.text, length, what)
     parts = [w.tokens.tolist() for w in windows]
     ours = lm_loss.window_sums(parts, model.token_nll)
     result["text_loss"] = lm_loss.evaluate(ours, seed=cfg.seed)["loss"]
@@ -178,10 +196,33 @@ def _check(cfg: EvalConfig) -> None:
         raise UserError(
             f"samples, limit: expected >= 1 and >= 0, got {cfg.samples} and {cfg.limit}"
         )
-    if cfg.out and Path(cfg.out).exists() and not cfg.overwrite:
-        raise UserError(f"out {cfg.out!r} exists; give --overwrite to replace it")
+    if cfg.out:
+        _check_out(cfg)
     if cfg.judge:
         load_judge(cfg.judge)
+
+
+def _check_out(cfg: EvalConfig) -> None:
+    """Raise UserError unless `out` can be written and holds nothing but an earlier evaluation."""
+    out = Path(cfg.out)
+    if "\0" in cfg.out or out.is_dir():
+        raise UserError(f"out: expected a file to write, got {cfg.out!r}")
+    for name, paths in config.paths(cfg).items():
+        for target in (out, out.with_name(out.name + PARTIAL)):
+            refuse_input_inside(target, name, paths)
+    folder = next(p for p in out.absolute().parents if p.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"out {cfg.out!r}: nothing can be written to {str(folder)!r}")
+    if not out.exists():
+        return
+    if not cfg.overwrite:
+        raise UserError(f"out {cfg.out!r} exists; give --overwrite to replace it")
+    try:
+        earlier = json.loads(out.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        earlier = None
+    if not isinstance(earlier, dict) or set(earlier) != set(CONTENT):
+        raise UserError(f"out {cfg.out!r} is no result of eval, so --overwrite does not replace it")
 
 
 def main(cfg: EvalConfig) -> dict:
@@ -191,7 +232,11 @@ def main(cfg: EvalConfig) -> dict:
         {figure: interval}; MEANING describes the figures.
     """
     _check(cfg)
+    # Read before the models: a damaged file must not cost the samples.
+    documents = data.read_text(cfg.text) if cfg.text else []
+    rankings = _rankings(cfg.rankings) if cfg.rankings else []
     runtime = Runtime(cfg)
+    runtime.require_one_process("eval")
     model = _Model(cfg.model, cfg, runtime)
     baseline = _Model(cfg.baseline, cfg, runtime) if cfg.baseline else None
     if baseline:
@@ -207,20 +252,19 @@ def main(cfg: EvalConfig) -> dict:
     if cfg.prompts:
         samples = _evaluate_samples(cfg, model, baseline, reward_model, result)
     if cfg.text:
-        _evaluate_text(cfg, model, baseline, result)
+        _evaluate_text(cfg, documents, model, baseline, result)
     if cfg.rankings:
-        accuracy = _pair_accuracy(cfg, reward_model, model.text, model.context)
+        accuracy = _pair_accuracy(cfg, rankings, reward_model, model.text, model.context)
         for criterion, figures in accuracy.items():
             for key in ("accuracy", "longer"):
                 result[f"pair_{key}/{criterion}"] = figures[key]
-    if runtime.is_main:
-        for note in model.text.notes:
-            print(f"eval: {note}")
-    _print(cfg, result, samples)
     if cfg.out:
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-        content = {"model": cfg.model, "figures": result, "samples": samples}
+        content = dict(zip(CONTENT, (cfg.model, result, samples), strict=True))
         replace_text(Path(cfg.out), json.dumps(content, ensure_ascii=False, indent=1))
+    for note in model.text.notes:
+        print(printable(f"eval: {note}"))
+    _print(cfg, result, samples)
     return result
 
 
@@ -250,16 +294,19 @@ MEANING = {
 def _print(cfg: EvalConfig, result: dict, samples: Sequence[dict]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
-    table = Table(title=f"evaluation of {cfg.model}")
+    table = Table(title=Text(printable(f"evaluation of {cfg.model}")))
     table.caption = "n: number of prompts or text windows that the interval is over"
     for column in ("figure", "value", "95 % interval", "n", "meaning"):
         table.add_column(column, justify="left" if column in ("figure", "meaning") else "right")
     for name, found in result.items():
         interval = f"{found['low']:.4g} to {found['high']:.4g}"
         meaning = MEANING.get(name.partition("/")[0], "")
-        table.add_row(name, f"{found['mean']:.4g}", interval, str(found["n"]), meaning)
+        figure = Text(printable(name))  # may hold a criterion of the rankings
+        table.add_row(figure, f"{found['mean']:.4g}", interval, str(found["n"]), meaning)
     console.print(table)
     for row in samples[: 3 * cfg.samples : cfg.samples]:
-        console.print(f"{row['prompt']} [bold]{row['completion']}[/]", highlight=False)
+        prompt, completion = printable(row["prompt"]), printable(row["completion"])
+        console.print(Text.assemble(prompt, " ", (completion, "bold")))

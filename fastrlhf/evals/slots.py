@@ -3,6 +3,7 @@
 A judge maps a sentence to a `Judgement`, or to a number if it does not compare slots.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -35,7 +36,7 @@ class Value:
 def judgement(found: object) -> Judgement:
     """Convert what a judge returned to a `Judgement`; ValueError if it is neither that nor a number."""
     if isinstance(found, Real) and not isinstance(found, bool):
-        return Value(float(found))
+        found = Value(float(found))
     lists = [getattr(found, name, None) for name in ("covered", "missing", "invented")]
     value = getattr(found, "value", None)
     if not all(isinstance(x, Sequence) for x in lists) or not isinstance(value, Real):
@@ -43,6 +44,8 @@ def judgement(found: object) -> Judgement:
             "expected a number, or an object with a number `value` and lists `covered`, `missing` and "
             f"`invented`; got {type(found).__name__}"
         )
+    if not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {value}")
     return found
 
 

@@ -37,8 +37,8 @@ def tensor(op: str, name: str, value: object) -> None:
         # The kernels would read one rank's part of it.
         raise TypeError(
             f"{op}: {name} must be a plain tensor; got a DTensor {tuple(value.shape)} with placements "
-            f"{value.placements}. Pass {name}.full_tensor(), or under FSDP2 (fully_shard) call {op} inside the "
-            "forward of the module that owns the parameter, where it is gathered"
+            f"{value.placements}. Under FSDP2 (fully_shard) call {op} inside the forward of the module "
+            f"that owns {name}, where it is gathered, or pass {name}.full_tensor()"
         )
     if value.layout is not torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else str(value.layout)
@@ -127,7 +127,7 @@ def word(op: str, name: str, value: object, words: tuple[str, ...]) -> None:
 
 def readable(x: Tensor) -> bool:
     """Whether a check may read values of `x`: a GPU would be waited for; a tracer and a fake tensor have none."""
-    return x.is_cpu and not torch.compiler.is_compiling() and not valueless(x)
+    return x.is_cpu and not torch.compiler.is_compiling() and (type(x) in _PLAIN or not is_fake(x))
 
 
 def valueless(x: Tensor) -> bool:

@@ -256,7 +256,7 @@ def differentiable(
 
 
 def _node(body, op, wrt, gives, setup, backward, create_graph, backend):
-    nothing = (None,) * (len(wrt) + 2)
+    nothing, named = (None,) * (len(wrt) + 2), isinstance(op, str)
 
     # Other arguments and constant outputs bypass autograd, which spends time on each.
     def forward(ctx, *inputs):
@@ -264,7 +264,8 @@ def _node(body, op, wrt, gives, setup, backward, create_graph, backend):
         outputs = body(*arguments)
         ctx.set_materialize_grads(False)
         ctx.backend = backend
-        ctx.op = op if isinstance(op, str) else op(arguments)
+        if not named:
+            ctx.op = op(arguments)
         if setup is not None:
             setup(ctx, arguments, outputs)
         if isinstance(outputs, Tensor):
@@ -274,18 +275,18 @@ def _node(body, op, wrt, gives, setup, backward, create_graph, backend):
 
     def node_backward(ctx, *grads):
         if backward is None:
-            refuse_second_order(ctx.op)
+            refuse_second_order(op if named else ctx.op)
         for grad in grads:
             if grad is not None:
                 break
         else:
             return nothing
         if not create_graph and torch.is_grad_enabled():
-            refuse_second_order(ctx.op, "; got create_graph=True")
+            refuse_second_order(op if named else ctx.op, "; got create_graph=True")
         return *backward(ctx, *grads), None, None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(node_backward)}
-    name = op if isinstance(op, str) else body.__name__
+    name = op if named else body.__name__
     node = type(Function)(name, (Function,), methods)
     # Function.apply in Python handles torch.func and setup_context, which do not occur here.
     node.apply = super(Function, node).apply

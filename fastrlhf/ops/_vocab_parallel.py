@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastrlhf.ops import _agreement
 from fastrlhf.ops._gemms import as_parameters, gemms_for
 from fastrlhf.ops._linear import Gradients, Head, add_gradients
 from fastrlhf.ops._register import differentiable, without_autocast
@@ -38,37 +39,49 @@ def logprob(*arguments):
 
 @torch.compiler.disable
 def check_group(op: str, group: object, hidden: Tensor, weight: Tensor) -> int:
-    """V, if the shards of all ranks have the same size; a collective."""
+    """V. That the shards of all ranks have the same size is compared before the op's first collective."""
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"{op}: process_group must be a torch.distributed.ProcessGroup that this rank belongs to "
             f"(of a DeviceMesh: mesh.get_group()); got {type(group).__name__}"
         )
+    rows = hidden.shape[:-1].numel()
+    dtypes = [_DTYPES.index(x.dtype) for x in (hidden, weight)]
     # On a GPU reading the shapes is a host sync, so each shape is compared once.
     if hidden.device.type == "cpu":
-        _same_shapes(op, group, weight.device, (hidden.shape[:-1].numel(), *weight.shape))
+        numbers = (rows, *weight.shape, *dtypes)
+        _agreement.before_collectives(
+            functools.partial(_same_operands, op, group, weight.device, numbers)
+        )
     else:
-        _same_shapes_once(op, group, weight.device, (0, *weight.shape))
+        _same_operands_once(op, group, weight.device, (0, *weight.shape, *dtypes))
     return weight.shape[0] * group.size()
 
 
-def _same_shapes(op: str, group, device: torch.device, shape: tuple[int, int, int]) -> None:
-    mine = torch.tensor(shape, device=device)
-    every = _gather(mine, group).tolist()
-    shards = [v for _, v, _ in every]
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _same_operands(op: str, group, device: torch.device, numbers: tuple[int, ...]) -> None:
+    every = _agreement.compared(numbers, device, group)
+    shards = [v for _, v, *_ in every]
     if len(set(shards)) > 1:
         raise ValueError(
             f"{op}: weight must have V / {group.size()} rows on every rank of process_group "
             f"(pad the vocabulary to a multiple of {group.size()}); got {shards} rows"
         )
-    if any(one != every[0] for one in every):
+    if any(one[:3] != every[0][:3] for one in every):
         raise ValueError(
             f"{op}: hidden must be the same on every rank of process_group; "
-            f"got (rows, features) {[(n, h) for n, _, h in every]}"
+            f"got (rows, features) {[(n, h) for n, _, h, *_ in every]}"
+        )
+    if any(one != every[0] for one in every):
+        raise ValueError(
+            f"{op}: hidden and weight must have the same dtypes on every rank of process_group; "
+            f"got {[(_DTYPES[x], _DTYPES[w]) for *_, x, w in every]}"
         )
 
 
-_same_shapes_once = functools.lru_cache(maxsize=256)(_same_shapes)
+_same_operands_once = functools.lru_cache(maxsize=256)(_same_operands)
 
 
 def _forward(hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest):
@@ -92,9 +105,8 @@ def _setup(ctx, arguments, outputs):
 
 def _gather(mine: Tensor, group) -> Tensor:
     """[W, ...]: the tensors of all ranks, in rank order."""
-    every = mine.new_empty((group.size(), *mine.shape))
-    dist.all_gather(list(every.unbind(0)), mine, group=group)
-    return every
+    _agreement.settle()
+    return _agreement.gather(mine, group)
 
 
 @without_autocast

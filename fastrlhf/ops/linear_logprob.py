@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastrlhf import reference
 from fastrlhf.ops import _backend, _checks, token_logprob
+from fastrlhf.ops._agreement import on_all_ranks
 from fastrlhf.ops._gemms import acc_of, as_parameters, gemms_for
 from fastrlhf.ops._linear import Gradients, Head, add_gradients, statistics
 from fastrlhf.ops._register import (
@@ -24,6 +25,7 @@ OP = "linear_logprob"
 KEEP_BYTES = 24 << 20
 
 
+@on_all_ranks
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,

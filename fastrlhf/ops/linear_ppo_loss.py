@@ -8,12 +8,14 @@ from torch import Tensor
 
 from fastrlhf import reference
 from fastrlhf.ops import _backend, _checks, _linear_loss, _metrics, ppo_loss, token_loss
+from fastrlhf.ops._agreement import on_all_ranks
 from fastrlhf.ops._register import choose, needs
 from fastrlhf.reference import PPOLossOutput
 
 OP = "linear_ppo_loss"
 
 
+@on_all_ranks
 def linear_ppo_loss(
     hidden: Tensor,
     weight: Tensor,

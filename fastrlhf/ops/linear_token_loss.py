@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastrlhf import reference
 from fastrlhf.ops import _backend, _checks, _linear_loss, token_logprob
+from fastrlhf.ops._agreement import on_all_ranks
 from fastrlhf.ops._gemms import as_parameters, gemms_for
 from fastrlhf.ops._linear import Head
 from fastrlhf.ops._register import choose, needs
@@ -20,6 +21,7 @@ from fastrlhf.reference import LinearTokenLossOutput
 OP = "linear_token_loss"
 
 
+@on_all_ranks
 def linear_token_loss(
     hidden: Tensor,
     weight: Tensor,

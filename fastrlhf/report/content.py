@@ -35,7 +35,7 @@ import json
 import math
 from pathlib import Path
 
-from fastrlhf.errors import UserError
+from fastrlhf.errors import UserError, printable
 
 CONTENT = "report.json"
 LABELS = {
@@ -65,8 +65,8 @@ FIGURES = {
 
 
 def label(system: str) -> str:
-    """Display name of a system or stage."""
-    return LABELS.get(system, system)
+    """Display name of a system or stage, without control characters."""
+    return LABELS.get(system) or printable(system)
 
 
 def format_value(value: float, style: str) -> str:
@@ -89,13 +89,16 @@ def format_interval(interval: dict, style: str) -> str:
 
 def duration(seconds: float) -> str:
     """Format a duration: "45.2 s", "3 min 20 s"."""
+    if not math.isfinite(seconds):
+        return "n/a"
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # JSON's ints have no bound, and floats do.
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
 
 
 def _require(condition: bool, where: str, expected: str, got) -> None:
@@ -117,6 +120,8 @@ def _check_intervals(found, where: str) -> None:
 _SHAPES = {
     "title": (str, "text"),
     "command": (str, "text"),
+    "reference": (str, "a name"),
+    "kl_reference": (str, "a name"),
     "environment": (dict, "an object"),
     "backends": (dict, "an object"),
     "human": (dict, "an object"),
@@ -147,6 +152,8 @@ def check(content) -> dict:
     for key, (kind, expected) in _SHAPES.items():
         if key in content:
             _require(isinstance(content[key], kind), key, expected, content[key])
+    if "seconds" in content:
+        _require(_is_number(content["seconds"]), "seconds", "a number", content["seconds"])
     _check_intervals(content.get("human", {}), "human")
     for name, groups in content.get("reward_model", {}).items():
         _require(isinstance(groups, dict), f"reward_model.{name}", "an object", groups)
@@ -154,11 +161,17 @@ def check(content) -> dict:
             where = f"reward_model.{name}.{group}"
             _require(isinstance(found, dict), where, "an object", found)
             _check_intervals({k: found.get(k) for k in ("accuracy", "longer")}, where)
+            pairs = found.get("pairs", 0)
+            _require(_is_number(pairs), f"{where}.pairs", "a number", pairs)
     for i, stage in enumerate(content.get("stages", [])):
         _require(isinstance(stage, dict), f"stages[{i}]", "an object", stage)
         _require(isinstance(stage.get("name"), str), f"stages[{i}].name", "text", stage.get("name"))
         seconds = stage.get("seconds")
         _require(_is_number(seconds), f"stages[{i}].seconds", "a number", seconds)
+        log = stage.get("log", "")
+        inside = isinstance(log, str) and "\0" not in log and not Path(log).is_absolute()
+        inside = inside and ".." not in Path(log).parts
+        _require(inside, f"stages[{i}].log", "a path inside the run", log)
     for key in ("labeler", "speed"):
         for name, value in content.get(key, {}).items():
             _require(_is_number(value), f"{key}.{name}", "a number", value)
@@ -170,6 +183,10 @@ def check(content) -> dict:
         for system, output in sample["outputs"].items():
             text = output.get("text") if isinstance(output, dict) else output
             _require(isinstance(text, str), f"samples[{i}].outputs.{system}", "text", output)
+            for part in ("missing", "invented") if isinstance(output, dict) else ():
+                slots = output.get(part, [])
+                where = f"samples[{i}].outputs.{system}.{part}"
+                _require(isinstance(slots, list), where, "a list", slots)
     return content
 
 
@@ -191,10 +208,10 @@ def load(run: str | Path) -> tuple[dict, dict[str, list[dict]]]:
             f"run {str(run)!r}: no {CONTENT} there; report takes the folder of a finished "
             "`fastrlhf demo` (for a single stage: tensorboard --logdir RUN, fastrlhf eval)"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{str(path)!r}: cannot be read ({error})") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{str(path)!r}, line {error.lineno}: not JSON ({error.msg})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{str(path)!r}: cannot be read ({error})") from error
     check(content)
     logs = {s["name"]: _rows(run / s["log"]) for s in content.get("stages", []) if s.get("log")}
     return content, logs
@@ -211,10 +228,11 @@ def _rows(path: Path) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"log {str(path)!r}, line {number}: not JSON ({error.msg})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"log {str(path)!r}, line {number}: expected an object")
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            raise UserError(f"log {str(path)!r}, line {number}: not JSON ({reason})") from error
+        if not isinstance(row, dict) or not all(map(_is_number, row.values())):
+            raise UserError(f"log {str(path)!r}, line {number}: expected an object of numbers")
         rows.append(row)
     return rows
 

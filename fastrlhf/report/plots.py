@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastrlhf.report.content import DECODINGS, figure, label
+from fastrlhf.report.content import DECODINGS, figure
+from fastrlhf.report.content import label as plain_label
 
 COLORS = {
     "base": "#8b929c",
@@ -44,6 +45,8 @@ _STYLE = {
     "figure.facecolor": "none",
 }
 
+_LARGEST = 1e100  # matplotlib's axes overflow beyond; NaN compares as false
+
 # Panels: (title, y label, metrics). The first metric found is a solid line, the others are dashed.
 _LM_PANELS = (("loss", "nats per token", ("train/loss", "loss", "train/nll", "valid/loss")),)
 _REWARD_PANELS = (
@@ -61,6 +64,11 @@ _PPO_PANELS = (
     ("gradient norm", "", ("grad_norm/ppo", "grad_norm/ptx")),
     ("explained variance of the value model", "", ("value/explained_variance",)),
 )
+
+
+def label(system: str) -> str:
+    """Display name of a system, without matplotlib's mathematics."""
+    return plain_label(system).replace("$", r"\$")
 
 
 def color(system: str) -> str:
@@ -102,9 +110,18 @@ def series(rows: Sequence[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
     found = []
     for number, row in enumerate(rows, 1):
         value = row.get(metric)
-        if isinstance(value, int | float) and math.isfinite(value):
+        if isinstance(value, int | float) and abs(value) < _LARGEST:
             found.append((row.get("step", number), value))
     return tuple(np.array(found, dtype=float).reshape(-1, 2).T)
+
+
+def _points(rows: Sequence[dict], keys: Sequence[str]) -> list[list[float]]:
+    points = [[r.get(k, math.nan) for k in keys] for r in rows]
+    return [p for p in points if all(abs(x) < _LARGEST for x in p)]
+
+
+def _drawable(interval: dict | None) -> bool:
+    return bool(interval) and all(abs(interval[k]) < _LARGEST for k in ("mean", "low", "high"))
 
 
 def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
@@ -128,9 +145,10 @@ def results(content: dict) -> str | None:
             for system in systems
             for i, decoding in enumerate(DECODINGS)
         ]
-        panels.append((title, [p for p in points if p[2]]))
+        panels.append((title, points))
     losses = [(s, 0, content["results"][s].get("text_loss"), 1) for s in systems]
-    panels.append(("loss on general text, nats per token", [p for p in losses if p[2]]))
+    panels.append(("loss on general text, nats per token", losses))
+    panels = [(title, [p for p in points if _drawable(p[2])]) for title, points in panels]
     panels = [p for p in panels if p[1]]
     if not panels:
         return None
@@ -230,7 +248,7 @@ def over_kl(logs: dict[str, list[dict]]) -> str | None:
     runs = []
     for name, rows in logs.items():
         keys = ("kl/reference", "reward/rm", "reward/labeler")
-        points = [[r[k] for k in keys] for r in rows if all(k in r for k in keys)]
+        points = _points(rows, keys)
         if len(points) > 2:
             runs.append((name, np.array(points, dtype=float)))
     if not runs:
@@ -259,7 +277,7 @@ def over_optimized(rows: Sequence[dict]) -> float | None:
     Both curves are smoothed. The labeler's score must fall by more than a fifth of its range.
     """
     keys = ("kl/reference", "reward/rm", "reward/labeler")
-    points = [[r[k] for k in keys] for r in rows if all(k in r for k in keys)]
+    points = _points(rows, keys)
     if len(points) < 10:
         return None
     kl, rm, labeler = (smooth(column, 7) for column in np.array(points, dtype=float).T)

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastrlhf.errors import UserError
+from fastrlhf.errors import UserError, printable
 from fastrlhf.report.content import (
     CONTENT,
     DECODINGS,
@@ -39,6 +39,7 @@ def print_tables(content: dict, console=None) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = console or Console()
     systems, results = content["systems"], content["results"]
@@ -49,7 +50,7 @@ def print_tables(content: dict, console=None) -> None:
         table = Table(title=f"Results, {words}; 95 % intervals", box=box.SIMPLE_HEAD)
         table.add_column("")
         for system in systems:
-            table.add_column(label(system), justify="right")
+            table.add_column(Text(label(system)), justify="right")
         lines = [
             (heading, style, [figure(content, s, decoding, f) for s in systems])
             for f, (heading, style) in rows.items()
@@ -62,7 +63,7 @@ def print_tables(content: dict, console=None) -> None:
                 f"{format_value(i['mean'], style)}\n[dim]{_tight(i, style)}[/]" if i else ""
                 for i in found
             )
-            table.add_row(heading, *cells)
+            table.add_row(Text(heading), *cells)
         console.print(table)
     _print_reward(content, console)
     stages = content.get("stages", [])
@@ -71,7 +72,7 @@ def print_tables(content: dict, console=None) -> None:
         table.add_column("stage")
         table.add_column("time", justify="right")
         for stage in stages:
-            table.add_row(label(stage["name"]), duration(stage["seconds"]))
+            table.add_row(Text(label(stage["name"])), duration(stage["seconds"]))
         console.print(table)
     if {"auto", "reference"} <= content.get("speed", {}).keys():
         console.print(speed_sentence(content["speed"]), highlight=False)
@@ -84,6 +85,7 @@ def _tight(interval: dict, style: str) -> str:
 
 def _print_reward(content: dict, console) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     reward = content.get("reward_model", {})
     if not reward:
@@ -97,7 +99,8 @@ def _print_reward(content: dict, console) -> None:
                 f"{format_value(found[k]['mean'], 'percent')}\n[dim]{format_interval(found[k], 'percent')}[/]"
                 for k in ("accuracy", "longer")
             ]
-            table.add_row(JUDGES.get(name, name), group, *cells, str(found.get("pairs", "")))
+            words = (Text(printable(word)) for word in (JUDGES.get(name, name), group))
+            table.add_row(*words, *cells, str(found.get("pairs", "")))
     console.print(table)
 
 
@@ -127,4 +130,4 @@ def main(cfg: ReportConfig) -> None:
         raise UserError("run: expected a run folder, got nothing")
     path = write_page(cfg.run)
     print_tables(json.loads((Path(cfg.run) / CONTENT).read_text(encoding="utf-8")))
-    print(f"report: {path}")
+    print(f"report: {printable(path)}")

@@ -3,17 +3,21 @@
 Layout: `<folder>/step_00000012/state.pt`, a `torch.save` of
 
     {"stage": str, "step": int, "seconds": float, "metrics": {name: float},
+     "inputs": {setting: {file: [bytes, lines, SHA-256]}},
      "parts": {name: state dict},          # models, optimizers, data orders, EMA
      "rng": [{"cpu": state, "cuda": [state]} for each rank],
      "scaler": state dict}                 # fp16 only
 
-Tensors are stored unsharded, so a run can resume with another number of FSDP2 ranks.
+Tensors are stored unsharded, so a run can resume with another number of ranks.
 """
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,15 +57,36 @@ def capture(parts: Mapping[str, Part], runtime: Runtime) -> dict:
 
 
 def restore(state: dict, parts: Mapping[str, Part], runtime: Runtime) -> None:
-    """Load what `capture` returned into `parts`, this rank's random generators and the loss scaler."""
+    """Load what `capture` returned into `parts`, this rank's random generators and the loss scaler.
+
+    A rank that the interrupted run did not have keeps its generators.
+
+    Raises:
+        UserError: a part of the checkpoint is missing or does not fit.
+    """
+    with _fits(state, "the random generators"):
+        if runtime.rank < len(state["rng"]):
+            set_rng_state(state["rng"][runtime.rank])
     for name, part in parts.items():
-        if isinstance(part, nn.Module):
-            sharded.load_state_dict(part, state["parts"][name])
-        else:
-            part.load_state_dict(state["parts"][name])
+        with _fits(state, f"part {name!r}"):
+            if isinstance(part, nn.Module):
+                sharded.load_state_dict(part, state["parts"][name])
+            else:
+                part.load_state_dict(state["parts"][name])
     if runtime.scaler is not None:
-        runtime.scaler.load_state_dict(state["scaler"])
-    set_rng_state(state["rng"][runtime.rank])
+        with _fits(state, "the loss scaler"):
+            runtime.scaler.load_state_dict(state["scaler"])
+
+
+@contextmanager
+def _fits(state: dict, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"resume: {what} of the checkpoint of step {state['step']} does not fit this run ({reason})"
+        ) from error
 
 
 def save(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
@@ -72,8 +97,9 @@ def save(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{step:08d}"
+    for torn in folder.glob(".writing_*"):  # of a killed run
+        shutil.rmtree(torn, ignore_errors=True)
     scratch = folder / f".writing_{step:08d}"
-    shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     with open(scratch / FILE, "wb") as file:
         try:
@@ -112,13 +138,40 @@ def load_latest(folder: Path) -> dict | None:
         return None
     path = folder / f"step_{found[-1]:08d}" / FILE
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch.load does not read the checksums
+            if torn := archive.testzip():
+                raise ValueError(f"checksum of {torn}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        _check(state)
+        return state
     except Exception as error:  # torch raises many types for a damaged archive
         older = f"to continue from step {found[-2]}" if len(found) > 1 else "and start again"
         reason = str(error).splitlines() or ["the file is empty"]  # torch's EOFError has no message
         raise UserError(
             f"checkpoint {path} is damaged ({reason[0]}); remove {str(path.parent)!r} {older}"
         ) from error
+
+
+_KEYS = {"stage": str, "step": int, "seconds": float, "metrics": dict, "inputs": dict}
+_KEYS |= {"parts": dict, "rng": list}
+
+
+def _check(state: object) -> None:
+    if not isinstance(state, dict):
+        raise ValueError(f"expected a dict, got {type(state).__name__}")
+    for key, kind in _KEYS.items():
+        if not isinstance(state.get(key), kind) or isinstance(state[key], bool):
+            got = type(state[key]).__name__ if key in state else "nothing"
+            raise ValueError(f"{key}: expected {kind.__name__}, got {got}")
+    if state["step"] < 1 or not math.isfinite(state["seconds"]) or not state["rng"]:
+        raise ValueError(
+            f"step {state['step']} after {state['seconds']} seconds on {len(state['rng'])} ranks"
+        )
+    if not all(isinstance(value, float) for value in state["metrics"].values()):
+        raise ValueError("metrics: expected numbers")
+    for files in state["inputs"].values():
+        if not isinstance(files, dict) or any(len(found) != 3 for found in files.values()):
+            raise ValueError("inputs: expected [bytes, lines, SHA-256] of each file")
 
 
 def rng_state() -> dict:

@@ -11,6 +11,7 @@ import io
 import math
 import os
 import re
+import reprlib
 import textwrap
 import tokenize
 import types
@@ -41,6 +42,10 @@ _Loader.add_implicit_resolver(
 )
 
 
+# Beyond these a file is no configuration, and its aliases may expand without bound.
+_MAX_CHARACTERS, _MAX_VALUES = 1 << 20, 10_000
+
+
 def recipe_path(name: str) -> Path:
     """Path of the shipped recipe `name`, e.g. "quickstart"; UserError if there is none."""
     here = Path(__file__).resolve().parents[1]
@@ -67,18 +72,23 @@ def read_section(file: str, command: str, section: str | None = None) -> tuple[d
     bare = not file.endswith((".yaml", ".yml")) and os.sep not in file
     path = recipe_path(file) if bare else Path(file)
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as opened:
+            text = opened.read(_MAX_CHARACTERS + 1)
     except FileNotFoundError:
         raise UserError(f"config {path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UserError(f"config {path}: cannot be read ({error})") from None
+    if len(text) > _MAX_CHARACTERS:
+        raise UserError(f"config {path}: longer than {_MAX_CHARACTERS} characters")
     try:
         root = yaml.compose(text, Loader=_Loader)
+        if _expanded_size(root) > _MAX_VALUES:
+            raise UserError(f"{path}: more than {_MAX_VALUES} values, its aliases expanded")
         document = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = (error.problem_mark or error.context_mark).line + 1
         raise UserError(f"{path}, line {line}: malformed YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: malformed YAML: {reason}") from None
     if document is None:
@@ -104,6 +114,23 @@ def read_section(file: str, command: str, section: str | None = None) -> tuple[d
             )
     node = next((value for key, value in root.value if key.value == wanted), None)
     return document[wanted] or {}, _key_lines(node, path), path
+
+
+def _expanded_size(root: yaml.Node | None) -> float:
+    """Number of values in a YAML document, with every alias counted as what it names; infinite for a cycle."""
+    sizes: dict[int, float] = {}
+
+    def size(node) -> float:
+        if isinstance(node, tuple):
+            return sum(map(size, node))
+        if not isinstance(node, yaml.CollectionNode):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # until it is counted: a node that contains itself
+            sizes[id(node)] = 1 + sum(map(size, node.value))
+        return sizes[id(node)]
+
+    return size(root)
 
 
 def _key_lines(node: yaml.Node | None, path: Path) -> dict[str, int]:
@@ -160,7 +187,25 @@ def load(
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise UserError(f"'{name}' is missing: give --{name} or a --config file with it")
-    return config_class(**values)
+    config = config_class(**values)
+    if file is not None:
+        config.config_file = str(path)  # no field: it is an input of the run and no setting
+    return config
+
+
+def paths(config) -> dict[str, list[str]]:
+    """Existing paths among the settings, in lists too, and under "config" the file of `load`; without `out`."""
+    hints = typing.get_type_hints(type(config)) | {"config_file": str}
+    found = {}
+    for name, value in vars(config).items():
+        if name == "out" or typing.get_origin(hints.get(name)) is typing.Literal:
+            continue
+        texts = value if isinstance(value, list | tuple) else [value]
+        texts = [os.fspath(t) for t in texts if isinstance(t, str | os.PathLike) and t]
+        existing = [t for t in texts if "\0" not in t and os.path.exists(t)]
+        if existing:
+            found["config" if name == "config_file" else name] = existing
+    return found
 
 
 def _convert(where: str, hint, value):
@@ -169,7 +214,7 @@ def _convert(where: str, hint, value):
 
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
-    expected = UserError(f"{where}: expected {describe(hint)}, got {value!r}")
+    expected = UserError(f"{where}: expected {describe(hint)}, got {brief(value)}")
     # A list of one item needs no brackets: --text_files a.txt
     if isinstance(value, str) and typing.get_origin(hint) is list and not value.startswith("["):
         value = [value]
@@ -178,7 +223,7 @@ def _convert(where: str, hint, value):
             converted = parser.parse_args([f"--value={value}"]).value
         else:
             converted = parser.parse_object({"value": value}).value
-    except (jsonargparse.ArgumentError, OverflowError):
+    except (jsonargparse.ArgumentError, OverflowError, ValueError, RecursionError):
         raise expected from None
     # jsonargparse accepts None for every type.
     if converted is None and type(None) not in typing.get_args(hint):
@@ -190,9 +235,12 @@ def _convert(where: str, hint, value):
 
 # Bounds of numeric settings, whose names mean the same in every command: (low, high, whether low is allowed).
 _INF = math.inf
+_INT = 2**31 - 1
 _MAX_LR = 1e30  # lr / (1 - beta1) must be an fp32 number
 RANGES = {
     "seed": (0, 2**31, True),
+    "comparisons": (1, _INT, True),
+    "completions_high": (2, 2**10, True),
     "lr": (0, _MAX_LR, False),
     "value_lr": (0, _MAX_LR, False),
     "muon_lr": (0, _MAX_LR, False),
@@ -202,37 +250,40 @@ RANGES = {
     "weight_decay": (0, _INF, True),
     "max_grad_norm": (0, _INF, False),
     "lr_floor": (0, 1, True),
-    "warmup": (0, _INF, True),
-    "warmup_iterations": (0, _INF, True),
+    "warmup": (0, _INT, True),
+    "warmup_iterations": (0, _INT, True),
     "dropout": (0, 0.9999999, True),
-    "save_every": (0, _INF, True),
-    "log_every": (0, _INF, True),
-    "max_tokens": (1, _INF, True),
-    "batch": (1, _INF, True),
-    "minibatch": (1, _INF, True),
-    "iterations": (1, _INF, True),
-    "steps": (1, _INF, True),
-    "epochs": (0, _INF, False),
-    "context": (2, _INF, True),
-    "vocab_size": (1, _INF, True),
-    "hidden_size": (1, _INF, True),
-    "intermediate_size": (1, _INF, True),
-    "layers": (1, _INF, True),
-    "heads": (1, _INF, True),
+    "save_every": (0, _INT, True),
+    "log_every": (0, _INT, True),
+    "max_tokens": (1, _INT, True),
+    "batch": (1, _INT, True),
+    "minibatch": (1, _INT, True),
+    "iterations": (1, _INT, True),
+    "steps": (1, _INT, True),
+    "epochs": (0, 10**6, False),
+    "context": (2, _INT, True),
+    "vocab_size": (1, 2**24, True),
+    "hidden_size": (1, 2**20, True),
+    "intermediate_size": (1, 2**22, True),
+    "layers": (1, 2**12, True),
+    "heads": (1, 2**12, True),
     "gamma": (0, 1, True),
     "lam": (0, 1, True),
     "clip": (0, _INF, False),
     "value_clip": (0, _INF, False),
     "dual_clip": (1, _INF, False),
     "ema_decay": (0, 0.9999999, True),
-    "ptx_ratio": (0, _INF, False),
-    "ptx_length": (0, _INF, True),
-    "pretrain_length": (0, _INF, True),
-    "inner_epochs": (1, _INF, True),
-    "max_new_tokens": (1, _INF, True),
-    "samples": (1, _INF, True),
-    "limit": (0, _INF, True),
-    "window": (0, _INF, True),
+    "ptx_ratio": (0, 10**6, False),
+    "ptx_coef": (0, _INF, True),
+    "kl_coef": (0, _INF, True),
+    "missing_eos_score": (-_INF, _INF, True),
+    "ptx_length": (0, _INT, True),
+    "pretrain_length": (0, _INT, True),
+    "inner_epochs": (1, _INT, True),
+    "max_new_tokens": (1, _INT, True),
+    "samples": (1, _INT, True),
+    "limit": (0, _INT, True),
+    "window": (0, _INT, True),
 }
 
 
@@ -242,11 +293,26 @@ def check_ranges(config) -> None:
         value = getattr(config, name, None)
         if value is None:
             continue
-        if (value >= low if closed else value > low) and value <= high and math.isfinite(value):
+        # The comparisons first: isfinite raises for an int beyond the floats.
+        above = value >= low if closed else value > low
+        if above and value <= high and (isinstance(value, int) or math.isfinite(value)):
             continue
-        above = f"{'at least' if closed else 'above'} {low}"
-        below = "" if high == _INF else f" and at most {high}"
-        raise UserError(f"{name}: expected a number {above}{below}, got {value}")
+        lower = f"{'at least' if closed else 'above'} {low}"
+        bounded = high < _INT or (above and high < _INF)
+        upper = f" and at most {high}" if bounded else ""
+        raise UserError(f"{name}: expected a number {lower}{upper}, got {brief(value)}")
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 100
+
+
+def brief(value: object) -> str:
+    """A short repr: a setting may be a number of thousands of digits, or nested lists."""
+    try:
+        return _BRIEF.repr(value)
+    except ValueError:  # Python prints no int of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def require_paths(config, *names: str) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,9 +232,11 @@ class Shuffle:
         return out
 
     def state_dict(self) -> dict:
-        return {"cursor": self.cursor}
+        return {"cursor": self.cursor, "size": self.size}
 
     def load_state_dict(self, state: dict) -> None:
+        if state["size"] != self.size:
+            raise ValueError(f"the data has {self.size} rows and had {state['size']}")
         self.cursor = state["cursor"]
 
 
@@ -246,5 +249,7 @@ def _lines(path: str, what: str) -> Iterator[str]:
         raise UserError(f"{what} {path!r}: no such file") from error
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"{what} {path!r}: cannot be read ({error.strerror})") from error
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{what} {path!r}: not a readable UTF-8 file ({error})") from error
+    except ValueError as error:  # a NUL byte
+        raise UserError(f"{what}: expected a path, got {path!r} ({error})") from error

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastrlhf.errors import UserError
@@ -20,10 +20,10 @@ class OutputFolder:
         mark: name of a file that every run of this kind writes. A folder without it is never emptied.
         overwrite: the user allows an earlier run in `out` to be replaced.
         resume: the user asks to continue the run in `out`.
-        inputs: the run's settings; with `overwrite`, none of them may name a path inside `out`.
+        inputs: paths that the run reads, by setting (`config.paths`); with `overwrite`, none may lie inside `out`.
 
     Raises:
-        UserError: the path is empty, a file, or a non-empty folder that may not be replaced.
+        UserError: the path is empty, no UTF-8 text, a file, or a non-empty folder that may not be replaced.
     """
 
     def __init__(
@@ -33,17 +33,19 @@ class OutputFolder:
         *,
         overwrite: bool,
         resume: bool = False,
-        inputs: Mapping[str, object] | None = None,
+        inputs: Mapping[str, Sequence[str]] | None = None,
     ):
         if not out:
             raise UserError("out: expected a folder to write to, got nothing")
-        if "\0" in out:
-            raise UserError(f"out: expected a path, got {out!r}")
+        if "\0" in out or not _is_utf8(out):
+            # safetensors and tokenizers cannot write to a path that is no UTF-8 text.
+            raise UserError(f"out: expected a path of UTF-8 text, got {out!r}")
         self.path, self.mark, self.overwrite, self.resume = Path(out), mark, overwrite, resume
         self._handle: int | None = None
         self._check_content()
         if overwrite:
-            self._check_inputs(inputs or {})
+            for name, paths in (inputs or {}).items():
+                refuse_input_inside(self.path, name, paths)
 
     def take(self) -> Path:
         """Create and lock the folder until `release`; with `overwrite`, empty it.
@@ -55,14 +57,15 @@ class OutputFolder:
         self._handle = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._check_content()  # again: the lock now keeps other runs out
+            if self.overwrite:
+                self._empty()
         except BlockingIOError:
             self.release()
             raise UserError(f"out {str(self.path)!r}: another process is writing there") from None
-        self._check_content()  # again: the lock now keeps other runs out
-        if self.overwrite:
-            for entry in self.path.iterdir():
-                is_folder = entry.is_dir() and not entry.is_symlink()
-                shutil.rmtree(entry) if is_folder else entry.unlink()
+        except BaseException:
+            self.release()
+            raise
         return self.path
 
     def __enter__(self) -> Path:
@@ -77,6 +80,12 @@ class OutputFolder:
             os.close(self._handle)
             self._handle = None
 
+    def _empty(self) -> None:
+        # The mark goes last: a folder that a killed process left half empty can be emptied again.
+        for entry in sorted(self.path.iterdir(), key=lambda e: e.name in self._marks):
+            is_folder = entry.is_dir() and not entry.is_symlink()
+            shutil.rmtree(entry) if is_folder else entry.unlink()
+
     def _check_content(self) -> None:
         if not self.path.exists():
             return
@@ -90,18 +99,36 @@ class OutputFolder:
             raise UserError(
                 f"out {out!r} holds another run; give --overwrite to replace it or --resume to continue it"
             )
-        if not names & {self.mark, f"{self.mark}{PARTIAL}"}:
+        if not names & self._marks:
             raise UserError(
                 f"out {out!r} holds files that are not from such a run; give an empty folder"
             )
 
-    def _check_inputs(self, inputs: Mapping[str, object]) -> None:
-        here = self.path.resolve()
-        for name, value in inputs.items():
-            if name == "out" or not isinstance(value, str) or not value or "\0" in value:
-                continue
-            given = Path(value)
-            if given.exists() and here in (given.resolve(), *given.resolve().parents):
-                raise UserError(
-                    f"{name} {value!r} lies inside out {str(self.path)!r}, which --overwrite empties"
-                )
+    @property
+    def _marks(self) -> set[str]:
+        return {self.mark, f"{self.mark}{PARTIAL}"}
+
+
+def refuse_input_inside(out: Path, name: str, paths: Sequence[str]) -> None:
+    """Raise UserError if one of the `paths` that setting `name` gives is `out` or lies inside it, also by a link."""
+    for given in map(Path, paths):
+        ends = given.absolute(), given.resolve()
+        if any(_same(out, part) for end in ends for part in (end, *end.parents)):
+            raise UserError(
+                f"{name} {str(given)!r} lies inside out {str(out)!r}, which the run replaces"
+            )
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them does not exist
+        return False
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

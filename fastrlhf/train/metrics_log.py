@@ -22,7 +22,8 @@ class MetricsLog:
     def __init__(self, folder: Path, first: int, tensorboard: bool):
         path = folder / LOG
         if path.exists():
-            rows = [line for line in path.read_text().splitlines() if _step_of(line) <= first]
+            text = path.read_text(encoding="utf-8", errors="replace")  # a damaged line is dropped
+            rows = [line for line in text.splitlines() if _step_of(line) <= first]
             replace_text(path, "".join(row + "\n" for row in rows))
         self._file = open(path, "a")
         self._tensorboard = None
@@ -55,6 +56,7 @@ class MetricsLog:
 def _step_of(line: str) -> float:
     # A line that a full disk or a kill truncated counts as later than every checkpoint.
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return step if isinstance(step, int | float) else math.inf

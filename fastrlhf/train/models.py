@@ -28,6 +28,8 @@ from fastrlhf.train.vocabulary import Vocabulary, end_tokens
 REWARD_BIAS = "fastrlhf_reward_bias"
 REWARD_STD = "fastrlhf_reward_std"
 
+_MAX_LAYERS = 10_000
+
 
 def load_tokenizer(path: str, trust_remote_code: bool = False):
     """Load the tokenizer of a model folder.
@@ -343,13 +345,22 @@ def _require_folder(path: str) -> None:
 def _config(path: str, trust_remote_code: bool):
     _require_folder(path)
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types for a damaged file
         raise UserError(f"config of {path!r} cannot be read: {_first_line(error)}") from error
+    named = config.architectures or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise UserError(f"config of {path!r}: architectures: expected names, got {named!r}")
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > _MAX_LAYERS:  # transformers would build them for hours
+        raise UserError(
+            f"config of {path!r}: num_hidden_layers: expected at most {_MAX_LAYERS}, got {layers}"
+        )
+    return config
 
 
 def _load(auto, path: str, runtime, trainable: bool, fresh: tuple[str, ...] = (), **options):
-    _require_folder(path)
+    _config(path, runtime.trust_remote_code)
     try:
         model, loaded = auto.from_pretrained(
             path,

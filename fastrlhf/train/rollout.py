@@ -21,7 +21,7 @@ from fastrlhf.train.heads import TokenLogprobs
 from fastrlhf.train.packing import PackedBatch
 from fastrlhf.train.runtime import Runtime
 from fastrlhf.train.sampler import Samples
-from fastrlhf.train.steps import micro_batches
+from fastrlhf.train.steps import members, micro_batches
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class MicroBatch:
     """Packed prompts and responses."""
 
     indices: np.ndarray  # [B] numbers of the responses in the rollout
-    weight: float  # 0 for a repeat that equalizes the number of micro-batches over ranks, else 1
+    weight: float  # 0 for a filler that equalizes the number of micro-batches over ranks, else 1
     batch: PackedBatch
     rows: torch.Tensor  # [M] positions whose hidden state predicts `targets`
     targets: torch.Tensor  # [M] response tokens
@@ -55,22 +55,41 @@ class TrainingMicroBatch(ScoredMicroBatch):
     returns: torch.Tensor  # [M]
 
 
+def shares(
+    episodes: int, minibatches: int, seed: list[int], runtime: Runtime
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Shuffle the episodes of all ranks, split them into minibatches, and give each rank its share of every one.
+
+    The minibatches hold the same episodes on any number of ranks.
+
+    Args:
+        episodes: number of episodes over all ranks.
+        minibatches: number of minibatches, i.e. optimizer steps in one pass.
+        seed: of the shuffle, the same on all ranks.
+
+    Returns:
+        (mine, parts): the R episodes of this rank, ascending, and for each minibatch the places in `mine`.
+    """
+    order = np.random.default_rng(seed).permutation(episodes)
+    parts = [p[runtime.rank :: runtime.world] for p in np.array_split(order, minibatches)]
+    mine = np.sort(np.concatenate(parts))
+    return mine, [np.searchsorted(mine, part) for part in parts]
+
+
 def split(
     prompts: Sequence[Sequence[int]],
     samples: Samples,
-    minibatches: int,
+    parts: Sequence[np.ndarray],
     max_tokens: int,
     runtime: Runtime,
-    seed: list[int],
 ) -> list[list[MicroBatch]]:
-    """Shuffle the R responses, split them into minibatches, and pack each into micro-batches.
+    """Pack the responses of each minibatch into micro-batches.
 
     Args:
         prompts: token ids of the prompt of each response.
         samples: the responses.
-        minibatches: number of minibatches, i.e. optimizer steps in one pass.
+        parts: the numbers of the responses in each minibatch, from `shares`.
         max_tokens: token budget of a micro-batch.
-        seed: of the shuffle.
 
     Returns:
         One list of micro-batches for each minibatch.
@@ -79,7 +98,6 @@ def split(
         Example(np.concatenate([np.asarray(p, dtype=np.int64), t]), len(p))
         for p, t in zip(prompts, samples.tokens, strict=True)
     ]
-    order = np.random.default_rng(seed).permutation(len(examples))
     return [
         [
             _micro_batch(examples, part[inside], weight, runtime.device)
@@ -87,12 +105,12 @@ def split(
                 [len(examples[i].tokens) for i in part], max_tokens, runtime
             )
         ]
-        for part in np.array_split(order, minibatches)
+        for part in parts
     ]
 
 
 def _micro_batch(examples: Sequence[Example], indices, weight: float, device) -> MicroBatch:
-    chosen = [examples[i] for i in indices]
+    chosen = members(examples, indices)
     lengths = np.array([e.targets for e in chosen])
     return MicroBatch(indices, weight, *next_token_rows(chosen, device), lengths)
 
@@ -159,7 +177,7 @@ def add_advantages(
     split = zip(advantages.split(sizes), out.returns.split(sizes), strict=True)
 
     def trained(m: ScoredMicroBatch) -> TrainingMicroBatch:
-        # A repeat of weight 0 needs tensors of the right shape only.
+        # A filler needs tensors of the right shape only.
         advantages, returns = next(split) if m.weight else (torch.zeros_like(m.values), m.values)
         return TrainingMicroBatch(**vars(m), advantages=advantages, returns=returns)
 

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 
 from fastrlhf.errors import UserError
 from fastrlhf.train import checkpoint, sharded
-from fastrlhf.train.config import plain, read_section, save_resolved
-from fastrlhf.train.files import replace_text
+from fastrlhf.train.config import paths, plain, read_section, save_resolved
+from fastrlhf.train.files import fingerprints, interrupts_deferred, replace_text
 from fastrlhf.train.folder import OutputFolder
 from fastrlhf.train.metrics_log import MetricsLog
 from fastrlhf.train.runtime import Runtime
@@ -71,7 +71,7 @@ class Run:
             raise UserError("overwrite and resume exclude each other; give one")
         self.cfg, self.stage, self.runtime = cfg, stage, runtime
         self.folder = OutputFolder(
-            cfg.out, RESOLVED, overwrite=cfg.overwrite, resume=cfg.resume, inputs=asdict(cfg)
+            cfg.out, RESOLVED, overwrite=cfg.overwrite, resume=cfg.resume, inputs=paths(cfg)
         )
         self.out = self.folder.path
         self.terminal = Terminal(stage, cfg.log_every, headline, runtime.is_main)
@@ -81,10 +81,15 @@ class Run:
         self._started = time.perf_counter()
         self._seconds_before = 0.0  # of the interrupted run that this one continues
         self._resumed: dict | None = None
+        self._inputs: dict = {}  # before the stage reads them
+        if cfg.resume or (cfg.save_every and runtime.is_main):
+            given = {name: found for name, found in paths(cfg).items() if name != "config"}
+            self._inputs = fingerprints(given)
         if cfg.resume:
             self._resumed = self._load_checkpoint()
             self.metrics = self._resumed["metrics"]
             self._check_same_settings(extendable)
+            self._check_same_inputs(self._resumed["inputs"])
 
     def __enter__(self):
         return self
@@ -106,13 +111,22 @@ class Run:
         The first `next` restores `parts` if the run resumes, then creates the output folder. The caller has
         checked its inputs by then, so bad input leaves nothing behind.
         """
-        first = 0
+        first, ranks = 0, self.runtime.world
         if self._resumed is not None:
-            first = int(self._resumed["step"])
-            self._seconds_before = float(self._resumed["seconds"])
+            first, ranks = self._resumed["step"], len(self._resumed["rng"])
+            if first > total:
+                raise UserError(
+                    f"resume: the newest checkpoint is of step {first}, but this run ends at step {total}"
+                )
+            self._seconds_before = self._resumed["seconds"]
             checkpoint.restore(self._resumed, parts, self.runtime)
             self._resumed = None  # frees the tensors
         self._open(first, total)
+        if ranks != self.runtime.world:
+            self.terminal.line(
+                f"started with {ranks} processes and continues with {self.runtime.world}: "
+                "its numbers will not equal an unbroken run's bitwise"
+            )
         for step in range(first + 1, total + 1):
             yield step
             if self.cfg.save_every and step % self.cfg.save_every == 0:
@@ -154,9 +168,12 @@ class Run:
     def save_model(self, model, tokenizer, folder: Path) -> None:
         """Write a Hugging Face model folder, each file atomically. A collective: every rank must call it."""
         state = sharded.full_state(model.state_dict(), self.runtime.is_main)
-        if not self.runtime.is_main:
-            return
-        self._check_weights(self.terminal.total, state)
+        if self.runtime.is_main:
+            self._check_weights(self.terminal.total, state)
+            with interrupts_deferred():
+                self._write_model(model, state, tokenizer, folder)
+
+    def _write_model(self, model, state: dict, tokenizer, folder: Path) -> None:
         scratch = self.out / ".model"
         shutil.rmtree(scratch, ignore_errors=True)
         try:
@@ -198,15 +215,33 @@ class Run:
     def _check_same_settings(self, extendable: tuple[str, ...]) -> None:
         # A resumed run must equal the uninterrupted one bitwise, which changed settings would break.
         path = self.out / RESOLVED
-        if not path.is_file():
-            return
         before, _, _ = read_section(str(path), self.stage)
         free = {f.name for f in fields(OutputConfig)} | set(extendable)
         for name, now in plain(asdict(self.cfg)).items():
-            if name not in free and name in before and before[name] != now:
+            if name in free:
+                continue
+            if name not in before:
+                raise UserError(
+                    f"resume: {str(path)!r} lacks the setting {name}, so it is damaged or of another version"
+                )
+            if before[name] != now:
                 raise UserError(
                     f"resume: {name} is {now!r}, but the run in {self.cfg.out!r} was started with "
                     f"{before[name]!r}; give the same value, or another out"
+                )
+
+    def _check_same_inputs(self, before: dict) -> None:
+        for name, files in self._inputs.items():
+            for file, now in files.items():
+                then = before.get(name, {}).get(file)
+                if then != now:
+                    raise UserError(
+                        f"resume: {name} {file!r} has changed: now {_words(now)}, "
+                        f"when the run started {_words(then)}"
+                    )
+            if gone := sorted(before.get(name, {}).keys() - files.keys()):
+                raise UserError(
+                    f"resume: {name} {gone[0]!r} was there when the run started and is gone"
                 )
 
     def _open(self, first: int, total: int) -> None:
@@ -221,9 +256,10 @@ class Run:
         state = checkpoint.capture(parts, self.runtime)
         if self.runtime.is_main:
             state |= {"stage": self.stage, "step": step, "seconds": self.seconds}
-            state["metrics"] = self.metrics
+            state |= {"metrics": self.metrics, "inputs": self._inputs}
             self._check_weights(step, state)
-            checkpoint.save(self._checkpoints, step, state)
+            with interrupts_deferred():
+                checkpoint.save(self._checkpoints, step, state)
         self.runtime.accelerator.wait_for_everyone()
 
     def _check_weights(self, step: int, state: Mapping) -> None:
@@ -234,3 +270,12 @@ class Run:
             elif isinstance(value, torch.Tensor) and value.is_floating_point():
                 if not torch.isfinite(value).all():
                     self.check(step, {f"weight {name}": math.nan})
+
+
+def _words(found: list | None) -> str:
+    """A fingerprint of `files.fingerprints` in words."""
+    if found is None:
+        return "no such file"
+    size, lines, digest = found
+    rows = "" if lines is None else f" in {lines} lines"
+    return f"{size} bytes{rows} (SHA-256 {digest[:12]})"

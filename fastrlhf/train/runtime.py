@@ -90,13 +90,21 @@ class Runtime:
                 f"device: expected auto or cpu, got {cfg.device!r} (choose a GPU by CUDA_VISIBLE_DEVICES)"
             )
         mixed = "no" if cfg.precision == "fp32" else cfg.precision
-        if cfg.precision == "fp16" and (cfg.device == "cpu" or not torch.cuda.is_available()):
+        _check_environment(mixed)
+        # accelerate starts a process group of CPUs only if it is told to use them.
+        cpu = cfg.device == "cpu" or _is_on("ACCELERATE_USE_CPU")
+        cpu = cpu or not torch.accelerator.is_available()
+        if cfg.precision == "fp16" and (cpu or not torch.cuda.is_available()):
             raise UserError("precision: fp16 needs a GPU, and this run has none; use bf16 or fp32")
         self.compute_dtype = PRECISIONS[cfg.precision]
         plugin = _fsdp_plugin(self.compute_dtype)
-        self.accelerator = Accelerator(
-            mixed_precision=mixed, cpu=cfg.device == "cpu", fsdp_plugin=plugin
-        )
+        self.accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, fsdp_plugin=plugin)
+        started = os.environ.get("WORLD_SIZE", "1")
+        if started.isdecimal() and int(started) > self.world:
+            raise UserError(
+                f"WORLD_SIZE: expected {self.world}, the processes that accelerate found, got {started}; "
+                "start with torchrun or accelerate launch"
+            )
         if self.world > 1:
             atexit.register(_close_groups)
         if plugin is not None and self.world > 1 and self.device.type == "cpu":
@@ -134,6 +142,11 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
+
+    def require_one_process(self, command: str) -> None:
+        """Raise UserError in a run of several processes, for a command that would do everything on each of them."""
+        if self.world > 1:
+            raise UserError(f"{command}: expected one process, got {self.world}")
 
     def describe(self) -> str:
         """Device, ranks, precision, threads and attention kernel, in one line."""
@@ -179,11 +192,12 @@ class Runtime:
         packed = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         return self.accelerator.reduce(packed, reduction="sum").tolist()
 
-    def max(self, number: int) -> int:
+    def max(self, number: float) -> float:
         """The largest value over all ranks."""
         if self.world == 1:
             return number
-        return int(self.accelerator.gather(torch.tensor([number], device=self.device)).max())
+        packed = torch.tensor([number], dtype=torch.float64, device=self.device)
+        return self.accelerator.gather(packed).max().item()
 
     def backward(self, modules, loss, last: bool) -> None:
         """Backward of one micro-batch through `modules`; gradients are reduced over ranks only if it is the `last`."""
@@ -227,6 +241,49 @@ def _close_groups() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# accelerate's environment variables that the trainer honours or that have no effect on it, and the one value that
+# it accepts of others. It refuses the rest: accelerate would apply them to a training loop that it does not see.
+_HONOURED = ("USE_CPU", "USE_FSDP", "CPU_AFFINITY", "DEBUG_MODE", "LOG_LEVEL", "ENABLE_RICH")
+_HONOURED += ("NUM_PROCESSES", "BYPASS_DEVICE_MAP", "INIT_INCLUDE_BUFFERS")
+_HONOURED += tuple(f"DYNAMO_{n}" for n in ("MODE", "USE_FULLGRAPH", "USE_DYNAMIC"))
+_HONOURED += ("DYNAMO_USE_REGIONAL_COMPILATION",)
+_ONLY = {
+    "USE_DEEPSPEED": "false",
+    "USE_MEGATRON_LM": "false",
+    "USE_PARALLELISM_CONFIG": "false",
+    "USE_SAGEMAKER": "false",
+    "GRADIENT_ACCUMULATION_STEPS": "1",
+    "DYNAMO_BACKEND": "no",
+}
+_INSTEAD = {
+    "USE_DEEPSPEED": "DDP and FSDP2 (ACCELERATE_USE_FSDP) are supported",
+    "GRADIENT_ACCUMULATION_STEPS": "batch and max_tokens set the micro-batches",
+    "MIXED_PRECISION": "set precision",
+    "TORCH_DEVICE": "set device, or CUDA_VISIBLE_DEVICES",
+    "GRADIENT_CLIPPING": "set max_grad_norm",
+}
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+def _check_environment(mixed: str) -> None:
+    """Raise UserError for a setting of accelerate's environment that the trainer would silently disobey."""
+    for variable, value in os.environ.items():
+        prefix, name = variable[:11], variable[11:]
+        if prefix != "ACCELERATE_" or name in _HONOURED:
+            continue
+        if name == "MIXED_PRECISION":  # `accelerate launch` always sets it, by default to "no"
+            accepted = value.lower() in ("no", mixed)
+        else:
+            accepted = value.lower() == _ONLY.get(name) or name in _ONLY and value == "0"
+        if not accepted:
+            only = {**_ONLY, "MIXED_PRECISION": mixed}.get(name, "no such setting")
+            instead = f"; {_INSTEAD[name]}" if name in _INSTEAD else ""
+            raise UserError(f"{variable}: expected {only}, got {value!r}{instead}")
 
 
 def _fsdp_plugin(compute: torch.dtype) -> FullyShardedDataParallelPlugin | None:

@@ -3,6 +3,7 @@
 Shapes: n sequences, N packed tokens and M rows (positions that predict a target) of a micro-batch.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,21 +15,41 @@ from fastrlhf.train.heads import SummedNLL, TokenLogprobs
 from fastrlhf.train.packing import collate, pack
 from fastrlhf.train.runtime import Runtime
 
+# Two tokens that every vocabulary has.
+FILLER = Example(np.zeros(2, dtype=np.int64), 1)
+
 
 def micro_batches(
     lengths: Sequence[int], max_tokens: int, runtime: Runtime
 ) -> list[tuple[np.ndarray, float]]:
     """Split sequences of `lengths` [n] into micro-batches of at most `max_tokens` tokens.
 
-    DDP and FSDP need the same number of forwards on every rank, so a rank with fewer micro-batches repeats its
-    last one with weight 0.
+    DDP and FSDP need the same number of forwards on every rank, so a rank with fewer micro-batches, or without
+    data, takes part in the rest with weight 0. Such a micro-batch has no indices: run FILLER in it.
 
     Returns:
         (indices, weight) of each micro-batch.
     """
     bins = pack(np.asarray(lengths, dtype=np.int64), max_tokens)
-    missing = runtime.max(len(bins)) - len(bins)
-    return [(b, 1.0) for b in bins] + [(bins[-1], 0.0)] * missing
+    missing = int(runtime.max(len(bins))) - len(bins)
+    return [(b, 1.0) for b in bins] + [(np.empty(0, dtype=np.int64), 0.0)] * missing
+
+
+def members(examples: Sequence[Example], indices: np.ndarray) -> list[Example]:
+    """The examples of a micro-batch: FILLER alone if its weight is 0."""
+    return [examples[i] for i in indices] or [FILLER]
+
+
+def require_batch(size: int, available: int, name: str, what: str) -> None:
+    """Raise UserError if a batch would have to hold some of the `available` rows twice."""
+    if size > available:
+        raise UserError(f"{name}: expected at most {available}, the number of {what}, got {size}")
+
+
+def steps_of(epochs: float, rows: int, batch: int, what: str) -> int:
+    """Optimizer steps of `epochs` passes over `rows`; the last batch is filled up from the next pass."""
+    require_batch(batch, rows, "batch", what)
+    return max(1, math.ceil(epochs * rows / batch))
 
 
 def require_fit(lengths: Sequence[int], max_tokens: int, what: str) -> None:
@@ -54,7 +75,7 @@ def nll_backward(
     (total,) = runtime.sum(float(sum(e.targets for e in examples)))
     summed = torch.zeros((), device=runtime.device)
     for number, (indices, weight) in enumerate(micros, 1):
-        batch, rows, targets = next_token_rows([examples[i] for i in indices], runtime.device)
+        batch, rows, targets = next_token_rows(members(examples, indices), runtime.device)
         nll = module(batch, rows, SummedNLL(targets))
         # DDP averages gradients over ranks; times `world`, they are summed.
         runtime.backward(
@@ -73,10 +94,10 @@ def mean_nll(module, examples: Sequence[Example], runtime: Runtime, max_tokens: 
     """Mean NLL of a data set over all ranks, in nats per token, in evaluation mode."""
     training = module.training
     module.eval()
-    local = examples[runtime.rank :: runtime.world] or examples[:1]
+    local = examples[runtime.rank :: runtime.world]
     summed = 0.0
     for indices, weight in micro_batches([len(e.tokens) for e in local], max_tokens, runtime):
-        batch, rows, targets = next_token_rows([local[i] for i in indices], runtime.device)
+        batch, rows, targets = next_token_rows(members(local, indices), runtime.device)
         summed += weight * float(module(batch, rows, SummedNLL(targets)))
     module.train(training)
     summed, tokens = runtime.sum(summed, float(sum(e.targets for e in local)))

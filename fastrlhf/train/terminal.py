@@ -1,7 +1,6 @@
 """What a stage prints: a progress bar, a line of metrics at intervals, and tables of samples."""
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -11,6 +10,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+from fastrlhf.errors import printable
 
 
 class Terminal:
@@ -46,7 +48,7 @@ class Terminal:
         if self.is_main:
             steps = f"from step {first} of {total}" if first else f"{total} steps"
             self._console.print(
-                f"[bold]{self.stage}[/]: {steps}, {device}", highlight=False, soft_wrap=True
+                Text.assemble((self.stage, "bold"), f": {steps}, {device}"), soft_wrap=True
             )
         self._task = self._progress.add_task(self.stage, total=total, completed=first)
         self._progress.start()
@@ -68,18 +70,19 @@ class Terminal:
         """Print a small table, e.g. of prompts and responses."""
         table = Table(*columns, title=f"{self.stage} {step}", title_justify="left", box=None)
         for row in rows:
-            table.add_row(*(f"{x:.3g}" if isinstance(x, float) else escape(str(x)) for x in row))
+            cells = (f"{x:.3g}" if isinstance(x, float) else printable(x) for x in row)
+            table.add_row(*map(Text, cells))  # Text: never markup
         self._progress.console.print(table)
 
     def line(self, text: str) -> None:
         """Print a line of plain text, unless the terminal is silent (`every` 0)."""
         if self.every and self.is_main:
-            self._print(f"{self.stage}: {text}", markup=False)
+            self._print(f"{self.stage}: {text}")
 
     def stop(self) -> None:
         """Remove the progress bar, if it was started."""
         if self._started:
             self._progress.stop()
 
-    def _print(self, text: str, markup: bool = True) -> None:
-        self._progress.console.print(text, highlight=False, soft_wrap=True, markup=markup)
+    def _print(self, text: str) -> None:
+        self._console.print(Text(printable(text)), soft_wrap=True)

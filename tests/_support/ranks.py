@@ -6,7 +6,6 @@ Of commands one test uses torchrun itself; others get its environment.
 import gc
 import os
 import socket
-import sys
 import tempfile
 from multiprocessing import connection
 from pathlib import Path
@@ -78,6 +77,7 @@ def commands(*lines, ranks=WORLD, **environment):
 
 def _commands(environment, lines, folder):
     from _support.stage_runs import stages
+    from fastrlhf.cli import end
 
     gc.freeze()
     os.environ.clear()
@@ -86,6 +86,4 @@ def _commands(environment, lines, folder):
     for stream, number in (("stdout", 1), ("stderr", 2)):
         file = os.open(Path(folder) / f"{stream}.{environment['RANK']}", os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)
-    status = stages(lines)
-    sys.stdout.flush()
-    sys.exit(status)
+    end(stages(lines))

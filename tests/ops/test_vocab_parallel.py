@@ -12,6 +12,7 @@ import torch.distributed as dist
 from test_linear_logprob import eager
 from torch import nn
 
+import fastrlhf
 from _support import logit_cases as cases
 from _support import ranks
 from _support.logit_cases import randint, randn
@@ -272,3 +273,52 @@ def test_a_shard_of_padding_weighs_nothing_and_one_with_a_nan_shows_it():
     padding[1] = torch.nan
     logprob, entropy, _ = combine(torch.stack((real, padding)), torch.tensor([0]))
     assert logprob.isnan().all() and entropy.isnan().all()
+
+
+CALLS = ("linear_logprob", "linear_cross_entropy", "linear_ppo_loss", "linear_token_loss")
+
+
+def faults(op, rank):
+    """[(what the last rank got wrong, keyword arguments of this rank)]: before and after the op's own collective."""
+    own = rank == ranks.WORLD - 1
+    rows = {"linear_ppo_loss": ("old_logprob", "advantages")}.get(op, ())
+    values = dict(zip(("hidden", "weight"), shard(tensors(torch.float32), rank), strict=False))
+    values |= {"targets": randint(V, (1, N), 3), **{name: randn(1, N, seed=5) for name in rows}}
+    if op == "linear_token_loss":
+        values["loss_fn"] = lambda logprob, *_: -logprob
+    yield "hidden", {**values, "hidden": values["hidden"].int() if own else values["hidden"]}
+    yield "targets", {**values, "targets": values["targets"] + V * own}
+    yield "temperature", {**values, "temperature": -1.0 if own else 1.0}
+    yield "weight", {**values, "weight": values["weight"][: -1 if own else None]}
+    yield (
+        "dtype",
+        {**values, "weight": values["weight"].to(torch.bfloat16 if own else torch.float32)},
+    )
+
+
+def fail(rank):
+    """On this rank: what it raised for each fault, and whether the group still works."""
+    found = []
+    for op in CALLS:
+        for name, arguments in faults(op, rank):
+            try:
+                getattr(fastrlhf, op)(**arguments, process_group=dist.group.WORLD)
+                found.append((op, name, "no error"))
+            except (TypeError, ValueError) as error:
+                found.append((op, name, str(error)))
+    x = torch.ones(1)
+    dist.all_reduce(x)
+    return [*found, float(x)]
+
+
+def test_an_argument_error_on_one_rank_is_raised_on_all():
+    """The other ranks do not wait in a collective: they raise that message, and the group stays usable."""
+    first, second = ranks.run(fail)
+    assert first.pop() == second.pop() == ranks.WORLD
+    assert len(first) == len(second) == 5 * len(CALLS)
+    for (op, name, others), (_, _, own) in zip(first, second, strict=True):
+        if name in ("weight", "dtype"):  # the ranks' operands do not fit together: an error of all
+            assert others == own and own.startswith(f"{op}: ") and "every rank" in own
+        else:
+            assert own.startswith(f"{op}: {name} "), own
+            assert others == f"{own} (raised on rank 1 of process_group)"

@@ -1,8 +1,9 @@
 """The command line: exit status, the one line of bad input, lazy imports."""
 
 import dataclasses
-import importlib
+import importlib.util
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -217,3 +218,39 @@ cli.end(3)
     for kind, printed in (("rank", "done"), ("alone", "doneshutdown\n")):
         done = subprocess.run([sys.executable, "-c", code, kind], capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (3, printed), done.stderr
+
+
+def test_threads_of_a_command_wait_without_spinning():
+    """OpenMP's runtime, loaded after `program` starts as torch's is, reads the setting; the user's own is kept."""
+    library = Path(importlib.util.find_spec("torch").origin).parent / "lib" / "libgomp.so.1"
+    if not library.exists():
+        pytest.skip("this torch brings no libgomp")
+    code = f"""
+import ctypes
+from fastrlhf import cli
+cli.main = lambda: bool(ctypes.CDLL({str(library)!r})) - 1
+cli.program()
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    environment["OMP_DISPLAY_ENV"] = "verbose"
+    for given, spins in (({}, "'0'"), ({"OMP_WAIT_POLICY": "active"}, "'[1-9]")):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, env=environment | given, capture_output=True, text=True, cwd=ROOT, check=True
+        )
+        assert re.search(f"GOMP_SPINCOUNT = {spins}", done.stderr), done.stderr
+
+
+def test_text_that_stdout_cannot_encode_is_escaped():
+    code = (
+        "from fastrlhf import cli; cli.main = lambda: print('caf\\xe9 \\udcff') or 0; cli.program()"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "caf\\xe9 \\udcff\n"), done.stderr
+
+
+def test_an_error_line_has_no_terminal_escapes(stub, capsys):
+    stub.result = UserError("model 'a\x1b[31m\u202e\udcff'")
+    assert bad_input(capsys, "sft") == "fastrlhf sft: error: model 'a\\x1b[31m\\u202e\\udcff'"

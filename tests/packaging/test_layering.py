@@ -237,13 +237,13 @@ def test_kernels_is_no_top_level_package():
 
 def test_importing_the_package_is_lean():
     code = (
-        "import sys, fastrlhf, fastrlhf.ops._backend, torch;"
+        "import os, sys, torch; before = dict(os.environ); import fastrlhf, fastrlhf.ops._backend;"
         "[getattr(fastrlhf, name) for name in fastrlhf.__all__];"
         "heavy = {'triton', 'transformers', 'accelerate', 'matplotlib', 'rich'} & set(sys.modules);"
-        "print(sorted(heavy), torch.cuda.is_initialized())"
+        "print(sorted(heavy), torch.cuda.is_initialized(), dict(os.environ) == before)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert result.stdout.strip() == "[] False", result.stderr
+    assert result.stdout.strip() == "[] False True", result.stderr
 
 
 # What csrc/ may include besides the standard library and its own headers, by folder.

@@ -1,5 +1,9 @@
 """Checkpoints are complete or absent, and a resumed run equals the uninterrupted one bitwise."""
 
+import math
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,14 +11,20 @@ import torch
 
 from _support import tiny
 from fastrlhf.errors import UserError
-from fastrlhf.train import checkpoint
+from fastrlhf.train import checkpoint, files
 from fastrlhf.train.optim import Optimizers
 from fastrlhf.train.stages import ppo, pretrain, reward, sft
 
 
+def state_of(step, **changes):
+    """A checkpoint without parts."""
+    empty = {"metrics": {}, "inputs": {}, "parts": {}, "rng": [{"cpu": torch.get_rng_state()}]}
+    return {"stage": "sft", "step": step, "seconds": 1.0, **empty, **changes}
+
+
 def test_checkpoints_are_complete_or_absent(tmp_path, monkeypatch):
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, {"step": step, "w": torch.arange(3.0)})
+        checkpoint.save(tmp_path, step, state_of(step) | {"w": torch.arange(3.0)})
     assert checkpoint.steps(tmp_path) == [2, 3]  # the newest two are kept
 
     def dies(*_):
@@ -26,13 +36,19 @@ def test_checkpoints_are_complete_or_absent(tmp_path, monkeypatch):
     monkeypatch.undo()
     state = checkpoint.load_latest(tmp_path)
     assert state["step"] == 3 and torch.equal(state["w"], torch.arange(3.0))
-    (tmp_path / "step_00000003" / "state.pt").write_bytes(b"torn")
+    file = tmp_path / "step_00000003" / "state.pt"
+    whole = file.read_bytes()
+    place = whole.index(torch.arange(3.0).numpy().tobytes())
+    file.write_bytes(whole[: place + 5] + b"\x01" + whole[place + 6 :])  # one bit of a weight
+    with pytest.raises(UserError, match="is damaged .checksum of .*to continue from step 2"):
+        checkpoint.load_latest(tmp_path)
+    file.write_bytes(b"torn")
     with pytest.raises(
         UserError, match="step_00000003/state.pt is damaged .* to continue from step 2"
     ):
         checkpoint.load_latest(tmp_path)
     (tmp_path / "step_00000003" / "state.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="is damaged .the file is empty.; remove"):
+    with pytest.raises(UserError, match="is damaged .File is not a zip file.; remove"):
         checkpoint.load_latest(tmp_path)
 
 
@@ -46,6 +62,159 @@ def test_checkpoints_never_unpickle_code(tmp_path):
     torch.save({"step": 1, "x": Evil()}, folder / "state.pt")
     with pytest.raises(UserError, match="is damaged .* and start again"):
         checkpoint.load_latest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "reason"),
+    [
+        ([1, 2], "expected a dict, got list"),
+        (torch.ones(2), "expected a dict, got Tensor"),
+        ({}, "stage: expected str, got nothing"),
+        (state_of(0), "step 0 after 1.0 seconds"),
+        (state_of(1, seconds=math.inf), "step 1 after inf seconds"),
+        (state_of("1"), "step: expected int, got str"),
+        (state_of(1, metrics={"loss": "x"}), "metrics: expected numbers"),
+        (state_of(1, inputs={"model": 3}), "inputs: expected"),
+        (state_of(1, inputs={"model": {"x": 3}}), "has no len"),
+        (state_of(1, rng=[]), "step 1 after 1.0 seconds on 0 ranks"),
+        (state_of(1, rng=None), "rng: expected list, got NoneType"),
+    ],
+)
+def test_a_checkpoint_of_another_form_is_damaged(tmp_path, damaged, reason):
+    checkpoint.save(tmp_path, 1, damaged)
+    with pytest.raises(UserError, match=f"is damaged .*{reason}") as error:
+        checkpoint.load_latest(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["parts"].pop("model"), "part 'model' .* does not fit this run .KeyError"),
+        (lambda s: s["parts"].update(model={}), "part 'model' .* does not fit this run"),
+        (lambda s: s["parts"].update(model=3), "part 'model' .* does not fit this run"),
+        (lambda s: s["parts"].update(optimizer=[]), "part 'optimizer' .* does not fit this run"),
+        (lambda s: s["parts"]["order"].update(size=59), "had 59"),
+        (lambda s: s.update(rng=["x"]), "random generators .* fit this run"),
+        (lambda s: s.update(rng=[{"cpu": torch.zeros(3)}]), "random generators .* fit this run"),
+    ],
+)
+def test_a_checkpoint_whose_parts_do_not_fit_is_one_line(change, message):
+    cfg = tiny.sft_config("sft_unfit", save_every=2)
+    if not Path(cfg.out).exists():
+        sft.main(cfg)
+    file = Path(cfg.out) / "checkpoints" / "step_00000004" / "state.pt"
+    whole = file.read_bytes()
+    state = torch.load(file, weights_only=True)
+    change(state)
+    torch.save(state, file)
+    try:
+        with pytest.raises(UserError, match=message) as error:
+            sft.main(tiny.sft_config("x", out=cfg.out, save_every=2, resume=True))
+        assert "\n" not in str(error.value)
+    finally:
+        file.write_bytes(whole)
+
+
+def test_a_resumed_run_knows_its_inputs(tmp_path, monkeypatch):
+    """Each file and model folder, the settings file, and the number of steps; other files beside a model may change."""
+    for name in ("demos.jsonl", "base"):
+        source = tiny.folder() / name if name != "base" else Path(tiny.base())
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    fixed = {"model": str(tmp_path / "base"), "demonstrations": str(tmp_path / "demos.jsonl")}
+    cfg = tiny.sft_config("x", out=str(tmp_path / "out"), save_every=2, **fixed)
+    tiny.stop_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        sft.main(cfg)
+    monkeypatch.undo()
+    cfg.resume = True
+    refused = {
+        "demos.jsonl": "demonstrations .*demos.jsonl' has changed: now .* 60 lines .* 60 lines",
+        "base/model.safetensors": "model .*model.safetensors' has changed",
+        "base/config.json": "model .*config.json' has changed",
+        "out/resolved_config.yaml": "resolved_config.yaml' lacks the setting [a-z_]+, so",
+    }
+    for name, message in refused.items():
+        file = tmp_path / name
+        whole = file.read_bytes()
+        file.write_bytes(b"" if name.startswith("out") else whole.replace(b"a", b"e"))
+        with pytest.raises(UserError, match=message):
+            sft.main(cfg)
+        file.write_bytes(whole)
+    (tmp_path / "out" / "resolved_config.yaml").rename(tmp_path / "away")
+    with pytest.raises(UserError, match="resolved_config.yaml: no such file"):
+        sft.main(cfg)
+    (tmp_path / "away").rename(tmp_path / "out" / "resolved_config.yaml")
+    (tmp_path / "base" / "eval.json").write_text("{}")
+    sft.main(cfg)
+
+
+def test_a_resumed_run_says_that_the_number_of_processes_changed(capsys):
+    cfg = tiny.sft_config("sft_fewer", save_every=2, log_every=1)
+    sft.main(cfg)
+    file = Path(cfg.out) / "checkpoints" / "step_00000004" / "state.pt"
+    state = torch.load(file, weights_only=True)
+    torch.save({**state, "rng": state["rng"] * 2}, file)
+    cfg.resume = True
+    capsys.readouterr()
+    sft.main(cfg)
+    assert "sft: started with 2 processes and continues with 1: " in capsys.readouterr().out
+
+
+def test_a_resumed_run_does_not_start_beyond_its_end():
+    cfg = tiny.ppo_config("ppo_beyond", iterations=2, save_every=2, minibatch=8)
+    ppo.main(cfg)
+    cfg.resume, cfg.iterations = True, 1
+    with pytest.raises(UserError, match="checkpoint is of step 2, but this run ends at step 1"):
+        ppo.main(cfg)
+
+
+def test_fingerprints_of_large_files_read_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_BLOCK", 16)
+    monkeypatch.setattr(files, "_WHOLE", 4096)
+    path = tmp_path / "large"
+    content = bytearray(range(256)) * 32
+    seen = set()
+    for place in (None, 0, 4096, 4104, 8191):  # 4096 lies between two blocks
+        changed = content[:]
+        if place is not None:
+            changed[place] ^= 255
+        path.write_bytes(changed)
+        seen.add(str(files.fingerprints({"text": [str(path)]})))
+    assert len(seen) == 4
+    os.mkfifo(tmp_path / "pipe")  # a reader would block, and take the data from the stage
+    assert files.fingerprints({"text": [str(tmp_path / "pipe")]}) == {"text": {}}
+
+
+def test_an_interrupt_inside_a_save_is_an_interruption(tmp_path, monkeypatch):
+    """The checkpoint is completed first; a second interrupt ends the run at once."""
+    save = torch.save
+
+    def interrupted(times):
+        def inside(state, file):
+            save(state, file)
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+
+        return inside
+
+    for times in (1, 2):
+        cfg = tiny.sft_config("x", out=str(tmp_path / str(times)), save_every=2)
+        monkeypatch.setattr(checkpoint.torch, "save", interrupted(times))
+        with pytest.raises(KeyboardInterrupt):
+            sft.main(cfg)
+        monkeypatch.undo()
+        saved = checkpoint.steps(Path(cfg.out) / "checkpoints")
+        assert saved == ([2] if times == 1 else [])
+
+    # torch reports an interrupt that comes inside its writer as a RuntimeError, which is not a full disk.
+    def fails(*_):
+        signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(checkpoint.torch, "save", fails)
+    with pytest.raises(KeyboardInterrupt):
+        sft.main(tiny.sft_config("x", out=str(tmp_path / "3"), save_every=2))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

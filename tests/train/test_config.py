@@ -1,7 +1,7 @@
 """Configurations: files, sections, overrides, and error messages of one line."""
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -120,6 +120,7 @@ def test_empty_file_gives_the_defaults(write):
         ("a: [1\nb: 2\n", "line 2: malformed YAML: expected ',' or ']'"),
         ("sft: {steps: 1}\n  x: 2\n", "line 2: malformed YAML"),
         ("x: \x00\n", "malformed YAML"),
+        ("steps: !!int ''\n", "malformed YAML"),
         ("steps: 1\nsteps: 2\n", "line 2: duplicate key 'steps' (first in line 1)"),
         ("sft:\n  steps: 1\n  steps: 2\n", "line 3: duplicate key 'steps'"),
         ("- steps\n", "expected 'key: value' lines or sections, got a list"),
@@ -132,6 +133,47 @@ def test_errors_in_a_file(write, text, message):
     file = write(text)
     assert f"{file}" in error_of(file)
     assert message in error_of(file)
+
+
+def test_yaml_bombs_and_endless_files_are_refused(write):
+    levels = "".join(f"l{i + 1}: &l{i + 1} [{', '.join([f'*l{i}'] * 9)}]\n" for i in range(9))
+    bomb = "l0: &l0 [x, x, x]\n" + levels
+    for text in (
+        bomb,
+        "sft: {steps: 1}\n" + bomb,
+        "l0: &l0 {x: 1}\n" + levels.replace("[", "{<<: [").replace("]", "]}"),  # of merge keys
+        "files: &a [*a]\n",
+        "files: [" + "1, " * 11_000 + "]\n",
+    ):
+        assert "more than 10000 values, its aliases expanded" in error_of(write(text))
+    assert "longer than 1048576 characters" in error_of("/dev/zero")
+
+
+HUGE, LARGE = "1" + "0" * 400, "99999999999"
+
+
+def is_refused(cls, name: str, value: str) -> bool:
+    try:
+        config.check_ranges(config.load(cls, "sft", None, {name: value}))
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 300
+        return True
+    return False
+
+
+@pytest.mark.parametrize("value", [HUGE, "1" + "0" * 5000, "1e400", "-" + HUGE, LARGE])
+def test_huge_numbers_are_one_line(write, value):
+    """On the command line, in a file, and given to a stage; only a float without a bound may be large."""
+    from fastrlhf.train.stages.ppo import PPOConfig
+    from fastrlhf.train.stages.pretrain import PretrainConfig
+
+    for cls in (PPOConfig, PretrainConfig):
+        for name in (f.name for f in fields(cls) if f.name in config.RANGES):
+            whole = isinstance(getattr(cls(), name), int)
+            assert is_refused(cls, name, value) or (value == LARGE and not whole), name
+    assert len(error_of(write(f"steps: {value}x\n"))) < 400
+    with pytest.raises(UserError, match="^batch: expected a number"):
+        config.check_ranges(PPOConfig(batch=10**400))
 
 
 def test_errors_of_overrides():

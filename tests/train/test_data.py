@@ -55,6 +55,13 @@ def test_damaged_files_are_named(tmp_path):
     path.write_bytes(b"not gzip at all")
     with pytest.raises(UserError, match="not a readable UTF-8 file"):
         data.read_rows(str(path), {}, "prompts")
+    whole = gzip.compress(b'{"prompt": "a"}\n' * 500)
+    for damaged in (whole[:40] + b"\xff" * 8 + whole[48:], whole[:-9], whole[:12]):
+        path.write_bytes(damaged)  # the body, its checksum, its end
+        with pytest.raises(UserError, match="not a readable UTF-8 file"):
+            data.read_rows(str(path), {}, "prompts")
+    with pytest.raises(UserError, match="prompts: expected a path"):
+        data.read_rows("a\0b", {}, "prompts")
     with pytest.raises(UserError, match="cannot be read"):
         data.read_rows(str(tmp_path), {}, "prompts")
     path = tmp_path / "rows.jsonl"

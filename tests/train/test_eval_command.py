@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -179,9 +180,68 @@ def test_greedy_and_limit(folder):
         ({"prompts": "missing.jsonl"}, "no such file"),
         ({"model": "missing"}, "config.json"),
         ({"max_new_tokens": 40}, "context"),
+        ({"rankings": "missing.jsonl"}, "no such file"),
+        (
+            {"window": 1, "prompts": ""},
+            "window: expected 0, or 2 to the context's 32 tokens, got 1",
+        ),
+        ({"window": 33, "prompts": ""}, "window: expected 0, or 2 to"),
     ],
 )
 def test_bad_input_is_one_line(folder, changes, message):
     with pytest.raises(UserError, match=message) as error:
         main(config(folder, **changes))
     assert "\n" not in str(error.value)
+
+
+def test_overwrite_replaces_nothing_but_an_earlier_evaluation(folder, tmp_path):
+    """Neither an input, in whatever role, nor any other file that exists."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "notes.json").write_text("{}")
+    mine = {"overwrite": True, "text": "", "rankings": "", "reward_model": "", "baseline": ""}
+    (copy / "rows.partial").write_text((copy / "prompts.jsonl").read_text())
+    for out, message in (
+        ("rows", "prompts .*rows.partial' lies inside out"),
+        ("prompts.jsonl", "prompts .* lies inside out"),
+        ("rankings.jsonl", "is no result of eval"),  # of no option here
+        ("a/config.json", "is no result of eval"),
+        ("notes.json", "is no result of eval"),
+        ("a", "expected a file to write"),
+        ("notes.json/x.json", "nothing can be written to"),
+    ):
+        before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+        with pytest.raises(UserError, match=message):
+            prompts = {"prompts": str(copy / "rows.partial")} if out == "rows" else {}
+            main(config(copy, out=str(copy / out), **mine, **prompts))
+        assert before == {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+
+
+SHOUT = "[/INST] [bold]\x1b[31m \x9b \u202e[/]"
+
+
+def test_text_of_data_is_neither_markup_nor_a_terminal_escape(
+    folder, tmp_path, monkeypatch, capsys
+):
+    """The result is written before anything is printed, and data cannot break the printing."""
+    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    (tmp_path / "prompts.jsonl").write_text(
+        json.dumps(rows[0] | {"prompt": rows[0]["prompt"] + SHOUT})
+    )
+    row = json.loads((folder / "rankings.jsonl").read_text()) | {"criterion": SHOUT}
+    (tmp_path / "rankings.jsonl").write_text(json.dumps(row))
+    model = shutil.copytree(folder / "a", tmp_path / "a[/red]")
+    out = tmp_path / "eval.json"
+    changes = {
+        "judge": "",
+        "prompts": str(tmp_path / "prompts.jsonl"),
+        "rankings": str(tmp_path / "rankings.jsonl"),
+    }
+    main(config(folder, model=str(model), out=str(out), **changes))
+    said = capsys.readouterr().out
+    assert "[/INST] [bold]\\x1b[31m" in said and "a[/red]" in said.replace("\n", "")
+    assert not {"\x1b", "\x9b", "\u202e"} & set(said)
+    out.unlink()
+    monkeypatch.setattr("rich.console.Console.print", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(config(folder, out=str(out), **changes))
+    assert json.loads(out.read_text())["samples"]

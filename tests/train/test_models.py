@@ -198,7 +198,9 @@ def test_damaged_models_are_named(tmp_path):
             lambda f: (f / "config.json").write_text("[]"),
             "(tokenizer|config) of .* cannot be",
         ),
-        ("layers", _one_layer_more, r"lacks .* tensors \(model\.layers"),
+        ("layers", _changed(num_hidden_layers=3), r"lacks .* tensors \(model\.layers"),
+        ("huge", _changed(num_hidden_layers=10**9), "num_hidden_layers: expected at most 10000"),
+        ("names", _changed(architectures=[1]), "architectures: expected names"),
     ):
         folder = tmp_path / name
         folder.mkdir()
@@ -211,7 +213,9 @@ def test_damaged_models_are_named(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def _one_layer_more(folder):
-    content = json.loads((folder / "config.json").read_text())
-    content["num_hidden_layers"] += 1
-    (folder / "config.json").write_text(json.dumps(content))
+def _changed(**settings):
+    def apply(folder):
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(content | settings))
+
+    return apply

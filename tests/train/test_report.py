@@ -2,15 +2,19 @@
 
 import base64
 import copy
+import functools
 import html.parser
 import io
+import itertools
 import json
 import math
 import re
 import xml.etree.ElementTree
+from unittest import mock
 
 import numpy as np
 import pytest
+import rich.console
 
 from fastrlhf import report
 from fastrlhf.errors import UserError
@@ -238,6 +242,19 @@ def test_write_checks_before_it_writes(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_text_of_a_report_is_neither_markup_nor_a_terminal_escape(run, capsys):
+    content = json.loads((run / "report.json").read_text())
+    name = "x[/]\x1b[2J$\\frac$"
+    content["systems"].append(name)
+    content["results"][name] = content["results"]["ppo"]
+    content["stages"].append({"name": "[/INST]\x1b[31m", "seconds": 1.0})
+    content["reward_model"]["[/b]"] = {"[/c]": content["reward_model"]["human"]["all"]}
+    report.run.print_tables(content)
+    said = capsys.readouterr().out
+    assert "[/INST]\\x1b[31m" in said and "[/b]" in said and "\x1b" not in said
+    assert plots.results(content)
+
+
 def change(path: str, value):
     def apply(content):
         *parents, last = path.split(".")
@@ -272,6 +289,71 @@ def test_malformed_content_names_the_place(run, path, value, message):
         report.main(report.ReportConfig(run=str(run)))
     assert "\n" not in str(error.value)
     assert not (run / "report.html").exists()
+
+
+DAMAGE = (None, "x", [], {}, [1], -1, True, 10**400, math.inf, math.nan)
+
+
+def leaves(value, path=()):
+    """The path of every value inside nested dicts and lists; of a list, to its first item only."""
+    items = value.items() if isinstance(value, dict) else enumerate(value[:1])
+    for key, item in items:
+        yield (*path, key)
+        if isinstance(item, dict | list):
+            yield from leaves(item, (*path, key))
+
+
+@pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.nightly)])
+def test_any_damaged_value_is_one_line_or_harmless(run, monkeypatch, every):
+    """Without the drawing of the plots, which is slow."""
+    monkeypatch.setattr(plots, "_svg", lambda figure: "<svg/>")
+    axis = mock.MagicMock()
+
+    def figure(*_, nrows=1, ncols=1, **__):
+        axes = np.empty((nrows, ncols), dtype=object)
+        axes.fill(axis)
+        return axis, axes
+
+    monkeypatch.setattr(plots, "_figure", figure)
+    content = json.loads((run / "report.json").read_text())
+    content["systems"] = content["systems"][:2]
+    for name in set(content["results"]) - set(content["systems"]):
+        del content["results"][name]
+    rows = ppo_rows(0, over=True)[:10]
+    console = rich.console.Console(file=io.StringIO())
+    refused = 0
+    for path, value in list(itertools.product(leaves(content), DAMAGE))[::every]:
+        damaged = copy.deepcopy(content)
+        place = functools.reduce(lambda x, key: x[key], path[:-1], damaged)
+        place[path[-1]] = value
+        try:
+            report.content.check(damaged)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+            continue
+        page.page(damaged, {"ppo": rows})
+        report.run.print_tables(damaged, console)
+    assert refused > 500 / every
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"step": "x"}', b"[" * 100_000, b'{"step": 1' + b"0" * 5000 + b"}", b"\xff", b'{"a": [1]}'],
+)
+def test_damaged_logs_are_one_line(run, line):
+    (run / "ppo" / "log.jsonl").write_bytes(b'{"step": 1}\n' + line)
+    with pytest.raises(UserError, match="log .*(line 2|cannot be read)") as error:
+        report.load(run)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a": 1' + b"0" * 5000, b"\xff\xfe"])
+def test_damaged_content_is_one_line(run, text):
+    (run / "report.json").write_bytes(text)
+    with pytest.raises(UserError, match="report.json'") as error:
+        report.load(run)
+    assert "\n" not in str(error.value)
 
 
 def test_missing_and_broken_files(run, tmp_path):

@@ -41,7 +41,7 @@ from fastrlhf.train.rollout import MicroBatch, ScoredMicroBatch, TrainingMicroBa
 from fastrlhf.train.run import OutputConfig, Run
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
 from fastrlhf.train.sampler import HFSampler, NonFiniteLogits, Samples, check_temperature
-from fastrlhf.train.steps import nll_backward, require_fit
+from fastrlhf.train.steps import nll_backward, require_batch, require_fit
 from fastrlhf.train.text import TextConfig, TextEncoder, check_same_ends
 from fastrlhf.train.vocabulary import with_pad
 
@@ -67,7 +67,7 @@ class PPOConfig(OptimConfig, RuntimeConfig, TextConfig, OutputConfig):
     prompts: str = ""  # JSONL: prompt
     text: str = ""  # pretraining text, needed if ptx_coef > 0
     iterations: int = 500  # rounds of sampling and updating
-    batch: int = 512  # episodes (responses) per iteration
+    batch: int = 512  # episodes (responses) per iteration; a prompt may have several
     minibatch: int = 64  # episodes per optimizer step
     inner_epochs: int = 1  # passes over an iteration's episodes
     max_new_tokens: int = 1024  # limit of a response; prompt + response must fit the context
@@ -182,6 +182,9 @@ class Trainer:
             length = data.window_length(cfg.ptx_length, context, "ptx_length")
             documents = data.read_text(cfg.text)
             self.windows = data.text_windows(documents, self.text, length, f"text {cfg.text!r}")
+            require_batch(
+                _text_per_step(cfg), len(self.windows), "minibatch * ptx_ratio", "text windows"
+            )
         longest = [len(p) + cfg.max_new_tokens for p in self.prompts]
         require_fit(longest, cfg.max_tokens, "prompts + max_new_tokens")
         reward_context = context_length(self.reward_model.config)
@@ -228,7 +231,11 @@ class Trainer:
         """Sample responses, score them and compute advantages; return the minibatches and metrics."""
         cfg, runtime = self.cfg, self.runtime
         clock = [time.perf_counter()]
-        chosen = self.order.take(cfg.batch)[runtime.rank :: runtime.world]
+        mine, parts = rollout.shares(
+            cfg.batch, cfg.batch // cfg.minibatch, [cfg.seed, iteration, 0], runtime
+        )
+        drawn = self.order.take(cfg.batch)
+        chosen = [drawn[i] for i in mine]
         prompts = [self.prompts[i] for i in chosen]
         seed = [cfg.seed, iteration, runtime.rank]
         try:
@@ -246,8 +253,7 @@ class Trainer:
         # Train mode, so that old log-probs come from the same code as in the update. Dropout is 0.
         for module in (self.policy_module, self.value_module):
             module.train()
-        count = cfg.batch // cfg.minibatch
-        packed = rollout.split(prompts, samples, count, cfg.max_tokens, runtime, seed)
+        packed = rollout.split(prompts, samples, parts, cfg.max_tokens, runtime)
         scored = [self._score(part) for part in packed]
         labels = self._labels(chosen, prompts, samples)
         metrics = rollout.metrics(scored, samples, runtime, labels)
@@ -323,7 +329,7 @@ class Trainer:
                 out.loss * (share * runtime.world),
                 last=number == len(micros),
             )
-            for name, metric in out.metrics.items():
+            for name, metric in out.metrics.items() if m.weight else ():
                 if name == "ratio_max":
                     sums[name] = torch.maximum(sums.get(name, metric), metric)
                 else:
@@ -353,14 +359,13 @@ class Trainer:
         }
         means = torch.stack([sums[n].float() for n in names]).tolist()  # one copy from the GPU
         log = dict(zip(names.values(), self.runtime.sum(*means), strict=True))
-        return log | {"policy/ratio_max": float(sums["ratio_max"])}
+        return log | {"policy/ratio_max": self.runtime.max(float(sums["ratio_max"]))}
 
     def _pretraining_backward(self) -> dict[str, float]:
         """Accumulate ptx_coef * gradient of the mean NLL of pretraining text; return the NLL and this part's norm."""
         cfg, runtime = self.cfg, self.runtime
         before = [None if p.grad is None else p.grad.clone() for p in self.policy.parameters()]
-        count = max(runtime.world, round(cfg.minibatch * cfg.ptx_ratio))
-        chosen = self.text_order.take(count)[runtime.rank :: runtime.world]
+        chosen = self.text_order.take(_text_per_step(cfg))[runtime.rank :: runtime.world]
         examples = [self.windows[i] for i in chosen]
         loss = nll_backward(
             self.policy_module, examples, runtime, cfg.max_tokens, scale=cfg.ptx_coef
@@ -382,12 +387,12 @@ class Trainer:
         return run.finish(self.policy.lm, self.tokenizer, summary)
 
 
+def _text_per_step(cfg: PPOConfig) -> int:
+    return max(1, round(cfg.minibatch * cfg.ptx_ratio))
+
+
 def _check(cfg: PPOConfig, runtime: Runtime) -> None:
     require_paths(cfg, "model", "reward_model", "prompts")
-    if cfg.ptx_coef < 0 or cfg.kl_coef < 0:
-        raise UserError(
-            f"ptx_coef and kl_coef: expected numbers >= 0, got {cfg.ptx_coef} and {cfg.kl_coef}"
-        )
     if cfg.ptx_coef > 0 and not cfg.text:
         raise UserError("ptx_coef > 0 needs text: expected a file of pretraining text, got nothing")
     if cfg.temperature <= 0:

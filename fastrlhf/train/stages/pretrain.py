@@ -20,7 +20,7 @@ from fastrlhf.train.models import load_tokenizer, policy_from_config
 from fastrlhf.train.optim import OptimConfig, Optimizers, cosine
 from fastrlhf.train.run import OutputConfig, Run
 from fastrlhf.train.runtime import PRECISIONS, Runtime, RuntimeConfig
-from fastrlhf.train.steps import mean_nll, nll_backward, require_fit
+from fastrlhf.train.steps import mean_nll, nll_backward, require_batch, require_fit
 from fastrlhf.train.text import TextConfig, TextEncoder
 from fastrlhf.train.vocabulary import Vocabulary
 
@@ -75,6 +75,7 @@ def main(cfg: PretrainConfig) -> dict:
                 data.read_text(cfg.valid_text), text, cfg.context, f"text {cfg.valid_text!r}"
             )
         require_fit([cfg.context], cfg.max_tokens, "windows (context)")
+        require_batch(cfg.batch, len(windows), "batch", "text windows")
         vocabulary = Vocabulary.of(tokenizer)
         policy = policy_from_config(
             _llama(cfg, tokenizer, vocabulary.size), runtime, cfg.backend, vocabulary

@@ -31,7 +31,7 @@ from fastrlhf.train.optim import OptimConfig, Optimizers, cosine
 from fastrlhf.train.packing import collate
 from fastrlhf.train.run import OutputConfig, Run
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
-from fastrlhf.train.steps import micro_batches, require_fit, score_sequences
+from fastrlhf.train.steps import FILLER, micro_batches, require_fit, score_sequences, steps_of
 from fastrlhf.train.text import TextConfig, TextEncoder
 from fastrlhf.train.vocabulary import with_pad
 
@@ -58,6 +58,9 @@ class Comparison:
 
     sequences: list[np.ndarray]  # K token sequences: prompt + completion + EOS
     ranks: list[int]  # K; 1 is the best, ties allowed
+
+
+NOTHING = Comparison([FILLER.tokens] * 2, [1, 2])  # of a rank without data
 
 
 def main(cfg: RewardConfig) -> dict:
@@ -93,7 +96,7 @@ def main(cfg: RewardConfig) -> dict:
         sizes = [sum(map(len, c.sequences)) for c in (*usable, *(valid or ()))]
         require_fit(sizes, cfg.max_tokens, "the prompts' completions together")
         require_fit([len(x) for x in demos], cfg.max_tokens, "demonstrations")
-        steps = max(1, cfg.epochs * len(usable) // cfg.batch)
+        steps = steps_of(cfg.epochs, len(usable), cfg.batch, "rankings that are not all ties")
         optimizer = Optimizers(reward_model, cfg)
         order = data.Shuffle(len(usable), cfg.seed)
         module = runtime.prepare(reward_model, optimizer)
@@ -143,7 +146,7 @@ def _backward(
     (total,) = runtime.sum(float(len(comparisons)))
     summed, correct = torch.zeros((), device=runtime.device), 0.0
     for number, (indices, weight) in enumerate(micros, 1):
-        part = [comparisons[i] for i in indices]
+        part = [comparisons[i] for i in indices] or [NOTHING]
         batch = collate([s for c in part for s in c.sequences]).to(runtime.device)
         ranks = torch.tensor([r for c in part for r in c.ranks], device=runtime.device)
         groups = torch.tensor(

@@ -6,7 +6,6 @@ Loss: mean NLL over the batch's targets, in nats per token. The targets are the 
 With `pretrain_mix` > 0 every batch also holds pretraining text, which gives the paper's RL initialization (C.3).
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +21,7 @@ from fastrlhf.train.models import (
 from fastrlhf.train.optim import OptimConfig, Optimizers, cosine
 from fastrlhf.train.run import OutputConfig, Run
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
-from fastrlhf.train.steps import mean_nll, nll_backward, require_fit
+from fastrlhf.train.steps import mean_nll, nll_backward, require_batch, require_fit, steps_of
 from fastrlhf.train.text import TextConfig, TextEncoder
 
 
@@ -77,7 +76,11 @@ def main(cfg: SFTConfig) -> dict:
         ):
             require_fit([len(e.tokens) for e in part or []], cfg.max_tokens, what)
         mixed = round(cfg.batch * cfg.pretrain_mix / (1 - cfg.pretrain_mix))
-        steps = max(1, math.ceil(cfg.epochs * len(examples) / cfg.batch))
+        if windows:
+            require_batch(
+                mixed, len(windows), "batch * pretrain_mix / (1 - pretrain_mix)", "text windows"
+            )
+        steps = steps_of(cfg.epochs, len(examples), cfg.batch, "demonstrations")
         optimizer = Optimizers(policy, cfg)
         order = data.Shuffle(len(examples), cfg.seed)
         text_order = data.Shuffle(max(1, len(windows)), cfg.seed + 1)

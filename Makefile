@@ -37,7 +37,7 @@ ORACLES := build/oracles
 help:
 	@echo "make demo       align the shipped tiny model end to end and write its report (minutes, 2 CPU cores)"
 	@echo "make test       the test suite"
-	@echo "make nightly    the tests that are too long for it"
+	@echo "make nightly    the tests that make test leaves out: every family of models, kills of runs"
 	@echo "make test-isa   the ops' CPU tests again under each lesser instruction set that this machine has"
 	@echo "make fuzz       random calls and command lines against the reference, < 20 minutes; ARGS=--quick: CI's part"
 	@echo "make docs       the documentation site in build/docs, from docs/ and the docstrings; needs Python 3.11"

@@ -90,8 +90,15 @@ LONG += ("oracles", "trl_runs")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items):
-    """Long files first. Marks `gpu_quick`: every test of an op on a GPU's backend that is not COMPILED."""
+def pytest_collection_modifyitems(config, items):
+    """Long files first, nightly tests only where -m names them.
+
+    Marks `gpu_quick`: every test of an op on a GPU's backend that is not COMPILED.
+    """
+    if "nightly" not in config.option.markexpr:
+        late = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=late)
+        items[:] = [item for item in items if item not in set(late)]
     for item in items:
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
         if backend in ("cuda", "triton") and not any(word in item.name for word in COMPILED):

@@ -264,7 +264,7 @@ def main(cfg: EvalConfig) -> dict:
         replace_text(Path(cfg.out), json.dumps(content, ensure_ascii=False, indent=1))
     for note in model.text.notes:
         print(printable(f"eval: {note}"))
-    _print(cfg, result, samples)
+    _print(cfg, result, samples, runtime)
     return result
 
 
@@ -291,14 +291,17 @@ MEANING = {
 }
 
 
-def _print(cfg: EvalConfig, result: dict, samples: Sequence[dict]) -> None:
+def _print(cfg: EvalConfig, result: dict, samples: Sequence[dict], runtime: Runtime) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
     table = Table(title=Text(printable(f"evaluation of {cfg.model}")))
-    table.caption = "n: number of prompts or text windows that the interval is over"
+    table.caption = Text(
+        "n: number of prompts or text windows that the interval is over\n"
+        + printable(runtime.describe_checks())
+    )
     for column in ("figure", "value", "95 % interval", "n", "meaning"):
         table.add_column(column, justify="left" if column in ("figure", "meaning") else "right")
     for name, found in result.items():

@@ -126,6 +126,7 @@ class Integration:
         self._state = _State()
         self._calls: Counter = Counter()
         self._fallbacks: Counter = Counter()
+        self._uncounted = threading.local()
 
     @property
     def patched(self) -> bool:
@@ -192,6 +193,20 @@ class Integration:
         finally:
             with self._lock:
                 state.suspensions -= 1
+
+    @property
+    def is_uncounted(self) -> bool:
+        """Whether this thread is in a block of `uncounted`."""
+        return getattr(self._uncounted, "on", False)
+
+    @contextlib.contextmanager
+    def uncounted(self):
+        """Calls of this thread in the block are served, and not counted."""
+        self._uncounted.on = True
+        try:
+            yield
+        finally:
+            self._uncounted.on = False
 
     # ---- check, replace, report ----
 
@@ -266,14 +281,14 @@ class Integration:
                 reason = str(unsupported)
                 if original is None:
                     raise ValueError(f"{name}: {reason}") from None
-                if reason and not torch.compiler.is_compiling():
+                if reason and not torch.compiler.is_compiling() and not self.is_uncounted:
                     with lock:
                         fallbacks[name, reason] += 1
                     if reason not in logged:
                         logged.add(reason)
                         _log.warning("%s falls back to the original function: %s", name, reason)
             else:
-                if not torch.compiler.is_compiling():
+                if not torch.compiler.is_compiling() and not self.is_uncounted:
                     with lock:
                         calls[name] += 1
                 return result

@@ -7,6 +7,7 @@ Shapes: logits [..., T, V], labels [..., T]; hidden [..., T, H], weight [V, H].
 
 import functools
 import inspect
+import logging
 import threading
 
 import torch
@@ -18,8 +19,10 @@ from fastrlhf.integrations._lazy_logits import LazyLogits
 from fastrlhf.integrations._patch import Integration, Patch
 from fastrlhf.integrations._targets import Target, Unsupported
 
+_log = logging.getLogger("fastrlhf.integrations")
 
-def patch(backend: str = "auto") -> Patch:
+
+def patch(backend: str = "auto", self_check: bool = True) -> Patch:
     """Trains any transformers causal LM through its own forward, without computing its logits.
 
     Replaced:
@@ -36,10 +39,14 @@ def patch(backend: str = "auto") -> Patch:
     the head, quantization), has hooks or a replaced forward, is sharded (DTensor, ZeRO-3), or is traced by
     torch.compile.
 
+    The first call of each class and config that is served measures a small copy of the class against unpatched
+    transformers: the loss, and with `fastrlhf_varlen` packed rows against each row alone in eager attention.
+
     TRL's trainers use a different head, which `fastrlhf.integrations.trl` serves.
 
     Args:
         backend: backend of the ops; see `fastrlhf.backends`.
+        self_check: measure; a class without a small copy is logged as unmeasured.
 
     Returns:
         A handle: a context manager with `unpatch()`, `calls`, `fallbacks` and `report`.
@@ -49,8 +56,9 @@ def patch(backend: str = "auto") -> Patch:
         PatchError: a function is missing or has other parameters; nothing is patched.
         RuntimeError: transformers is patched with another backend. Later, on the first read of
             `outputs.logits`: the head's weight has changed since the forward.
+        fastrlhf.errors.UserError: later, from a call of a model whose copy computes something else.
     """
-    return _INTEGRATION.patch(backend=backend)
+    return _INTEGRATION.patch(backend=backend, self_check=self_check)
 
 
 def unpatch() -> None:
@@ -66,7 +74,7 @@ def calls() -> dict[str, int]:
 # ---- the loss ----
 
 
-def _causal_lm_loss(original, backend):
+def _causal_lm_loss(original, backend, self_check):
     def causal_lm_loss(
         logits,
         labels,
@@ -123,9 +131,18 @@ def _causal_lm_loss(original, backend):
 # ---- the forward ----
 
 
-def _call(original, backend):
+def _call(original, backend, self_check):
+    from fastrlhf.integrations import _transformers_check
+
     def call(self, *args, **kwargs):
+        checks = self_check and not (_INTEGRATION.is_uncounted or torch.compiler.is_compiling())
+        if checks and self.config._attn_implementation == "fastrlhf_varlen":
+            with _INTEGRATION.uncounted():
+                _transformers_check.check_attention(self, "fastrlhf_varlen", _log)
         head = _head(self, args, kwargs)
+        if checks:
+            with _INTEGRATION.uncounted():
+                _transformers_check.check_loss(self, _INTEGRATION.suspended, _log)
         # nn.Linear.forward, because head.forward may be the replacement of another thread's call.
         own_forward, thread = functools.partial(nn.Linear.forward, head), threading.get_ident()
 

@@ -7,21 +7,22 @@ B sequences.
 import functools
 import inspect
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from fastrlhf.errors import UserError
 from fastrlhf.integrations import attention
-from fastrlhf.train.heads import Head, unembedding_parameters
+from fastrlhf.train import dropout
+from fastrlhf.train.classifiers import language_model, sequence_classifier
+from fastrlhf.train.heads import Head, Unembedding, unembedding
 from fastrlhf.train.packing import PackedBatch
+from fastrlhf.train.routers import router_loss
 from fastrlhf.train.vocabulary import Vocabulary, end_tokens
 
 # Attributes of a reward model's config.json.
@@ -78,54 +79,124 @@ def check_same_vocabulary(first, second, what: str) -> None:
         )
 
 
-class Policy(nn.Module):
+class _Packed(nn.Module):
+    """A transformer over packed batches: what policies and reward models share.
+
+    Its arithmetic is the same for trained fp32 weights and for the frozen ones of `_load`: linear layers multiply in
+    `dtype`, and the rest is fp32. The model's own dropout and other noise are off in both modes.
+    """
+
+    dtype: torch.dtype
+
+    @property
+    def transformer(self):
+        """The Hugging Face model."""
+        raise NotImplementedError
+
+    @property
+    def body(self):
+        """The transformer below the head."""
+        return decoder(self.transformer)
+
+    @property
+    def config(self):
+        return self.transformer.config
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        dropout.silence(self.transformer)
+        return self
+
+    def set_residual_dropout(self, probability: float) -> None:
+        """Drop elements of the residual branches in training mode; see `dropout.add_residual_dropout`."""
+        dropout.add_residual_dropout(self, self.body, probability)
+
+    def autocast(self) -> torch.autocast:
+        """The context of every forward of the body."""
+        device = next(self.parameters()).device.type
+        return torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+class Policy(_Packed):
     """A causal LM over packed batches.
 
     Args:
         lm: a Hugging Face causal LM.
         backend: of the fused ops.
+        dtype: of the products of linear layers and head: fp32, bf16 or fp16.
         vocabulary: the ids that have a token; the other rows of the head have probability 0. None: every row has one.
     """
 
-    def __init__(self, lm, backend: str = "auto", vocabulary: Vocabulary | None = None):
+    def __init__(
+        self,
+        lm,
+        backend: str = "auto",
+        dtype: torch.dtype = torch.float32,
+        vocabulary: Vocabulary | None = None,
+    ):
         super().__init__()
         self.lm = lm
         self.backend = backend
+        self.dtype = dtype
         self.vocabulary = vocabulary
+        self.router = router_loss(lm)
+        self.train()
 
     @property
-    def config(self):
-        return self.lm.config
+    def transformer(self):
+        return self.lm
 
     @property
-    def unembedding(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The head (weight [S, H], bias [S] or None), with the S rows of `vocabulary`."""
-        weight, bias = unembedding_parameters(self.lm)
-        if self.vocabulary is None:
-            return weight, bias
-        return self.vocabulary.unembedding(weight, bias)
+    def unembedding(self) -> Unembedding:
+        """The head, with the S rows of `vocabulary` and its parameters in `dtype`.
+
+        Raises:
+            UserError: as `heads.unembedding`; or rows have no token and the model caps its logits.
+        """
+        found = unembedding(self.lm)
+        if self.vocabulary is not None:
+            if self.vocabulary.holes and found.softcap is not None:
+                raise UserError(  # a bias of -inf would become -softcap
+                    f"the tokenizer has no token for {len(self.vocabulary.holes)} ids between its tokens, which a "
+                    "model with a soft-cap of its logits cannot leave out: expected a tokenizer without such gaps"
+                )
+            weight, bias = self.vocabulary.unembedding(found.weight, found.bias)
+            found = replace(found, weight=weight, bias=bias)
+        return found.to(self.dtype)
+
+    def router_coefficient(self, setting: float | None) -> float:
+        """The weight of the router loss: `setting`, or the config's for None; 0 for a model without that loss."""
+        if self.router is None:
+            return 0.0
+        return self.router.coefficient if setting is None else setting
 
     def hidden(self, batch: PackedBatch, cache=None) -> torch.Tensor:
-        """Last hidden states [N, H]; a sampler's `cache` is filled with keys and values on the way."""
-        return _packed_hidden(decoder(self.lm), batch, cache)
+        """Last hidden states [N, H]; a sampler's key/value `cache` is filled on the way."""
+        with self.autocast():
+            return _packed_hidden(self.body, batch, cache)
 
-    def forward(self, batch: PackedBatch, rows: torch.Tensor, head: Head):
+    def forward(
+        self, batch: PackedBatch, rows: torch.Tensor, head: Head, with_router_loss: bool = False
+    ):
         """Return `head` of the hidden states at positions `rows` [M] (int64) of a packed batch.
 
+        With `with_router_loss` the result is (head's result, load-balancing loss of the batch's N tokens).
+
         All uses of the weights go through this one method because DDP's and FSDP's hooks surround `forward`:
-        FSDP gathers the unembedding before it and reshards it after it. The head's tensors (targets, advantages)
-        are attributes of the head because FSDP casts float tensors among the arguments to the compute dtype.
+        FSDP gathers the unembedding before it and reshards it after it. FSDP also casts float tensors among the
+        arguments to the compute dtype, so a head hides its own (advantages): it is no container and no dataclass.
         """
-        hidden = self.hidden(batch).index_select(0, rows)
-        weight, bias = self.unembedding
-        if weight.dtype != hidden.dtype:  # under autocast: 16-bit hidden states, fp32 weights
-            weight = weight.to(hidden.dtype)
-            bias = None if bias is None else bias.to(hidden.dtype)
-        softcap = getattr(self.config, "final_logit_softcapping", None)
-        return head(hidden, weight, bias=bias, softcap=softcap, backend=self.backend)
+        options = {"output_router_logits": True} if with_router_loss else {}
+        with self.autocast():
+            outputs = _packed_outputs(self.body, batch, **options)
+        hidden = outputs.last_hidden_state[0].index_select(0, rows)
+        result = head(hidden.to(self.dtype), self.unembedding, self.backend)
+        if with_router_loss:
+            return result, self.router(outputs.router_logits)
+        return result
 
 
-class RewardModel(nn.Module):
+class RewardModel(_Packed):
     """A transformer with one scalar output per position; also used as the value model.
 
         score = hidden @ weight.T + bias
@@ -133,15 +204,25 @@ class RewardModel(nn.Module):
     A reward is the score at the last token of a sequence; a value is the score at each position. `bias` makes the
     demonstrations score 0 on average. `bias` and `std`, the standard deviation of the scores on the training
     comparisons, are stored in config.json (`fastrlhf_reward_bias`, `fastrlhf_reward_std`).
+
+    Args:
+        model: a Hugging Face sequence classifier with a linear head `score` of width 1.
+        dtype: of the products of linear layers; the head computes in fp32.
+
+    Raises:
+        UserError: the head is another one.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, dtype: torch.dtype = torch.float32):
         super().__init__()
+        _require_score_head(model)
         self.model = model
+        self.dtype = dtype
+        self.train()
 
     @property
-    def config(self):
-        return self.model.config
+    def transformer(self):
+        return self.model
 
     @property
     def bias(self) -> float:
@@ -151,11 +232,35 @@ class RewardModel(nn.Module):
     def std(self) -> float:
         return float(getattr(self.config, REWARD_STD, 1.0))
 
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Multiply every score by `factor`."""
+        for parameter in self.model.score.parameters():
+            parameter.mul_(factor)
+        setattr(self.config, REWARD_BIAS, self.bias * factor)
+
     def forward(self, batch: PackedBatch, rows: torch.Tensor) -> torch.Tensor:
         """Scores, fp32 [M], at positions `rows` [M] (int64)."""
-        hidden = _packed_hidden(decoder(self.model), batch).index_select(0, rows)
-        weight = self.model.score.weight.to(hidden.dtype)
-        return (hidden @ weight.t()).squeeze(-1).float() + self.bias
+        with self.autocast():
+            hidden = _packed_hidden(self.body, batch)
+        head = self.model.score
+        # fp32 also under an autocast of the caller: a 16-bit product would round the scores.
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores = hidden.index_select(0, rows).float() @ head.weight.float().t()
+            if head.bias is not None:
+                scores = scores + head.bias.float()
+        return scores.squeeze(-1) + self.bias
+
+
+def _require_score_head(model) -> None:
+    score = getattr(model, "score", None)
+    if not isinstance(score, nn.Linear):
+        raise UserError(
+            "a reward model needs a linear head `score` on each position's hidden state; "
+            f"{type(model).__name__} has none"
+        )
+    if score.out_features != 1:
+        raise UserError(f"reward head: expected width 1 (num_labels), got {score.out_features}")
 
 
 def load_policy(
@@ -163,27 +268,35 @@ def load_policy(
 ) -> Policy:
     """Load a causal LM with this package's attention.
 
-    Trainable weights are fp32, and autocast computes in `runtime.compute_dtype`; frozen weights have that dtype.
+    Trainable weights are fp32, and autocast computes in `runtime.compute_dtype`. Frozen weights have that dtype
+    where autocast would round them to it, so both compute the same.
 
     Args:
         tokenizer: rows of the vocabulary without a token in it have probability 0, and its EOS is an end token. None:
             every row has a token.
 
     Raises:
-        UserError: the folder is missing or damaged, holds a reward model, or has fewer embedding rows than tokens.
+        UserError: the folder is missing or damaged, holds another kind of model, or has fewer embedding rows than
+            tokens; or the model fails the self-check.
     """
-    named = _config(path, runtime.trust_remote_code).architectures or []
+    config = _config(path, runtime.trust_remote_code)
+    named = config.architectures or []
     if any("SequenceClassification" in name for name in named):
         raise UserError(
             f"{path!r} is a reward model ({named[0]}): expected a causal language model"
         )
-    lm = _load(AutoModelForCausalLM, path, runtime, trainable)
-    if tokenizer is None:
-        return Policy(lm, backend)
-    # Training teaches the tokenizer's EOS, so `generate` of the saved model must stop there too.
-    ends = end_tokens(tokenizer, lm)
-    lm.generation_config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
-    return Policy(lm, backend, check_vocabulary(tokenizer, lm, path))
+    if named and _OTHER_HEADS.search(named[0]):
+        raise UserError(f"{path!r} is a {named[0]}: expected a causal language model")
+    lm = _load(language_model(config), path, runtime, trainable)
+    vocabulary = None
+    if tokenizer is not None:
+        # Training teaches the tokenizer's EOS, so `generate` of the saved model must stop there too.
+        ends = end_tokens(tokenizer, lm)
+        lm.generation_config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
+        vocabulary = check_vocabulary(tokenizer, lm, path)
+    policy = Policy(lm, backend, runtime.compute_dtype, vocabulary)
+    _ = policy.unembedding  # a head that cannot be served is refused here
+    return runtime.check(policy.train(trainable), path)
 
 
 def policy_from_config(
@@ -194,7 +307,8 @@ def policy_from_config(
         config, attn_implementation=attention.NAME, dtype=torch.float32
     )
     lm.get_input_embeddings().padding_idx = None  # see _load
-    return Policy(lm.to(runtime.device), backend, vocabulary)
+    policy = Policy(lm.to(runtime.device), backend, runtime.compute_dtype, vocabulary)
+    return runtime.check(policy, "the new model")
 
 
 def load_reward_model(path: str, runtime, *, trainable: bool) -> RewardModel:
@@ -222,8 +336,9 @@ def load_reward_model(path: str, runtime, *, trainable: bool) -> RewardModel:
             raise UserError(
                 f"{name} in the config of {path!r}: expected a {'positive ' * positive}number, got {value!r}"
             )
-    model = _load(AutoModelForSequenceClassification, path, runtime, trainable, num_labels=1)
-    return RewardModel(model)
+    model = _load(sequence_classifier(config, path), path, runtime, trainable, num_labels=1)
+    reward_model = RewardModel(model, runtime.compute_dtype)
+    return runtime.check(reward_model.train(trainable), path)
 
 
 def reward_model_from_policy(path: str, runtime, seed: int = 0) -> RewardModel:
@@ -234,18 +349,19 @@ def reward_model_from_policy(path: str, runtime, seed: int = 0) -> RewardModel:
     Raises:
         UserError: the folder is missing or damaged, or its architecture has no `score` head.
     """
-    head = ("score.weight",)
-    model = _load(AutoModelForSequenceClassification, path, runtime, True, head, num_labels=1)
-    if not hasattr(model, "score"):
-        raise UserError(
-            f"{path!r}: {type(model).__name__} has no `score` head that a reward can be read from"
-        )
-    weight = model.score.weight
+    kind = sequence_classifier(_config(path, runtime.trust_remote_code), path)
+    fresh = ("score.weight", "score.bias")
+    reward_model = RewardModel(
+        _load(kind, path, runtime, True, fresh, num_labels=1), runtime.compute_dtype
+    )
+    head = reward_model.model.score
     generator = torch.Generator().manual_seed(seed)
-    fresh = torch.randn(weight.shape, generator=generator) / (weight.shape[1] + 1) ** 0.5
+    weight = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5
     with torch.no_grad():
-        weight.copy_(fresh)
-    return RewardModel(model)
+        head.weight.copy_(weight)
+        if head.bias is not None:
+            head.bias.zero_()
+    return runtime.check(reward_model.train(), path)
 
 
 def context_length(config) -> int:
@@ -290,15 +406,6 @@ def check_positions(config, longest: int, row: int) -> None:
         )
 
 
-def set_dropout(model: nn.Module, probability: float) -> None:
-    """Set the probability of every dropout in a model."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = probability
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = probability
-
-
 def decoder(model) -> nn.Module:
     """The transformer of a model with a head.
 
@@ -322,20 +429,36 @@ def _parameters(kind: type) -> frozenset[str]:
 
 
 def _packed_hidden(body, batch: PackedBatch, cache=None) -> torch.Tensor:
+    return _packed_outputs(body, batch, cache).last_hidden_state[0]
+
+
+def _packed_outputs(body, batch: PackedBatch, cache=None, **options):
     total = batch.input_ids.shape[0]
     check_positions(body.config, batch.max_seqlen, total)
     row = attention.PackedRow(batch.cu_seqlens, batch.max_seqlen, total, cache)
     with attention.running(row):
-        hidden = body(
+        outputs = body(
             input_ids=batch.input_ids.unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),
             use_cache=False,
-        ).last_hidden_state[0]
+            **options,
+        )
     row.check(body)
-    return hidden
+    return outputs
+
+
+# Heads of models that are no causal language models, by the names of their classes.
+_OTHER_HEADS = re.compile(
+    "(TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM|PreTraining|RewardModel)$"
+)
 
 
 def _require_folder(path: str) -> None:
+    if (Path(path) / "adapter_config.json").is_file():
+        raise UserError(
+            f"model folder {path!r} holds an adapter (adapter_config.json), not a model: merge it into its base model "
+            "(merge_and_unload) and give the folder of the result"
+        )
     if not (Path(path) / "config.json").is_file():
         raise UserError(
             f"model folder {path!r}: no config.json there; expected a folder written by save_pretrained"
@@ -359,13 +482,14 @@ def _config(path: str, trust_remote_code: bool):
     return config
 
 
-def _load(auto, path: str, runtime, trainable: bool, fresh: tuple[str, ...] = (), **options):
-    _config(path, runtime.trust_remote_code)
+def _load(kind, path: str, runtime, trainable: bool, fresh: tuple[str, ...] = (), **options):
+    # FSDP rounds all weights of a trained model to the compute dtype, so a frozen model has them in that dtype.
+    compact = runtime.compute_dtype if runtime.fsdp and not trainable else torch.float32
     try:
-        model, loaded = auto.from_pretrained(
+        model, loaded = kind.from_pretrained(
             path,
             output_loading_info=True,
-            dtype=torch.float32 if trainable else runtime.compute_dtype,
+            dtype=compact,
             attn_implementation=attention.NAME,
             trust_remote_code=runtime.trust_remote_code,
             use_safetensors=True,
@@ -377,6 +501,8 @@ def _load(auto, path: str, runtime, trainable: bool, fresh: tuple[str, ...] = ()
                 f"model of {path!r} is not supported: its class does not use transformers' attention functions"
             ) from error
         raise UserError(f"model of {path!r} cannot be loaded: {_first_line(error)}") from error
+    if fresh:
+        _require_score_head(model)
     missing = sorted(set(loaded["missing_keys"]) - set(fresh))
     if missing:
         raise UserError(
@@ -384,8 +510,24 @@ def _load(auto, path: str, runtime, trainable: bool, fresh: tuple[str, ...] = ()
         )
     # torch drops the gradient of this row. Packed batches have no padding, and PAD may be EOS.
     model.get_input_embeddings().padding_idx = None
-    model.to(runtime.device)
-    return model.train() if trainable else model.eval().requires_grad_(False)
+    if not trainable:
+        model.requires_grad_(False)
+        _round_linear_weights(model, runtime.compute_dtype)
+    return model.to(runtime.device)
+
+
+def _round_linear_weights(model, dtype: torch.dtype) -> None:
+    """Store the weights of linear layers in `dtype`, to which autocast would round them in every product.
+
+    All else keeps fp32, because autocast computes with it in fp32: embeddings (and a head tied to one), norms, biases,
+    routers, and the score head, which `RewardModel` multiplies in fp32.
+    """
+    kept = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    if isinstance(score := getattr(model, "score", None), nn.Linear):
+        kept.add(id(score.weight))
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in kept:
+            module.weight.data = module.weight.data.to(dtype)
 
 
 def _first_line(error: Exception) -> str:

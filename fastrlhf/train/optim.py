@@ -9,9 +9,12 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fastrlhf.errors import UserError
 from fastrlhf.train import sharded
+from fastrlhf.train.routers import routers
 
 
 @dataclass
@@ -89,38 +92,56 @@ class Muon(torch.optim.Optimizer):
         return x
 
 
+def hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
+    """The weights for Muon: those of linear layers with more than one input and output.
+
+    Heads and routers are none of them: a row of their weight belongs to one token or expert. The model names its head
+    (`get_output_embeddings`) and its routers; a reward head has one output.
+    """
+    found = {
+        m.weight
+        for m in module.modules()
+        if isinstance(m, nn.Linear | Conv1D) and m.weight.ndim == 2 and min(m.weight.shape) > 1
+    }
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            found -= set(part.parameters())
+        elif isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None:
+            found -= set(part.get_output_embeddings().parameters())
+    for router in routers(module):
+        found -= set(router.parameters())
+    return found
+
+
 class Optimizers:
     """AdamW, or Muon and AdamW, over the trainable parameters of `module`, under one learning-rate schedule.
 
-    Muon gets the matrices inside the transformer; embeddings, heads, biases and norms stay with AdamW.
+    Muon gets the matrices inside the transformer (`hidden_matrices`); AdamW gets the rest.
     """
 
     def __init__(self, module: nn.Module, cfg: OptimConfig):
         if cfg.optimizer not in ("adamw", "muon"):
             raise UserError(f"optimizer: expected adamw or muon, got {cfg.optimizer!r}")
-        hidden, rest = [], []
-        for name, parameter in module.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            matrix = (
-                parameter.ndim == 2
-                and "embed" not in name
-                and "lm_head" not in name
-                and "score" not in name
-            )
-            (hidden if matrix and cfg.optimizer == "muon" else rest).append(parameter)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        if not trained:
+            raise UserError("nothing to train: every parameter of the model is frozen")
+        matrices = hidden_matrices(module) if cfg.optimizer == "muon" else set()
+        hidden = [p for p in trained if p in matrices]
+        rest = [p for p in trained if p not in matrices]
         betas = (cfg.beta1, cfg.beta2)
-        self.parts = [
-            torch.optim.AdamW(
-                rest, lr=cfg.lr, betas=betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay
+        self.parts = []
+        if rest:
+            self.parts.append(
+                torch.optim.AdamW(
+                    rest, lr=cfg.lr, betas=betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay
+                )
             )
-        ]
         if hidden:
             self.parts.append(Muon(hidden, lr=cfg.muon_lr or cfg.lr, weight_decay=cfg.weight_decay))
         self.peaks = [part.param_groups[0]["lr"] for part in self.parts]
 
     def step(self, factor: float) -> float:
-        """Step at `factor` times the peak learning rates and clear the gradients; return AdamW's learning rate."""
+        """Step at `factor` times the peak learning rates and clear the gradients; return the first part's rate."""
         for part, peak in zip(self.parts, self.peaks, strict=True):
             for group in part.param_groups:
                 group["lr"] = peak * factor

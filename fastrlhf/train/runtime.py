@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from fastrlhf.errors import UserError
 from fastrlhf.integrations import attention
 from fastrlhf.ops._backend import OPS, unavailable_reason
-from fastrlhf.train import sharded
+from fastrlhf.train import self_check, sharded
 from fastrlhf.train.config import check_ranges
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,6 +41,7 @@ class RuntimeConfig:
     seed: int = 0  # random seed
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"  # backend of the ops
     trust_remote_code: bool = False  # run Python code from a model folder
+    self_check: bool = True  # measure each model against transformers before it is used
 
 
 class SharedScaler:
@@ -116,6 +117,7 @@ class Runtime:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler = SharedScaler(self.accelerator.scaler)
         self.trust_remote_code = cfg.trust_remote_code
+        self.checks: dict[str, str] | None = {} if cfg.self_check else None  # class -> verdict
         _check_backend(cfg.backend, self.accelerator.device.type)
         set_seed(cfg.seed + self.rank)
         # Silences warnings such as the missing weights of a fresh reward head.
@@ -154,8 +156,34 @@ class Runtime:
         dtype = str(self.compute_dtype).removeprefix("torch.")
         return (
             f"device {self.device.type} x{self.world}{' (FSDP2)' * self.fsdp}, {dtype}, "
-            f"{torch.get_num_threads()} threads, attention: {kernel}"
+            f"{torch.get_num_threads()} threads, attention: {kernel}, {self.describe_checks()}"
         )
+
+    def describe_checks(self) -> str:
+        """The verdicts of the self-check, by class."""
+        if self.checks is None:
+            return "self-check off"
+        return "self-check: " + "; ".join(f"{name} {text}" for name, text in self.checks.items())
+
+    def check(self, module, path: str):
+        """Return `module`, a policy or reward model with the weights of `path`, if it passes the self-check.
+
+        Every rank must call it, before `prepare`.
+
+        Raises:
+            UserError: it computes something else than transformers does, on this or another rank.
+        """
+        if self.checks is None:
+            return module
+        verdict = self_check.examine(module, self.compute_dtype)
+        name = type(self_check.transformer(module)).__name__
+        if self.max(int(verdict.failure is not None)):
+            raise UserError(
+                f"{path!r} ({name}) fails the self-check, so results with it would be wrong: "
+                f"{verdict.failure or 'another rank has the reason'} (--self_check off skips the check)"
+            )
+        self.checks[name] = f"passed, but {verdict.unchecked}" if verdict.unchecked else "passed"
+        return module
 
     def prepare(self, module, optimizer):
         """Wrap a trainable module and its `Optimizers` with accelerate; return the wrapped module."""

@@ -23,7 +23,7 @@ from torch import nn
 from fastrlhf.errors import UserError
 from fastrlhf.integrations import attention
 from fastrlhf.train import sharded
-from fastrlhf.train.models import Policy, check_positions, decoder
+from fastrlhf.train.models import Policy, check_positions
 from fastrlhf.train.packing import collate
 from fastrlhf.train.vocabulary import end_tokens
 
@@ -153,9 +153,13 @@ class HFSampler:
         def batches() -> Samples:
             out = Samples([], [], [])
             for start in range(0, len(prompts), self.max_batch):
-                part = self._batch(
-                    prompts[start : start + self.max_batch], max_new_tokens, temperature, generator
-                )
+                with self.policy.autocast():
+                    part = self._batch(
+                        prompts[start : start + self.max_batch],
+                        max_new_tokens,
+                        temperature,
+                        generator,
+                    )
                 out.tokens += part.tokens
                 out.logprobs += part.logprobs
                 out.finished += part.finished
@@ -177,7 +181,8 @@ class HFSampler:
         owner = torch.repeat_interleave(torch.arange(rows, device=device), lengths)
         cache = KVCache(owner * width + batch.position_ids, rows, width)
         last = batch.cu_seqlens[1:].long() - 1
-        logits = self._logits(policy.hidden(batch, cache).index_select(0, last))
+        unembedding = policy.unembedding
+        logits = unembedding.logits(policy.hidden(batch, cache).index_select(0, last))
 
         tokens = torch.zeros(rows, max_new, dtype=torch.int64, device=device)
         logprobs = torch.zeros(rows, max_new, device=device)
@@ -212,18 +217,12 @@ class HFSampler:
                 )
             used = width - max_new + step + 1
             with attention.running(attention.DecodeStep(position, used, cache)):
-                hidden = decoder(policy.lm)(
+                hidden = policy.body(
                     input_ids=choice[:, None], position_ids=position[:, None], use_cache=False
                 ).last_hidden_state[:, 0]
-            logits = self._logits(hidden)
+            logits = unembedding.logits(hidden)
             position = position + 1
         return _collect(tokens, logprobs, counts, finished)
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.policy.unembedding
-        logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
-        softcap = getattr(self.policy.config, "final_logit_softcapping", None)
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _draw(logits: torch.Tensor, temperature: float, generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,31 +62,40 @@ def require_fit(lengths: Sequence[int], max_tokens: int, what: str) -> None:
 
 
 def nll_backward(
-    module, examples: Sequence[Example], runtime: Runtime, max_tokens: int, scale: float = 1.0
-) -> torch.Tensor:
-    """Accumulate the gradient of `scale` * mean NLL into a policy.
+    module,
+    examples: Sequence[Example],
+    runtime: Runtime,
+    max_tokens: int,
+    scale: float = 1.0,
+    router_coefficient: float = 0.0,
+) -> dict[str, torch.Tensor]:
+    """Accumulate the gradient of `scale` * (mean NLL + router_coefficient * router loss) into a policy.
 
-        mean NLL = sum over all ranks' targets of -logprob / number of all ranks' targets    (nats per token)
+        mean NLL    = sum over all ranks' targets of -logprob / number of all ranks' targets    (nats per token)
+        router loss = mean over the micro-batches of their load-balancing losses, weighted by their tokens
 
     Returns:
-        The mean NLL, 0-d, detached.
+        {"loss": the mean NLL} and, unless the coefficient is 0, {"router_loss": the router loss}; 0-d, detached.
     """
     micros = micro_batches([len(e.tokens) for e in examples], max_tokens, runtime)
-    (total,) = runtime.sum(float(sum(e.targets for e in examples)))
-    summed = torch.zeros((), device=runtime.device)
-    for number, (indices, weight) in enumerate(micros, 1):
-        batch, rows, targets = next_token_rows(members(examples, indices), runtime.device)
-        nll = module(batch, rows, SummedNLL(targets))
-        # DDP averages gradients over ranks; times `world`, they are summed.
-        runtime.backward(
-            [module], nll * (scale * weight * runtime.world / total), last=number == len(micros)
-        )
-        summed += weight * nll.detach().float()
-    return (
-        runtime.accelerator.reduce(summed, reduction="sum") / total
-        if runtime.world > 1
-        else summed / total
+    targets, tokens = runtime.sum(
+        float(sum(e.targets for e in examples)), float(sum(len(e.tokens) for e in examples))
     )
+    sums = torch.zeros(2, device=runtime.device)
+    for number, (indices, weight) in enumerate(micros, 1):
+        batch, rows, expected = next_token_rows(members(examples, indices), runtime.device)
+        out = module(batch, rows, SummedNLL(expected), with_router_loss=router_coefficient != 0)
+        nll, router = out if router_coefficient else (out, torch.zeros_like(out))
+        parts = torch.stack(
+            [nll * (weight / targets), router * (weight * len(batch.input_ids) / tokens)]
+        )
+        loss = parts[0] + router_coefficient * parts[1]
+        # DDP averages gradients over ranks; times `world`, they are summed.
+        runtime.backward([module], loss * (scale * runtime.world), last=number == len(micros))
+        sums += parts.detach().float()
+    if runtime.world > 1:
+        sums = runtime.accelerator.reduce(sums, reduction="sum")
+    return {"loss": sums[0]} | ({"router_loss": sums[1]} if router_coefficient else {})
 
 
 @torch.no_grad()

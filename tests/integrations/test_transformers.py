@@ -12,8 +12,10 @@ from transformers.loss import loss_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import fastrlhf
 from _support.patched import assert_no_worse
-from fastrlhf.integrations import PatchError
+from fastrlhf.errors import UserError
+from fastrlhf.integrations import PatchError, _transformers_check
 from fastrlhf.integrations import transformers as integration
 from fastrlhf.integrations._lazy_logits import LazyLogits
 from fastrlhf.ops import _backend
@@ -112,7 +114,7 @@ def test_every_architecture_keeps_its_loss(name, options):
     # transformers computes the loss in fp32 for every model, so the truth is computed from its fp64 logits.
     truth = step_in_fp64(exact, inputs) if name not in OWN_LOSS | {"mixtral aux loss"} else None
     before = _backend.calls.copy()
-    with integration.patch() as patched:
+    with integration.patch(self_check=False) as patched:
         ours = step(model, inputs)
     fused = (_backend.calls - before)[
         "linear_cross_entropy", _backend.auto("linear_cross_entropy", "cpu")
@@ -490,3 +492,66 @@ def test_a_model_compiled_in_place_is_compiled_once(whole):
     torch._dynamo.reset()
     assert counter.frame_count == 1
     assert patched.fallbacks == {(CALL, "torch.compile traces the model"): 3}
+
+
+# ---- the self-check ----
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    monkeypatch.setattr(_transformers_check, "_failures", {})
+    return _transformers_check._failures
+
+
+def test_each_class_and_config_is_measured_once(unmeasured, caplog):
+    with integration.patch() as patched:
+        for name in [*ZOO, "llama"]:
+            step(build(name), batch(build(name)))
+    measured = sorted({kind.__name__ for kind, *_ in unmeasured})
+    assert measured == sorted({kind for kind, _ in ZOO.values()})
+    assert set(unmeasured.values()) == {None}
+    (said,) = (r.getMessage() for r in caplog.records if "no self-check" in r.getMessage())
+    assert said.startswith("T5ForConditionalGeneration: ")  # needs an input of its decoder
+    assert patched.calls[CALL] == len(ZOO) + 1  # those of the check are not counted
+
+
+def test_a_wrong_loss_is_refused(unmeasured, monkeypatch):
+    """The soft-cap is dropped, as a replacement that does not know it would do."""
+    original = fastrlhf.linear_cross_entropy
+
+    def without_softcap(*args, softcap=None, **kwargs):
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(fastrlhf, "linear_cross_entropy", without_softcap)
+    model = build("gemma2 soft-cap")
+    for _ in range(2):
+        with (
+            integration.patch(),
+            pytest.raises(UserError, match=r"fails the self-check.*loss differs.*self_check=False"),
+        ):
+            model(**batch(model))
+    with integration.patch(self_check=False):
+        model(**batch(model))
+    assert len(unmeasured) == 1
+
+
+class Recurrent(transformers.LlamaForCausalLM):
+    """A state runs along the row, so packed rows mix."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.norm.register_forward_hook(lambda _, args, out: out + 0.1 * out.cumsum(1))
+
+
+@pytest.mark.parametrize("kind", [Recurrent, transformers.LlamaForCausalLM])
+def test_packed_attention_is_measured_at_the_first_call(kind, unmeasured):
+    with integration.patch():
+        model = kind._from_config(
+            transformers.LlamaConfig(**SMALL), attn_implementation="fastrlhf_varlen"
+        )
+        if kind is Recurrent:
+            with pytest.raises(UserError, match="packed rows differ .* got"):
+                model(input_ids=torch.tensor([[5, 6, 7]]))
+        else:
+            model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert len(unmeasured) == 1

@@ -327,8 +327,8 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monk
 
     def poisoned(*arguments, **options):
         calls["n"] += 1
-        loss = original(*arguments, **options)
-        return loss * float("nan") if calls["n"] == 4 else loss
+        losses = original(*arguments, **options)
+        return {"loss": losses["loss"] * float("nan")} if calls["n"] == 4 else losses
 
     monkeypatch.setattr(sft, "nll_backward", poisoned)
     with pytest.raises(

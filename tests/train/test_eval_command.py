@@ -97,7 +97,8 @@ def test_all_figures(folder, tmp_path, capsys):
     written = json.loads(out.read_text())
     assert written["figures"] == result
     assert [s["prompt"] for s in written["samples"]] == [p for p in PROMPTS for _ in range(3)]
-    assert "text_loss" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "text_loss" in said and "LlamaForCausalLM passed" in said
     with pytest.raises(UserError, match="exists"):
         main(config(folder, out=str(out)))
     again = main(config(folder, out=str(out), overwrite=True))

@@ -17,11 +17,13 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig
 
 from _support import ranks, tiny
-from fastrlhf.train import checkpoint, sharded
+from fastrlhf.errors import UserError
+from fastrlhf.train import checkpoint, self_check, sharded
 from fastrlhf.train import runtime as runtime_module
 from fastrlhf.train.models import policy_from_config
 from fastrlhf.train.optim import OptimConfig, Optimizers
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
+from fastrlhf.train.self_check import Verdict
 from fastrlhf.train.stages import pretrain, reward, sft
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
@@ -144,6 +146,12 @@ def shards(rank):
         with torch.no_grad():
             found[f"{key} inside"] = sorted(set(sharded.with_full_weights(module, inside)))
         found[f"{key} after"] = sorted({type(p.data).__name__ for p in module.parameters()})
+    found["checks"] = runtime.checks
+    with mock.patch.object(self_check, "examine", lambda *_: Verdict("x" if rank else None)):
+        try:
+            policy_from_config(config, runtime)
+        except UserError as error:
+            found["refusal"] = str(error)
     # Two models of equal size: each is clipped by its own norm.
     for factor, module in enumerate(models[:2], 1):
         for p in module.parameters():
@@ -152,8 +160,13 @@ def shards(rank):
     return found
 
 
+@functools.lru_cache
+def shards_of_both():
+    return ranks.run(shards)
+
+
 def test_models_are_sharded_over_both_ranks():
-    for found in ranks.run(shards):
+    for found in shards_of_both():
         for key in ("tied", "untied"):
             units = ["FSDPPolicy", "FSDPLlamaDecoderLayer", "FSDPLlamaDecoderLayer"]
             assert found[f"{key} units"] == units
@@ -167,6 +180,13 @@ def test_models_are_sharded_over_both_ranks():
         assert one == pytest.approx(found["untied full"] ** 0.5) and two == pytest.approx(2 * one)
 
 
+def test_every_rank_refuses_what_one_rank_refuses():
+    first, second = shards_of_both()
+    assert first["checks"] == second["checks"] == {"LlamaForCausalLM": "passed"}
+    assert "fails the self-check, so results with it would be wrong: x (" in second["refusal"]
+    assert "another rank has the reason" in first["refusal"]
+
+
 def test_a_finished_run_exits_cleanly():
     """Two runs of `python tests/_support/exit_runs.py` (its default is 50): no rank crashes at exit."""
     script = SUPPORT / "exit_runs.py"
@@ -176,7 +196,7 @@ def test_a_finished_run_exits_cleanly():
 
 def test_sft_equals_the_single_process_run():
     (out, *_), said = finished_runs()
-    assert "cpu x2 (FSDP2)" in said
+    assert "cpu x2 (FSDP2)" in said and "self-check: LlamaForCausalLM passed" in said
     alone = sft_settings("fsdp_sft_alone")
     sft.main(alone)
     same_log(tiny.log(out), tiny.log(alone.out), rtol=2e-4)

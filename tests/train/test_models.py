@@ -1,5 +1,6 @@
 """Packed forwards equal separate ones on every attention path of a CPU; bad model folders are refused."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -14,8 +16,9 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
 )
+from transformers.modeling_layers import GenericForSequenceClassification
 
-from _support import tiny
+from _support import tiny, zoo
 from fastrlhf.errors import UserError
 from fastrlhf.integrations import attention
 from fastrlhf.train import data, models
@@ -114,6 +117,104 @@ def test_reward_head_of_the_wrong_width(tmp_path, runtime):
 def test_language_model_given_as_reward_model(runtime):
     with pytest.raises(UserError, match="is not a reward model"):
         models.load_reward_model(tiny.base(), runtime, trainable=False)
+
+
+def saved(model, tmp_path, name: str = "model") -> str:
+    """A folder with `model` and tiny.base()'s tokenizer."""
+    model.save_pretrained(tmp_path / name)
+    models.load_tokenizer(tiny.base()).save_pretrained(tmp_path / name)
+    return str(tmp_path / name)
+
+
+def tiny_lm(kind: str, **settings):
+    size = {"vocab_size": 321, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 1}
+    config = getattr(transformers, f"{kind}Config")(**size, **heads, **settings)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["Granite", "Cohere", "Cohere2", "Ernie4_5", "Apertus"])
+def test_reward_model_of_an_architecture_without_a_classifier(kind, tmp_path, runtime):
+    """Ours reads the folder again, and so does plain transformers with a class of two lines."""
+    folder = saved(tiny_lm(kind), tmp_path)
+    fresh = models.reward_model_from_policy(folder, runtime, seed=3)
+    fresh.model.score.weight.data.mul_(30)
+    again = saved(fresh.model, tmp_path, "reward")
+    names = json.loads((Path(again) / "config.json").read_text())["architectures"]
+    assert names == [f"{kind}ForSequenceClassification"]
+    batch = collate([[5, 6, 7, 8], [9, 10]])
+    loaded = models.load_reward_model(again, runtime, trainable=False)
+    with torch.no_grad():
+        scores = fresh(batch, batch.last_rows)
+        torch.testing.assert_close(loaded(batch, batch.last_rows), scores, rtol=1e-5, atol=1e-5)
+
+    module = inspect.getmodule(type(tiny_lm(kind)))
+    base = getattr(module, f"{kind}PreTrainedModel")
+    plain = type(names[0], (GenericForSequenceClassification, base), {}).from_pretrained(again)
+    with torch.no_grad():
+        theirs = plain(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0]
+    torch.testing.assert_close(theirs, scores[:1], rtol=1e-4, atol=1e-5)
+    assert scores.abs().min() > 0.01
+
+
+def test_bias_of_a_score_head_counts():
+    config = tiny_lm("Llama").config
+    config.num_labels = 1
+    model = transformers.LlamaForSequenceClassification(config)
+    model.score = torch.nn.Linear(16, 1)
+    model.score.bias.data.fill_(5.0)
+    ours = models.RewardModel(model)
+    batch = collate([[5, 6, 7]])
+    score = float(ours(batch, batch.last_rows).detach())
+    assert score == pytest.approx(float(model(torch.tensor([[5, 6, 7]])).logits.detach()), abs=1e-5)
+    ours.rescale(0.5)
+    assert float(ours(batch, batch.last_rows).detach()) == pytest.approx(0.5 * score, abs=1e-5)
+
+
+def bert(kind: str):
+    config = transformers.BertConfig(
+        vocab_size=321, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1
+    )  # fmt: skip
+    return getattr(transformers, f"Bert{kind}")(config)
+
+
+def test_models_that_are_no_decoder_are_refused(tmp_path, runtime):
+    folder = saved(bert("ForSequenceClassification"), tmp_path, "encoder")
+    with pytest.raises(UserError, match="BertForSequenceClassification has none"):
+        models.load_reward_model(folder, runtime, trainable=False)
+    folder = saved(bert("ForMaskedLM"), tmp_path, "masked")
+    with pytest.raises(UserError, match="is a BertForMaskedLM: expected a causal language model"):
+        models.load_policy(folder, runtime, trainable=True)
+    config = transformers.T5Config(
+        vocab_size=9, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1
+    )
+    folder = saved(transformers.T5ForConditionalGeneration(config), tmp_path, "t5")
+    with pytest.raises(
+        UserError, match="^model of .* cannot be loaded: Unrecognized config.*T5Config.*$"
+    ):
+        models.load_policy(folder, runtime, trainable=True)
+    folder = saved(bert("Model"), tmp_path, "bert")
+    with pytest.raises(UserError, match="a linear head `score`"):
+        models.reward_model_from_policy(folder, runtime)
+
+
+def test_adapters_and_unknown_classes_are_refused(tmp_path, runtime):
+    folder = saved(tiny_lm("Llama"), tmp_path, "adapted")
+    (Path(folder) / "adapter_config.json").write_text("{}")
+    loaders = (models.load_policy, models.load_reward_model)
+    for load in loaders:
+        with pytest.raises(
+            UserError, match="holds an adapter .adapter_config.json.*merge_and_unload"
+        ):
+            load(folder, runtime, trainable=True)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.json").write_text('{"model_type": "no_such_model"}')
+    for load in loaders:
+        with pytest.raises(UserError, match="config of .* cannot be read: .*no_such_model"):
+            load(str(tmp_path / "new"), runtime, trainable=True)
+    folder = saved(zoo.FAMILIES["falcon"].make_model(), tmp_path, "falcon")
+    with pytest.raises(UserError, match="its class does not use transformers"):
+        models.load_policy(folder, runtime, trainable=True)
 
 
 def test_missing_folder(runtime):

@@ -2,9 +2,21 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
-from fastrlhf.train import optim
+from _support import tiny
+from fastrlhf.errors import UserError
+from fastrlhf.train import models, optim
+from fastrlhf.train.stages import ppo
 
 
 def test_schedules():
@@ -74,11 +86,16 @@ def test_muon_stacked_updates_equal_separate_ones(monkeypatch, stacked):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
+def named_matrices(module) -> set[str]:
+    matrices = optim.hidden_matrices(module)
+    return {name for name, p in module.named_parameters() if p in matrices}
+
+
 def test_muon_takes_hidden_matrices_only():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed_tokens = nn.Embedding(4, 3)
+            self.table = nn.Embedding(4, 3)
             self.layer = nn.Linear(3, 3)
 
     parts = optim.Optimizers(
@@ -89,3 +106,78 @@ def test_muon_takes_hidden_matrices_only():
         9,
     ]
     assert [part.param_groups[0]["lr"] for part in parts] == [1e-3, 1e-2]
+
+
+def test_muon_leaves_embeddings_and_heads_whatever_their_names():
+    """GPT-2 calls its embeddings wte and wpe, GPT-NeoX its head embed_out; tied and resized ones are no exception."""
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+    gpt2.resize_token_embeddings(12)
+    layer = "transformer.h.0"
+    own = {
+        f"{layer}.attn.c_attn",
+        f"{layer}.attn.c_proj",
+        f"{layer}.mlp.c_fc",
+        f"{layer}.mlp.c_proj",
+    }
+    assert named_matrices(gpt2) == {f"{name}.weight" for name in own}
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_attention_heads=2))
+    neox.resize_token_embeddings(12)
+    assert neox.get_output_embeddings().weight not in optim.hidden_matrices(neox)
+    assert len(named_matrices(neox)) == 4
+    reward = LlamaForSequenceClassification(
+        LlamaConfig(**sizes, num_attention_heads=2, num_labels=1)
+    )
+    assert len(named_matrices(reward)) == 7 and "score.weight" not in named_matrices(reward)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Moe", "Afmoe"])  # Afmoe's router has a linear layer
+def test_muon_leaves_routers(kind):
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=9,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_dense_layers=0,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+        num_experts=4,
+    )
+    lm = transformers.AutoModelForCausalLM.from_config(config)
+    linear = {n.rsplit(".", 2)[1] for n in named_matrices(lm)}
+    attention, shared_expert = "q_proj k_proj v_proj o_proj", "gate_proj up_proj down_proj"
+    assert {*attention.split(), *shared_expert.split()} == linear
+    assert not any("router" in n or "shared_expert_gate" in n for n in named_matrices(lm))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_frozen_parameters(optimizer):
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3, bias=False))
+    cfg = optim.OptimConfig(optimizer=optimizer, lr=0.1)
+    model[0].requires_grad_(False)
+    before = [p.clone() for p in model.parameters()]
+    found = optim.Optimizers(model, cfg)
+    model(torch.tensor([1])).sum().backward()
+    assert found.step(1.0) == 0.1
+    same = [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert same == [True, False]
+    with pytest.raises(UserError, match="nothing to train"):
+        optim.Optimizers(model.requires_grad_(False), cfg)
+
+
+def test_ppo_ptx_with_frozen_layers(monkeypatch):
+    def load_policy(*args, **options):
+        policy = models.load_policy(*args, **options)
+        policy.lm.model.layers[0].requires_grad_(False)
+        return policy
+
+    monkeypatch.setattr(ppo, "load_policy", load_policy)
+    cfg = tiny.ppo_config("frozen", iterations=1, ptx_coef=1.0, batch=4, minibatch=4)
+    assert ppo.main(cfg)["ptx/loss"] > 0
+    (row,) = tiny.log(cfg.out)
+    assert row["grad_norm/ptx"] > 0
+    before, after = tiny.weights(tiny.base()), tiny.weights(cfg.out)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any("layers.0." in name for name in changed)

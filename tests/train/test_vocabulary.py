@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -162,7 +163,7 @@ def test_a_new_pad_takes_a_spare_row_or_one_more(rows):
         eos_token_id=1,
         bos_token_id=None,
     )
-    model = models.AutoModelForSequenceClassification.from_config(config)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
     padded = with_pad(tokenizer, model)
     assert tokenizer.pad_token is None and padded.pad_token_id == model.config.pad_token_id == 2
     assert len(model.get_input_embeddings().weight) == model.config.vocab_size == max(rows, 3)

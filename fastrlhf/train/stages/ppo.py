@@ -28,13 +28,11 @@ from fastrlhf.ops.linear_ppo_loss import linear_ppo_loss
 from fastrlhf.train import data, rollout, sharded
 from fastrlhf.train.config import require_paths
 from fastrlhf.train.models import (
-    REWARD_BIAS,
     check_same_vocabulary,
     context_length,
     load_policy,
     load_reward_model,
     load_tokenizer,
-    set_dropout,
 )
 from fastrlhf.train.optim import EMA, OptimConfig, Optimizers, warm_constant
 from fastrlhf.train.rollout import MicroBatch, ScoredMicroBatch, TrainingMicroBatch
@@ -86,6 +84,8 @@ class PPOConfig(OptimConfig, RuntimeConfig, TextConfig, OutputConfig):
     scale_reward: bool = False  # divide scores by their std on the training comparisons
     missing_eos_score: float | None = None  # score of a response without EOS; null: unchanged
     ptx_coef: float = 0.0  # weight of the pretraining loss; paper: 27.8 (gamma in equation 2)
+    router_coef: float | None = None  # of a router loss (experts) beside ptx; null: the model's own
+    ppo_router_coef: float = 0.0  # of a router loss (experts) beside PPO's loss; 0: none
     ptx_ratio: float = 8.0  # pretraining sequences per episode
     ptx_length: int = 0  # tokens of a pretraining sequence; 0: the model's context
     ema_decay: float = 0.992  # decay of the averaged policy per optimizer step; 0: no average
@@ -113,19 +113,25 @@ def main(cfg: PPOConfig, labeler: Labeler | None = None) -> dict:
         return trainer.finish(run)
 
 
-@dataclass(frozen=True)
 class PPOLoss:
-    """The head that computes PPO's clipped policy loss and value loss, means over the micro-batch's M tokens."""
+    """The head that computes PPO's clipped policy loss and value loss, means over the micro-batch's M tokens.
 
-    micro: TrainingMicroBatch
-    values: torch.Tensor  # [M], of the value model that is trained
-    cfg: PPOConfig
+    A plain class: FSDP rounds the float tensors in arguments that are containers or dataclasses to the compute dtype.
 
-    def __call__(self, hidden, weight, **unembedding):
+    Args:
+        micro: the micro-batch.
+        values: [M], of the value model that is trained.
+        cfg: the settings.
+    """
+
+    def __init__(self, micro: TrainingMicroBatch, values: torch.Tensor, cfg: PPOConfig):
+        self.micro, self.values, self.cfg = micro, values, cfg
+
+    def __call__(self, hidden, unembedding, backend):
         m, cfg = self.micro, self.cfg
         return linear_ppo_loss(
             hidden,
-            weight,
+            unembedding.weight,
             m.targets,
             m.old_logprob,
             m.advantages,
@@ -136,8 +142,8 @@ class PPOLoss:
             dual_clip=cfg.dual_clip,
             value_clip=cfg.value_clip,
             value_coef=1.0,  # the value model has its own optimizer
-            temperature=cfg.temperature,
-            **unembedding,
+            backend=backend,
+            **unembedding.options(cfg.temperature),
         )
 
 
@@ -165,12 +171,7 @@ class Trainer:
         self.value_model = load_reward_model(cfg.reward_model, runtime, trainable=True)
         self.value_tokenizer = with_pad(value_tokenizer, self.value_model.model)
         self.reward_scale = 1 / self.reward_model.std if cfg.scale_reward else 1.0
-        with torch.no_grad():  # values predict the scaled reward
-            self.value_model.model.score.weight.mul_(self.reward_scale)
-        value_bias = self.value_model.bias * self.reward_scale
-        setattr(self.value_model.config, REWARD_BIAS, value_bias)
-        for module in (self.policy, self.value_model):
-            set_dropout(module, 0.0)  # else the ratio would not be 1 before the first step
+        self.value_model.rescale(self.reward_scale)  # values predict the scaled reward
 
         context = context_length(self.policy.config)
         self.rows = data.read_rows(cfg.prompts, {"prompt": str}, "prompts")
@@ -250,7 +251,7 @@ class Trainer:
             raise
         clock.append(time.perf_counter())
 
-        # Train mode, so that old log-probs come from the same code as in the update. Dropout is 0.
+        # Train mode, so that old log-probs come from the same code as in the update.
         for module in (self.policy_module, self.value_module):
             module.train()
         packed = rollout.split(prompts, samples, parts, cfg.max_tokens, runtime)
@@ -321,12 +322,12 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         for number, m in enumerate(micros, 1):
             values = self.value_module(m.batch, m.rows)
-            out = self.policy_module(m.batch, m.rows, PPOLoss(m, values, cfg))
+            out, loss = self.policy_loss(m, values)
             # The op's means are over this micro-batch; those of the minibatch are over all ranks' tokens.
             share = m.weight * len(m.targets) / total
             runtime.backward(
                 (self.policy_module, self.value_module),
-                out.loss * (share * runtime.world),
+                loss * (share * runtime.world),
                 last=number == len(micros),
             )
             for name, metric in out.metrics.items() if m.weight else ():
@@ -346,6 +347,16 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.policy)
         return log
+
+    def policy_loss(self, m: TrainingMicroBatch, values: torch.Tensor):
+        """(outputs of PPO's op, its loss plus ppo_router_coef * router loss) of a micro-batch."""
+        head = PPOLoss(m, values, self.cfg)
+        coefficient = self.policy.router and self.cfg.ppo_router_coef
+        if not coefficient:
+            out = self.policy_module(m.batch, m.rows, head)
+            return out, out.loss
+        out, router = self.policy_module(m.batch, m.rows, head, with_router_loss=True)
+        return out, out.loss + coefficient * router
 
     def _mean_metrics(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         names = {
@@ -367,15 +378,22 @@ class Trainer:
         before = [None if p.grad is None else p.grad.clone() for p in self.policy.parameters()]
         chosen = self.text_order.take(_text_per_step(cfg))[runtime.rank :: runtime.world]
         examples = [self.windows[i] for i in chosen]
-        loss = nll_backward(
-            self.policy_module, examples, runtime, cfg.max_tokens, scale=cfg.ptx_coef
+        losses = nll_backward(
+            self.policy_module,
+            examples,
+            runtime,
+            cfg.max_tokens,
+            scale=cfg.ptx_coef,
+            router_coefficient=self.policy.router_coefficient(cfg.router_coef),
         )
         added = [
             p.grad if b is None else p.grad - b
             for p, b in zip(self.policy.parameters(), before, strict=True)
+            if p.grad is not None
         ]
         norm = float(sharded.full_tensor(torch.nn.utils.get_total_norm(added)))
-        return {"ptx/loss": float(loss), "grad_norm/ptx": norm / runtime.loss_scale}
+        log = {f"ptx/{name}": float(loss) for name, loss in losses.items()}
+        return log | {"grad_norm/ptx": norm / runtime.loss_scale}
 
     def finish(self, run: Run) -> dict:
         """Write the averaged policy and the value model."""

@@ -89,9 +89,15 @@ def main(cfg: PretrainConfig) -> dict:
         parts = {"model": policy, "optimizer": optimizer, "order": order}
         for step in run.steps(cfg.steps, parts):
             chosen = order.take(cfg.batch)[runtime.rank :: runtime.world]
-            loss = nll_backward(module, [windows[i] for i in chosen], runtime, cfg.max_tokens)
-            norm = runtime.clip(module, cfg.max_grad_norm)
-            metrics = {"train/loss": float(loss), "grad_norm": norm}
+            losses = nll_backward(
+                module,
+                [windows[i] for i in chosen],
+                runtime,
+                cfg.max_tokens,
+                router_coefficient=policy.router_coefficient(None),
+            )
+            metrics = {f"train/{name}": float(loss) for name, loss in losses.items()}
+            metrics["grad_norm"] = runtime.clip(module, cfg.max_grad_norm)
             run.check(step, metrics)
             metrics["lr"] = optimizer.step(
                 cosine(step - 1, cfg.steps, warmup=cfg.warmup, floor=cfg.lr_floor)

@@ -25,7 +25,6 @@ from fastrlhf.train.models import (
     context_length,
     load_tokenizer,
     reward_model_from_policy,
-    set_dropout,
 )
 from fastrlhf.train.optim import OptimConfig, Optimizers, cosine
 from fastrlhf.train.packing import collate
@@ -77,7 +76,6 @@ def main(cfg: RewardConfig) -> dict:
         check_vocabulary(tokenizer, reward_model.model, cfg.model)
         tokenizer = with_pad(tokenizer, reward_model.model)
         text = TextEncoder(tokenizer, cfg.parse_special_tokens)
-        set_dropout(reward_model, 0.0)
         context = context_length(reward_model.config)
         train = _comparisons(cfg.rankings, text, context)
         valid = _comparisons(cfg.valid_rankings, text, context) if cfg.valid_rankings else None

@@ -16,7 +16,6 @@ from fastrlhf.train.models import (
     context_length,
     load_policy,
     load_tokenizer,
-    set_dropout,
 )
 from fastrlhf.train.optim import OptimConfig, Optimizers, cosine
 from fastrlhf.train.run import OutputConfig, Run
@@ -42,6 +41,7 @@ class SFTConfig(OptimConfig, RuntimeConfig, TextConfig, OutputConfig):
     warmup: int = 0  # steps of linear warmup
     lr_floor: float = 0.1  # end of the cosine schedule, as a share of lr
     dropout: float = 0.2  # residual dropout
+    router_coef: float | None = None  # weight of a router loss (experts); null: the model's own
     loss_on: Literal["response", "full"] = "response"  # full: on the prompt too; not in the paper
 
 
@@ -55,7 +55,7 @@ def main(cfg: SFTConfig) -> dict:
             cfg.model, runtime, trainable=True, tokenizer=tokenizer, backend=cfg.backend
         )
         text = TextEncoder(tokenizer, cfg.parse_special_tokens)
-        set_dropout(policy, cfg.dropout)
+        policy.set_residual_dropout(cfg.dropout)
         context = context_length(policy.config)
         examples = _examples(cfg, cfg.demonstrations, text, context)
         valid = (
@@ -98,13 +98,15 @@ def main(cfg: SFTConfig) -> dict:
             batch = [examples[i] for i in order.take(cfg.batch)]
             if windows:
                 batch += [windows[i] for i in text_order.take(mixed)]
-            loss = nll_backward(
-                module, batch[runtime.rank :: runtime.world], runtime, cfg.max_tokens
+            losses = nll_backward(
+                module,
+                batch[runtime.rank :: runtime.world],
+                runtime,
+                cfg.max_tokens,
+                router_coefficient=policy.router_coefficient(cfg.router_coef),
             )
-            metrics = {
-                "train/loss": float(loss),
-                "grad_norm": runtime.clip(module, cfg.max_grad_norm),
-            }
+            metrics = {f"train/{name}": float(loss) for name, loss in losses.items()}
+            metrics["grad_norm"] = runtime.clip(module, cfg.max_grad_norm)
             run.check(step, metrics)
             metrics["lr"] = optimizer.step(
                 cosine(step - 1, steps, warmup=cfg.warmup, floor=cfg.lr_floor)

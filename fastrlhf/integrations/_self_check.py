@@ -93,6 +93,23 @@ def configs(lm) -> list:
 
 
 @contextlib.contextmanager
+def measuring(device: torch.device):
+    """A block without autocast and TF32, whose random numbers do not count; tensors are made on the CPU by default."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            torch.autocast(device.type, enabled=False),
+            torch.device("cpu"),
+        ):
+            yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@contextlib.contextmanager
 def eager(lm):
     """transformers' own eager attention in the block."""
     # Not set_attn_implementation: it leaves models that have attention code of their own as they are, and transformers

@@ -10,6 +10,7 @@ flags. The copy counts only if its layers are of the model's kinds.
 """
 
 import copy
+import dataclasses
 import math
 import re
 
@@ -25,6 +26,9 @@ HEAD_WIDTH = 16
 MAX_LAYERS = 16
 MAX_PARAMETERS = 20_000_000  # a copy above this has a width that the rules below do not know
 
+# Fields that count the first or the last layers of a kind.
+_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+_LAST = ("num_kv_shared_layers",)
 _CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 
 # Names of config fields, by what they count. The first rule that matches a name decides.
@@ -76,9 +80,7 @@ def shrunken(model: PreTrainedModel, implementation: str) -> PreTrainedModel:
     for chosen in _choices(wanted):
         try:
             small = _build(type(model), _small_config(model.config, chosen), implementation)
-        except (
-            Exception
-        ) as error:  # a class may fail in any way on a config of a size it was not made for
+        except Exception as error:  # a class may fail in any way at sizes that it was not made for
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             continue
         missing = set(wanted) - {_kind(layer) for layer in decoder_layers(small)}
@@ -136,7 +138,7 @@ def _build(kind: type, config, implementation: str) -> PreTrainedModel:
         size = sum(p.numel() for p in kind._from_config(config).parameters())
     if size > MAX_PARAMETERS:
         raise ValueError(f"a copy would have {size} parameters")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         small = kind._from_config(
             config, attn_implementation=implementation, dtype=torch.float32
@@ -145,7 +147,7 @@ def _build(kind: type, config, implementation: str) -> PreTrainedModel:
             for parameter in small.parameters():
                 if parameter.is_floating_point():
                     std = 0.15 if parameter.dim() > 1 else 0.1
-                    parameter.add_(torch.randn(parameter.shape) * std)
+                    parameter.add_(torch.randn(parameter.shape, dtype=torch.float32) * std)
     return small.requires_grad_(False)
 
 
@@ -169,7 +171,7 @@ def _small_config(config: PretrainedConfig, layers: list[int]) -> PretrainedConf
 
 
 def _shrink_fields(config: PretrainedConfig, layers: list[int]) -> None:
-    depth = _field(config, "num_hidden_layers")
+    depth = _field(config, "num_hidden_layers") or _field(config, "num_layers")
     sizes = _Sizes(config)
     for key, value in list(vars(config).items()):
         if key.startswith("_") and key != "_sliding_window_pattern":
@@ -180,9 +182,25 @@ def _shrink_fields(config: PretrainedConfig, layers: list[int]) -> None:
             value = type(value)(value[i % depth] for i in layers)
         if key in _CONTEXTS and type(value) is int:
             value = max(value, CONTEXT)
+        elif key in _FIRST and type(value) is int:
+            value = sum(i < value for i in layers)
+        elif key in _LAST and type(value) is int and depth:
+            value = sum(i >= depth - value for i in layers)
         setattr(config, key, sizes.value(key, value))
-    if depth is not None:
-        config.num_hidden_layers = len(layers)
+    overrides = vars(config).get(
+        "_heterogeneity_spec"
+    )  # transformers 5.24: fields of single layers
+    if overrides is not None:
+        fields = overrides.per_layer_overrides
+        kept = {
+            new: {key: sizes.value(key, value) for key, value in fields[old].items()}
+            for new, old in enumerate(layers)
+            if old in fields
+        }
+        config._heterogeneity_spec = dataclasses.replace(overrides, per_layer_overrides=kept)
+    for name in ("num_hidden_layers", "num_layers"):
+        if _field(config, name) is not None:
+            setattr(config, name, len(layers))
     sizes.reconcile(config)
 
 

@@ -23,14 +23,16 @@ LOSS = "the loss differs from that of the unpatched model"
 _failures: dict[tuple, str | None] = {}
 
 
-def check_attention(model, implementation: str, log) -> None:
-    """Measure packed attention once for the model's class and config.
+def check_attention(model, implementation: str, packed: bool, log) -> None:
+    """Measure packed attention once for the class and config of a causal LM, or of any model with a head if `packed`.
+
+    The transformer inside a model with a head is called too; it is measured with the model.
 
     Raises:
         UserError: the packed rows mix, or see the future.
     """
     takes_ids = "input_ids" in inspect.signature(model.forward).parameters
-    if model.base_model is not model and takes_ids:
+    if model.base_model is not model and takes_ids and (packed or model.can_generate()):
         _once(model, implementation, _attention_gaps, log)
 
 
@@ -53,16 +55,12 @@ def _once(model, implementation: str, gaps, log) -> None:
     else:
         key = (kind, repr(model.config), implementation)
     if key not in _failures:
-        device = model.device
-        with (
-            torch.random.fork_rng(devices=[] if device.type != "cuda" else [device]),
-            torch.autocast(device.type, enabled=False),
-        ):
-            _failures[key] = _measure(kind, model.config, implementation, device, gaps, log)
+        with measure.measuring(model.device):
+            _failures[key] = _measure(kind, model.config, implementation, model.device, gaps, log)
     if _failures[key] is not None:
         raise UserError(
-            f"fastrlhf.integrations.transformers: {kind.__name__} fails the self-check, so results with it would be "
-            f"wrong: {_failures[key]} (patch(self_check=False) skips the check)"
+            f"fastrlhf.integrations.transformers: {kind.__name__} fails the self-check: "
+            f"{_failures[key]} (patch(self_check=False) skips the check)"
         )
 
 
@@ -78,7 +76,8 @@ def _measure(kind, config, implementation, device, gaps, log) -> str | None:
         small = _shrink.shrunken(plain, implementation).to(device)
         rows = measure.random_rows(measure.COPY_ROWS, small.config, device)
         with torch.no_grad(), measure.eager(small):
-            if not torch.isfinite(_hidden(small, input_ids=rows[0][None])).all():
+            ids = torch.stack([rows[0], rows[0].flip(0)])
+            if not torch.isfinite(_hidden(small, input_ids=ids)).all():
                 raise _shrink.CannotShrink("its hidden states are not finite")
     except Exception as error:  # a class may fail in any way at sizes that it was not made for
         log.warning(
@@ -90,7 +89,7 @@ def _measure(kind, config, implementation, device, gaps, log) -> str | None:
     try:
         return measure.failures(gaps(small, rows))
     except Exception as error:
-        return measure.line(error)
+        return f"a small copy of it cannot run: {measure.line(error)}"
 
 
 def _hidden(model, **arguments) -> torch.Tensor:

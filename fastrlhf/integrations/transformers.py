@@ -137,8 +137,9 @@ def _call(original, backend, self_check):
     def call(self, *args, **kwargs):
         checks = self_check and not (_INTEGRATION.is_uncounted or torch.compiler.is_compiling())
         if checks and self.config._attn_implementation == "fastrlhf_varlen":
+            packed = kwargs.get("cu_seq_lens_q") is not None
             with _INTEGRATION.uncounted():
-                _transformers_check.check_attention(self, "fastrlhf_varlen", _log)
+                _transformers_check.check_attention(self, "fastrlhf_varlen", packed, _log)
         head = _head(self, args, kwargs)
         if checks:
             with _INTEGRATION.uncounted():

@@ -179,7 +179,7 @@ class Runtime:
         name = type(self_check.transformer(module)).__name__
         if self.max(int(verdict.failure is not None)):
             raise UserError(
-                f"{path!r} ({name}) fails the self-check, so results with it would be wrong: "
+                f"{path!r} ({name}) fails the self-check: "
                 f"{verdict.failure or 'another rank has the reason'} (--self_check off skips the check)"
             )
         self.checks[name] = f"passed, but {verdict.unchecked}" if verdict.unchecked else "passed"

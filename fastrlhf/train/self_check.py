@@ -55,11 +55,7 @@ def examine(module: Policy | RewardModel, dtype: torch.dtype) -> Verdict:
     Args:
         dtype: that the model computes in.
     """
-    device = _device(module)
-    with (
-        torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]),
-        torch.no_grad(),
-    ):
+    with measure.measuring(_device(module)), torch.no_grad():
         verdict = _copy_verdict(module)
         return verdict if verdict.failure else _examine_weights(module, dtype, verdict)
 
@@ -80,8 +76,10 @@ def _copy_verdict(module) -> Verdict:
     lm = transformer(module)
     if type(lm).__module__.startswith("transformers_modules"):  # code of a model folder
         return _examine_copy(module)
-    fields = {k: v for k, v in lm.config.to_dict().items() if not k.startswith("fastrlhf_")}
-    key = (type(lm), repr(sorted(fields.items())), _device(module))
+    fields = lm.config.to_dict()
+    fields = {k: v for k, v in fields.items() if not k.startswith(("fastrlhf_", "_name"))}
+    backend = module.backend if isinstance(module, Policy) else None
+    key = (type(lm), repr(sorted(fields.items())), _device(module), backend)
     if key not in _verdicts:
         _verdicts[key] = _examine_copy(module)
     return _verdicts[key]
@@ -92,26 +90,24 @@ def _examine_copy(module) -> Verdict:
         small = _shrink.shrunken(transformer(module), attention.NAME).to(_device(module))
         rows = measure.random_rows(measure.COPY_ROWS, small.config, _device(module))
         with measure.eager(small):
-            finite = bool(
-                torch.isfinite(small(input_ids=rows[0][None], use_cache=False).logits).all()
-            )
-        if not finite:
-            raise _shrink.CannotShrink("its outputs are not finite")
+            ids = torch.stack([rows[0], rows[0].flip(0)])
+            if not torch.isfinite(small(input_ids=ids, use_cache=False).logits).all():
+                raise _shrink.CannotShrink("its outputs are not finite")
     except Exception as error:  # a class may fail in any way at sizes that it was not made for
         return Verdict(unchecked=f"no small copy of it could be run ({measure.line(error)})")
     gaps: list[Gap] = []
     try:
         for gap in _copy_gaps(module, small, rows):
             gaps.append(gap)
-    except (
-        Exception
-    ) as error:  # a keyword or a mask that the class does not take, a head that we do not serve
-        return Verdict("; ".join(filter(None, (measure.failures(gaps), measure.line(error)))))
+    except Exception as error:  # the trainer cannot run the class, as on a mask that it edits
+        reason = f"a small copy of it cannot run: {measure.line(error)}"
+        return Verdict("; ".join(filter(None, (measure.failures(gaps), reason))))
     return Verdict(measure.failures(gaps))
 
 
 def _copy_gaps(module, small, rows) -> Iterator[Gap]:
     policy = isinstance(module, Policy)
+    _raise_dropout(small)
     ours = (Policy(small, module.backend) if policy else RewardModel(small)).eval()
     outputs = _outputs(ours)
     ref = measure.reference(outputs, rows)
@@ -120,7 +116,6 @@ def _copy_gaps(module, small, rows) -> Iterator[Gap]:
     yield measure.head(outputs, ref, limit)
     yield measure.future(outputs, rows, limit)
     still = outputs.packed(rows, rows)
-    _raise_dropout(small)
     ours.train()
     # Twice, because dropped layers are few.
     noise = max(float((outputs.packed(rows, rows) - still).abs().max()) for _ in range(2))
@@ -130,12 +125,12 @@ def _copy_gaps(module, small, rows) -> Iterator[Gap]:
         try:
             amount = _sampler_gap(ours)
         except Exception as error:
-            raise RuntimeError(f"the sampler cannot run it: {measure.line(error)}") from error
+            raise RuntimeError(f"in the sampler: {measure.line(error)}") from error
         yield Gap(measure.SAMPLER, amount, 2 * limit)
 
 
 def _raise_dropout(lm) -> None:
-    """Make what is random in a model, if it is on, frequent enough to be seen in one pass."""
+    """Make what is random in a model frequent enough to be seen in one pass, if it is on."""
     for owner in (*lm.modules(), *measure.configs(lm)):
         for name, value in list(vars(owner).items()):
             known = _RANDOM.search(name) or isinstance(owner, nn.modules.dropout._DropoutNd)

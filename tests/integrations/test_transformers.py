@@ -555,3 +555,21 @@ def test_packed_attention_is_measured_at_the_first_call(kind, unmeasured):
         else:
             model(input_ids=torch.tensor([[5, 6, 7]]))
     assert len(unmeasured) == 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_classifier_is_measured_if_it_runs_packed(packed, unmeasured):
+    starts = torch.tensor([0, 2, 3], dtype=torch.int32)
+    lengths = {
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": 2,
+        "max_length_k": 2,
+    }
+    with integration.patch():
+        model = transformers.LlamaForSequenceClassification._from_config(
+            transformers.LlamaConfig(**SMALL), attn_implementation="fastrlhf_varlen"
+        )
+        ids = {"input_ids": torch.tensor([[5, 6, 7]]), "use_cache": False}
+        model(**ids, position_ids=torch.tensor([[0, 1, 0]]), **(lengths if packed else {}))
+    assert len(unmeasured) == packed

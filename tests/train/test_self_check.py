@@ -221,6 +221,21 @@ def test_ignored_attention_sinks_are_refused(runtime, monkeypatch):
     assert amount(text, measure.PACKING) > 0.01
 
 
+def test_a_window_that_the_sampler_ignores_is_refused(runtime, monkeypatch):
+    original = attention.DecodeStep.attend
+
+    def attend(self, layer, query, key, value, scoring, pattern):
+        return original(self, layer, query, key, value, scoring, attention.Pattern())
+
+    cfg = transformers.MistralConfig(**SIZES, sliding_window=48)
+    load(transformers.MistralForCausalLM, cfg, runtime)
+    self_check._verdicts.clear()
+    monkeypatch.setattr(attention.DecodeStep, "attend", attend)
+    text = refusal(transformers.MistralForCausalLM, runtime, cfg)
+    assert amount(text, measure.SAMPLER) > 0.01
+    assert measure.PACKING not in text and measure.HEAD not in text
+
+
 def test_a_head_of_several_layers_is_refused(runtime):
     """A class of transformers: BERT transforms its hidden states again before the logits."""
     sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
@@ -317,23 +332,23 @@ def test_off_in_a_file_and_on_the_command_line(given):
 # ---- small copies ----
 
 PATTERNS = {
-    # Config of a full-size model -> (layers of its copy, kinds of layer).
-    "Gemma3TextConfig": (2, 2),  # windows and full attention, one in six
-    "DeepseekV3Config": (4, 2),  # three dense layers, then experts
-    "GptOssConfig": (2, 2),
-    "Qwen3NextConfig": (2, 2),  # linear and full attention
-    "JambaConfig": (5, 3),  # Mamba, attention and experts at three periods
-    "Llama4TextConfig": (4, 2),
-    "Qwen2MoeConfig": (2, 1),
-    "Lfm2Config": (2, 2),
+    # Config of a full-size model -> (changes of it, layers of its copy, kinds of layer).
+    "Gemma3TextConfig": ({}, 2, 2),  # windows and full attention, one in six
+    "Gemma3nTextConfig": ({}, 6, 6),  # and keys of earlier layers, and sparse activations
+    "Gemma4TextConfig": ({"num_kv_shared_layers": 10}, 6, 6),  # and wider heads in some layers
+    "DeepseekV3Config": ({}, 2, 2),  # three dense layers, then experts
+    "GptOssConfig": ({}, 2, 2),
+    "Qwen2MoeConfig": ({"decoder_sparse_step": 2}, 2, 2),
+    "Qwen3NextConfig": ({}, 2, 2),  # linear and full attention
+    "JambaConfig": ({}, 5, 3),  # Mamba, attention and experts at three periods
+    "Llama4TextConfig": ({}, 4, 2),  # chunks and no positions in one layer of four
+    "Lfm2Config": ({"layer_types": ["conv", "full_attention"] * 16}, 2, 2),
 }
 
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_copies_have_every_kind_of_layer(name):
-    changes = {"layer_types": ["conv", "full_attention"] * 8} if name == "Lfm2Config" else {}
-    if changes:
-        changes["num_hidden_layers"] = 16
+    changes, *expected = PATTERNS[name]
     cfg = getattr(transformers, name)(**changes)
     with torch.device("meta"):
         big = transformers.AutoModelForCausalLM.from_config(cfg)
@@ -342,7 +357,7 @@ def test_copies_have_every_kind_of_layer(name):
     layers = _shrink.decoder_layers(small)
     kinds = {_shrink._kind(layer) for layer in layers}
     assert kinds == {_shrink._kind(layer) for layer in _shrink.decoder_layers(big)}
-    assert (len(layers), len(kinds)) == PATTERNS[name]
+    assert [len(layers), len(kinds)] == expected
     assert sum(p.numel() for p in small.parameters()) < 1_000_000
     assert getattr(small.config, "sliding_window", None) in (None, 0, _shrink.WINDOW)
     again = _shrink.shrunken(big, "eager")

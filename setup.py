@@ -243,8 +243,9 @@ def main():
         modules = [Extension(LIBRARY, []), *packer_module()]
         setup(ext_modules=modules, cmdclass=commands(build_ext, os.path.abspath(prebuilt)))
         return
-    ext = cpp_extension()
-    kind = choose(os.environ.get("FASTRLHF_BUILD", "auto"), ext)
+    wanted = os.environ.get("FASTRLHF_BUILD", "auto")
+    ext = None if wanted == "none" else cpp_extension()  # importing torch takes seconds
+    kind = choose(wanted, ext)
     if kind == "none":
         setup()
         return

@@ -93,7 +93,7 @@ class Kernel:
         """With a soft-cap: 3 per logit, and 2 per lane and tile for the tanh of its largest logit."""
         if not self.budget or "soft-cap" not in self.label:
             return None
-        return 3 + 2 * self.size / (16 * source_number("softmax_row.cuh", r"kTileVectors = (\d+);"))
+        return 3 + 2 * self.size / (16 * source_number("row_tiles.cuh", r"kTileVectors = (\d+);"))
 
 
 # ---- shared-memory plan of token_loss
@@ -125,7 +125,7 @@ def plan_row(width: int, size: int, static: int, wanted: int) -> Plan:
     """The fewest blocks per row that let `wanted` blocks reside on a multiprocessor; else try one fewer."""
     most = source_number("cluster.cuh", r"kMaxCluster = (\d+);")
     of_system = source_number("token_loss.cu", r"of_system = (\d+);")
-    vectors = source_number("softmax_row.cuh", r"kTileVectors = (\d+);")
+    vectors = source_number("row_tiles.cuh", r"kTileVectors = (\d+);")
     per_sm, per_block = 228 * 1024, 227 * 1024  # sm_90
     tile_bytes = 16 * 32 * vectors
     tiles = -(-width * size // tile_bytes)

@@ -1,5 +1,6 @@
 """Options and checks of `pytest benchmarks/` (test_ops.py)."""
 
+import gc
 import os
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 
 import harness
 from fastrlhf import extras
+
+# The collection only adds objects, which the garbage collector would walk again and again.
+gc.disable()
 
 
 def pytest_addoption(parser):
@@ -36,6 +40,10 @@ def pytest_configure(config):
         raise pytest.UsageError(
             f"benchmarks/ needs pytest-benchmark: {extras.how_to_install('test')}"
         )
+
+
+def pytest_collection_finish():
+    gc.enable()
 
 
 def pytest_report_header(config):

@@ -9,6 +9,7 @@ B sequences, T steps, N tokens, V vocabulary, H hidden size.
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 
 import torch
@@ -80,17 +81,22 @@ def _cross_entropy(logits, targets, *, return_entropy):
 
 
 def _trl(logits, upcast):
+    """Imported at the first call, since it takes seconds: an error of the import rejects the provider in the gate."""
+    if importlib.util.find_spec("trl") is None:
+        return None
     # On a GPU the trainers call the kernel; importing it needs fewer packages than importing them.
     home = "trl.kernels" if logits.device.type == "cuda" else "trl.trainer.utils"
-    with_entropy = _import(home, "selective_log_softmax_and_entropy")
-    alone = _import(home, "selective_log_softmax") if home == "trl.trainer.utils" else with_entropy
-    if with_entropy is None or alone is None:
-        return None
+    names = {True: "selective_log_softmax_and_entropy"}
+    names[False] = "selective_log_softmax" if home == "trl.trainer.utils" else names[True]
+    functions = {}
 
     def token_logprob(logits, targets, *, return_entropy):
-        out = (with_entropy if return_entropy else alone)(
-            logits.float() if upcast else logits, targets
-        )
+        if not functions:
+            loaded = {entropy: _import(home, name) for entropy, name in names.items()}
+            if None in loaded.values():
+                raise ImportError(next(v for k, v in _missing.items() if k.startswith(home)))
+            functions.update(loaded)
+        out = functions[return_entropy](logits.float() if upcast else logits, targets)
         return out if return_entropy or not isinstance(out, tuple) else out[0]
 
     return Provider(token_logprob)

@@ -7,6 +7,7 @@ prints at once.
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import os
 import sys
@@ -103,13 +104,25 @@ def parse_options(arguments: list[str], config_class: type) -> dict[str, str]:
     return options
 
 
+def load(module: str):
+    """Import a module. Without the garbage collector, which would walk the growing imports again and again: a fifth
+    of the time of `fastrlhf sft --help`."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return importlib.import_module(module)
+    finally:
+        if collects:
+            gc.enable()
+
+
 def run(name: str, arguments: list[str]) -> int:
     """Run one command; UserError for everything the user can fix."""
     command = COMMANDS[name]
     wants_help = "-h" in arguments or "--help" in arguments
     if command.extra:
         extras.require(command.extra)
-    module = importlib.import_module(command.module)
+    module = load(command.module)
     if not command.config:
         if wants_help:
             print(module.USAGE)

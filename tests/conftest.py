@@ -83,8 +83,8 @@ COMPILED = ("compiles", "opcheck", "gradcheck", "test_any_")
 
 
 # The longest files first, by their CPU time: one that starts last leaves the other processes without work.
-LONG = ("aot", "cuda_on_host", "packaging", "fsdp", "conformance", "pytest_benchmark")
-LONG += ("gpu_driver", "docs", "token_logprob", "triton_order", "triton_rows", "budgets")
+LONG = ("aot", "cuda_on_host", "packaging", "conformance", "pytest_benchmark", "gpu_driver")
+LONG += ("fsdp", "docs", "token_logprob", "triton_order", "triton_rows", "budgets")
 LONG += ("ppo_loss", "benchmarks", "demo", "examples", "token_loss", "stages", "kl_gae")
 LONG += ("oracles", "trl_runs")
 

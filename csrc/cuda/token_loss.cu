@@ -4,7 +4,7 @@
 // Shapes: logits [..., V] with any row strides, N rows; targets, advantages, old_logprob, mask and
 // outputs [N]; row_stats [2, N]. The gradient has the logits' type T, or a narrower type O.
 //
-// A cluster of 1 to 8 blocks processes one row. Each block copies its tiles (softmax_row.cuh) to
+// A cluster of 1 to 8 blocks processes one row. Each block copies its tiles (row_tiles.cuh) to
 // shared memory unconverted and reduces them while later ones arrive. Every warp writes the sums of
 // its tiles to the shared memory of all blocks of the cluster. After one cluster barrier, the first
 // warp of each block merges all tiles in the same order and computes loss and grad_logprob; the

@@ -6,7 +6,6 @@ fails takes part in it, and a second collective hands its message round. On a GP
 the ranks compare each shape once, and a rank that fails ends the others when it exits.
 """
 
-import functools
 import threading
 from collections.abc import Callable
 
@@ -36,20 +35,8 @@ class _Call:
         return [self, *(self.outer.calls() if self.outer is not None else ())]
 
 
-def on_all_ranks(function):
-    """Decorator of an op with a keyword argument `process_group`."""
-
-    @functools.wraps(function)
-    def call(*arguments, **options):
-        group = options.get("process_group")
-        if group is None or torch.compiler.is_compiling():
-            return function(*arguments, **options)
-        return _checked(function, group, arguments, options)
-
-    return call
-
-
-def _checked(function, group, arguments, options):
+def agreed(function, group, arguments, options):
+    """`function(*arguments, **options)`, an op of the ranks of `group`; raises on all ranks if it raises on one."""
     _thread.call = this = _Call()
     try:
         result = function(*arguments, **options)

@@ -234,7 +234,7 @@ def _linear_loss(op, body, backend, into, late, hidden, weight, bias, values):
 
 
 def _setup(ctx, arguments, outputs):
-    _, _, ctx.backend, ctx.into, ctx.late, *parameters = arguments
+    ctx.op, _, ctx.backend, ctx.into, ctx.late, *parameters = arguments
     ctx.spent = False
     ctx.dtypes = [None if p is None else p.dtype for p in parameters]
     if ctx.late:
@@ -441,7 +441,7 @@ def _fake(hidden, weight, bias, values, targets, *rest):
 
 
 def _setup_op(ctx, arguments, outputs):
-    ctx.backend = arguments[14]
+    ctx.op, ctx.backend = arguments[12], arguments[14]
     ctx.dtypes, kept = [], []
     for x, grad, need in zip(arguments, outputs[2:], arguments[-1], strict=False):
         ctx.dtypes.append(None if x is None else x.dtype)

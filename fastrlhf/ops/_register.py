@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastrlhf import _namespace
-from fastrlhf.ops import _backend, _library
+from fastrlhf.ops import _agreement, _backend, _library
 
 _LIBRARY = torch.library.Library("fastrlhf", "FRAGMENT")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -191,6 +191,19 @@ def without_autocast(body: Callable) -> Callable:
 # ---- autograd -----------------------------------------------------------------------------------
 
 
+def on_all_ranks(op: Callable) -> Callable:
+    """Decorator of an op with a keyword `process_group`: an error that one rank raises is raised on all."""
+
+    @functools.wraps(op)
+    def call(*arguments, **options):
+        group = options.get("process_group")
+        if group is None or torch.compiler.is_compiling():
+            return op(*arguments, **options)
+        return _agreement.agreed(op, group, arguments, options)
+
+    return call
+
+
 def differentiable(
     body: Callable,
     *,
@@ -211,7 +224,8 @@ def differentiable(
         op: the public op, or a function of the arguments that returns it; for messages.
         wrt: positions of the arguments that may require grad, which are tensors or None. Empty: no gradient.
         gives: the first `gives` outputs are differentiable, the others are constants.
-        setup: (ctx, arguments, outputs) saves what the backward needs; None with `backward` None.
+        setup: (ctx, arguments, outputs) saves what the backward needs, and ctx.op if `op` is a function; None with
+            `backward` None.
         backward: (ctx, a gradient or None for each of `gives`, not all None) -> a gradient or None for
             each of `wrt`; ctx.needs_input_grad begins with those of `wrt`. None: a backward raises.
         create_graph: True if the backward is made of registered ops, which raise on a second derivative themselves.
@@ -264,8 +278,6 @@ def _node(body, op, wrt, gives, setup, backward, create_graph, backend):
         outputs = body(*arguments)
         ctx.set_materialize_grads(False)
         ctx.backend = backend
-        if not named:
-            ctx.op = op(arguments)
         if setup is not None:
             setup(ctx, arguments, outputs)
         if isinstance(outputs, Tensor):

@@ -99,7 +99,7 @@ def _forward(hidden, weight, targets, bias, row_t, temperature, softcap, mask, *
 
 def _setup(ctx, arguments, outputs):
     hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest = arguments
-    ctx.settings = temperature, softcap, *rest
+    ctx.settings, ctx.op = (temperature, softcap, *rest), arguments[11]
     ctx.save_for_backward(hidden, weight, bias, targets, outputs[2], row_t, mask)
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from fastrlhf import reference
 from fastrlhf.ops import _backend, _checks, _linear_loss, token_loss
-from fastrlhf.ops._agreement import on_all_ranks
-from fastrlhf.ops._register import choose, needs
+from fastrlhf.ops._register import choose, needs, on_all_ranks
 from fastrlhf.ops.linear_logprob import logprob_of
 
 OP = "linear_cross_entropy"

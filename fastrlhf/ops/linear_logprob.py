@@ -8,12 +8,12 @@ from torch import Tensor
 
 from fastrlhf import reference
 from fastrlhf.ops import _backend, _checks, token_logprob
-from fastrlhf.ops._agreement import on_all_ranks
 from fastrlhf.ops._gemms import acc_of, as_parameters, gemms_for
 from fastrlhf.ops._linear import Gradients, Head, add_gradients, statistics
 from fastrlhf.ops._register import (
     choose,
     differentiable,
+    on_all_ranks,
     register_python,
     trained,
     without_autocast,
@@ -265,7 +265,7 @@ _BWD = register_python(
 
 def _setup(ctx, arguments, outputs):
     hidden, weight, targets, bias, row_t, ctx.temperature, ctx.softcap, mask = arguments[:8]
-    ctx.num_rows, ctx.workspace, ctx.backend = arguments[8:11]
+    ctx.num_rows, ctx.workspace, ctx.backend, ctx.op = arguments[8:12]
     _, _, row_stats, kept = outputs
     ctx.save_for_backward(hidden, weight, targets, bias, row_stats, kept, row_t, mask)
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from fastrlhf import reference
 from fastrlhf.ops import _backend, _checks, _linear_loss, _metrics, ppo_loss, token_loss
-from fastrlhf.ops._agreement import on_all_ranks
-from fastrlhf.ops._register import choose, needs
+from fastrlhf.ops._register import choose, needs, on_all_ranks
 from fastrlhf.reference import PPOLossOutput
 
 OP = "linear_ppo_loss"

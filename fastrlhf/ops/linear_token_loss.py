@@ -11,10 +11,9 @@ from torch import Tensor
 
 from fastrlhf import reference
 from fastrlhf.ops import _backend, _checks, _linear_loss, token_logprob
-from fastrlhf.ops._agreement import on_all_ranks
 from fastrlhf.ops._gemms import as_parameters, gemms_for
 from fastrlhf.ops._linear import Head
-from fastrlhf.ops._register import choose, needs
+from fastrlhf.ops._register import choose, needs, on_all_ranks
 from fastrlhf.ops.linear_logprob import logprob_of
 from fastrlhf.reference import LinearTokenLossOutput
 

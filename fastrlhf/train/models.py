@@ -288,16 +288,16 @@ def load_policy(
     if named and _OTHER_HEADS.search(named[0]):
         raise UserError(f"{path!r} is a {named[0]}: expected a causal language model")
     lm = _load(language_model(config), path, runtime, trainable)
-    policy = Policy(lm, backend, runtime.compute_dtype)
-    _ = policy.unembedding  # a head that cannot be served is refused here
-    policy = runtime.check(policy.train(trainable), path)
-    if tokenizer is None:
-        return policy
-    # Training teaches the tokenizer's EOS, so `generate` of the saved model must stop there too.
-    ends = end_tokens(tokenizer, lm)
-    lm.generation_config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
-    policy.vocabulary = check_vocabulary(tokenizer, lm, path)
-    _ = policy.unembedding
+    unembedding(lm)  # a head that cannot be served is refused here
+    policy = Policy(lm, backend, runtime.compute_dtype).train(trainable)
+    # Before rows of the head are left out: the check compares with the model's own logits.
+    runtime.check(policy, path)
+    if tokenizer is not None:
+        # Training teaches the tokenizer's EOS, so `generate` of the saved model must stop there too.
+        ends = end_tokens(tokenizer, lm)
+        lm.generation_config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
+        policy.vocabulary = check_vocabulary(tokenizer, lm, path)
+        _ = policy.unembedding  # gaps in a vocabulary under a soft-cap are refused here
     return policy
 
 
@@ -309,9 +309,8 @@ def policy_from_config(
         config, attn_implementation=attention.NAME, dtype=torch.float32
     )
     lm.get_input_embeddings().padding_idx = None  # see _load
-    policy = runtime.check(
-        Policy(lm.to(runtime.device), backend, runtime.compute_dtype), "the new model"
-    )
+    policy = Policy(lm.to(runtime.device), backend, runtime.compute_dtype)
+    runtime.check(policy, "the new model")
     policy.vocabulary = vocabulary
     return policy
 

@@ -1,5 +1,7 @@
 """Inputs, options and bars for the tests of token_logprob, linear_logprob and linear_cross_entropy."""
 
+import mmap
+
 import pytest
 import torch
 
@@ -117,6 +119,17 @@ def moved(rows, offset, extra):
     buffer = torch.full((offset + count * (width + extra),), torch.nan, dtype=rows.dtype)
     view = buffer.to(rows.device)[offset:].as_strided((count, width), (width + extra, 1))
     return view.copy_(rows)
+
+
+def untouched(count, dtype, device):
+    """Memory of `count` elements, of which only the pages that a test writes cost anything.
+
+    Not from malloc on the CPU: there a sanitizer marks every byte.
+    """
+    if device != "cpu":
+        return torch.empty(count, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, count * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype)
 
 
 def compiled(function):

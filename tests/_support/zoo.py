@@ -241,7 +241,9 @@ def judge(name: str) -> str:
 def _reason(message: str, path: str) -> str:
     """A refusal without the folder and without the frame that the self-check puts around it."""
     message = re.sub(
-        r".* fails the self-check, .*? wrong: (.*) \(--self_check off .*\)", r"\1", message
+        r".* fails the self-check: (?:a small copy of it cannot run: )?(.*) \(--self_check .*\)",
+        r"\1",
+        message,
     )
     return message.replace(f"model of {path!r}", "the model").replace(path, "the model")
 

@@ -164,6 +164,14 @@ def test_peers_that_fail_to_import_are_reported_and_skipped(harness, monkeypatch
 
     monkeypatch.setattr(peers.importlib, "import_module", broken)
     logits = torch.zeros(8, 4)
+    # TRL's, which takes seconds to import, fails at its first call, in the gate.
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
+    late = peers.token_logprob(logits, False)
+    assert set(late) == {"F.cross_entropy", "TRL"}
+    for _ in range(2):
+        with pytest.raises(ImportError, match="RuntimeError: trl.trainer.utils is broken"):
+            late["TRL"].call(logits, torch.zeros(8, dtype=torch.long), return_entropy=False)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     assert set(peers.token_logprob(logits, False)) == {"F.cross_entropy"}
     assert set(peers.token_loss(logits, 0)) == {"F.cross_entropy"}
     assert peers.token_loss(logits, 1) == {} and peers.linear_logprob(logits) == {}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,8 +97,7 @@ def test_a_signal_ends_the_parts_too(tmp_path, number):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_refuses_before_the_first_part(gpu, tmp_path, monkeypatch, capfd):
     command = ["benchmarks/gpu.py", "--out", str(tmp_path / "out")]
-    assert subprocess.run([sys.executable, *command], cwd=ROOT).returncode == 1
-    for arguments in (["--quick"], ["--quick", "--only", "bench"]):
+    for arguments in ([], ["--quick"], ["--quick", "--only", "bench"]):
         monkeypatch.setattr(sys, "argv", [*command, *arguments])
         assert gpu.main() == 1
     said, refused = capfd.readouterr()
@@ -317,21 +317,17 @@ def test_an_optional_part_that_fails_counts_as_skipped(gpu, tmp_path):
     assert "no counters" in parts["counters"]["tail"]
 
 
-def test_tests_that_would_start_too_late_are_skipped_so_that_the_report_is_written(gpu, tmp_path):
-    (tmp_path / "conftest.py").write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        "import importlib.util as u\n"
-        f"spec = u.spec_from_file_location('suite', {str(ROOT / 'tests' / 'conftest.py')!r})\n"
-        "suite = u.module_from_spec(spec); spec.loader.exec_module(suite)\n"
-        "pytest_runtest_setup = suite.pytest_runtest_setup\n"
-    )
+def test_tests_that_would_start_too_late_are_skipped_so_that_the_report_is_written(
+    gpu, tmp_path, monkeypatch, request
+):
+    """A session inside this one, with the hook of the suite's conftest.py alone."""
+    suite = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    hook = SimpleNamespace(pytest_runtest_setup=suite.pytest_runtest_setup)
     (tmp_path / "test_some.py").write_text("def test_a(): pass\ndef test_b(): pass\n")
     report = tmp_path / "r.xml"
-    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", str(tmp_path)]
-    run = subprocess.run(
-        [*command, "-p", "no:cacheprovider"], env={**os.environ, "FASTRLHF_UNTIL": "1"}
-    )
-    assert run.returncode == 0
+    options = ["-q", "-c", os.devnull, "--rootdir", str(tmp_path), "-p", "no:cacheprovider"]
+    monkeypatch.setenv("FASTRLHF_UNTIL", "1")
+    assert pytest.main([*options, f"--junitxml={report}", str(tmp_path)], plugins=[hook]) == 0
     with pytest.raises(ValueError, match="no test ran"):
         gpu.junit(report)()
     text = report.read_text().replace('tests="2"', 'tests="3"')  # as if one had run
@@ -493,6 +489,9 @@ def test_plan_and_only_from_the_command_line(tmp_path):
     assert not (tmp_path / "out").exists()
     wrong = subprocess.run([*command, "--only", "nothing"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "no part is called nothing" in wrong.stderr
+    absent = [*command, "--keep", str(tmp_path / "absent")]
+    refused = subprocess.run(absent, capture_output=True, text=True)
+    assert refused.returncode == 1 and "must be a results.json" in refused.stderr
 
 
 def test_the_program_for_the_sanitizer_calls_every_op():

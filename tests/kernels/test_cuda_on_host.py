@@ -42,11 +42,16 @@ def run(libraries, *command, sm=80, ops=()):
     )
 
 
-CLUSTERED = ROOT / "csrc" / "cuda" / "token_loss.cu"
 CONFORMANCE = ROOT / "tests" / "ops" / "test_conformance.py"
 CLUSTERS = ROOT / "tests" / "_support" / "host_shim" / "token_loss_clusters.py"
-DEVICES = {(source, 80) for source in SOURCES} | {(CLUSTERED, 90)}
-RUNS = sorted((source, op, sm) for source, sm in DEVICES for op in build.ops_of(source))
+# Emulated device -> the sources whose ops it runs, and more tests.
+DEVICES = {80: (SOURCES, []), 90: ([ROOT / "csrc" / "cuda" / "token_loss.cu"], [CLUSTERS])}
+RUNS = [
+    (source, op, sm)
+    for sm, (sources, _) in DEVICES.items()
+    for source in sources
+    for op in build.ops_of(source)
+]
 
 
 @functools.cache
@@ -56,26 +61,26 @@ def libraries():
     return build.build_all([*SOURCES, FAULTS], jobs)
 
 
-@functools.cache
-def finished(source, sm):
-    """The finished run of the tests of a source's ops: one process, as imports take as long as a small op's tests.
+def library_of(source):
+    """Raises the error of the build."""
+    found = libraries()[source]
+    if not isinstance(found, Path):
+        raise found
+    return found
 
-    Raises the error of the build.
-    """
-    found = libraries()
-    # All ops: tests and backwards call more than their own.
-    built = [path for path in found.values() if isinstance(path, Path)]
-    if not isinstance(found[source], Path):
-        raise found[source]
-    if source == FAULTS:
-        script = ROOT / "tests" / "_support" / "host_shim" / "try_faults.py"
-        return run([found[source]], script, *SOUND, *SEEN, *POISONED, sm=sm)
-    ops = build.ops_of(source)
+
+@functools.cache
+def finished(sm):
+    """The finished run of an emulated device's tests: one process, as imports take longer than a small op's tests."""
+    # All libraries: tests and backwards call more than their own ops.
+    built = {source: path for source, path in libraries().items() if isinstance(path, Path)}
+    sources, more = DEVICES[sm]
+    ops = [op for source in sources if source in built for op in build.ops_of(source)]
     files = dict.fromkeys(file for op in ops for file in op_tests(op))
-    more = [CLUSTERS] if sm >= 90 else []
     # --capture=sys, not fd: the sanitizer's report must outlive the process.
     options = ("-p", "shim_plugin", "-p", "no:cacheprovider", "--capture=sys", "-q", "-rpfE")
-    return run(built, "-m", "pytest", *options, *files, CONFORMANCE, *more, sm=sm, ops=ops)
+    command = ("-m", "pytest", *options, *files, CONFORMANCE, *more)
+    return run(built.values(), *command, sm=sm, ops=ops)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,31 +91,36 @@ def built():
 
 @pytest.mark.parametrize(("source", "op", "sm"), RUNS, ids=lambda p: str(getattr(p, "stem", p)))
 def test_kernels(source, op, sm):
+    """All of a device's tests pass, and those of this op are among them."""
     assert op_tests(op), f"{op} needs a test, test_{op}.py"
-    done = finished(source, sm)
-    output = f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
-    assert done.returncode == 0, output
+    assert library_of(source)
+    done = finished(sm)
     passed = "\n".join(re.findall(r"^PASSED .*", done.stdout, re.MULTILINE))
+    rest = re.sub(r"^PASSED .*\n", "", done.stdout, flags=re.MULTILINE)
+    output = f"{rest[-6000:]}\n{done.stderr[-6000:]}"
+    assert done.returncode == 0, output
     assert f"test_{op}.py::" in passed, output
     assert f"[{op}-cuda" in passed, f"{op} has no conformance test\n{output}"
     assert not re.search(r"\d+ skipped", done.stdout), output
 
 
+def kernels_run(source):
+    """The kernels that the tests of a source's ops ran."""
+    line = rf"^tests of {source.stem}: kernel ran: (\w+)"
+    devices = [sm for sm, (sources, _) in DEVICES.items() if source in sources]
+    return {k for sm in devices for k in re.findall(line, finished(sm).stdout, re.MULTILINE)}
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
 def test_the_tests_of_a_file_run_its_kernels(source):
     assert build.ops_of(source), f"{source.name} registers no op"
-    ran = set().union(*(kernels_run(finished(*key)) for key in DEVICES if key[0] == source))
-    assert build.kernels_of(source) <= ran
-
-
-def kernels_run(done):
-    return set(re.findall(r"kernel ran: (\w+)", done.stdout))
+    assert build.kernels_of(source) <= kernels_run(source)
 
 
 def test_every_kernel_ran():
     """Also kernels in headers, which several ops share."""
     defined = {k for p in DEVICE_CODE for k in build.kernels_of(p)}
-    ran = set().union(*(kernels_run(finished(*key)) for key in DEVICES))
+    ran = set().union(*map(kernels_run, SOURCES))
     assert len(defined) >= len(SOURCES) and defined <= ran, f"run by no test: {defined - ran}"
 
 
@@ -162,7 +172,8 @@ SOUND = {
 
 @pytest.fixture(scope="module")
 def faults():
-    done = finished(FAULTS, 90)
+    script = ROOT / "tests" / "_support" / "host_shim" / "try_faults.py"
+    done = run([library_of(FAULTS)], script, *SOUND, *SEEN, *POISONED, sm=90)
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout)
 

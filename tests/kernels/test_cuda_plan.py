@@ -524,18 +524,16 @@ def test_an_error_in_loss_fn_leaves_accumulate_into_unchanged():
 )
 def test_a_masked_row_of_nan_reaches_no_gradient(op, dtype, capturing, more):
     """During a capture such rows enter the GEMMs, where their dlogits of 0 times a NaN would be a NaN in dW."""
-    for value in (torch.nan, torch.inf):
-        clean, dirty = {}, {"masked_hidden": value}
-        found = []
-        for hidden in (clean, dirty):
-            problem = Problem(mask=MASK, bias=True, dtype=dtype, **hidden, **more)
-            leaves = problem.leaves()
-            with small_chunks(), FakeGpu(V, H, capturing=capturing):
-                outs, _ = gradients(op, problem, leaves)
-            found.append([x.detach() for x in outs] + [x.grad for x in leaves[:3]])
-        for ours, theirs in zip(*found, strict=True):
-            assert torch.equal(ours, theirs) and theirs.isfinite().all()
-        assert (found[0][-3][~MASK] == 0).all()
+    found = []
+    for hidden in ({}, {"masked_hidden": torch.nan if dtype == torch.float32 else torch.inf}):
+        problem = Problem(mask=MASK, bias=True, dtype=dtype, **hidden, **more)
+        leaves = problem.leaves()
+        with small_chunks(), FakeGpu(V, H, capturing=capturing):
+            outs, _ = gradients(op, problem, leaves)
+        found.append([x.detach() for x in outs] + [x.grad for x in leaves[:3]])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs) and theirs.isfinite().all()
+    assert (found[0][-3][~MASK] == 0).all()
 
 
 @each_op

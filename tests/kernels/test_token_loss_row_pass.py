@@ -128,7 +128,10 @@ def problem(width, dtype=F32, softcap=0.0, offset=0):
 
 
 def plans(width, dtype):
-    """[(shared memory limit per block in bytes, resulting blocks per row)]; on a GPU its own limit applies."""
+    """[(shared memory limit per block in bytes, resulting blocks per row)]; on a GPU its own limit applies.
+
+    The first reads a row twice, the others keep it on chip.
+    """
     if not IN_SHIM:
         return [(0, 0)]
     if SM < 90:
@@ -177,9 +180,16 @@ def test_is_bitwise_identical_to_the_separate_kernels(width, offset, cap, backen
         for dtype in (F32, *NARROW)
         for coef in (0.0, COEF)
     }
-    for shared, blocks in plans(width, F32):
+    tried = plans(width, F32)
+    if cap == "exact cap":
+        tried = tried[:2]  # never on chip
+    for i, (shared, blocks) in enumerate(tried):
         monkeypatch.setenv("HOST_SHIM_SHARED", str(shared))
+        # Each dtype on chip, and on sm_80 in two reads; of the other sizes of a cluster one dtype each.
+        dtypes = (F32, *NARROW) if len(tried) <= 2 or i == 1 else [(F32, *NARROW)[(i + offset) % 3]]
         for (dtype, coef), gradient in expected.items():
+            if dtype not in dtypes:
+                continue
             for with_entropy in {coef != 0, True}:
                 got = p.rows(matrix(ROWS, width, dtype, offset), coef, with_entropy)
                 on_chip = shared > 0 and cap != "exact cap"
@@ -298,19 +308,19 @@ def test_in_place(dtype, backend, monkeypatch):
 def test_every_alignment_of_the_gradient(offset, dtype, backend):
     """Aligned and misaligned rows of both tensors; nothing outside the rows is written."""
     width = 1027
-    p = problem(width, offset=offset)
-    expected = p.rows(matrix(ROWS, width, dtype))
+    p, rows = problem(width, offset=offset).first(4), 4  # a masked one among them
+    expected = p.rows(matrix(rows, width, dtype))
     _, _, row_stats = p.forward()
     h = torch.where(p.mask, -COEF * p.scale, 0.0)
     for out_offset in range(8):
         for extra in (0, 1, 5):
-            out = matrix(ROWS, width, dtype, out_offset, extra)
+            out = matrix(rows, width, dtype, out_offset, extra)
             assert all(map(bitwise_equal, p.rows(out), expected))
-            whole = out.as_strided((ROWS - 1, width + extra), (width + extra, 1), out_offset)
+            whole = out.as_strided((rows - 1, width + extra), (width + extra, 1), out_offset)
             assert whole[:, width:].isnan().all()
-            apart = matrix(ROWS, width, dtype, out_offset, extra)
+            apart = matrix(rows, width, dtype, out_offset, extra)
             assert bitwise_equal(p.backward(expected[3], h, row_stats, apart), expected[0])
-            whole = apart.as_strided((ROWS - 1, width + extra), (width + extra, 1), out_offset)
+            whole = apart.as_strided((rows - 1, width + extra), (width + extra, 1), out_offset)
             assert whole[:, width:].isnan().all()
 
 

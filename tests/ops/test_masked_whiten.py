@@ -123,8 +123,9 @@ def test_the_digits_survive_any_pivot(backend, first):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_values_are_whitened_to_0(backend, dtype):
     """Exactly, however large they are; with the mean added back they keep their value."""
-    for size in (0.1, 1e6, -1e25, 3e38):
-        x = torch.full((3, 1300), size, dtype=dtype)
+    few = cases.interpreted(backend)
+    for size in (1e6, -1e25) if few else (0.1, 1e6, -1e25, 3e38):
+        x = torch.full((3, 300 if few else 1300), size, dtype=dtype)
         for mask in (None, cases.random_mask(x.shape, 1)):
             keep = torch.ones_like(x) if mask is None else mask
             assert (masked_whiten(x, mask=mask, backend=backend) == 0).all(), size

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 SITUATIONS = (SMALL, MASKED, PACKED)
 each_op = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 # Of the tests that compile: the ops of `make test`; the others run nightly.
-FEW = ("token_loss", "gae")
+FEW = ("token_loss",)
 few = pytest.mark.parametrize(
     "spec", [SPECS[op] if op in FEW else pytest.param(SPECS[op], marks=pytest.mark.nightly) for op in SPECS], ids=SPECS
 )  # fmt: skip

@@ -1,6 +1,8 @@
 """The command line: exit status, the one line of bad input, lazy imports."""
 
+import contextlib
 import dataclasses
+import gc
 import importlib.util
 import os
 import re
@@ -186,6 +188,22 @@ def test_help_is_quick_and_imports_no_torch():
     assert cpu_seconds() - start < 1.0
     assert "usage: fastrlhf" in out
     assert out.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("source", ["", "raise ImportError"])
+@pytest.mark.parametrize("collects", [True, False])
+def test_imports_of_a_command_run_without_the_collector(monkeypatch, tmp_path, source, collects):
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"imported_{collects}_{len(source)}"
+    (tmp_path / f"{name}.py").write_text(f"import gc\nassert not gc.isenabled()\n{source}\n")
+    before = gc.isenabled()
+    (gc.enable if collects else gc.disable)()
+    try:
+        with contextlib.suppress(ImportError):
+            cli.load(name)
+        assert gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_python_dash_m():

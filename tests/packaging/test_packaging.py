@@ -21,6 +21,8 @@ from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.tags import sys_tags
+from packaging.utils import parse_wheel_filename
 
 import fastrlhf
 from fastrlhf.ops import _backend, _library
@@ -35,11 +37,18 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HAS_LIBRARY = not _backend._extension_error
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="the kernel library is not built here")
 pytestmark = pytest.mark.slow
+# The wheel of the checkout is built with the check of the build requirements, which starts setup.py once more.
+UNCHECKED = "--skip-dependency-check"
 
-# One op on each kind of input, and what the base install holds besides code.
+# One op on each kind of input, what the base install holds besides code, and what the doctor says of it.
 USE_OPS = """
-import json, sys, importlib.util, torch, fastrlhf
-backend = sys.argv[1]
+import contextlib, io, json, sys, importlib.util, torch, fastrlhf
+from fastrlhf import cli
+backend, *asks_doctor = sys.argv[1:]
+def doctor(*options):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        cli.main(["doctor", *options])
+    return said.getvalue()
 logits = torch.randn(4, 7)
 targets = torch.tensor([0, 6, 3, 2])
 ours = fastrlhf.token_logprob(logits, targets, backend=backend)
@@ -53,8 +62,10 @@ print(json.dumps({
     "available": fastrlhf.backends()["token_logprob"],
     "kernel": importlib.util.find_spec("fastrlhf.kernels.token_logprob").origin,
     "numpy": importlib.util.find_spec("numpy") is not None,
+    "doctor": [doctor(), doctor("--json")] if asks_doctor else None,
 }))
 """
+USE_PACKER = "from fastrlhf.train import packing; print(packing._C, packing.pack([5, 3, 3, 5], 8))"
 USE_TRAINER = """
 import json
 from fastrlhf import cli
@@ -86,9 +97,8 @@ def run(*command, cwd=None, **env):
     return result.stdout
 
 
-def build(source, kind, out, *options, **env):
+def build(source, kind, out, *settings, **env):
     """Build a wheel or sdist of `source` into `out`; returns its path."""
-    settings = [f"-C--build-option={option}" for option in options]
     command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", out]
     run(*command, *settings, source, cwd=source, **env)
     (made,) = Path(out).iterdir()
@@ -119,11 +129,15 @@ def closure(requirements, extras=()):
 _closures: dict[tuple, set[str]] = {}
 
 
+def site_packages(python):
+    return Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+
+
 def environment(folder, requirements):
     """A virtual environment that holds what `requirements` install and nothing else; returns its Python."""
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    site = site_packages(python)
     for name in closure(requirements):
         distribution = importlib.metadata.distribution(name)
         for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
@@ -132,20 +146,38 @@ def environment(folder, requirements):
     return python
 
 
+def listed(extra=None):
+    """The requirements of the base install and of one extra."""
+    return PROJECT["dependencies"] + PROJECT["optional-dependencies"].get(extra, [])
+
+
 def install(wheel, folder, extra=None):
-    """A clean environment that holds the wheel, its dependencies and those of one extra."""
-    lists = PROJECT["dependencies"] + PROJECT["optional-dependencies"].get(extra, [])
-    python = environment(folder, lists)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
-    run(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel)
-    run(*pip, "check")
+    """A clean environment that holds the wheel, its dependencies and those of one extra.
+
+    The wheel is unpacked: one test has pip install it, which takes seconds.
+    """
+    python = environment(folder, listed(extra))
+    *_, tags = parse_wheel_filename(wheel.name)
+    assert tags & set(sys_tags()), f"pip would refuse {wheel.name} here"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site_packages(python))
     return python
 
 
-def use_ops(python, backend):
-    """Run USE_OPS in an installed environment, from a folder that is not the checkout."""
+def metadata(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(f"fastrlhf-{fastrlhf.__version__}.dist-info/METADATA").decode()
+
+
+def use_ops(python, backend, *asks_doctor, first=""):
+    """Run USE_OPS, after other code, in an installed environment, from a folder that is not the checkout.
+
+    Returns its report, in which "first" is what the other code printed.
+    """
     folder = python.parents[1]
-    report = json.loads(run(python, "-c", USE_OPS, backend, cwd=folder).splitlines()[-1])
+    said = run(python, "-c", first + USE_OPS, backend, *asks_doctor, cwd=folder)
+    *printed, last = said.splitlines()
+    report = {**json.loads(last), "first": "\n".join(printed)}
     assert Path(report["file"]).is_relative_to(folder)
     assert Path(report["kernel"]).is_relative_to(folder)
     assert report["error"] < 1e-6
@@ -170,9 +202,11 @@ def scratch(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wheel(scratch):
     # A library folder of its own: setuptools would ship leftovers of an older build/lib.
-    library = f"--build-lib={scratch / 'lib'}"
+    library = [
+        f"-C--build-option={option}" for option in ("build", f"--build-lib={scratch / 'lib'}")
+    ]
     kind = {} if HAS_LIBRARY else {"FASTRLHF_BUILD": "none"}
-    return build(ROOT, "wheel", scratch / "wheel", "build", library, **kind)
+    return build(ROOT, "wheel", scratch / "wheel", *library, **kind)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +224,7 @@ def sdist(scratch):
         ".*_cache",
     )
     shutil.copytree(ROOT, scratch / "tree", ignore=shutil.ignore_patterns(*leave))
-    archive = build(scratch / "tree", "sdist", scratch / "sdist", FASTRLHF_BUILD="none")
+    archive = build(scratch / "tree", "sdist", scratch / "sdist", UNCHECKED, FASTRLHF_BUILD="none")
     with tarfile.open(archive) as tar:
         tar.extractall(scratch / "unpacked", filter="data")
     (folder,) = (scratch / "unpacked").iterdir()
@@ -233,15 +267,15 @@ def test_wheel_holds_the_tree_and_nothing_else(wheel):
 def test_wheel_metadata(wheel):
     archive = zipfile.ZipFile(wheel)
     info = f"fastrlhf-{fastrlhf.__version__}.dist-info"
-    metadata = archive.read(f"{info}/METADATA").decode()
-    assert f"\nVersion: {fastrlhf.__version__}\n" in metadata
-    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+    text = metadata(wheel)
+    assert f"\nVersion: {fastrlhf.__version__}\n" in text
+    assert "\nLicense-Expression: Apache-2.0\n" in text
     assert f"{info}/licenses/LICENSE" in archive.namelist()
     assert "fastrlhf = fastrlhf.cli:program" in archive.read(f"{info}/entry_points.txt").decode()
-    required = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
+    required = re.findall(r"^Requires-Dist: (.*)$", text, re.MULTILINE)
     base = {Requirement(text).name for text in required if "extra ==" not in text}
     assert base == {"torch", "triton"}
-    provided = set(re.findall(r"^Provides-Extra: (.*)$", metadata, re.MULTILINE))
+    provided = set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE))
     assert provided == PROJECT["optional-dependencies"].keys()
 
 
@@ -259,8 +293,11 @@ def test_sdist_holds_what_it_needs(sdist):
 
 def test_base_install_has_the_ops(wheel, scratch):
     """torch, triton and nothing else, numpy neither."""
-    python = install(wheel, scratch / "base")
-    report = use_ops(python, "cpu" if HAS_LIBRARY else "reference")
+    python = environment(scratch / "base", listed())
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
+    run(*pip, "install", "--quiet", "--no-index", "--no-deps", "--no-compile", wheel)
+    run(*pip, "check")
+    report = use_ops(python, "cpu" if HAS_LIBRARY else "reference", "doctor")
     assert not report["numpy"]
     if HAS_LIBRARY:
         assert report["available"]["cpu"] == "available"
@@ -268,10 +305,10 @@ def test_base_install_has_the_ops(wheel, scratch):
     assert run(command, "--version").strip() == f"fastrlhf {fastrlhf.__version__}"
     assert "usage: fastrlhf" in run(command, "--help")
     assert "usage: fastrlhf bench" in run(command, "bench", "--help")
-    doctor = json.loads(run(command, "doctor", "--json", cwd=scratch))
+    text, doctor = report["doctor"][0], json.loads(report["doctor"][1])
     assert doctor["problems"] == []
     assert "accelerate" in doctor["extras"]["train"]
-    assert "lacks" in run(command, "doctor", cwd=scratch)
+    assert "lacks" in text
     for name, extra in (("sft", "train"), ("eval", "eval"), ("report", "report"), ("demo", "demo")):
         refused = start(command, name, "--help", cwd=scratch)
         assert refused.returncode == 2
@@ -289,7 +326,12 @@ def test_base_install_has_the_ops(wheel, scratch):
     ],
 )
 def test_an_extra_has_its_commands(wheel, scratch, extra, refused):
-    report = use_trainer(install(wheel, scratch / extra, extra))
+    python = install(wheel, scratch / extra, extra)
+    # The largest for all: the environments are cut from one list.
+    assert closure(listed(extra)) <= closure(listed("demo"))
+    if extra == "demo":
+        run(sys.executable, "-m", "pip", "--python", python, "check")
+    report = use_trainer(python)
     assert {name for name, status in report["status"].items() if status} == refused
     assert report["packer"] == ("C++" if HAS_LIBRARY else "Python")
 
@@ -309,19 +351,22 @@ def test_sdist_builds_with_the_kernels(sdist, wheel, scratch):
         f'exec {shutil.which("g++") or "c++"} "$@"\n'
     )
     compiler.chmod(0o755)
-    made = build(sdist, "wheel", scratch / "sdist_wheel", CXX=str(compiler), FASTRLHF_BUILD="cpu")
+    kind = {"CXX": str(compiler), "FASTRLHF_BUILD": "cpu"}
+    made = build(sdist, "wheel", scratch / "sdist_wheel", UNCHECKED, **kind)
     assert set(zipfile.ZipFile(made).namelist()) == set(zipfile.ZipFile(wheel).namelist())
+    assert metadata(made) == metadata(wheel)  # so `pip check` finds what it found for the wheel
     use_ops(install(made, scratch / "from_sdist"), "cpu")
 
 
-def test_without_kernels(sdist, scratch):
-    made = build(sdist, "wheel", scratch / "pure", FASTRLHF_BUILD="none")
+def test_without_kernels(sdist, wheel, scratch):
+    made = build(sdist, "wheel", scratch / "pure", UNCHECKED, FASTRLHF_BUILD="none")
+    assert metadata(made) == metadata(wheel)
     assert made.name.endswith("-py3-none-any.whl")
     assert not [n for n in zipfile.ZipFile(made).namelist() if n.endswith(".so")]
     python = install(made, scratch / "from_pure")
-    report = use_ops(python, "reference")
+    report = use_ops(python, "reference", "doctor")
     assert "not built" in report["available"]["cpu"]
-    doctor = json.loads(run(python.parent / "fastrlhf", "doctor", "--json", cwd=scratch))
+    doctor = json.loads(report["doctor"][1])
     assert doctor["kernels"]["present"] is False
     assert "reference backend serves every op" in doctor["kernels"]["reason"]
     assert {row["auto"] for row in doctor["ops"].values()} == {"reference"}
@@ -329,18 +374,18 @@ def test_without_kernels(sdist, scratch):
 
 
 @needs_library
-def test_one_wheel_for_every_python(sdist, scratch):
+def test_one_wheel_for_every_python(sdist, wheel, scratch):
     """Built without pybind11 the wheel has the kernels, no _C, and a tag that names no Python version."""
     builder = environment(scratch / "builder", ["setuptools"])
     made = repackage(builder, sdist, scratch / "universal")
     assert re.search(r"-py3-none-linux_\w+\.whl$", made.name)
+    assert metadata(made) == metadata(wheel)
     archive = zipfile.ZipFile(made)
     compiled = {n for n in archive.namelist() if n.endswith(".so")}
     assert compiled == {"fastrlhf/libfastrlhf.so"}
     python = install(made, scratch / "from_universal", "train")
-    use_ops(python, "cpu")
-    code = "from fastrlhf.train import packing; print(packing._C, packing.pack([5, 3, 3, 5], 8))"
-    assert run(python, "-c", code, cwd=scratch).startswith("None [array([0, 1]), array([2, 3])]")
+    said = use_ops(python, "cpu", first=USE_PACKER)["first"]
+    assert said.startswith("None [array([0, 1]), array([2, 3])]")
 
 
 def other_python():
@@ -369,7 +414,7 @@ def test_a_second_python_uses_the_same_kernels(sdist, scratch):
     # setuptools and pybind11 are pure Python, so the second Python can use this one's.
     builder = scratch / "second"
     python = environment(scratch / "tools", ["setuptools", "pybind11"])
-    tools = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    tools = site_packages(python)
     wrapper = scratch / "python"
     wrapper.write_text(f'#!/bin/sh\nPYTHONPATH={tools} exec {shutil.which(name)} "$@"\n')
     wrapper.chmod(0o755)

@@ -200,6 +200,7 @@ def ppo_by_prompt(path, rank=None):
 
 def test_ppo_on_two_processes_equals_one_on_the_same_responses():
     more = {"ptx_coef": 0.5, "ptx_ratio": 0.25, "kl_coef": 0.2, "missing_eos_score": -1.0}
+    more["self_check"] = False  # it would measure by_prompt in place of the sampler
     cfgs = [tiny.ppo_config(name, **more) for name in ("ppo_two", "ppo_one")]
     (_, two), (_, one) = tiny.lines([("ppo", cfg) for cfg in cfgs])
     ranks.run(functools.partial(ppo_by_prompt, two))

@@ -259,7 +259,7 @@ def environment(libraries, sm=80, ops=()):
 
     options = {
         "detect_leaks": 0,
-        # Fresh memory, tensors too, is NaN; the limit keeps the 8 GiB of one test unmapped.
+        # Fresh memory up to 64 MiB, tensors too, is NaN.
         "max_malloc_fill_size": 1 << 26,
         "malloc_fill_byte": 255,
         "allocator_may_return_null": 1,

@@ -452,11 +452,12 @@ void leave(Meeting& meeting) {
 
 }  // namespace shim
 
-// For the tests: the names of the kernels that ran, one a line.
+// For the tests: the names of the kernels that ran since the last call, one a line.
 extern "C" __attribute__((visibility("default"))) const char* shim_kernels_run() {
   static std::string names;
   names.clear();
   for (const std::string& name : shim::kernels_run) names += name + "\n";
+  shim::kernels_run.clear();
   return names.c_str();
 }
 

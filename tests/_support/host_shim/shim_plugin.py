@@ -1,15 +1,20 @@
 """pytest plugin (-p shim_plugin): backend="cuda" runs csrc/cuda on CPU tensors, in this process.
 
 Loads the libraries of build.py in place of libfastrlhf.so. Keeps only the tests of backend "cuda"; of those that
-test_conformance.py has for every op, only those of HOST_SHIM_OPS.
+test_conformance.py has for every op, only those of HOST_SHIM_OPS. Runs them by the source of their op, and prints the
+kernels that each source's tests ran.
 """
 
 import ctypes
 import os
 
+import pytest
 import torch
 
+from _support.host_shim import build
+
 LIBRARIES = os.environ["FASTRLHF_HOST_SHIM"].split(os.pathsep)
+SOURCE_OF = {op: build.source_of(op).stem for op in os.environ["HOST_SHIM_OPS"].split(",")}
 for path in LIBRARIES:
     torch.ops.load_library(path)
 
@@ -42,30 +47,47 @@ _backend.unavailable_reason = unavailable_reason
 logit_cases.DEVICE["cuda"] = "cpu"
 
 
+def library_of(path):
+    library = ctypes.CDLL(path)
+    library.shim_last_launch.restype = library.shim_kernels_run.restype = ctypes.c_char_p
+    return library
+
+
 def last_launch(stem):
     """(kernel, blocks of a cluster, bytes of dynamic shared memory) of the last launch by `stem`.cu."""
     (path,) = (p for p in LIBRARIES if os.path.basename(p).startswith(f"{stem}-"))
-    library = ctypes.CDLL(path)
-    library.shim_last_launch.restype = ctypes.c_char_p
-    kernel, blocks, shared = library.shim_last_launch().decode().split()
+    kernel, blocks, shared = library_of(path).shim_last_launch().decode().split()
     return kernel, int(blocks), int(shared)
+
+
+def op_of(item):
+    """The op of HOST_SHIM_OPS that a test is for, by its spec or by the name of its file; or None."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    if "spec" in params:
+        return params["spec"].name if params["spec"].name in SOURCE_OF else None
+    stem = item.path.stem.removeprefix("test_")
+    return next((op for op in SOURCE_OF if stem == op or stem.startswith(f"{op}_")), None)
 
 
 def pytest_collection_modifyitems(config, items):
     def chosen(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        spec = params.get("spec")
-        ours = spec is None or spec.name in os.environ["HOST_SHIM_OPS"].split(",")
         # torch.compile does not change what a kernel does.
-        return params.get("backend") == "cuda" and ours and "compiles" not in item.name
+        return params.get("backend") == "cuda" and op_of(item) and "compiles" not in item.name
 
     config.hook.pytest_deselected(items=[item for item in items if not chosen(item)])
     items[:] = [item for item in items if chosen(item)]
+    for item in items:
+        item.source = SOURCE_OF[op_of(item)]
+    items.sort(key=lambda item: item.source)
 
 
-def pytest_terminal_summary(terminalreporter):
-    for path in LIBRARIES:
-        library = ctypes.CDLL(path)
-        library.shim_kernels_run.restype = ctypes.c_char_p
-        for name in library.shim_kernels_run().decode().split():
-            terminalreporter.write_line(f"kernel ran: {name}")
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    outcome = yield
+    if nextitem is None or nextitem.source != item.source:
+        terminal = item.config.pluginmanager.get_plugin("terminalreporter")
+        for path in LIBRARIES:
+            for name in library_of(path).shim_kernels_run().decode().split():
+                terminal.write_line(f"tests of {item.source}: kernel ran: {name}")
+    return outcome

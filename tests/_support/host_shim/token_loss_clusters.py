@@ -12,12 +12,21 @@ from _support.logit_cases import DTYPES, generator, randint, randn
 from fastrlhf import token_logprob
 
 SIZES = (1, 2, 4, 8)
-TILE_BYTES = 4096  # of csrc/cuda/softmax_row.cuh: 32 lanes, 8 vectors of 16 bytes each
+TILE_BYTES = 4096  # of csrc/cuda/row_tiles.cuh: 32 lanes, 8 vectors of 16 bytes each
 EXTRA_BYTES = 16  # the vector behind a misaligned share
 ROWS = 5
 KERNEL = "token_loss_fwd_kernel"
 CAPS = {"plain": None, "capped": 3.0}  # others do not keep a row on chip
-CASES = [*((width, cap) for width in (5003, 20011) for cap in CAPS), (50257, "plain")]
+# Rows of a few tiles, and of 20 to 25: those of 16-bit logits are twice as wide.
+CASES = [
+    (dtype, width, cap)
+    for dtype in DTYPES
+    for width, cap in [
+        *((5003, cap) for cap in CAPS),
+        (20011, "capped"),
+        (20011 if dtype == torch.float32 else 50257, "plain"),
+    ]
+]
 
 
 def shares(width, dtype):
@@ -47,9 +56,8 @@ def problem(width, dtype, offset):
 
 
 @pytest.mark.parametrize("backend", ["cuda"])
-@pytest.mark.parametrize(("width", "cap"), CASES)
+@pytest.mark.parametrize(("dtype", "width", "cap"), CASES)
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_bitwise_the_same_for_any_cluster(dtype, offset, width, cap, backend, monkeypatch):
     logits, targets, temperature, mask = problem(width, dtype, offset)
     softcap = CAPS[cap]

@@ -5,6 +5,7 @@
 `--quick` is the part that CI runs, with fixed seeds alone. fuzz_ops.py and fuzz_commands.py hold the oracles.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -48,7 +49,9 @@ def run(job: str) -> int:
 
 
 def main() -> int:
-    jobs = QUICK if "--quick" in sys.argv[1:] else JOBS
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the part that CI runs")
+    jobs = QUICK if parser.parse_args().quick else JOBS
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return max(map(abs, pool.map(run, jobs)))
 

@@ -84,11 +84,7 @@ constexpr int kTileColumns = 32 * kTileVectors * kPerVector<T>;
 // A lane's vectors of a tile, in registers.
 template <typename T>
 struct Tile {
-  using Logit = T;
-  static constexpr int kUnroll = kTileVectors;
   Pack<T> vector[kTileVectors];
-
-  __device__ __forceinline__ Pack<T> at(int k) const { return vector[k]; }
 };
 
 // Streaming read of data that is not read again. `from` is 16-byte aligned.
@@ -169,20 +165,6 @@ __device__ __forceinline__ Pack<T> guarded_pack(const T* row, int64_t column, in
   return x;
 }
 
-// A lane's vectors of a tile, left in global memory and read one after the other: slower than Tile,
-// and an eighth of its code.
-template <typename T>
-struct RareTile {
-  using Logit = T;
-  static constexpr int kUnroll = 1;
-  const T* row;
-  int64_t column, width;  // of this lane's first vector
-
-  __device__ __forceinline__ Pack<T> at(int k) const {
-    return guarded_pack(row, column + k * 32 * kPerVector<T>, width);
-  }
-};
-
 enum class Start { aligned, anywhere, rare };
 
 // Tiles of a row in global memory. aligned: the row starts at a 16-byte boundary. rare: any
@@ -233,25 +215,21 @@ struct GlobalTiles {
     return x;
   }
   // Reads any tile, with -inf after the end of the row.
-  __device__ __forceinline__ auto read_guarded(int64_t tile) const {
-    if constexpr (kStart == Start::rare) {
-      return RareTile<T>{row, column(tile, 0), width};
-    } else {
-      Tile<T> x;
+  __device__ __forceinline__ Tile<T> read_guarded(int64_t tile) const {
+    Tile<T> x;
 #pragma unroll
-      for (int k = 0; k < kTileVectors; ++k) {
-        const int64_t at = column(tile, k);
-        if (kAligned && at + kPerVector<T> <= width) {
-          x.vector[k] = read_pack(row + at);
-        } else if (at < width) {
-          x.vector[k] = guarded_pack(row, at, width);
-        } else {
+    for (int k = 0; k < kTileVectors; ++k) {
+      const int64_t at = column(tile, k);
+      if (kAligned && at + kPerVector<T> <= width) {
+        x.vector[k] = read_pack(row + at);
+      } else if (at < width) {
+        x.vector[k] = guarded_pack(row, at, width);
+      } else {
 #pragma unroll
-          for (int i = 0; i < Pack<T>::kWords; ++i) x.vector[k].word[i] = Words<T>::neg_inf();
-        }
+        for (int i = 0; i < Pack<T>::kWords; ++i) x.vector[k].word[i] = Words<T>::neg_inf();
       }
-      return x;
     }
+    return x;
   }
 };
 

@@ -129,33 +129,30 @@ struct Exponent {
 // Reduces a tile by one warp. kFar: relative to z of `top`, the largest logit of the row. kGuarded:
 // only the first `columns` of the tile exist; the rest are -inf, which a soft-cap would make
 // finite.
-template <bool kFar, bool kGuarded, bool kEntropy, typename Vectors, typename A, Cap kCap>
-__device__ __forceinline__ Partial<A> reduce_tile(const Vectors& x, const Exponent<A, kCap>& f,
+template <bool kFar, bool kGuarded, bool kEntropy, typename T, typename A, Cap kCap>
+__device__ __forceinline__ Partial<A> reduce_tile(const Tile<T>& x, const Exponent<A, kCap>& f,
                                                   A top, int64_t columns) {
-  using T = typename Vectors::Logit;
   using W = Words<T>;
   constexpr int kPerWord = W::kPerWord;
-  typename W::Word largest = x.at(0).word[0];
-#pragma unroll Vectors::kUnroll
-  for (int k = 0; k < kTileVectors; ++k) {
-    const Pack<T> vector = x.at(k);
+  typename W::Word largest = x.vector[0].word[0];
 #pragma unroll
-    for (int i = 0; i < Pack<T>::kWords; ++i) largest = W::max(largest, vector.word[i]);
+  for (int k = 0; k < kTileVectors; ++k) {
+#pragma unroll
+    for (int i = 0; i < Pack<T>::kWords; ++i) largest = W::max(largest, x.vector[k].word[i]);
   }
   const A max = warp_max(static_cast<A>(W::max_of(largest)));
   const A b = kFar ? f.z(top) : f.base(max);
   // Tree sums per vector: fewer roundings of a sum dominated by one large term.
   A sum = 0, weighted[2] = {};
-#pragma unroll Vectors::kUnroll
+#pragma unroll
   for (int k = 0; k < kTileVectors; ++k) {
     constexpr int kSize = kPerVector<T>;
     if (kGuarded && k * 32 * kSize >= columns) continue;
-    const Pack<T> vector = x.at(k);
     A e[kSize];
 #pragma unroll
     for (int i = 0; i < Pack<T>::kWords; ++i) {
       A both[kPerWord];
-      W::unpack(vector.word[i], both);
+      W::unpack(x.vector[k].word[i], both);
 #pragma unroll
       for (int j = 0; j < kPerWord; ++j) {
         const int at = i * kPerWord + j;

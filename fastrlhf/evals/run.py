@@ -18,7 +18,7 @@ from fastrlhf.train.files import PARTIAL, replace_text
 from fastrlhf.train.folder import refuse_input_inside
 from fastrlhf.train.runtime import Runtime, RuntimeConfig
 from fastrlhf.train.sampler import HFSampler, check_temperature
-from fastrlhf.train.steps import score_sequences, token_logprobs
+from fastrlhf.train.steps import require_fit, score_sequences, token_logprobs
 from fastrlhf.train.text import TextConfig, TextEncoder, check_same_ends
 
 CONTENT = ("model", "figures", "samples")  # keys of the file that `out` names
@@ -41,7 +41,7 @@ class EvalConfig(RuntimeConfig, TextConfig):
     samples: int = 1  # completions per prompt
     max_new_tokens: int = 96  # limit of a completion
     temperature: float = 1.0  # sampling temperature; 0: greedy
-    window: int = 0  # tokens of a text window; 0: the model's context
+    window: int = 0  # tokens of a text window; 0: the context, the smaller one with a baseline
     max_tokens: int = 8192  # tokens of a micro-batch
 
 
@@ -82,15 +82,23 @@ class _Model:
         self.text.note_ends(self.sampler.ends)
         self.context = models.context_length(self.policy.config)
 
-    def sample(self, rows: Sequence[dict]) -> tuple[list[str], list[data.Example], list[bool]]:
-        """One completion per row: (texts, prompt + completion tokens, whether it ended with an end token)."""
+    def prompts(self, rows: Sequence[dict]) -> list[list[int]]:
+        """Token ids of each row's prompt. UserError if a prompt and its completion do not fit."""
+        cfg, room = self.cfg, self.cfg.max_new_tokens
+        what = f"prompts {cfg.prompts!r}"
+        prompts = data.encode_prompts(rows, self.text, self.context, room, what)
+        longest = [len(prompt) + room for prompt in prompts]
+        require_fit(longest, cfg.max_tokens, "prompts with max_new_tokens")
+        return prompts
+
+    def sample(self, prompts: list[list[int]]) -> tuple[list[str], list[data.Example], list[bool]]:
+        """One completion per prompt: (texts, prompt + completion tokens, whether it ended with an end token)."""
         cfg = self.cfg
-        room = cfg.max_new_tokens
-        prompts = data.encode_prompts(
-            rows, self.text, self.context, room, f"prompts {cfg.prompts!r}"
-        )
         samples = self.sampler.generate(
-            prompts, max_new_tokens=room, temperature=cfg.temperature, seed=cfg.seed
+            prompts,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            seed=cfg.seed,
         )
         texts = self.text.decode(prompts, samples.tokens, samples.finished)
         examples = [
@@ -116,14 +124,38 @@ def _prompts(cfg: EvalConfig) -> tuple[list[dict], dict[str, list[str]]]:
     return [{"prompt": p} for p in unique for _ in range(cfg.samples)], references
 
 
+def _encoded_prompts(
+    cfg: EvalConfig, rows: list[dict], model: _Model, baseline: _Model | None, reward_model
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The prompts of the rows for the model and for the baseline. UserError if a sequence does not fit a model."""
+    prompts = model.prompts(rows)
+    longest = max(map(len, prompts)) + cfg.max_new_tokens
+    for name, other in (("baseline", baseline and baseline.policy), ("reward_model", reward_model)):
+        if other:
+            which = f"{name} {getattr(cfg, name)!r}"
+            models.check_context(other.config, longest, which, "prompts + max_new_tokens")
+    return prompts, baseline.prompts(rows) if baseline else []
+
+
 def _evaluate_samples(
-    cfg: EvalConfig, model: _Model, baseline: _Model | None, reward_model, result: dict
+    cfg: EvalConfig,
+    labels: list[str],
+    references: dict[str, list[str]],
+    prompts: tuple[list[list[int]], list[list[int]]],
+    model: _Model,
+    baseline: _Model | None,
+    reward_model,
+    result: dict,
 ) -> list[dict]:
-    """Add the figures of sampled completions to `result`; return the samples."""
-    rows, references = _prompts(cfg)
-    labels = [r["prompt"] for r in rows]
-    texts, examples, finished = model.sample(rows)
-    baseline_texts = baseline.sample(rows)[0] if baseline else None
+    """Add the figures of sampled completions to `result`; return the samples.
+
+    Args:
+        labels: the text of each prompt.
+        references: human completions by prompt.
+        prompts: as from `_encoded_prompts`.
+    """
+    texts, examples, finished = model.sample(prompts[0])
+    baseline_texts = baseline.sample(prompts[1])[0] if baseline else None
     result["finished"] = mean_interval(finished, labels, seed=cfg.seed)
     result["length"] = mean_interval([e.targets for e in examples], labels, seed=cfg.seed)
     if all(references[p] for p in set(labels)):
@@ -155,32 +187,51 @@ def _rankings(path: str) -> list[dict]:
         if not isinstance(row.get("criterion", ""), str):
             got = type(row["criterion"]).__name__
             raise UserError(f"rankings {path!r}, row {number}: criterion: expected str, got {got}")
-    if all(len(set(row["ranks"])) == 1 for row in rows):
-        raise UserError(f"rankings {path!r}: no two completions of a prompt have different ranks")
     return rows
 
 
-def _pair_accuracy(
-    cfg: EvalConfig, rows: list[dict], reward_model, text: TextEncoder, context: int
-) -> dict:
+def _ranked(
+    cfg: EvalConfig, rows: list[dict], reward_model, text: TextEncoder
+) -> list[data.Example]:
+    """The sequences of all completions, in the order of the rows."""
     flat = [{"prompt": r["prompt"], "completion": c} for r in rows for c in r["completions"]]
-    examples = data.encode_examples(flat, text, context, f"rankings {cfg.rankings!r}")
+    context, what = models.context_length(reward_model.config), f"rankings {cfg.rankings!r}"
+    examples = data.encode_examples(flat, text, context, what)
+    require_fit([len(e.tokens) for e in examples], cfg.max_tokens, what)
+    return examples
+
+
+def _pair_accuracy(
+    cfg: EvalConfig, rows: list[dict], examples: list[data.Example], reward_model
+) -> dict:
     scores = iter(score_sequences(reward_model, [e.tokens for e in examples], cfg.max_tokens))
     rows = [r | {"scores": [float(next(scores)) for _ in r["completions"]]} for r in rows]
     return reward_accuracy.evaluate(rows, seed=cfg.seed)
 
 
-def _evaluate_text(
-    cfg: EvalConfig, documents: list[str], model: _Model, baseline: _Model | None, result: dict
-) -> None:
-    length = data.window_length(cfg.window, model.context, "window")
+def _windows(
+    cfg: EvalConfig, documents: list[str], model: _Model, baseline: _Model | None
+) -> list[list[int]]:
+    """The text in windows that both models can read."""
+    context = min(m.context for m in (model, baseline) if m)
+    length = data.window_length(cfg.window, context, "window")
     what = f"text {cfg.text!r}"
     windows = data.text_windows(documents, model.text, length, what)
-    parts = [w.tokens.tolist() for w in windows]
-    ours = lm_loss.window_sums(parts, model.token_nll)
+    require_fit([len(w.tokens) for w in windows], cfg.max_tokens, what)
+    return [w.tokens.tolist() for w in windows]
+
+
+def _evaluate_text(
+    cfg: EvalConfig,
+    windows: list[list[int]],
+    model: _Model,
+    baseline: _Model | None,
+    result: dict,
+) -> None:
+    ours = lm_loss.window_sums(windows, model.token_nll)
     result["text_loss"] = lm_loss.evaluate(ours, seed=cfg.seed)["loss"]
     if baseline:
-        theirs = lm_loss.window_sums(parts, baseline.token_nll)
+        theirs = lm_loss.window_sums(windows, baseline.token_nll)
         result["text_loss_change"] = lm_loss.difference(ours, theirs, seed=cfg.seed)
 
 
@@ -222,7 +273,9 @@ def _check_out(cfg: EvalConfig) -> None:
     except (ValueError, RecursionError):
         earlier = None
     if not isinstance(earlier, dict) or set(earlier) != set(CONTENT):
-        raise UserError(f"out {cfg.out!r} is no result of eval, so --overwrite does not replace it")
+        raise UserError(
+            f"out {cfg.out!r} is not a result of eval, so --overwrite does not replace it"
+        )
 
 
 def main(cfg: EvalConfig) -> dict:
@@ -235,6 +288,7 @@ def main(cfg: EvalConfig) -> dict:
     # Read before the models: a damaged file must not cost the samples.
     documents = data.read_text(cfg.text) if cfg.text else []
     rankings = _rankings(cfg.rankings) if cfg.rankings else []
+    rows, references = _prompts(cfg) if cfg.prompts else ([], {})
     runtime = Runtime(cfg)
     runtime.require_one_process("eval")
     model = _Model(cfg.model, cfg, runtime)
@@ -247,14 +301,21 @@ def main(cfg: EvalConfig) -> dict:
         models.check_same_vocabulary(model.tokenizer, tokenizer, "model and reward_model")
         check_same_ends(model.text, tokenizer, "model and reward_model")
         reward_model = models.load_reward_model(cfg.reward_model, runtime, trainable=False)
+    # All checks come before the samples, which cost the most.
+    encoded = _encoded_prompts(cfg, rows, model, baseline, reward_model) if rows else ([], [])
+    windows = _windows(cfg, documents, model, baseline) if cfg.text else []
+    ranked = _ranked(cfg, rankings, reward_model, model.text) if cfg.rankings else []
     result: dict = {}
     samples = []
     if cfg.prompts:
-        samples = _evaluate_samples(cfg, model, baseline, reward_model, result)
+        labels = [r["prompt"] for r in rows]
+        samples = _evaluate_samples(
+            cfg, labels, references, encoded, model, baseline, reward_model, result
+        )
     if cfg.text:
-        _evaluate_text(cfg, documents, model, baseline, result)
+        _evaluate_text(cfg, windows, model, baseline, result)
     if cfg.rankings:
-        accuracy = _pair_accuracy(cfg, rankings, reward_model, model.text, model.context)
+        accuracy = _pair_accuracy(cfg, rankings, ranked, reward_model)
         for criterion, figures in accuracy.items():
             for key in ("accuracy", "longer"):
                 result[f"pair_{key}/{criterion}"] = figures[key]

@@ -53,11 +53,14 @@ def patch(backend: str = "auto", self_check: bool = True) -> Patch:
 
     Raises:
         ImportError: transformers is not installed.
+        TypeError: `self_check` is no bool.
         PatchError: a function is missing or has other parameters; nothing is patched.
         RuntimeError: transformers is patched with another backend. Later, on the first read of
             `outputs.logits`: the head's weight has changed since the forward.
         fastrlhf.errors.UserError: later, from a call of a model whose copy computes something else.
     """
+    if not isinstance(self_check, bool):
+        raise TypeError(f"patch: self_check must be a bool; got {type(self_check).__name__}")
     return _INTEGRATION.patch(backend=backend, self_check=self_check)
 
 

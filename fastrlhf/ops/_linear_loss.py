@@ -17,7 +17,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fastrlhf.ops import _checks, _gemms, ppo_loss, token_loss
 from fastrlhf.ops._gemms import acc_of, as_parameters, gemms_for
 from fastrlhf.ops._linear import Gradients, Head, statistics
-from fastrlhf.ops._register import differentiable, needs, refuse_second_order, register_python
+from fastrlhf.ops._register import (
+    differentiable,
+    needs,
+    refuse_second_order,
+    register_python,
+    unkept,
+)
 from fastrlhf.ops._rows import RowKernels, TokenLoss
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
@@ -262,7 +268,7 @@ def _backward(ctx, grad_loss):
 
 
 _with_gradients = differentiable(
-    _linear_loss,
+    unkept(_linear_loss),
     op=lambda arguments: arguments[0],
     wrt=(5, 6, 7, 8),
     setup=_setup,

@@ -9,6 +9,7 @@ autograd. torch.library.register_autograd does the same but fills in schema defa
 quadratic in the number of arguments: 150 us for 26 arguments.
 """
 
+import contextlib
 import functools
 import importlib
 import operator
@@ -20,6 +21,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils import _python_dispatch
 
 from fastrlhf import _namespace
 from fastrlhf.ops import _agreement, _backend, _library
@@ -28,6 +30,7 @@ _LIBRARY = torch.library.Library("fastrlhf", "FRAGMENT")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_mode_stack = _python_dispatch._get_current_dispatch_mode_stack
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 _profiler_enabled = torch.autograd._profiler_enabled
 _functorch = torch._C._functorch
@@ -186,6 +189,52 @@ def without_autocast(body: Callable) -> Callable:
             return body(*arguments)
 
     return wrapped
+
+
+# Selective activation checkpointing and torch.autograd.graph.allow_mutation_on_saved_tensors, by name: the classes are
+# private in torch.
+_KEEPING_MODES = {
+    "_CachingTorchDispatchMode",
+    "_CachedTorchDispatchMode",
+    "_CloneArgBeforeMutateMode",
+}
+
+
+def kept() -> bool:
+    """Whether a mode keeps what a call outside of a registered op computes or overwrites."""
+    if not _dispatch_modes():
+        return False
+    return any(type(mode).__name__ in _KEEPING_MODES for mode in _mode_stack())
+
+
+def unkept(body: Callable) -> Callable:
+    """`body`, which is not a registered op, hidden from the modes that keep its intermediate results.
+
+    A selective checkpoint would keep the result of a GEMM, which `body` overwrites, and its second forward would skip a
+    kernel that writes to an argument. They do not see the inside of a registered op either.
+    """
+
+    @functools.wraps(body)
+    def wrapped(*arguments):
+        if not kept():
+            return body(*arguments)
+        with _without_keeping_modes():
+            return body(*arguments)
+
+    return wrapped
+
+
+@contextlib.contextmanager
+def _without_keeping_modes():
+    others = [mode for mode in _mode_stack() if type(mode).__name__ not in _KEEPING_MODES]
+    with _python_dispatch._disable_current_modes():
+        for mode in others:
+            _python_dispatch._push_mode(mode)
+        try:
+            yield
+        finally:
+            for mode in reversed(others):
+                _python_dispatch._pop_mode(getattr(mode, "_mode_key", None))
 
 
 # ---- autograd -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastrlhf.ops import _agreement
 from fastrlhf.ops._gemms import as_parameters, gemms_for
 from fastrlhf.ops._linear import Gradients, Head, add_gradients
-from fastrlhf.ops._register import differentiable, without_autocast
+from fastrlhf.ops._register import differentiable, unkept, without_autocast
 from fastrlhf.ops._rows import (
     RowKernels,
     TokenLoss,
@@ -127,7 +127,7 @@ def _backward(ctx, *upstream):
 
 
 _vocab_parallel = differentiable(
-    without_autocast(_forward),
+    unkept(without_autocast(_forward)),
     op=lambda arguments: arguments[11],
     wrt=(0, 1, 3),
     gives=2,

@@ -53,8 +53,10 @@ def linear_cross_entropy(
             CPU; on a GPU, where the check would be a sync, dX and db are NaN. A second backward raises.
             dW is added even if the loss is not used. Under saved-tensor hooks (non-reentrant
             torch.utils.checkpoint, offloading) it is added in the backward, and two dW are held until
-            then. Refused for a weight with a hook, which would get no gradient. None (a ``weight.grad``
-            before the first backward) disables it.
+            then. It is added to the tensor of the first forward: a ``weight.grad`` that is replaced or
+            set to None before the backward (as FSDP may do) does not get it. Refused for a weight with a
+            hook, which would get no gradient. None (a ``weight.grad`` before the first backward)
+            disables it.
         num_rows: the number of targets that are not ignore_index, as in `linear_logprob`.
         workspace, backend: as in `linear_logprob`.
         process_group: as in `linear_ppo_loss`.

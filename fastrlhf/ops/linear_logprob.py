@@ -16,6 +16,7 @@ from fastrlhf.ops._register import (
     on_all_ranks,
     register_python,
     trained,
+    unkept,
     without_autocast,
 )
 from fastrlhf.ops._rows import RowKernels
@@ -295,5 +296,5 @@ FWD = register_python(
     _fwd,
     **_AUTOGRAD,
 )
-_looking = differentiable(without_autocast(_fwd), **_AUTOGRAD)
+_looking = differentiable(unkept(without_autocast(_fwd)), **_AUTOGRAD)
 _backend.provide(OP, _backend.kernels(token_logprob.OP), gradient=True)

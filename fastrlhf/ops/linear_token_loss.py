@@ -172,22 +172,16 @@ def linear_token_loss(
             group=process_group,
         )
         scale = _linear_loss.scale_of(head, factor, mean=reduction == "mean")
-        found["tokens"] = tokens = _Tokens(work, loss_fn, per_token, with_entropy, scale)
+        tokens = _Tokens(work, loss_fn, per_token, with_entropy, scale)
         tokens.run(compact_rows)
+        found.update(tokens.of_all_rows(targets.shape))
         total = tokens.loss.sum() * scale
         if work.grads is None:
             return total, [None] * 3
         return total, as_parameters(work.grads.finish(), parameters, _linear_loss.kept_dtype)
 
     loss = _linear_loss.gradients_in_forward(OP, body, chosen, accumulate_into, *parameters)
-    tokens = found["tokens"]
-    shape = targets.shape
-    return LinearTokenLossOutput(
-        loss,
-        tokens.scatter(tokens.logprob).reshape(shape),
-        tokens.scatter(tokens.entropy).reshape(shape) if with_entropy else None,
-        {name: tokens.scatter(x).reshape(shape) for name, x in tokens.metrics.items()},
-    )
+    return LinearTokenLossOutput(loss, **found)
 
 
 def _check_per_token(per_token, targets) -> dict[str, Tensor]:
@@ -311,10 +305,18 @@ class _Tokens:
             scale,
         )
         self.head = head = work.head
-        self.scatter = head.scatter
         self.per_token = {name: head.take(x) for name, x in per_token.items()}
         self.logprob, self.entropy = head.new_rows(), head.new_rows()
         self.loss, self.metrics = head.new_rows(), {}
+
+    def of_all_rows(self, shape: torch.Size) -> dict:
+        """The constant outputs, [...] of `shape`."""
+        whole = lambda x: self.head.scatter(x).reshape(shape)  # noqa: E731
+        return {
+            "logprob": whole(self.logprob),
+            "entropy": whole(self.entropy) if self.with_entropy else None,
+            "metrics": {name: whole(x) for name, x in self.metrics.items()},
+        }
 
     def run(self, compact: bool) -> None:
         head, kernels, grads = self.work

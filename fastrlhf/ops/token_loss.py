@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastrlhf import reference
 from fastrlhf.ops import _checks, token_logprob
-from fastrlhf.ops._register import choose, differentiable, register
+from fastrlhf.ops._register import choose, differentiable, kept, register
 
 OP = "token_loss"
 
@@ -68,8 +68,8 @@ def token_loss(
         scale: a number, or a 0-d float tensor (``1 / mask.sum()`` needs no sync). A constant.
         inplace_backward: allow the **forward** to overwrite ``logits`` with the gradient if they
             require grad. This saves a second tensor of their size; ``logits`` then hold the gradient,
-            and a second backward through the graph raises. The reference, torch.compile and
-            overlapping layouts ignore it.
+            and a second backward through the graph raises. The reference, torch.compile, selective
+            checkpoints, allow_mutation_on_saved_tensors and overlapping layouts ignore it.
         backend: see `fastrlhf.backends`.
 
     Returns:
@@ -139,7 +139,7 @@ def token_loss(
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
         loss, logprob, _, _ = FWD[chosen](logits, *arguments)
         return loss, logprob.detach()
-    inplace = inplace_backward and _checks.overwritable(logits)
+    inplace = inplace_backward and _checks.overwritable(logits) and not kept()
     return _gradient_in_forward(logits, chosen, inplace, *arguments)[:2]
 
 

@@ -237,6 +237,7 @@ def _convert(where: str, hint, value):
 _INF = math.inf
 _INT = 2**31 - 1
 _MAX_LR = 1e30  # lr / (1 - beta1) must be an fp32 number
+_FP32 = (1e-30, 1e30)  # of a number that an op takes as fp32, and that must not round to 0 there
 RANGES = {
     "seed": (0, 2**31, True),
     "comparisons": (1, _INT, True),
@@ -269,14 +270,16 @@ RANGES = {
     "heads": (1, 2**12, True),
     "gamma": (0, 1, True),
     "lam": (0, 1, True),
-    "clip": (0, _INF, False),
-    "value_clip": (0, _INF, False),
-    "dual_clip": (1, _INF, False),
+    "clip": (*_FP32, True),
+    "value_clip": (*_FP32, True),
+    "dual_clip": (1, _FP32[1], False),
     "ema_decay": (0, 0.9999999, True),
     "ptx_ratio": (0, 10**6, False),
-    "ptx_coef": (0, _INF, True),
-    "kl_coef": (0, _INF, True),
-    "missing_eos_score": (-_INF, _INF, True),
+    "ptx_coef": (0, _FP32[1], True),
+    "kl_coef": (0, _FP32[1], True),
+    "missing_eos_score": (-_FP32[1], _FP32[1], True),
+    "router_coef": (0, _FP32[1], True),
+    "ppo_router_coef": (0, _FP32[1], True),
     "ptx_length": (0, _INT, True),
     "pretrain_length": (0, _INT, True),
     "inner_epochs": (1, _INT, True),

@@ -57,7 +57,7 @@ def read_rankings(path: str) -> list[dict]:
     """Read JSONL rows {"prompt", "completions": [str], "ranks": [int]}; rank 1 is the best, ties are allowed.
 
     Raises:
-        UserError: names file and line or row of the first mistake.
+        UserError: names file and line or row of the first mistake, or all rows are ties.
     """
     rows = read_rows(path, {"prompt": str, "completions": list, "ranks": list}, "rankings")
     for number, row in enumerate(rows, 1):
@@ -75,6 +75,8 @@ def read_rankings(path: str) -> list[dict]:
             raise UserError(
                 f"rankings {path!r}, row {number}: ranks must be integers from 1 (best), got {ranks}"
             )
+    if all(len(set(row["ranks"])) == 1 for row in rows):
+        raise UserError(f"rankings {path!r}: no two completions of a prompt have different ranks")
     return rows
 
 
@@ -185,7 +187,8 @@ def text_windows(
 ) -> list[Example]:
     """Concatenate documents, separated by EOS, and cut the tokens into windows of `length`; the rest is dropped.
 
-    Each window begins with `text.prefix`, which counts towards its length.
+    Each window begins with `text.prefix`, which counts towards its length. It is not repeated where the text of the
+    window begins with it.
 
     Raises:
         UserError: the text is shorter than one window.
@@ -200,12 +203,13 @@ def text_windows(
             f"{what}: a window of {length} tokens has no room for text after the {len(text.prefix)} tokens that "
             "every sequence begins with"
         )
-    count = len(stream) // part
-    if count == 0:
+    windows, at = [], 0
+    while len(window := text.begin(rest := stream[at : at + length])) >= length:
+        windows.append(Example(np.array(window[:length], dtype=np.int64), 1))
+        at += length - (len(window) - len(rest))
+    if not windows:
         raise UserError(f"{what}: {len(stream)} tokens, fewer than one window of {part}")
-    windows = np.array(stream[: count * part], dtype=np.int64).reshape(count, part)
-    prefix = np.array(text.prefix, dtype=np.int64)
-    return [Example(np.concatenate([prefix, window]), 1) for window in windows]
+    return windows
 
 
 class Shuffle:

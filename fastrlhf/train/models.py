@@ -165,8 +165,16 @@ class Policy(_Packed):
         return found.to(self.dtype)
 
     def router_coefficient(self, setting: float | None) -> float:
-        """The weight of the router loss: `setting`, or the config's for None; 0 for a model without that loss."""
+        """The weight of the router loss: `setting`, or the config's for None; 0 for a model without that loss.
+
+        Raises:
+            UserError: a weight is given, and the model has no such loss.
+        """
         if self.router is None:
+            if setting:
+                raise UserError(
+                    f"router loss: expected a weight of 0 or null, {type(self.lm).__name__} has none; got {setting:g}"
+                )
             return 0.0
         return self.router.coefficient if setting is None else setting
 
@@ -372,6 +380,13 @@ def context_length(config) -> int:
     """Longest sequence, in tokens, that the model supports beside others in a batch."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", 1 << 30)
     return int(min(longest, _batch_independent_length(config)))
+
+
+def check_context(config, longest: int, model: str, what: str) -> None:
+    """Raise UserError if `model`, named as in the command, cannot read the `longest` tokens that `what` reach."""
+    context = context_length(config)
+    if longest > context:
+        raise UserError(f"{model}: its context holds {context} tokens, {what} reach {longest}")
 
 
 def _batch_independent_length(config) -> int:

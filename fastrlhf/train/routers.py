@@ -33,10 +33,21 @@ def router_loss(lm) -> RouterLoss | None:
     """The router loss of a causal LM; None if transformers defines none for it."""
     function = getattr(sys.modules[type(lm).__module__], "load_balancing_loss_func", None)
     config = lm.config.get_text_config()
-    coefficient = getattr(config, "router_aux_loss_coef", None)
     # A class may have no experts although its module has the function for its neighbors.
-    if function is None or coefficient is None or not routers(lm):
+    if function is None or not routers(lm):
         return None
+    nested = getattr(config, "ffn_config", None)  # DBRX
+    weights = [
+        getattr(config, "router_aux_loss_coef", None),
+        getattr(config, "aux_loss_coef", None),
+    ]
+    weights.append(getattr(nested, "moe_loss_weight", None))
+    coefficient = next((w for w in weights if w is not None), None)
+    if coefficient is None:
+        raise UserError(
+            f"{type(lm).__name__} has a router loss whose weight is unknown: expected router_aux_loss_coef, "
+            "aux_loss_coef or ffn_config.moe_loss_weight in config.json"
+        )
     sizes = [
         getattr(lm, name, getattr(config, name, None))
         for name in ("num_experts", "num_experts_per_tok")

@@ -32,7 +32,7 @@ class OutputConfig:
     overwrite: bool = False  # replace an earlier run in `out`
     resume: bool = False  # continue from the newest checkpoint in `out`, with the same settings
     save_every: int = 0  # steps between checkpoints; 0: no checkpoints
-    log_every: int = 10  # steps between two lines on the terminal; 0: silent
+    log_every: int = 10  # steps between two lines of metrics on the terminal; 0: none
     tensorboard: bool = True  # write TensorBoard files to `out`/tb
 
 
@@ -68,7 +68,7 @@ class Run:
         extendable: tuple[str, ...] = (),
     ):
         if cfg.overwrite and cfg.resume:
-            raise UserError("overwrite and resume exclude each other; give one")
+            raise UserError("expected --overwrite or --resume, got both")
         self.cfg, self.stage, self.runtime = cfg, stage, runtime
         self.folder = OutputFolder(
             cfg.out, RESOLVED, overwrite=cfg.overwrite, resume=cfg.resume, inputs=paths(cfg)
@@ -192,6 +192,7 @@ class Run:
     def finish(self, model, tokenizer, summary: dict) -> dict:
         """Write the model folder and then summary.json, which marks the stage as complete."""
         summary = {"stage": self.stage, "seconds": self.seconds, **summary}
+        summary["self_check"] = self.runtime.describe_checks().removeprefix("self-check: ")
         self.save_model(model, tokenizer, self.out)
         if self.runtime.is_main:
             replace_text(self.out / SUMMARY, json.dumps(summary, indent=2) + "\n")

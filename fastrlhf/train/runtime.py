@@ -178,9 +178,11 @@ class Runtime:
         verdict = self_check.examine(module, self.compute_dtype)
         name = type(self_check.transformer(module)).__name__
         if self.max(int(verdict.failure is not None)):
+            reason = verdict.failure or "another rank has the reason"
+            if not verdict.differs:
+                raise UserError(f"{path!r} ({name}): {reason}")
             raise UserError(
-                f"{path!r} ({name}) fails the self-check: "
-                f"{verdict.failure or 'another rank has the reason'} (--self_check off skips the check)"
+                f"{path!r} ({name}) fails the self-check: {reason} (--self_check off skips the check)"
             )
         self.checks[name] = f"passed, but {verdict.unchecked}" if verdict.unchecked else "passed"
         return module

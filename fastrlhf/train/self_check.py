@@ -43,10 +43,14 @@ _verdicts: dict[tuple, "Verdict"] = {}
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of a check: the property that failed and by how much, and what could not be measured and why."""
+    """The result of a check: the property that failed and by how much, and what could not be measured and why.
+
+    `differs`: the failure is a difference. Otherwise the model cannot be run, with the check or without it.
+    """
 
     failure: str | None = None
     unchecked: str | None = None
+    differs: bool = True
 
 
 def examine(module: Policy | RewardModel, dtype: torch.dtype) -> Verdict:
@@ -100,8 +104,11 @@ def _examine_copy(module) -> Verdict:
         for gap in _copy_gaps(module, small, rows):
             gaps.append(gap)
     except Exception as error:  # the trainer cannot run the class, as on a mask that it edits
-        reason = f"a small copy of it cannot run: {measure.line(error)}"
-        return Verdict("; ".join(filter(None, (measure.failures(gaps), reason))))
+        found, reason = measure.failures(gaps), measure.line(error)
+        if found is None and isinstance(error, UserError):
+            return Verdict(reason, differs=False)
+        reason = f"a small copy of it cannot run: {reason}"
+        return Verdict("; ".join(filter(None, (found, reason))))
     return Verdict(measure.failures(gaps))
 
 
@@ -112,9 +119,11 @@ def _copy_gaps(module, small, rows) -> Iterator[Gap]:
     outputs = _outputs(ours)
     ref = measure.reference(outputs, rows)
     limit = measure.fp32_limit(outputs, ref)
-    yield measure.packing(outputs, ref, limit)
+    packing = measure.packing(outputs, ref, limit)
+    yield packing
     yield measure.head(outputs, ref, limit)
-    yield measure.future(outputs, rows, limit)
+    if not packing.failed:  # else a changed row changes the next one, whose past it is not
+        yield measure.future(outputs, rows, limit)
     still = outputs.packed(rows, rows)
     ours.train()
     # Twice, because dropped layers are few.
@@ -175,6 +184,8 @@ def _examine_weights(module, dtype: torch.dtype, copy: Verdict) -> Verdict:
         except Exception as error:
             reason = f"transformers cannot run it on token ids alone ({measure.line(error)})"
             return Verdict(unchecked="; ".join(filter(None, (copy.unchecked, reason))))
+        if not all(torch.isfinite(x).all() for x in ref.own):
+            return Verdict("its outputs are not finite: a weight is NaN or infinite", differs=False)
         limit = (256 if eps < 1e-5 else 2) * eps * ref.size
         gaps = [measure.head(outputs, ref, limit, torch.mean)]
         if eps < 1e-5 or not _shrink.has_experts(lm.config):

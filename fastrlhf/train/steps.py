@@ -15,8 +15,8 @@ from fastrlhf.train.heads import SummedNLL, TokenLogprobs
 from fastrlhf.train.packing import collate, pack
 from fastrlhf.train.runtime import Runtime
 
-# Two tokens that every vocabulary has.
-FILLER = Example(np.zeros(2, dtype=np.int64), 1)
+# Two tokens and no target: the id 0 may have no token, and then its log-prob is -inf.
+FILLER = Example(np.zeros(2, dtype=np.int64), 2)
 
 
 def micro_batches(

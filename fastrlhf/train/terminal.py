@@ -75,8 +75,8 @@ class Terminal:
         self._progress.console.print(table)
 
     def line(self, text: str) -> None:
-        """Print a line of plain text, unless the terminal is silent (`every` 0)."""
-        if self.every and self.is_main:
+        """Print a line of plain text."""
+        if self.is_main:
             self._print(f"{self.stage}: {text}")
 
     def stop(self) -> None:

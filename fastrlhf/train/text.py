@@ -10,7 +10,7 @@
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from fastrlhf.errors import UserError
 
 # Texts in front of which a completion is encoded to get the tokens that it has inside a text.
 _ANCHORS = ("\n", ".", "a", "0", ":")
+_PROBES = 1000  # tokens of the vocabulary among which one should show the prefix
 
 
 @dataclass
@@ -62,10 +63,10 @@ class TextEncoder:
             self.notes.append(f"responses end at {self._name(ends)}")
 
     def documents(self, texts: Sequence[str], what: str) -> list[list[int]]:
-        """Token ids of each text, without `prefix`.
+        """Token ids of each text, with no `prefix` added.
 
         Raises:
-            UserError: names the text whose special tokens the tokenizer cannot encode as text.
+            UserError: names the text that the tokenizer encodes to a special token without `parse_special_tokens`.
         """
         encoded = self._encode(texts)
         self._check_special(texts, encoded, what)
@@ -73,7 +74,7 @@ class TextEncoder:
 
     def prompts(self, texts: Sequence[str], what: str) -> list[list[int]]:
         """Token ids of each prompt, with `prefix` in front; errors as in `documents`."""
-        return [self._begin(ids) for ids in self.documents(texts, what)]
+        return [self.begin(ids) for ids in self.documents(texts, what)]
 
     def pairs(
         self, prompts: Sequence[str], completions: Sequence[str], what: str
@@ -116,7 +117,7 @@ class TextEncoder:
             tails.append(ids)
         self._check_special(texts, [h + t for h, t in zip(heads, tails, strict=True)], what)
         self._note_pairs(what, chosen, inside)
-        return [(self._begin(h), t) for h, t in zip(heads, tails, strict=True)]
+        return [self._begin_pair(h, t) for h, t in zip(heads, tails, strict=True)]
 
     def decode(
         self,
@@ -143,9 +144,19 @@ class TextEncoder:
             for start, whole, text in zip(starts, wholes, alone, strict=True)
         ]
 
-    def _begin(self, ids: list[int]) -> list[int]:
-        # A chat template may have written BOS already.
-        return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
+    def begin(self, ids: list[int]) -> list[int]:
+        """`ids` with `prefix` in front, unless the text has it there, as a chat template may write it."""
+        return ids if self._begun(ids) else self.prefix + ids
+
+    def _begun(self, ids: list[int]) -> bool:
+        # A prefix of ordinary tokens may also begin a text: that is no written BOS.
+        return self.parse_special_tokens and ids[: len(self.prefix)] == self.prefix
+
+    def _begin_pair(self, head: list[int], tail: list[int]) -> tuple[list[int], list[int]]:
+        size = len(self.prefix)
+        if len(head) < size and self._begun(head + tail):  # the completion has the prefix
+            return self.prefix, (head + tail)[size:]
+        return self.begin(head), tail
 
     def _note_pairs(self, what: str, chosen: list, inside: list) -> None:
         split = sum(a is not None and a != b for a, b in zip(chosen, inside, strict=True))
@@ -167,13 +178,17 @@ class TextEncoder:
         count, seen, rows = 0, {}, 0
         for number, (text, ids) in enumerate(zip(texts, encoded, strict=True), 1):
             found = self._special.findall(text)
-            if not found:
-                continue
+            # Also without a match: a normalizer may turn other text into a special token.
             if not self._special_ids.isdisjoint(ids):
+                token = next(i for i in ids if i in self._special_ids)
+                name = found[0] if found else self.tokenizer.convert_ids_to_tokens(token)
+                source = "" if found else ", which its normalizer makes from other characters,"
                 raise UserError(
-                    f"{what}, row {number}: this tokenizer cannot encode {found[0]!r} as text; remove it, or set "
+                    f"{what}, row {number}: this tokenizer cannot encode {name!r}{source} as text; remove it, or set "
                     "parse_special_tokens to read it as the special token"
                 )
+            if not found:
+                continue
             count, rows = count + len(found), rows + 1
             seen |= dict.fromkeys(found)
         if count:
@@ -239,7 +254,20 @@ def _after(start: list[int], ids: list[int]) -> list[int] | None:
 
 def sequence_prefix(tokenizer) -> list[int]:
     """Ids in front of a text in the tokenizer's own encoding, such as BOS. An EOS that it appends is left out."""
-    whole = tokenizer("a", return_attention_mask=False)["input_ids"]
-    text = tokenizer("a", add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    starts = (i for i in range(len(whole)) if whole[i : i + len(text)] == text)
-    return list(whole[: next(starts, 0)])
+    for probe in _probes(tokenizer):
+        text = tokenizer(probe, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        whole = tokenizer(probe, return_attention_mask=False)["input_ids"]
+        ends = range(len(text), len(whole) + 1)
+        found = [end - len(text) for end in ends if whole[end - len(text) : end] == text]
+        # A tokenizer may drop the probe, and the prefix may contain it.
+        if text and len(found) == 1:
+            return list(whole[: found[0]])
+    whole = list(tokenizer("", return_attention_mask=False)["input_ids"])
+    return whole[:-1] if whole[-1:] == [tokenizer.eos_token_id] else whole
+
+
+def _probes(tokenizer) -> Iterator[str]:
+    """Texts that `sequence_prefix` tries in turn: a letter, then tokens of the vocabulary."""
+    yield "a"
+    ids = sorted(tokenizer.get_vocab().values())[:_PROBES]
+    yield from (tokenizer.decode([i]) for i in ids)

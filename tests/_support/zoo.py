@@ -245,6 +245,7 @@ def _reason(message: str, path: str) -> str:
         r"\1",
         message,
     )
+    message = re.sub(r"^'[^']*' \(\w+\): ", "", message)
     return message.replace(f"model of {path!r}", "the model").replace(path, "the model")
 
 

@@ -497,6 +497,11 @@ def test_a_model_compiled_in_place_is_compiled_once(whole):
 # ---- the self-check ----
 
 
+def test_self_check_is_a_bool():
+    with pytest.raises(TypeError, match="self_check must be a bool; got str"):
+        integration.patch(self_check="off")
+
+
 @pytest.fixture
 def unmeasured(monkeypatch):
     monkeypatch.setattr(_transformers_check, "_failures", {})

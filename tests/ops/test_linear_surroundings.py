@@ -1,15 +1,20 @@
 """The linear ops in surroundings that others set: default devices, modes, tracebacks, compiled callers."""
 
+import functools
 import itertools
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import fastrlhf
 from _support.logit_cases import randint, randn
-from fastrlhf.ops import _backend, _linear_loss
+from fastrlhf.ops import _backend, _gemms, _linear_loss
 
 N, H, V = 6, 8, 37
 pytestmark = pytest.mark.skipif(
@@ -165,6 +170,57 @@ def test_accumulate_into_adds_dw_once_wherever_the_forward_runs_again(op, around
         ):
             loss.backward()
         torch.testing.assert_close(into - 1, dw)
+
+
+def selective_checkpoint(function, saves, *arguments):
+    """A checkpoint that keeps the results of the ops that have `saves` in their name."""
+
+    def policy(context, op, *arguments, **options):
+        kept = saves in str(op)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(function, *arguments, use_reentrant=False, context_fn=contexts)
+
+
+@each_loss
+@pytest.mark.parametrize("saves", ["aten.mm", "fastrlhf", "aten.new_zeros"])
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_a_selective_checkpoint_keeps_no_result_that_a_loss_overwrites(
+    op, saves, accumulate, monkeypatch
+):
+    """In several chunks, with rows that do not count."""
+    monkeypatch.setattr(_gemms, "chunk_rows", lambda *_: 2)
+    x, w = leaves()
+    more = {"mask": torch.arange(N) % 3 > 0} if op != "linear_cross_entropy" else {}
+    expected = gradients(LOSSES[op](x.tanh(), w, **more), x, w)
+    w.grad = torch.zeros_like(w)
+
+    def loss(x, w):
+        into = w.grad if accumulate else None
+        return LOSSES[op](x.tanh(), w, accumulate_into=into, **more)
+
+    selective_checkpoint(loss, saves, x, w).backward()
+    torch.testing.assert_close((x.grad, w.grad), expected)
+
+
+@pytest.mark.parametrize("saves", ["aten.mul", "fastrlhf"])
+def test_a_selective_checkpoint_keeps_no_logits_that_token_loss_overwrites(saves):
+    logits, targets = randn(N, V, seed=0).requires_grad_(), randint(V, (N,), 2)
+    loss = lambda x: fastrlhf.token_loss(2 * x, targets, inplace_backward=True)[0].sum()  # noqa: E731
+    (expected,) = torch.autograd.grad(loss(logits), logits)
+    selective_checkpoint(loss, saves, logits).backward()
+    torch.testing.assert_close(logits.grad, expected)
+
+
+@each_loss
+def test_accumulate_into_where_saved_tensors_may_be_overwritten(op):
+    x, w = leaves()
+    dx, dw = gradients(LOSSES[op](x, w), x, w)
+    into = torch.ones(V, H)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        LOSSES[op](x * 1, w, accumulate_into=into).backward()
+    torch.testing.assert_close((x.grad, into - 1), (dx, dw))
 
 
 @each_loss

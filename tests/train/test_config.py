@@ -161,6 +161,15 @@ def is_refused(cls, name: str, value: str) -> bool:
     return False
 
 
+@pytest.mark.parametrize("name", ["clip", "value_clip", "dual_clip"])
+def test_clips_are_numbers_of_float32(name):
+    """An op would refuse them in the middle of a run."""
+    from fastrlhf.train.stages.ppo import PPOConfig
+
+    assert is_refused(PPOConfig, name, "1e-300") and is_refused(PPOConfig, name, "1e308")
+    assert not is_refused(PPOConfig, name, "1.5")
+
+
 @pytest.mark.parametrize("value", [HUGE, "1" + "0" * 5000, "1e400", "-" + HUGE, LARGE])
 def test_huge_numbers_are_one_line(write, value):
     """On the command line, in a file, and given to a stage; only a float without a bound may be large."""

@@ -27,6 +27,9 @@ def test_text_documents_and_windows(tmp_path):
         def documents(self, texts, what):
             return [[ord(c) for c in t] for t in texts]
 
+        def begin(self, ids):
+            return self.prefix + ids
+
     path = tmp_path / "text.txt.gz"
     with gzip.open(path, "wt") as file:
         file.write("ab\ncd\n\n \nefg")

@@ -187,12 +187,35 @@ def test_greedy_and_limit(folder):
             "window: expected 0, or 2 to the context's 32 tokens, got 1",
         ),
         ({"window": 33, "prompts": ""}, "window: expected 0, or 2 to"),
+        ({"max_tokens": 2}, "max_tokens: expected at least .* prompts with max_new_tokens, got 2"),
+        ({"max_tokens": 2, "prompts": ""}, "max_tokens: expected at least .* of text .*, got 2"),
+        ({"max_tokens": 2, "prompts": "", "text": ""}, "max_tokens: expected .* of rankings"),
     ],
 )
 def test_bad_input_is_one_line(folder, changes, message):
     with pytest.raises(UserError, match=message) as error:
         main(config(folder, **changes))
     assert "\n" not in str(error.value)
+
+
+def test_every_model_has_its_own_context(folder, tmp_path, monkeypatch):
+    """A shorter context of the baseline or of the reward model is an error before the samples."""
+    for name in ("b", "rm"):
+        short = shutil.copytree(folder / name, tmp_path / name) / "config.json"
+        short.write_text(json.dumps(json.loads(short.read_text()) | {"max_position_embeddings": 4}))
+    short = {"baseline": str(tmp_path / "b"), "reward_model": str(tmp_path / "rm")}
+    monkeypatch.setattr("fastrlhf.evals.run._Model.sample", lambda *_, **__: 1 / 0)
+    for name, path in short.items():
+        message = f"^{name} '.*': its context holds 4 tokens, prompts . max_new_tokens reach 7$"
+        with pytest.raises(UserError, match=message):
+            main(config(folder, text="", rankings="", **{name: path}))
+    with pytest.raises(UserError, match="7 tokens, but the model's context holds 4"):
+        main(config(folder, prompts="", text="", reward_model=short["reward_model"]))
+    with pytest.raises(UserError, match="window: expected 0, or 2 to the context's 4 tokens"):
+        main(config(folder, prompts="", rankings="", baseline=short["baseline"]))
+    texts = {"prompts": "", "rankings": "", "reward_model": "", "window": 0}
+    found = main(config(folder, **texts, baseline=short["baseline"]))
+    assert found["text_loss"]["n"] == 201 // 4
 
 
 def test_overwrite_replaces_nothing_but_an_earlier_evaluation(folder, tmp_path):
@@ -204,9 +227,9 @@ def test_overwrite_replaces_nothing_but_an_earlier_evaluation(folder, tmp_path):
     for out, message in (
         ("rows", "prompts .*rows.partial' lies inside out"),
         ("prompts.jsonl", "prompts .* lies inside out"),
-        ("rankings.jsonl", "is no result of eval"),  # of no option here
-        ("a/config.json", "is no result of eval"),
-        ("notes.json", "is no result of eval"),
+        ("rankings.jsonl", "is not a result of eval"),  # of no option here
+        ("a/config.json", "is not a result of eval"),
+        ("notes.json", "is not a result of eval"),
         ("a", "expected a file to write"),
         ("notes.json/x.json", "nothing can be written to"),
     ):

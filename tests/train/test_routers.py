@@ -4,8 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, DbrxConfig, JetMoeConfig
+from transformers.models.dbrx.configuration_dbrx import DbrxAttentionConfig, DbrxFFNConfig
 
 from _support import zoo
+from fastrlhf.errors import UserError
 from fastrlhf.train import data, models
 from fastrlhf.train.rollout import TrainingMicroBatch
 from fastrlhf.train.routers import router_loss
@@ -53,8 +56,39 @@ def test_the_coefficient_is_the_models_unless_set():
     ):
         policy = models.Policy(zoo.FAMILIES[name].make_model())
         assert policy.router_coefficient(None) == expected
-        assert policy.router_coefficient(0.25) == (0.25 if expected else 0.0)
+        assert policy.router_coefficient(0.0) == 0.0
+        if expected:
+            assert policy.router_coefficient(0.25) == 0.25
+        else:
+            with pytest.raises(UserError, match="ForCausalLM has none; got 0.25"):
+                policy.router_coefficient(0.25)
         assert (router_loss(policy.lm) is not None) == (expected > 0)  # fmt: skip
+
+
+def test_weights_under_other_names():
+    """Of JetMoE and DBRX; their losses equal transformers' own."""
+    experts = {"moe_num_experts": 4, "moe_top_k": 2, "moe_loss_weight": 0.05, "ffn_hidden_size": 32}
+    jetmoe = JetMoeConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_key_value_heads=2, kv_channels=8,
+        intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, aux_loss_coef=0.03,
+    )  # fmt: skip
+    dbrx = DbrxConfig(
+        d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=100,
+        attn_config=DbrxAttentionConfig(kv_n_heads=2, clip_qkv=8, rope_theta=1e4),
+        ffn_config=DbrxFFNConfig(hidden_size=32, **experts),
+    )  # fmt: skip
+    tokens = torch.randint(0, 100, (1, 12))
+    for config, weight in ((jetmoe, 0.03), (dbrx, 0.05)):
+        lm = AutoModelForCausalLM.from_config(
+            config, attn_implementation=zoo.attention.NAME, dtype=torch.float32
+        )
+        policy = models.Policy(lm)
+        assert policy.router_coefficient(None) == weight
+        examples = [data.Example(tokens[0].numpy(), 1)]
+        losses = nll_backward(policy, examples, RUNTIME, 64, router_coefficient=0.5)
+        lm.set_attn_implementation("eager")
+        out = lm(input_ids=tokens, labels=tokens, output_router_logits=True, use_cache=False)
+        torch.testing.assert_close(losses["router_loss"], out.aux_loss)
 
 
 def test_micro_batches_count_by_their_tokens(policy):

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from unittest import mock
@@ -177,6 +178,7 @@ def test_two_processes_equal_one(tmp_path):
         ]
         for summary in summaries:
             assert summary.pop("stage") == stage and summary.pop("seconds")
+            assert "passed" in summary.pop("self_check")
         assert summaries[1] == pytest.approx(summaries[0], rel=2e-4, abs=1e-5)
 
 
@@ -312,6 +314,11 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
     bad(tiny.sft_config("x", pretrain_mix=0.1, **out), "needs text")
     bad(tiny.sft_config("x", out=""), "out: expected a folder")
     bad(tiny.ppo_config("x", reward_model=tiny.base(), **out), "is not a reward model", ppo.main)
+    short = shutil.copytree(tiny.reward_model(), tmp_path / "short")
+    settings = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 8}
+    (short / "config.json").write_text(json.dumps(settings))
+    message = "^reward_model '.*short': its context holds 8 tokens, prompts . max_new_tokens reach"
+    bad(tiny.ppo_config("x", reward_model=str(short), **out), message, ppo.main)
     for backend in ("cuda", "bogus"):
         bad(tiny.sft_config("x", backend=backend, **out), f"backend '{backend}'")
     for name, value in {
@@ -356,7 +363,8 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
         reward.main,
     )
     path.write_text(json.dumps({"prompt": "a", "completions": ["b", "c"], "ranks": [1, 1]}))
-    bad(tiny.reward_config("x", rankings=str(path), **out), "all ties", reward.main)
+    bad(tiny.reward_config("x", rankings=str(path), **out), "different ranks", reward.main)
+    bad(tiny.reward_config("x", valid_rankings=str(path), **out), "different ranks", reward.main)
 
 
 def test_pretrain_tokenizer_keeps_special_tokens_whole():

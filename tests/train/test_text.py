@@ -9,7 +9,7 @@ from fastrlhf import evals
 from fastrlhf.errors import UserError
 from fastrlhf.train import data
 from fastrlhf.train.stages import sft
-from fastrlhf.train.text import TextEncoder, check_same_ends
+from fastrlhf.train.text import TextEncoder, check_same_ends, sequence_prefix
 
 BOS, EOS = 1, 2
 ROWS = [
@@ -75,6 +75,38 @@ def test_bos_is_added_once():
     assert written.count(BOS) == plain.count(BOS) == 1 and written[0] == plain[0] == BOS
     (window, *_) = data.text_windows(["ab " * 9], text, 4, "text")
     assert window.tokens.tolist().count(BOS) == 1 and window.tokens[0] == BOS
+    windows = data.text_windows(["<s>" + "ab " * 9] * 2, text, 4, "text")
+    assert all(w.tokens[0] == BOS != w.tokens[1] and len(w.tokens) == 4 for w in windows)
+    ((prompt, completion),) = text.pairs([""], ["<s>ab"], "x")
+    assert prompt == [BOS] and BOS not in completion
+
+
+def test_a_prefix_of_an_ordinary_token_is_no_bos():
+    found = letters("ab", processors.TemplateProcessing(single="a $A", special_tokens=[("a", 2)]))
+    assert TextEncoder(found).prompts(["ab", "b"], "x") == [[2, 2, 3], [2, 3]]
+
+
+def letters(alphabet: str, post_processor) -> PreTrainedTokenizerFast:
+    """A BPE without UNK: it drops all characters but those of the alphabet."""
+    words = ["<s>", "</s>", *alphabet]
+    core = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, []))
+    core.post_processor = post_processor
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+def test_bos_is_found_without_the_letter_a():
+    template = {"single": "<s> $A </s>", "special_tokens": [("<s>", 0), ("</s>", 1)]}
+    found = letters("ACDE", processors.TemplateProcessing(**template))
+    assert sequence_prefix(found) == [0]
+    assert TextEncoder(found).prompts(["ACD"], "x") == [[0, 2, 3, 4]]
+    nothing = letters("", processors.TemplateProcessing(**template))
+    assert sequence_prefix(nothing) == [0]
+    core = Tokenizer(models.WordLevel({"<u>": 0, "<e>": 1, "word": 2}, unk_token="<u>"))
+    core.post_processor = processors.TemplateProcessing(
+        single="<u> $A", special_tokens=[("<u>", 0)]
+    )
+    unknown = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<u>", eos_token="<e>")
+    assert sequence_prefix(unknown) == [0]  # "a" is that token too
 
 
 @pytest.mark.parametrize("parse", [False, True])
@@ -105,6 +137,21 @@ def test_a_special_token_that_cannot_be_text_is_refused():
     assert text.notes == [
         "x: 1 of 1 completions do not decode to exactly their text (the tokenizer changes characters or spaces)"
     ]
+
+
+def test_a_special_token_that_a_normalizer_makes_is_refused():
+    vocabulary = {"<s>": 0, "</s>": 1, "[UNK]": 2, "hello": 3}
+    for normalizer, written in ((normalizers.Lowercase(), "</S>"), (normalizers.NFKC(), "＜/s＞")):
+        core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+        core.pre_tokenizer, core.normalizer = pre_tokenizers.WhitespaceSplit(), normalizer
+        found = PreTrainedTokenizerFast(
+            tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="[UNK]"
+        )
+        message = "x, row 2: this tokenizer cannot encode '</s>', which its normalizer makes from"
+        with pytest.raises(UserError, match=message):
+            TextEncoder(found).documents(["hello what", f"hello {written}"], "x")
+        parsed = TextEncoder(found, parse_special_tokens=True)
+        assert parsed.documents([f"hello {written}"], "x") == [[3, 1]]
 
 
 def test_a_byte_level_tokenizer_keeps_the_tokens_of_the_joined_text():

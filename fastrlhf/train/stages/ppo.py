@@ -28,6 +28,7 @@ from fastrlhf.ops.linear_ppo_loss import linear_ppo_loss
 from fastrlhf.train import data, rollout, sharded
 from fastrlhf.train.config import require_paths
 from fastrlhf.train.models import (
+    check_context,
     check_same_vocabulary,
     context_length,
     load_policy,
@@ -167,6 +168,8 @@ class Trainer:
             )
             for trainable in (True, False)
         )
+        for weight in (cfg.router_coef, cfg.ppo_router_coef):
+            self.policy.router_coefficient(weight)  # refuses a model without a router loss
         self.reward_model = load_reward_model(cfg.reward_model, runtime, trainable=False)
         self.value_model = load_reward_model(cfg.reward_model, runtime, trainable=True)
         self.value_tokenizer = with_pad(value_tokenizer, self.value_model.model)
@@ -188,12 +191,8 @@ class Trainer:
             )
         longest = [len(p) + cfg.max_new_tokens for p in self.prompts]
         require_fit(longest, cfg.max_tokens, "prompts + max_new_tokens")
-        reward_context = context_length(self.reward_model.config)
-        if max(longest) > reward_context:
-            raise UserError(
-                f"reward_model {cfg.reward_model!r}: its context holds {reward_context} tokens, "
-                f"prompts + max_new_tokens reach {max(longest)}"
-            )
+        name = f"reward_model {cfg.reward_model!r}"
+        check_context(self.reward_model.config, max(longest), name, "prompts + max_new_tokens")
         require_fit([len(w.tokens) for w in self.windows], cfg.max_tokens, "text windows")
         self.text_order = data.Shuffle(max(1, len(self.windows)), cfg.seed + 1)
 
@@ -351,7 +350,7 @@ class Trainer:
     def policy_loss(self, m: TrainingMicroBatch, values: torch.Tensor):
         """(outputs of PPO's op, its loss plus ppo_router_coef * router loss) of a micro-batch."""
         head = PPOLoss(m, values, self.cfg)
-        coefficient = self.policy.router and self.cfg.ppo_router_coef
+        coefficient = self.cfg.ppo_router_coef
         if not coefficient:
             out = self.policy_module(m.batch, m.rows, head)
             return out, out.loss

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastrlhf.errors import UserError
 from fastrlhf.ops.ranking_loss import ranking_loss
 from fastrlhf.train import data
 from fastrlhf.train.config import require_paths
@@ -87,10 +86,6 @@ def main(cfg: RewardConfig) -> dict:
             what = f"demonstrations {cfg.demonstrations!r}"
             demos = [e.tokens for e in data.encode_examples(rows, text, context, what)]
         usable = [c for c in train if len(set(c.ranks)) > 1]
-        if not usable:
-            raise UserError(
-                f"rankings {cfg.rankings!r}: every prompt is all ties; there is nothing to learn from"
-            )
         sizes = [sum(map(len, c.sequences)) for c in (*usable, *(valid or ()))]
         require_fit(sizes, cfg.max_tokens, "the prompts' completions together")
         require_fit([len(x) for x in demos], cfg.max_tokens, "demonstrations")

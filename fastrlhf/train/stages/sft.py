@@ -56,6 +56,7 @@ def main(cfg: SFTConfig) -> dict:
         )
         text = TextEncoder(tokenizer, cfg.parse_special_tokens)
         policy.set_residual_dropout(cfg.dropout)
+        router_coefficient = policy.router_coefficient(cfg.router_coef)
         context = context_length(policy.config)
         examples = _examples(cfg, cfg.demonstrations, text, context)
         valid = (
@@ -103,7 +104,7 @@ def main(cfg: SFTConfig) -> dict:
                 batch[runtime.rank :: runtime.world],
                 runtime,
                 cfg.max_tokens,
-                router_coefficient=policy.router_coefficient(cfg.router_coef),
+                router_coefficient=router_coefficient,
             )
             metrics = {f"train/{name}": float(loss) for name, loss in losses.items()}
             metrics["grad_norm"] = runtime.clip(module, cfg.max_grad_norm)

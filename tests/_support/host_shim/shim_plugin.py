@@ -87,6 +87,7 @@ def pytest_runtest_protocol(item, nextitem):
     outcome = yield
     if nextitem is None or nextitem.source != item.source:
         terminal = item.config.pluginmanager.get_plugin("terminalreporter")
+        terminal.write("\n")  # write_line alone would continue the line of dots
         for path in LIBRARIES:
             for name in library_of(path).shim_kernels_run().decode().split():
                 terminal.write_line(f"tests of {item.source}: kernel ran: {name}")

@@ -238,7 +238,7 @@ cli.end(3)
         assert (done.returncode, done.stdout) == (3, printed), done.stderr
 
 
-def test_threads_of_a_command_wait_without_spinning():
+def test_threads_of_a_command_spin_briefly_before_they_sleep():
     """OpenMP's runtime, loaded after `program` starts as torch's is, reads the setting; the user's own is kept."""
     library = Path(importlib.util.find_spec("torch").origin).parent / "lib" / "libgomp.so.1"
     if not library.exists():
@@ -251,7 +251,11 @@ cli.program()
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
     environment["OMP_DISPLAY_ENV"] = "verbose"
-    for given, spins in (({}, "'0'"), ({"OMP_WAIT_POLICY": "active"}, "'[1-9]")):
+    for given, spins in (
+        ({}, "'1000'"),
+        ({"GOMP_SPINCOUNT": "7"}, "'7'"),
+        ({"OMP_WAIT_POLICY": "active"}, "'[1-9][0-9]{4,}'"),
+    ):
         command = [sys.executable, "-c", code]
         done = subprocess.run(
             command, env=environment | given, capture_output=True, text=True, cwd=ROOT, check=True

@@ -332,7 +332,8 @@ def test_gradcheck(spec, backend):
             return tuple(o for o in out if o.requires_grad)
 
         leaves = [arguments[name] for name in names]
-        assert torch.autograd.gradcheck(function, leaves, fast_mode=interpreted(backend))
+        fast = interpreted(backend) and spec.name not in ("token_logprob", "token_loss")
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=fast)
 
 
 # The reference of a sequence op loops over its data: torch.compile cannot trace it whole.
@@ -464,7 +465,7 @@ def test_nothing_behind_the_mask_is_used(spec, backend, poisoned):
 @each_backend(ops=[op for op, spec in SPECS.items() if spec.masked])
 def test_a_mask_byte_that_is_not_0_counts(spec, backend):
     """A bool view of a numpy array may hold any byte."""
-    arguments = spec.inputs(SMALL if interpreted(backend) else MASKED, torch.float32)
+    arguments = spec.inputs(MASKED, torch.float32)
     mask = arguments["mask"]
     values = torch.tensor([1, 2, 128, 255, 254, 4, 3], dtype=torch.uint8)
     odd = values[torch.arange(mask.numel()) % len(values)].view(mask.shape) * mask

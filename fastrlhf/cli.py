@@ -197,8 +197,9 @@ def _refuse(prefix: str, error: Exception) -> int:
     return 2
 
 
-# Keys in the store of a run of several processes: a failed rank's line, and how many ranks have printed one.
-_SAID, _ENDING = "fastrlhf/said", "fastrlhf/ending"
+# Keys in the store of a run of several processes: a failed rank's line, how many ranks have printed one, and how many
+# use the store no more.
+_SAID, _ENDING, _LEFT = "fastrlhf/said", "fastrlhf/ending", "fastrlhf/left"
 _PATIENCE = 5.0  # seconds that a failed rank gives the others to repeat its line
 
 
@@ -233,23 +234,34 @@ def end(status: int) -> NoReturn:
     """
     if (ranks := _ranks()) is None:
         sys.exit(status)
-    store, world = ranks.distributed_c10d._get_default_store(), ranks.get_world_size()
+    store = ranks.distributed_c10d._get_default_store()
+    rank, world = ranks.get_rank(), ranks.get_world_size()
     ranks.destroy_process_group()  # the collective that the others wait in fails
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
-        _wait(store, world)
+        _wait(store, rank, world)
     os._exit(status)
 
 
-def _wait(store, world: int) -> None:
-    """Stay until all ranks have printed their line: this one's process may hold the store."""
+def _wait(store, rank: int, world: int) -> None:
+    """Stay until all ranks have printed their line. Rank 0, whose process may hold the store, leaves last.
+
+    A rank that asks the store while it ends gets a report of C++ on stderr, beside the line that a user should read.
+    """
     deadline = time.monotonic() + _PATIENCE
-    with contextlib.suppress(RuntimeError):
-        while store.check([_SAID]) and store.add(_ENDING, 0) < world:
-            if time.monotonic() > deadline:
-                return
+
+    def reached(key: str, count: int) -> None:
+        while store.add(key, 0) < count and time.monotonic() < deadline:
             time.sleep(0.05)
+
+    with contextlib.suppress(RuntimeError):
+        if store.check([_SAID]):
+            reached(_ENDING, world)
+            if rank:
+                store.add(_LEFT, 1)
+            else:
+                reached(_LEFT, world - 1)
 
 
 def program() -> NoReturn:

@@ -1,10 +1,13 @@
 """The stages: invariants of the paper, bitwise repeatability, and error messages for bad input."""
 
 import functools
+import gc
 import json
 import os
 import shutil
 import signal
+import tempfile
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +16,7 @@ import pytest
 import torch
 
 from _support import ranks, tiny
-from fastrlhf import evals
+from fastrlhf import cli, evals
 from fastrlhf.demo import run as demo
 from fastrlhf.errors import UserError
 from fastrlhf.evals import EvalConfig
@@ -251,6 +254,42 @@ def test_an_error_on_one_rank_ends_the_others_with_its_line(tmp_path):
     done = ranks.commands(*tiny.lines([("sft", cfg)]))
     line = "fastrlhf sft: error: demonstrations 'missing.jsonl': no such file"
     assert set(done.stderr.splitlines()) == {line}
+
+
+def _late_end(rank):
+    """End as a failed rank does; rank 1 is late, and the store of torchrun's environment is rank 0's."""
+    from torch.distributed import TCPStore
+
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        # A second store, which both ranks may end without the group of the test.
+        port = torch.tensor([0])
+        store = (
+            TCPStore("localhost", 0, ranks.WORLD, True, wait_for_workers=False)
+            if not rank
+            else None
+        )
+        if store is not None:
+            port[0] = store.port
+        torch.distributed.broadcast(port, 0)
+        store = store or TCPStore(
+            "localhost", int(port), ranks.WORLD, False, wait_for_workers=False
+        )
+        store.set(cli._SAID, "a line")
+        store.add(cli._ENDING, 1)
+        time.sleep(0.4 * rank)
+        cli._wait(store, rank, ranks.WORLD)
+        del store
+        gc.collect()
+        time.sleep(0.2)
+        os.dup2(stderr, 2)
+        said.seek(0)
+        return len(said.read())
+
+
+def test_the_rank_that_holds_the_store_leaves_last():
+    assert ranks.run(_late_end) == [0, 0]
 
 
 def test_eval_and_demo_are_for_one_process(monkeypatch, tmp_path):

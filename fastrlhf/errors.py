@@ -42,5 +42,10 @@ def printable(text: object) -> str:
     )
 
 
+def counted(number: int, noun: str) -> str:
+    """Return such as "1 step" or "2 steps"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _reorders(character: str) -> bool:
     return unicodedata.bidirectional(character) in _REORDERING

@@ -196,7 +196,7 @@ def _ranked(
     """The sequences of all completions, in the order of the rows."""
     flat = [{"prompt": r["prompt"], "completion": c} for r in rows for c in r["completions"]]
     context, what = models.context_length(reward_model.config), f"rankings {cfg.rankings!r}"
-    examples = data.encode_examples(flat, text, context, what)
+    examples = data.encode_examples(flat, text, context, what, whose="reward model")
     require_fit([len(e.tokens) for e in examples], cfg.max_tokens, what)
     return examples
 
@@ -295,6 +295,8 @@ def main(cfg: EvalConfig) -> dict:
     baseline = _Model(cfg.baseline, cfg, runtime) if cfg.baseline else None
     if baseline:
         models.check_same_vocabulary(model.tokenizer, baseline.tokenizer, "model and baseline")
+        if cfg.text:  # both read the same windows
+            check_same_ends(model.text, baseline.tokenizer, "model and baseline")
     reward_model = None
     if cfg.reward_model:
         tokenizer = models.load_tokenizer(cfg.reward_model, cfg.trust_remote_code)

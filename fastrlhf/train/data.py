@@ -132,7 +132,7 @@ def next_token_rows(
 
 
 def encode_examples(
-    rows: Sequence[dict], text: TextEncoder, context: int, what: str, full_loss: bool = False
+    rows: Sequence[dict], text: TextEncoder, context: int, what: str, full_loss=False, whose="model"
 ) -> list[Example]:
     """Tokenize prompt + completion + EOS of each row.
 
@@ -147,7 +147,7 @@ def encode_examples(
         tokens = np.array([*prompt, *completion, text.eos], dtype=np.int64)
         if len(tokens) > context:
             raise UserError(
-                f"{what}, row {number}: {len(tokens)} tokens, but the model's context holds {context}"
+                f"{what}, row {number}: {len(tokens)} tokens, but the {whose}'s context holds {context}"
             )
         if not row["prompt"] and not row["completion"] or len(tokens) < 2:
             raise UserError(f"{what}, row {number}: prompt and completion are empty")

@@ -32,6 +32,11 @@ REWARD_STD = "fastrlhf_reward_std"
 _MAX_LAYERS = 10_000
 
 
+# One of them is in a folder that holds a tokenizer of transformers, in Rust or Python.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+_TOKENIZER_FILES += ("vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
 def load_tokenizer(path: str, trust_remote_code: bool = False):
     """Load the tokenizer of a model folder.
 
@@ -39,10 +44,15 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
         UserError: it cannot be loaded, or has no EOS token.
     """
     _require_folder(path)
+    if not any((Path(path) / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"tokenizer of {path!r}: no {' or '.join(_TOKENIZER_FILES[:3])} there; save the model's tokenizer to the "
+            "folder (tokenizer.save_pretrained)"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types for a damaged file
-        raise UserError(f"tokenizer of {path!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"tokenizer of {path!r} cannot be loaded: {_reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer of {path!r} has no EOS token; generation could never stop")
     return tokenizer
@@ -480,7 +490,8 @@ def _require_folder(path: str) -> None:
         )
     if not (Path(path) / "config.json").is_file():
         raise UserError(
-            f"model folder {path!r}: no config.json there; expected a folder written by save_pretrained"
+            f"model folder {path!r}: no config.json there; expected a folder written by save_pretrained (models are "
+            "not downloaded)"
         )
 
 
@@ -489,7 +500,7 @@ def _config(path: str, trust_remote_code: bool):
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types for a damaged file
-        raise UserError(f"config of {path!r} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"config of {path!r} cannot be read: {_reason(error)}") from error
     named = config.architectures or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise UserError(f"config of {path!r}: architectures: expected names, got {named!r}")
@@ -519,7 +530,7 @@ def _load(kind, path: str, runtime, trainable: bool, fresh: tuple[str, ...] = ()
             raise UserError(
                 f"model of {path!r} is not supported: its class does not use transformers' attention functions"
             ) from error
-        raise UserError(f"model of {path!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"model of {path!r} cannot be loaded: {_reason(error)}") from error
     if fresh:
         _require_score_head(model)
     missing = sorted(set(loaded["missing_keys"]) - set(fresh))
@@ -549,5 +560,12 @@ def _round_linear_weights(model, dtype: torch.dtype) -> None:
             module.weight.data = module.weight.data.to(dtype)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+_REASON = 400  # characters of a message of transformers: some go on with advice on the Hub
+
+
+def _reason(error: Exception) -> str:
+    """What transformers says, in one line."""
+    if "trust_remote_code" in str(error):
+        return "its class is defined by code in the folder; give --trust_remote_code true if you trust that code"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _REASON else f"{text[:_REASON]} ..."

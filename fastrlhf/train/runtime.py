@@ -23,7 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from fastrlhf.errors import UserError
+from fastrlhf.errors import UserError, counted
 from fastrlhf.integrations import attention
 from fastrlhf.ops._backend import OPS, unavailable_reason
 from fastrlhf.train import self_check, sharded
@@ -156,7 +156,7 @@ class Runtime:
         dtype = str(self.compute_dtype).removeprefix("torch.")
         return (
             f"device {self.device.type} x{self.world}{' (FSDP2)' * self.fsdp}, {dtype}, "
-            f"{torch.get_num_threads()} threads, attention: {kernel}, {self.describe_checks()}"
+            f"{counted(torch.get_num_threads(), 'thread')}, attention: {kernel}, {self.describe_checks()}"
         )
 
     def describe_checks(self) -> str:

@@ -34,12 +34,13 @@ class NonFiniteLogits(UserError):
     """The policy's logits are NaN or infinite: its weights have diverged or are damaged."""
 
 
-def check_temperature(value: float, name: str = "temperature", error: type[Exception] = UserError):
-    """Raise `error` unless `value` is 0 (greedy), or finite and at least MIN_TEMPERATURE."""
-    if value != 0 and not MIN_TEMPERATURE <= value < float("inf"):
-        raise error(
-            f"{name}: expected 0 (greedy) or a number from {MIN_TEMPERATURE:g} up, got {value}"
-        )
+def check_temperature(
+    value: float, name="temperature", error: type[Exception] = UserError, greedy: bool = True
+):
+    """Raise `error` unless `value` is finite and at least MIN_TEMPERATURE, or if `greedy` is allowed 0."""
+    if not MIN_TEMPERATURE <= value < float("inf") and not (greedy and value == 0):
+        zero = "0 (greedy) or " if greedy else ""
+        raise error(f"{name}: expected {zero}a number from {MIN_TEMPERATURE:g} up, got {value}")
 
 
 @dataclass

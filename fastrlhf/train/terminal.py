@@ -12,7 +12,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from fastrlhf.errors import printable
+from fastrlhf.errors import counted, printable
 
 
 class Terminal:
@@ -46,7 +46,7 @@ class Terminal:
         """Print the heading and start the progress bar at step `first` of `total`."""
         self.total = total
         if self.is_main:
-            steps = f"from step {first} of {total}" if first else f"{total} steps"
+            steps = f"from step {first} of {total}" if first else counted(total, "step")
             self._console.print(
                 Text.assemble((self.stage, "bold"), f": {steps}, {device}"), soft_wrap=True
             )

@@ -162,8 +162,8 @@ class TextEncoder:
         split = sum(a is not None and a != b for a, b in zip(chosen, inside, strict=True))
         if split:
             self.notes.append(
-                f"{what}: {split} of {len(chosen)} rows would split into other tokens as one text; each prompt has "
-                "the tokens of the prompt alone, and each completion decodes to its text"
+                f"{what}: {split} of {len(chosen)} rows have other tokens here than as one text; each prompt has the "
+                "tokens of the prompt alone, and each completion decodes to its text"
             )
         lossy = chosen.count(None)
         if lossy:

@@ -209,7 +209,7 @@ def test_every_model_has_its_own_context(folder, tmp_path, monkeypatch):
         message = f"^{name} '.*': its context holds 4 tokens, prompts . max_new_tokens reach 7$"
         with pytest.raises(UserError, match=message):
             main(config(folder, text="", rankings="", **{name: path}))
-    with pytest.raises(UserError, match="7 tokens, but the model's context holds 4"):
+    with pytest.raises(UserError, match="7 tokens, but the reward model's context holds 4"):
         main(config(folder, prompts="", text="", reward_model=short["reward_model"]))
     with pytest.raises(UserError, match="window: expected 0, or 2 to the context's 4 tokens"):
         main(config(folder, prompts="", rankings="", baseline=short["baseline"]))

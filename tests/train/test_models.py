@@ -302,6 +302,14 @@ def test_damaged_models_are_named(tmp_path):
         ("layers", _changed(num_hidden_layers=3), r"lacks .* tensors \(model\.layers"),
         ("huge", _changed(num_hidden_layers=10**9), "num_hidden_layers: expected at most 10000"),
         ("names", _changed(architectures=[1]), "architectures: expected names"),
+        ("tokenizer", _without_tokenizer, "tokenizer of .*: no tokenizer.json or .* there; save"),
+        (
+            "code",
+            _changed(
+                auto_map={"AutoModelForCausalLM": "m.M", "AutoConfig": "m.C"}, model_type="mine"
+            ),
+            "config of .* cannot be read: .*give --trust_remote_code true",
+        ),
     ):
         folder = tmp_path / name
         folder.mkdir()
@@ -312,6 +320,11 @@ def test_damaged_models_are_named(tmp_path):
         with pytest.raises(UserError, match=message):
             sft.main(tiny.sft_config("x", model=str(folder), out=str(tmp_path / "out")))
         assert not (tmp_path / "out").exists()
+
+
+def _without_tokenizer(folder):
+    for file in folder.glob("*token*"):
+        file.unlink()
 
 
 def _changed(**settings):

@@ -61,9 +61,7 @@ def test_a_completion_decodes_to_its_text_after_its_prompt(kind):
         assert whole == row["prompt"] + row["completion"]
         assert text.decode([sampled_from], [response], [True]) == [row["completion"]]
         assert text.decode([sampled_from], [response[:-1]], [False]) == [row["completion"]]
-    assert any(
-        "rows: 1 of 5 rows would split into other tokens as one text" in n for n in text.notes
-    )
+    assert any("rows: 1 of 5 rows have other tokens here than as one text" in n for n in text.notes)
     assert text.notes[0] == (
         "sequences begin with '<s>' (id 1), as in the tokenizer's own encoding"
     )
@@ -172,7 +170,7 @@ def test_a_byte_level_tokenizer_keeps_the_tokens_of_the_joined_text():
     found = [e.tokens.tolist() for e in data.encode_examples(rows, text, 64, "x")]
     assert found == [[0, 3, 9], [5, 8, 8, 9], [0, 1, 9]]
     assert text.notes == [
-        "x: 1 of 3 rows would split into other tokens as one text; each prompt has the tokens of the prompt alone, "
+        "x: 1 of 3 rows have other tokens here than as one text; each prompt has the tokens of the prompt alone, "
         "and each completion decodes to its text"
     ]
 

@@ -412,9 +412,7 @@ def _check(cfg: PPOConfig, runtime: Runtime) -> None:
     require_paths(cfg, "model", "reward_model", "prompts")
     if cfg.ptx_coef > 0 and not cfg.text:
         raise UserError("ptx_coef > 0 needs text: expected a file of pretraining text, got nothing")
-    if cfg.temperature <= 0:
-        raise UserError(f"temperature: expected a positive number, got {cfg.temperature}")
-    check_temperature(cfg.temperature)
+    check_temperature(cfg.temperature, greedy=False)
     if cfg.batch % cfg.minibatch or cfg.minibatch % runtime.world:
         raise UserError(
             f"batch {cfg.batch} must be a multiple of minibatch {cfg.minibatch}, "

@@ -70,13 +70,13 @@ NAMED = {
     **dict.fromkeys(("cu_seqlens_ptr", "cu_groups_ptr"), "*i32"),
     **dict.fromkeys(("targets_ptr", "ranks_ptr"), "*i64"),
     "mask_ptr": "*i1",
-    "partials_ptr": "*fp64",
+    **dict.fromkeys(("partials_ptr", "found_ptr", "sums_ptr"), "*fp64"),
 }
 IN_THE_DTYPE = {
     f"{name}_ptr"
     for name in (
         "logits out rewards values bootstrap x logprob ref_logprob score old_logprob advantages"
-        " old_values returns entropy scores"
+        " old_values returns entropy scores rollout y"
     ).split()
 }
 
@@ -103,9 +103,9 @@ def kernels_of(module: str) -> dict:
 def triton_kernel(kernel, constants: dict, dtype: str, target: tuple, aligned=()):
     """A compiled Triton kernel.
 
-    `constants`: constexpr arguments (ACC by name), strides equal to 1, and compiler options. `target`: (backend,
-    architecture, warp size). `aligned`: arguments that are multiples of 16, which the launcher would detect; ignored
-    where the kernel sets do_not_specialize_on_alignment.
+    `constants`: constexpr arguments (ACC by name; the others have a default), strides equal to 1, and compiler options.
+    `target`: (backend, architecture, warp size). `aligned`: arguments that are multiples of 16, which the launcher
+    would detect; ignored where the kernel sets do_not_specialize_on_alignment.
     """
     import triton
     import triton.language as tl
@@ -115,7 +115,8 @@ def triton_kernel(kernel, constants: dict, dtype: str, target: tuple, aligned=()
     types = {"fp32": tl.float32, "fp64": tl.float64}
     names = ("num_warps", "num_stages", "enable_fp_fusion")
     options = {k: v for k, v in constants.items() if k in names}
-    values = {
+    values = {p.name: p.default for p in kernel.params if p.is_constexpr and p.has_default}
+    values |= {
         k: types.get(v, v) if k == "ACC" else v for k, v in constants.items() if k not in options
     }
     signature = {

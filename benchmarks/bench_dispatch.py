@@ -25,6 +25,7 @@ TARGETS = {
     "kl_gae": 0.85,
     "masked_whiten": 0.85,
     "kl_reward": 0.85,
+    "group_advantage": 0.85,
     "ppo_loss forward": 1.0,
     "ppo_loss": 2.2,
     "token_loss": 2.0,
@@ -65,6 +66,7 @@ def calls():
         "kl_gae": lambda: fastrlhf.kl_gae(*tokens[:2], score, tokens[2], beta=0.1),
         "masked_whiten": lambda: fastrlhf.masked_whiten(tokens[0]),
         "kl_reward": lambda: fastrlhf.kl_reward(*tokens[:2], score, beta=0.1),
+        "group_advantage": lambda: fastrlhf.group_advantage(ready, groups),
         "ppo_loss forward": ppo,
         "ppo_loss": trained(lambda: ppo().loss.backward(), logprob, values),
         "token_loss": trained(

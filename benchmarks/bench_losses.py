@@ -1,4 +1,4 @@
-"""ppo_loss with values and entropy, and ranking_loss: losses and their gradients."""
+"""ppo_loss with values and entropy, and ranking_loss: losses and their gradients. group_advantage: its forward."""
 
 import torch
 
@@ -52,4 +52,22 @@ def ranking_loss(case: Case, device: str) -> Problem:
     )
 
 
-PROBLEMS = {"ppo_loss": ppo_loss, "ranking_loss": ranking_loss}
+def group_advantage(case: Case, device: str) -> Problem:
+    prompts, k = case.sizes["P"], case.sizes["K"]
+    generator = torch.Generator(device).manual_seed(0)
+    return Problem(
+        "group_advantage",
+        {
+            "rewards": torch.rand(prompts * k, generator=generator, device=device),
+            "cu_groups": torch.arange(0, prompts * k + 1, k, dtype=torch.int32, device=device),
+        },
+        forward_bytes=prompts * k * 8,
+        roofline_note="rewards read once, advantages written once",
+    )
+
+
+PROBLEMS = {
+    "ppo_loss": ppo_loss,
+    "ranking_loss": ranking_loss,
+    "group_advantage": group_advantage,
+}

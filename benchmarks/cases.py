@@ -90,6 +90,7 @@ CPU = [
     *_sequences("gae", "padded", (512, 1024), whiten=0),
     Case("ppo_loss", "64k tokens", "float32", {"B": 64, "T": 1024}),
     Case("ranking_loss", "512 prompts x 9", "float32", {"P": 512, "K": 9}),
+    Case("group_advantage", "512 prompts x 8", "float32", {"P": 512, "K": 8}),
     Case("pack", "1M lengths", "int64", {"n": 1_000_000, "max_tokens": 16384}),
 ]
 
@@ -101,6 +102,7 @@ GPU_QUICK = [
     *_sequences("gae", "padded", (512, 4096), whiten=0),
     Case("ppo_loss", "64k tokens", "float32", {"B": 64, "T": 1024}),
     Case("ranking_loss", "512 prompts x 9", "float32", {"P": 512, "K": 9}),
+    Case("group_advantage", "512 prompts x 8", "float32", {"P": 512, "K": 8}),
     *_heads("token_logprob", [("Llama-3", 8192, 128256, "bfloat16")], entropy=True),
     *_linear(
         "linear_logprob", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")], frozen=1, variants=1

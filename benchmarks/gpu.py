@@ -41,7 +41,7 @@ SLACK = 10  # factor on the time limits of a dry run, whose machine has fewer co
 WARM_UPS = (
     ("token_logprob",),
     ("token_loss",),
-    ("kl_reward", "gae", "kl_gae", "masked_whiten"),
+    ("kl_reward", "gae", "kl_gae", "masked_whiten", "group_advantage"),
     ("ppo_loss", "ranking_loss", "linear_logprob"),
     ("linear_ppo_loss", "linear_cross_entropy"),
 )

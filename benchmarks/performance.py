@@ -33,7 +33,7 @@ FAMILIES = {
         "linear_ppo_loss",
         "linear_token_loss",
     ),
-    "Sequences": ("kl_reward", "gae", "kl_gae", "masked_whiten"),
+    "Sequences": ("kl_reward", "gae", "kl_gae", "masked_whiten", "group_advantage"),
     "Losses": ("ppo_loss", "ranking_loss"),
 }
 YARDSTICKS = {

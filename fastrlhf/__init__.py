@@ -21,10 +21,12 @@ NEWEST_TORCH = (2, 13)  # that the tests have run with
 # Public name -> the module that defines it.
 _HOME = {
     "KLGAEOutput": "fastrlhf.ops.kl_gae",
+    "LinearCrossEntropyOutput": "fastrlhf.ops.linear_cross_entropy",
     "LinearTokenLossOutput": "fastrlhf.ops.linear_token_loss",
     "PPOLossOutput": "fastrlhf.ops.ppo_loss",
     "backends": "fastrlhf.ops._backend",
     "gae": "fastrlhf.ops.gae",
+    "group_advantage": "fastrlhf.ops.group_advantage",
     "kl_gae": "fastrlhf.ops.kl_gae",
     "kl_reward": "fastrlhf.ops.kl_reward",
     "linear_cross_entropy": "fastrlhf.ops.linear_cross_entropy",

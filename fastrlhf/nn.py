@@ -13,6 +13,7 @@ from fastrlhf.ops import linear_cross_entropy as _linear_cross_entropy
 from fastrlhf.ops import linear_ppo_loss as _linear_ppo_loss
 from fastrlhf.ops import ppo_loss as _ppo_loss
 from fastrlhf.ops import ranking_loss as _ranking_loss
+from fastrlhf.ops.linear_cross_entropy import LinearCrossEntropyOutput
 from fastrlhf.ops.ppo_loss import PPOLossOutput
 
 __all__ = ["LinearCrossEntropy", "LinearPPOLoss", "PPOLoss", "RankingLoss"]
@@ -199,7 +200,8 @@ class LinearCrossEntropy(_Loss):
     """`fastrlhf.linear_cross_entropy`: the language-model loss from hidden states, without logits.
 
     Args:
-        ignore_index, reduction, softcap, workspace, backend: as in `fastrlhf.linear_cross_entropy`.
+        ignore_index, reduction, label_smoothing, z_loss, return_lse, softcap, workspace, backend:
+            as in `fastrlhf.linear_cross_entropy`.
         temperature, scale: numbers; tensors of a step go to `forward`.
 
     Raises:
@@ -215,6 +217,9 @@ class LinearCrossEntropy(_Loss):
         *,
         ignore_index: int = -100,
         reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        return_lse: bool = False,
         temperature: float = 1.0,
         softcap: float | None = None,
         scale: float = 1.0,
@@ -222,7 +227,8 @@ class LinearCrossEntropy(_Loss):
         backend: str = "auto",
     ):
         op = "LinearCrossEntropy"
-        _linear_cross_entropy.check_settings(op, ignore_index, reduction)
+        settings = (ignore_index, reduction, label_smoothing, z_loss, return_lse)
+        _linear_cross_entropy.check_settings(op, *settings)
         _checks.number(op, "temperature", temperature, low=0, strict=True)
         if softcap is not None:
             _checks.number(op, "softcap", softcap, low=0, strict=True)
@@ -232,6 +238,9 @@ class LinearCrossEntropy(_Loss):
             op,
             ignore_index=ignore_index,
             reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            return_lse=return_lse,
             temperature=temperature,
             softcap=softcap,
             scale=scale,
@@ -246,14 +255,16 @@ class LinearCrossEntropy(_Loss):
         targets: Tensor,
         *,
         bias: Tensor | None = None,
+        class_weight: Tensor | None = None,
         temperature: Tensor | None = None,
         scale: Tensor | None = None,
         accumulate_into: Tensor | None = None,
         num_rows: int | None = None,
         process_group: "torch.distributed.ProcessGroup | None" = None,
-    ) -> Tensor:
+    ) -> Tensor | LinearCrossEntropyOutput:
         """The loss, 0-d or [...] of ``reduction="none"``; hidden [..., H], weight [V, H], targets [...].
 
+        With ``return_lse`` a named tuple (loss, lse). class_weight [V].
         `temperature` and `scale`: tensors in place of the module's numbers.
         """
         settings = self._current()
@@ -264,6 +275,7 @@ class LinearCrossEntropy(_Loss):
             weight,
             targets,
             bias=bias,
+            class_weight=class_weight,
             accumulate_into=accumulate_into,
             num_rows=num_rows,
             process_group=process_group,
@@ -275,6 +287,7 @@ class RankingLoss(_Loss):
     """`fastrlhf.ranking_loss`: the all-pairs loss of a reward model over ranked completions.
 
     Args:
+        margin: a number; margins of a step go to `forward`.
         backend: see `fastrlhf.backends`.
 
     >>> groups = torch.tensor([0, 2], dtype=torch.int32)
@@ -282,9 +295,13 @@ class RankingLoss(_Loss):
     tensor(0.3133)
     """
 
-    def __init__(self, *, backend: str = "auto"):
-        super().__init__("RankingLoss", backend=backend)
+    def __init__(self, *, margin: float = 0.0, backend: str = "auto"):
+        _checks.number("RankingLoss", "margin", margin)
+        super().__init__("RankingLoss", margin=margin, backend=backend)
 
-    def forward(self, scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> Tensor:
-        """The loss, 0-d; scores and ranks [M], cu_groups [P+1]."""
-        return _ranking_loss.ranking_loss(scores, ranks, cu_groups, **self._current())
+    def forward(
+        self, scores: Tensor, ranks: Tensor, cu_groups: Tensor, *, margin: Tensor | None = None
+    ) -> Tensor:
+        """The loss, 0-d; scores and ranks [M], cu_groups [P+1]. `margin`: [P], in place of the module's number."""
+        settings = self._current() | ({} if margin is None else {"margin": margin})
+        return _ranking_loss.ranking_loss(scores, ranks, cu_groups, **settings)

@@ -41,10 +41,10 @@ def log1p(u):
 
 
 @triton.jit
-def kl_term(logprob, ref_logprob, ESTIMATOR: tl.constexpr):
+def kl_term(logprob, ref_logprob, ESTIMATOR: tl.constexpr, CLAMP: tl.constexpr = True):
     """Estimate of KL(pi | ref) from one sampled token, d = logprob - ref_logprob.
 
-    ESTIMATOR: 0 k1 = d, 1 k2 = d^2 / 2, 2 k3 = min(e^-d - 1 + d, 10), 3 abs = |d|.
+    ESTIMATOR: 0 k1 = d, 1 k2 = d^2 / 2, 2 k3 = e^-d - 1 + d, 3 abs = |d|. CLAMP: k3 is at most 10.
     """
     d = logprob - ref_logprob
     if ESTIMATOR == 0:
@@ -53,29 +53,10 @@ def kl_term(logprob, ref_logprob, ESTIMATOR: tl.constexpr):
         return 0.5 * d * d
     if ESTIMATOR == 3:
         return tl.abs(d)
+    if not CLAMP:
+        return expm1_excess(-d)
     kl = expm1_excess(clamp(-d, -20.0, 20.0))
     return tl.where(kl > 10.0, 10.0, kl)
-
-
-@triton.jit
-def policy_term(logprob, old_logprob, advantage, low, high, dual_clip):
-    """(loss, d loss / d logprob, rho, rho - 1 - log rho, clipped) of one token, rho = e^(logprob - old_logprob).
-
-    loss = max(-A rho, -A clip(rho, low, high)), at most -A dual_clip where A < 0. An infinite dual_clip disables the
-    bound. clipped: the clipped term is the larger one.
-    """
-    d = logprob - old_logprob
-    log_ratio = clamp(d, -20.0, 20.0)
-    ratio = tl.exp(log_ratio)
-    unclipped = -advantage * ratio
-    clipped = -advantage * clamp(ratio, low, high)
-    is_clipped = clipped > unclipped
-    larger = tl.where(is_clipped, clipped, unclipped)
-    bound = tl.where(advantage < 0.0, -advantage, 1.0) * dual_clip
-    bounded = (advantage < 0.0) & (bound < larger)
-    loss = tl.where(bounded, bound, larger)
-    grad = tl.where(is_clipped | bounded | (log_ratio != d), 0.0, unclipped)
-    return loss, grad, ratio, expm1_excess(log_ratio), is_clipped
 
 
 @triton.jit

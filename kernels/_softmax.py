@@ -35,6 +35,11 @@ def cap_kind(softcap, double):
     return FAST_CAP.value if softcap <= LARGEST_FAST_CAP and not double else EXACT_CAP.value
 
 
+def constant_of_z(softcap, double):
+    """What the z of the kernels leaves out, times the temperature: softcap tanh(x / softcap) is that much larger."""
+    return softcap if cap_kind(softcap, double) == FAST_CAP.value else 0.0
+
+
 @triton.jit
 def _log2_e(ACC: tl.constexpr):
     """log2(e) as high + low."""

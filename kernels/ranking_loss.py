@@ -1,8 +1,8 @@
 """ranking_loss in Triton: loss and gradients over the strict pairs of each prompt, in tiles; two launches.
 
-Shapes: P prompts, M completions; scores, ranks, grad [M], cu_groups [P + 1]; partials [2, G] fp64: loss and number of
-prompts with a strict pair, of each of G programs. The second launch reduces the partials. The gradients of the first
-lack the factor 1 / prompts, which the second returns as a tensor; `forward` multiplies by it.
+Shapes: P prompts, M completions; scores, ranks, grad [M], cu_groups [P + 1], margins [P]; partials [2, G] fp64:
+loss and number of prompts with a strict pair, of each of G programs. The second launch reduces the partials. The
+gradients of the first lack the factor 1 / prompts, which the second returns as a tensor; `forward` multiplies by it.
 """
 
 import torch
@@ -27,12 +27,15 @@ def ranking_loss_fwd_kernel(
     scores_ptr,
     ranks_ptr,
     cu_groups_ptr,
+    margins_ptr,
     grad_ptr,
     partials_ptr,
     P,
     M,
     stride_scores,
     stride_ranks,
+    stride_margins,
+    HAS_MARGINS: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -55,6 +58,9 @@ def ranking_loss_fwd_kernel(
                 better &= my_rank < _ranks(rank_row, other, size, stride_ranks)
                 pairs += tl.sum(tl.sum(better.to(tl.int32), axis=1), axis=0)
         weight = reciprocal(tl.maximum(pairs, 1).to(tl.float64))
+        margin = tl.zeros((), ACC)
+        if HAS_MARGINS:
+            margin = tl.load(margins_ptr + tl.full((), p, tl.int64) * stride_margins)
         total = tl.zeros((), tl.float64)
         for i in range(0, tiles):
             mine = i * BLOCK + tl.arange(0, BLOCK)[:, None].to(tl.int64)
@@ -68,7 +74,7 @@ def ranking_loss_fwd_kernel(
                 both = (mine < size) & (other < size)
                 better, worse = both & (my_rank < rank), both & (my_rank > rank)
                 d = my_score.to(ACC) - score.to(ACC)
-                pair_loss, pair_grad = neg_log_sigmoid(tl.where(better, d, -d))
+                pair_loss, pair_grad = neg_log_sigmoid(tl.where(better, d, -d) - margin)
                 pair_loss = tl.where(better, pair_loss, 0.0)
                 total += tl.sum(tl.sum(pair_loss, axis=1), axis=0).to(tl.float64)
                 signed = tl.where(better, pair_grad, tl.where(worse, -pair_grad, 0.0))
@@ -95,7 +101,7 @@ def ranking_loss_sum_kernel(
     tl.store(per_prompt_ptr, per_prompt.to(per_prompt_ptr.dtype.element_ty))
 
 
-def forward(scores, ranks, cu_groups, with_grad):
+def forward(scores, ranks, cu_groups, margins, with_grad):
     """(loss, dL/dscores) of `fastrlhf.ranking_loss`; the gradient is empty unless `with_grad`."""
     count, prompts = scores.shape[0], cu_groups.shape[0] - 1
     acc = torch.float64 if scores.dtype == torch.float64 else torch.float32
@@ -112,12 +118,15 @@ def forward(scores, ranks, cu_groups, with_grad):
             scores,
             ranks,
             cu_groups,
+            scores if margins is None else margins,
             grad,
             partials,
             prompts,
             count,
             scores.stride(0),
             ranks.stride(0),
+            0 if margins is None else margins.stride(0),
+            HAS_MARGINS=margins is not None,
             WITH_GRAD=with_grad,
             ACC=tl.float64 if acc == torch.float64 else tl.float32,
             BLOCK=BLOCK,

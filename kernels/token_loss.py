@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import _policy
 from ._launch import (
     device_guard,
     elements_per_thread,
@@ -20,8 +21,8 @@ from ._launch import (
     row_layout,
     row_tile,
 )
-from ._math import policy_term
 from ._moments import PROGRAMS
+from ._policy import PPO, REINFORCE, policy_token
 from ._softmax import (
     cap_kind,
     logit_scale,
@@ -31,40 +32,7 @@ from ._softmax import (
 )
 
 
-@triton.jit
-def _term(
-    row,
-    logprob,
-    advantages_ptr,
-    old_logprob_ptr,
-    factor,
-    low,
-    high,
-    dual_clip,
-    HAS_ADVANTAGES: tl.constexpr,
-    HAS_OLD: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """(loss, grad_logprob) of a row: LossArgs::term of csrc/common/token_loss.h."""
-    advantage = tl.full((), 1.0, ACC)
-    if HAS_ADVANTAGES:
-        advantage = tl.load(advantages_ptr + row).to(ACC)
-    loss, grad_logprob = -advantage * logprob, -advantage
-    if HAS_OLD:
-        loss, grad_logprob, _, _, _ = policy_term(
-            logprob,
-            tl.load(old_logprob_ptr + row).to(ACC),
-            advantage,
-            tl.full((), low, ACC),
-            tl.full((), high, ACC),
-            tl.full((), dual_clip, ACC),
-        )
-        # A NaN loss takes the clipped branch, whose gradient is 0: propagate the NaN instead.
-        grad_logprob = tl.where(loss == loss, grad_logprob, loss)
-    return loss * factor, grad_logprob * factor
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])  # that of each chunk
 def token_loss_fwd_kernel(
     logits_ptr,
     targets_ptr,
@@ -72,6 +40,10 @@ def token_loss_fwd_kernel(
     mask_ptr,
     advantages_ptr,
     old_logprob_ptr,
+    ref_logprob_ptr,
+    rollout_ptr,
+    cu_seqlens_ptr,
+    sequences_ptr,
     scale_ptr,
     loss_ptr,
     logprob_ptr,
@@ -85,9 +57,16 @@ def token_loss_fwd_kernel(
     low: tl.float64,
     high: tl.float64,
     dual_clip: tl.float64,
+    tau_pos: tl.float64,
+    tau_neg: tl.float64,
+    kl_coef: tl.float64,
+    rollout_low: tl.float64,
+    rollout_high: tl.float64,
     entropy_coef: tl.float64,
     N,
     V,
+    S,
+    first_row,
     inner,
     stride_logits_inner,
     stride_logits_outer,
@@ -110,6 +89,15 @@ def token_loss_fwd_kernel(
     L: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
+    OBJECTIVE: tl.constexpr = 0,  # PPO
+    HAS_SEQUENCES: tl.constexpr = False,
+    SEQUENCE_RATIO: tl.constexpr = False,
+    HAS_REF: tl.constexpr = False,
+    KL_ESTIMATOR: tl.constexpr = 0,
+    KL_CLAMP: tl.constexpr = True,
+    KL_GRADIENT: tl.constexpr = 0,
+    ROLLOUT: tl.constexpr = 0,  # NO_ROLLOUT
+    HAS_ROLLOUT: tl.constexpr = False,
 ):
     # WITH_LOSS: loss and row_stats are wanted. HAS_H: the loss includes -entropy_coef * scale * entropy.
     row = tl.program_id(0).to(tl.int64)
@@ -155,19 +143,47 @@ def token_loss_fwd_kernel(
     factor = tl.full((), scale, ACC)
     if HAS_SCALE:
         factor = tl.load(scale_ptr).to(ACC)
-    loss, grad_logprob = _term(
-        row,
+    loss, kl, grad_logprob, weight, _, _, _, _, _, _, _, _, _ = policy_token(
+        row + first_row,
+        row >= 0,  # always
         logprob,
-        advantages_ptr,
-        old_logprob_ptr,
-        factor,
+        old_logprob_ptr + row,
+        advantages_ptr + row,
+        ref_logprob_ptr + row,
+        rollout_ptr + row,
+        cu_seqlens_ptr,
+        sequences_ptr,
+        S,
         low,
         high,
         dual_clip,
-        HAS_ADVANTAGES,
+        tau_pos,
+        tau_neg,
+        kl_coef,
+        rollout_low,
+        rollout_high,
         HAS_OLD,
+        HAS_ADVANTAGES,
+        HAS_REF,
+        HAS_ROLLOUT,
+        HAS_SEQUENCES,
+        OBJECTIVE,
+        SEQUENCE_RATIO,
+        KL_ESTIMATOR,
+        KL_CLAMP,
+        KL_GRADIENT,
+        ROLLOUT,
         ACC,
     )
+    if HAS_REF:
+        loss += tl.full((), kl_coef, ACC) * kl
+    if HAS_SEQUENCES:
+        factor *= weight
+    # A NaN takes a branch whose gradient is 0: propagate it instead. Only the KL of reinforce has branches.
+    if HAS_REF or OBJECTIVE != REINFORCE:
+        grad_logprob = tl.where(loss == loss, grad_logprob, loss)
+    grad_logprob *= factor
+    loss *= factor
     grad_logprob = tl.where((target >= 0) & (target < V), grad_logprob, float("nan"))
     h = tl.zeros((), ACC)
     if HAS_H:
@@ -243,7 +259,13 @@ def token_loss_bwd_kernel(
 def _launch(
     logits,
     targets,
-    policy,
+    advantages,
+    old_logprob,
+    more,
+    low,
+    high,
+    dual_clip,
+    options,
     entropy_coef,
     row_temperature,
     temperature,
@@ -264,10 +286,11 @@ def _launch(
     count, inner, stride_inner, stride_outer = rows
     if count == 0:
         return
-    advantages, old_logprob, clip, dual_clip = policy
+    policy = _policy.settings(more, options, (REINFORCE if old_logprob is None else PPO).value)
     double = logits.dtype == torch.float64
     cap = cap_kind(softcap, double)
-    constants = (advantages, old_logprob, scale_tensor)
+    constants = (advantages, old_logprob, policy.ref_logprob, policy.rollout)
+    constants = (*constants, policy.cu_seqlens, policy.sequences, scale_tensor)
     outputs = (loss, logprob, entropy, grad_logprob, row_stats)
     with device_guard(logits):
         token_loss_fwd_kernel[(count,)](
@@ -281,12 +304,15 @@ def _launch(
             temperature,
             softcap,
             scale,
-            1.0 - clip,
-            1.0 + clip,
+            low,
+            high,
             dual_clip,
+            *policy.numbers,
             entropy_coef,
             count,
             logits.shape[-1],
+            policy.count,
+            policy.first_row,
             inner,
             stride_inner,
             stride_outer,
@@ -303,6 +329,7 @@ def _launch(
             BLOCK=32 * elements_per_thread(double, cap),
             **row_tile(double, cap),
             **flags,
+            **policy.flags,
         )
 
 
@@ -311,8 +338,11 @@ def forward(
     targets,
     advantages,
     old_logprob,
-    clip,
+    more,
+    low,
+    high,
     dual_clip,
+    options,
     row_temperature,
     temperature,
     softcap,
@@ -330,12 +360,12 @@ def forward(
         torch.empty(targets.shape, dtype=dtype, device=logits.device) for _ in range(3)
     )
     row_stats = torch.empty((2, targets.numel()), dtype=dtype, device=logits.device)
-    policy = (advantages, old_logprob, clip, dual_clip)
+    policy = (advantages, old_logprob, more, low, high, dual_clip, options)
     settings = (row_temperature, temperature, softcap, mask, scale_tensor, scale)
     _launch(
         logits,
         targets,
-        policy,
+        *policy,
         0.0,
         *settings,
         out,
@@ -352,8 +382,11 @@ def rows_(
     targets,
     advantages,
     old_logprob,
-    clip,
+    more,
+    low,
+    high,
     dual_clip,
+    options,
     entropy_coef,
     row_temperature,
     temperature,
@@ -365,7 +398,8 @@ def rows_(
     entropy,
     grad_logprob,
 ):
-    """Row pass of the linear losses: L = sum over rows of scale * (token_loss - entropy_coef * entropy).
+    """Row pass of the linear losses: L = sum over rows of scale * weight * (token_loss - entropy_coef * entropy), with
+    the weight of the row's sequence.
 
     Writes dL/dlogits to `dlogits` (see `gradient_layout`; it may be `logits`), logprob [N] and, where given,
     entropy [N] and grad_logprob [N] = scale * d token_loss / d logprob. Masked rows are not read and give 0.
@@ -378,10 +412,10 @@ def rows_(
             x.dtype == dtype and x.numel() == targets.numel() and x.is_contiguous()
         ):
             raise ValueError(f"{name} must be contiguous, of {dtype} and of the rows")
-    policy = (advantages, old_logprob, clip, dual_clip)
+    policy = (advantages, old_logprob, more, low, high, dual_clip, options)
     settings = (row_temperature, temperature, softcap, mask, scale, 1.0)
     _launch(
-        logits, targets, policy, entropy_coef, *settings, dlogits, logprob, entropy, grad_logprob
+        logits, targets, *policy, entropy_coef, *settings, dlogits, logprob, entropy, grad_logprob
     )
 
 

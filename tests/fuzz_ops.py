@@ -193,15 +193,21 @@ def head_rows(draw: Draw, masked=True) -> tuple[dict, torch.dtype]:
 
 def linear_logprob(draw: Draw) -> dict:
     found, _ = head_rows(draw)
-    return found | {"return_entropy": draw.chance(0.5)}
+    return found | {"return_entropy": draw.chance(0.5), "return_lse": draw.chance(0.3)}
 
 
 def linear_cross_entropy(draw: Draw) -> dict:
     found, dtype = head_rows(draw, masked=False)
     targets = found["targets"].clone()
     if draw.chance(0.5) and targets.numel():
-        targets[torch.rand(targets.shape, generator=draw.generator) < 0.4] = -100
+        found["ignore_index"] = draw.pick(-100, -100, int(targets.flatten()[0]))
+        targets[torch.rand(targets.shape, generator=draw.generator) < 0.4] = found["ignore_index"]
     found |= {"targets": targets, "reduction": draw.pick("mean", "sum", "none")}
+    if draw.chance(0.3):
+        found["class_weight"] = draw.floats((len(found["weight"]),), draw.dtype()).abs()
+    if draw.chance(0.3):
+        found |= {"label_smoothing": draw.number(0, 1), "z_loss": draw.pick(0.0, 1e-4, 0.1)}
+        found["return_lse"] = draw.chance(0.5)
     return found | linear_options(draw, found, dtype)
 
 
@@ -323,10 +329,24 @@ def ranking_loss(draw: Draw) -> dict:
     sizes = [int(draw.pick(0, 1, 2, 4, 9, 33)) for _ in range(int(draw.pick(0, 1, 3)))]
     cu = torch.tensor(np.concatenate([[0], np.cumsum(sizes)]), dtype=torch.int32)
     count = int(sum(sizes))
+    scores = draw.floats((count,), draw.dtype(), 2.0)
+    margin = draw.pick(0.0, 0.0, draw.number(-2, 2), draw.floats((len(sizes),), scores.dtype))
     return {
-        "scores": draw.floats((count,), draw.dtype(), 2.0),
+        "scores": scores,
         "ranks": draw.integers(4, (count,)) + 1,
         "cu_groups": cu,
+        "margin": margin,
+    }
+
+
+def group_advantage(draw: Draw) -> dict:
+    sizes = [int(draw.pick(0, 1, 2, 4, 9, 33, 70)) for _ in range(int(draw.pick(0, 1, 3)))]
+    return {
+        "rewards": draw.floats((int(sum(sizes)),), draw.dtype()),
+        "cu_groups": torch.tensor(np.concatenate([[0], np.cumsum(sizes)]), dtype=torch.int32),
+        "baseline": draw.pick("mean", "leave_one_out", "none"),
+        "scale": draw.pick("std", "batch_std", "gpg", "none"),
+        "eps": draw.pick(1e-6, 1e-4, 0.1),
     }
 
 

@@ -1,43 +1,15 @@
-// PPO on both devices: the per-token policy and value losses (also used by token_loss), and of the
-// op ppo_loss the metrics, their reduction, checks and outputs.
+// ppo_loss on both devices: the value loss of a token, the metrics and their reduction, checks and
+// outputs. The policy loss of a token is in policy.h.
 //
 // Shapes: tokens [N] or [B, T], N in all; metrics [kMetrics].
 #pragma once
 
 #include <tuple>
 
-#include "math.h"
 #include "moments.h"
-#include "tensor.h"
+#include "policy.h"
 
 namespace rl {
-
-// Clipped policy loss of one token with advantage A and rho = exp(logprob - old_logprob):
-//   max(-A rho, -A clip(rho, low, high)), and where A < 0 at most -A * dual_clip.
-// An infinite dual_clip disables the bound.
-template <typename A>
-struct PolicyTerm {
-  A loss;
-  A grad;  // d loss / d logprob
-  A ratio;
-  A kl;       // rho - 1 - log rho
-  A clipped;  // 1 if the clipped term is the larger one
-};
-
-template <typename A>
-RL_HD PolicyTerm<A> policy_term(A logprob, A old_logprob, A advantage, A low, A high, A dual_clip) {
-  const A d = logprob - old_logprob;
-  const A log_ratio = clamp(d, A(-kLogRatioLimit), A(kLogRatioLimit));
-  const A ratio = exp_accurate(log_ratio);
-  const A unclipped = -advantage * ratio;
-  const A clipped = -advantage * clamp(ratio, low, high);
-  const A bound = advantage < A(0) ? -advantage * dual_clip : A(INFINITY);
-  const A larger = clipped > unclipped ? clipped : unclipped;
-  const A inside = clipped > unclipped ? A(0) : unclipped;
-  const A grad = bound < larger ? A(0) : inside;
-  return {bound < larger ? bound : larger, log_ratio == d ? grad : A(0), ratio,
-          expm1_excess(log_ratio), clipped > unclipped ? A(1) : A(0)};
-}
 
 // Clipped value loss of one token:
 //   max((v - target)^2, (clip(v, old - clip, old + clip) - target)^2) / 2.
@@ -63,54 +35,93 @@ enum Metric {
   kPolicyLoss,
   kApproxKl,
   kClipFraction,
+  kClipFractionLow,
+  kClipFractionHigh,
+  kDualClipFraction,
+  kOutsideFraction,
   kRatioMean,
   kRatioMax,
   kValueLoss,
   kValueClipFraction,
   kExplainedVariance,
   kEntropy,
+  kKl,
+  kRolloutWeightMean,
+  kRolloutWeightMax,
+  kRolloutOutsideFraction,
   kMetrics
 };
 
-// Sums over the unmasked tokens, and the moments of returns and value errors.
+// Sums over the unmasked tokens, and the moments of returns and value errors. A term of the loss is
+// summed times the weight of each token's sequence.
 template <typename S>
 struct PpoSums {
-  S sum[kMetrics] = {};  // kRatioMax: a maximum; kExplainedVariance: unused
+  // kRatioMax, kRolloutWeightMax: maxima; kClipFractionHigh, kExplainedVariance: unused.
+  S sum[kMetrics] = {};
   MomentsOf<S> target;
   MomentsOf<S> error;
 
   RL_HD void merge(const PpoSums& other) {
-    const S largest = sum[kRatioMax] < other.sum[kRatioMax] ? other.sum[kRatioMax] : sum[kRatioMax];
+    const auto larger = [&](Metric m) { return sum[m] < other.sum[m] ? other.sum[m] : sum[m]; };
+    const S ratio = larger(kRatioMax), weight = larger(kRolloutWeightMax);
 #ifdef __CUDACC__
 #pragma unroll
 #endif
     for (int i = 0; i < kMetrics; ++i) sum[i] += other.sum[i];
-    sum[kRatioMax] = largest;
+    sum[kRatioMax] = ratio;
+    sum[kRolloutWeightMax] = weight;
     target.merge(other.target);
     error.merge(other.error);
   }
 };
 
-// Writes metrics [kMetrics] and returns the loss. normaliser = max(1, number of unmasked tokens).
-RL_HD double ppo_finish(const PpoSums<double>& all, double normaliser, double value_coef,
-                        double entropy_coef, float* metrics) {
+// What the sums of the loss's terms are multiplied by: `factors` [2], or 1 / the number of unmasked
+// tokens.
+struct PpoFactors {
+  double policy, value;
+
+  // `factors`: [2], or null. count: max(1, unmasked tokens).
+  template <typename A>
+  static RL_HD PpoFactors of(const A* factors, double count) {
+    if (factors == nullptr) return {1 / count, 1 / count};
+    return {static_cast<double>(factors[0]), static_cast<double>(factors[1])};
+  }
+};
+
+// Writes metrics [kMetrics] and returns the loss. count = max(1, number of unmasked tokens).
+RL_HD double ppo_finish(const PpoSums<double>& all, double count, const PpoFactors& factors,
+                        double kl_coef, double value_coef, double entropy_coef, float* metrics) {
   const double explained = all.target.m2 > 0 ? 1 - all.error.m2 / all.target.m2 : 0;
 #ifdef __CUDACC__
 #pragma unroll
 #endif
-  for (int i = 0; i < kMetrics; ++i) metrics[i] = static_cast<float>(all.sum[i] / normaliser);
-  // The maximum ignores NaN; the sum propagates it.
-  const double ratios = all.sum[kRatioMean];
-  metrics[kRatioMax] = static_cast<float>(ratios == ratios ? all.sum[kRatioMax] : ratios);
+  for (int i = 0; i < kMetrics; ++i) metrics[i] = static_cast<float>(all.sum[i] / count);
+  // A maximum ignores NaN; the sum propagates it.
+  const auto largest = [&](Metric m, Metric mean) {
+    const double total = all.sum[mean];
+    metrics[m] = static_cast<float>(total == total ? all.sum[m] : total);
+  };
+  largest(kRatioMax, kRatioMean);
+  largest(kRolloutWeightMax, kRolloutWeightMean);
+  metrics[kClipFractionHigh] =
+      static_cast<float>((all.sum[kClipFraction] - all.sum[kClipFractionLow]) / count);
   metrics[kExplainedVariance] = static_cast<float>(explained);
-  return all.sum[kPolicyLoss] / normaliser + value_coef * (all.sum[kValueLoss] / normaliser) -
-         entropy_coef * (all.sum[kEntropy] / normaliser);
+  const double policy = all.sum[kPolicyLoss] * factors.policy, kl = all.sum[kKl] * factors.policy;
+  const double value = all.sum[kValueLoss] * factors.value;
+  const double entropy = all.sum[kEntropy] * factors.policy;
+  metrics[kPolicyLoss] = static_cast<float>(policy);
+  metrics[kKl] = static_cast<float>(kl);
+  metrics[kValueLoss] = static_cast<float>(value);
+  metrics[kEntropy] = static_cast<float>(entropy);
+  return policy + kl_coef * kl + value_coef * value - entropy_coef * entropy;
 }
 
 // Tensor arguments of the raw op.
 struct PpoInputs {
-  const Tensor &logprob, &old_logprob, &advantages;
-  const std::optional<Tensor>&values, &old_values, &returns, &entropy;
+  const Tensor& logprob;
+  const std::optional<Tensor>&old_logprob, &advantages, &values, &old_values, &returns, &entropy;
+  const std::optional<Tensor>& factors;
+  const PolicyInputs& policy;
 
   void check() const {
     const int64_t tokens = logprob.numel();
@@ -119,10 +130,14 @@ struct PpoInputs {
       RL_CHECK(t.numel() == tokens, "expected ", tokens, " tokens, got ", t.numel());
       RL_CHECK((t.scalar_type() == ScalarType::Double) == wide, "float64 only with float64");
     };
-    one(old_logprob);
-    one(advantages);
-    for (const std::optional<Tensor>* t : {&values, &old_values, &returns, &entropy})
+    for (const std::optional<Tensor>* t :
+         {&old_logprob, &advantages, &values, &old_values, &returns, &entropy})
       if (t->has_value()) one(**t);
+    RL_CHECK(!policy.plain() || (old_logprob && advantages),
+             "old_logprob and advantages may only be absent with options");
+    RL_CHECK(!factors || (factors->numel() == 2 && factors->is_contiguous() &&
+                          factors->scalar_type() == acc_dtype(logprob.scalar_type())),
+             "factors must be [2] in the accumulator's dtype");
     RL_CHECK(!values.has_value() || returns.has_value(), "values need returns");
   }
 };

@@ -1,6 +1,6 @@
 // ranking_loss on both devices: the loss of a pair and its weight.
 //
-// Shapes: P prompts, M completions in all; scores, ranks [M]; cu_groups [P + 1].
+// Shapes: P prompts, M completions in all; scores, ranks [M]; cu_groups [P + 1]; margins [P].
 #pragma once
 
 #include "math.h"
@@ -10,16 +10,16 @@ namespace rl {
 // A smaller rank is better. Ties form no pair.
 RL_HD bool ranks_above(int64_t rank, int64_t other) { return rank < other; }
 
-// loss = -log sigmoid(s_better - s_worse); grad = d loss / d s_better = -d loss / d s_worse.
+// loss = -log sigmoid(s_better - s_worse - margin); grad = d loss / d s_better = -d loss / d s_worse.
 template <typename A>
 struct PairTerm {
   A loss;
   A grad;
 };
 template <typename A>
-RL_HD PairTerm<A> pair_term(A better, A worse) {
-  const A margin = better - worse;
-  return {neg_log_sigmoid(margin), neg_log_sigmoid_grad(margin)};
+RL_HD PairTerm<A> pair_term(A better, A worse, A margin) {
+  const A difference = better - worse - margin;
+  return {neg_log_sigmoid(difference), neg_log_sigmoid_grad(difference)};
 }
 
 // Weight of a pair: mean over the strict pairs of a prompt, then over the prompts that have pairs.

@@ -1,7 +1,8 @@
 // token_loss and token_loss_rows on both devices: the loss of a row and d loss / d logprob from its
 // log-probability; inputs, outputs and their checks.
 //
-// Shapes: advantages, old_logprob, outputs [N] in the accumulator's dtype; scale 0-d.
+// Shapes: advantages, old_logprob, ref_logprob, rollout, outputs [N] in the accumulator's dtype;
+// scale 0-d.
 #pragma once
 
 #include "ppo.h"
@@ -15,65 +16,125 @@ struct TokenTerm {
   A grad_logprob;  // d loss / d logprob
 };
 
-// loss = scale * policy_term(logprob, ...), or -scale * advantage * logprob without old_logprob.
+// loss = scale * the sequence's weight * (policy loss + kl_coef * KL) of a row, by policy.h.
 // Plain pointers and numbers: passed to CUDA kernels by value.
 template <typename A>
 struct LossArgs {
-  const A* advantages = nullptr;   // [N]; null: 1
-  const A* old_logprob = nullptr;  // [N]; null: no ratio, no clip
+  PolicySettings<A> settings;
+  SequenceRows<A> sequences;
+  const A* advantages = nullptr;   // [N]; null: of the sequence; 1 without sequences
+  const A* old_logprob = nullptr;  // [N]; null: a log-ratio of 0
+  const A* ref_logprob = nullptr;  // [N], with KL
+  const A* rollout = nullptr;      // [N]; null: of the sequence; 1 without rollout correction
   const A* scale_ptr = nullptr;    // 0-d; null: `scale`
   A scale = 1;
-  A low = 0, high = 0, dual_clip = 0;  // clip range of the ratio; infinity: no dual clip
   A entropy_coef = 0;
 
-  RL_HD A row_scale() const { return scale_ptr ? *scale_ptr : scale; }
+  // What the loss of an unmasked row is multiplied by.
+  RL_HD A row_scale(int64_t row) const {
+    const A factor = scale_ptr ? *scale_ptr : scale;
+    if (sequences.cu_seqlens == nullptr) return factor;
+    return factor * sequences.at(kWeight, sequences.of(row + settings.first_row));
+  }
   // dL/dentropy of an unmasked row.
-  RL_HD A grad_entropy() const { return -entropy_coef * row_scale(); }
+  RL_HD A grad_entropy(int64_t row) const {
+    return entropy_coef == A(0) ? A(0) : -entropy_coef * row_scale(row);
+  }
   RL_HD TokenTerm<A> term(int64_t row, A logprob) const {
-    const A factor = row_scale();
-    const A advantage = advantages ? advantages[row] : A(1);
-    if (old_logprob == nullptr) {
-      return {-advantage * logprob * factor, -advantage * factor};
+    switch (settings.objective) {
+      case Objective::reinforce:
+        return term_of<Objective::reinforce>(row, logprob);
+      case Objective::cispo:
+        return term_of<Objective::cispo>(row, logprob);
+      case Objective::sapo:
+        return term_of<Objective::sapo>(row, logprob);
+      default:
+        return term_of<Objective::ppo>(row, logprob);
     }
-    const PolicyTerm<A> t = policy_term(logprob, old_logprob[row], advantage, low, high, dual_clip);
-    // A NaN loss takes the clipped branch, whose gradient is 0: propagate the NaN instead.
-    return {t.loss * factor, (t.loss == t.loss ? t.grad : t.loss) * factor};
+  }
+
+ private:
+  template <Objective kObjective>
+  RL_HD TokenTerm<A> term_of(int64_t row, A logprob) const {
+    const A old = old_logprob ? old_logprob[row] : logprob;
+    A factor = scale_ptr ? *scale_ptr : scale;
+    PolicyToken<A> token{logprob, logprob - old, A(1), A(0), A(1)};
+    A rollout_weight = 1;
+    if (sequences.cu_seqlens) {
+      const int64_t s = sequences.of(row + settings.first_row);
+      factor *= sequences.at(kWeight, s);
+      token.advantage = sequences.at(kAdvantage, s);
+      rollout_weight = sequences.at(kRolloutWeight, s);
+      if (settings.sequence_ratio) token.log_ratio = sequences.at(kLogRatio, s);
+    }
+    if (advantages) token.advantage = advantages[row];
+    if (ref_logprob) token.ref_logprob = ref_logprob[row];
+    if (settings.rollout != Rollout::none) {
+      token.rollout = rollout ? rollout_of(rollout[row], old, settings) : rollout_weight;
+    }
+    const PolicyLoss<A> x = policy_loss<kObjective>(token, settings);
+    const A loss = settings.has_kl ? x.loss + settings.kl_coef * x.kl : x.loss;
+    // A NaN takes a branch whose gradient is 0: propagate it instead. Only the KL of reinforce has
+    // branches.
+    const bool branches = kObjective != Objective::reinforce || settings.has_kl;
+    const bool lost = branches && !(loss == loss);
+    return {loss * factor, (lost ? loss : x.grad) * factor};
   }
 };
 
 // The tensors and numbers behind LossArgs.
 struct LossInputs {
   std::optional<Tensor> advantages, old_logprob, scale_tensor;
-  double scale, clip, dual_clip, entropy_coef = 0;
+  PolicyInputs policy;
+  double scale, entropy_coef = 0;
 
   template <typename A>
   LossArgs<A> args() const {
     const auto pointer = [](const std::optional<Tensor>& t) {
       return t ? static_cast<const A*>(t->const_data_ptr()) : nullptr;
     };
-    return {pointer(advantages),       pointer(old_logprob),        pointer(scale_tensor),
-            static_cast<A>(scale),     static_cast<A>(1 - clip),    static_cast<A>(1 + clip),
-            static_cast<A>(dual_clip), static_cast<A>(entropy_coef)};
+    LossArgs<A> out;
+    out.settings = policy.settings<A>();
+    if (policy.plain() && !old_logprob) out.settings.objective = Objective::reinforce;
+    out.sequences = policy.sequence_rows<A>();
+    out.advantages = pointer(advantages);
+    out.old_logprob = pointer(old_logprob);
+    out.ref_logprob = pointer(policy.ref_logprob);
+    out.rollout = pointer(policy.rollout);
+    out.scale_ptr = pointer(scale_tensor);
+    out.scale = static_cast<A>(scale);
+    out.entropy_coef = static_cast<A>(entropy_coef);
+    return out;
   }
 };
 
-inline LossInputs loss_inputs(const RowInputs& in, const std::optional<Tensor>& advantages,
-                              const std::optional<Tensor>& old_logprob, double clip,
-                              double dual_clip, const std::optional<Tensor>& scale_tensor,
-                              double scale, double entropy_coef = 0) {
+// Policy arguments of the raw ops, in the order of their schemas.
+struct PolicyArguments {
+  const std::optional<Tensor>&advantages, &old_logprob;
+  const std::vector<std::optional<Tensor>>& more;
+  double low, high, dual_clip;
+  const std::vector<double>& options;
+};
+
+inline LossInputs loss_inputs(const RowInputs& in, const PolicyArguments& p,
+                              const std::optional<Tensor>& scale_tensor, double scale,
+                              double entropy_coef = 0) {
   const ScalarType dtype = acc_dtype(in.logits.scalar_type());
+  const int64_t rows = in.args.rows.count;
   const auto checked = [dtype](const std::optional<Tensor>& t, int64_t count, const char* name) {
     if (!t) return std::optional<Tensor>{};
     RL_CHECK(t->scalar_type() == dtype && t->numel() == count, name,
              " must have the outputs' dtype and ", count, " elements");
     return std::optional<Tensor>{as_contiguous(*t)};
   };
-  return {checked(advantages, in.args.rows.count, "advantages"),
-          checked(old_logprob, in.args.rows.count, "old_logprob"),
+  PolicyInputs policy = policy_inputs(rows, dtype, p.more, p.low, p.high, p.dual_clip, p.options);
+  policy.ref_logprob = checked(policy.ref_logprob, rows, "ref_logprob");
+  policy.rollout = checked(policy.rollout, rows, "rollout");
+  return {checked(p.advantages, rows, "advantages"),
+          checked(p.old_logprob, rows, "old_logprob"),
           checked(scale_tensor, 1, "scale"),
+          policy,
           scale,
-          clip,
-          dual_clip,
           entropy_coef};
 }
 

@@ -17,12 +17,53 @@ using Partial = PpoSums<double>;
 template <typename A>
 struct Call {
   Tokens logprob, old_logprob, advantages, values, old_values, returns, entropy;
-  A low, high, dual_clip, value_clip, value_coef, entropy_coef;
-  A per_token;  // 1 / number of unmasked tokens
+  Tokens ref_logprob, rollout;
+  PolicySettings<A> settings;
+  SequenceRows<A> sequences;
+  A value_clip;
+  // What the gradients of a token's terms are multiplied by, beside the weight of its sequence.
+  A policy_factor, value_factor, entropy_factor;
   A* grad_logprob = nullptr;
   A* grad_values = nullptr;
   A* grad_entropy = nullptr;
+
+  // Whether policy_block takes the call: plain PPO, with or without `options`.
+  bool plain() const {
+    return settings.objective == Objective::ppo && !settings.has_kl &&
+           settings.rollout == Rollout::none && sequences.cu_seqlens == nullptr &&
+           old_logprob.defined() && advantages.defined();
+  }
 };
+
+// The sequences of the tokens of a block: f(sequence, begin, end) for tokens [begin, end) of it.
+template <typename A, typename F>
+RL_INLINE void for_each_sequence(const SequenceRows<A>& rows, int64_t start, int64_t count,
+                                 const F& f) {
+  int64_t s = rows.of(start);
+  for (int64_t at = 0; at < count; ++s) {
+    const bool last = s + 1 >= rows.count;
+    const int64_t end = last ? count : std::min<int64_t>(count, rows.cu_seqlens[s + 1] - start);
+    if (end <= at) continue;
+    f(s, at, end);
+    at = end;
+  }
+}
+
+// One row of `sequences` for each token of a block; `absent` without sequences.
+template <typename A>
+RL_INLINE const A* spread(const Call<A>& call, SequenceRow row, A absent, int64_t start,
+                          int64_t count, A* out) {
+  if (call.sequences.cu_seqlens == nullptr) {
+    std::fill(out, out + count, absent);
+    return out;
+  }
+  const int64_t token = start + call.settings.first_row;
+  for_each_sequence(call.sequences, token, count,
+                    [&](int64_t s, int64_t begin, int64_t end) RL_LAMBDA_INLINE {
+                      std::fill(out + begin, out + end, call.sequences.at(row, s));
+                    });
+  return out;
+}
 
 template <typename A>
 RL_INLINE void policy_block(const Call<A>& call, int64_t start, int64_t count, const uint8_t* keep,
@@ -33,31 +74,38 @@ RL_INLINE void policy_block(const Call<A>& call, int64_t start, int64_t count, c
   const A* old_logprob = call.old_logprob.load(start, count, keep, scratch[1]);
   const A* advantages = call.advantages.load(start, count, keep, scratch[2]);
   A* grad = call.grad_logprob ? call.grad_logprob + start : grads;
-  const A low = call.low, high = call.high, dual_clip = call.dual_clip, per_token = call.per_token;
+  const PolicySettings<A> settings = call.settings;
+  const A factor = call.policy_factor;
   // Masked tokens load as 0: loss, gradient, KL and clip are 0. Their ratio is 1, which is removed
   // below.
-  A loss = 0, kl = 0, clipped = 0, ratio = 0, ratio_max = 0;
-#pragma omp simd reduction(+ : loss, kl, clipped, ratio) reduction(max : ratio_max)
+  A loss = 0, kl = 0, clipped = 0, low = 0, dual = 0, outside = 0, ratio = 0, ratio_max = 0;
+#pragma omp simd reduction(+ : loss, kl, clipped, low, dual, outside, ratio) \
+    reduction(max : ratio_max)
   for (int64_t i = 0; i < count; ++i) {
     const PolicyTerm<A> term =
-        policy_term(logprob[i], old_logprob[i], advantages[i], low, high, dual_clip);
+        policy_term(logprob[i], logprob[i] - old_logprob[i], advantages[i], settings);
     loss += term.loss;
     kl += term.kl;
     clipped += term.clipped;
+    low += term.clipped_low;
+    dual += term.dual;
+    outside += term.outside;
     ratio += term.ratio;
     ratio_max = term.ratio > ratio_max ? term.ratio : ratio_max;
-    grad[i] = term.grad * per_token;
+    grad[i] = term.grad * factor;
   }
   if (keep) {
     int32_t masked = 0;
 #pragma omp simd reduction(+ : masked)
     for (int64_t i = 0; i < count; ++i) masked += keep[i] == 0;
     if (masked > 0) {
-      ratio = ratio_max = 0;
-#pragma omp simd reduction(+ : ratio) reduction(max : ratio_max)
+      outside = ratio = ratio_max = 0;
+#pragma omp simd reduction(+ : outside, ratio) reduction(max : ratio_max)
       for (int64_t i = 0; i < count; ++i) {
         const A d = clamp(logprob[i] - old_logprob[i], A(-kLogRatioLimit), A(kLogRatioLimit));
         const A r = blend(keep[i], exp_accurate(d), A(0));
+        const bool out = r < settings.low || r > settings.high;
+        outside += blend(keep[i], out ? A(1) : A(0), A(0));
         ratio += r;
         ratio_max = r > ratio_max ? r : ratio_max;
       }
@@ -66,13 +114,96 @@ RL_INLINE void policy_block(const Call<A>& call, int64_t start, int64_t count, c
   out.sum[kPolicyLoss] = loss;
   out.sum[kApproxKl] = kl;
   out.sum[kClipFraction] = clipped;
+  out.sum[kClipFractionLow] = low;
+  out.sum[kDualClipFraction] = dual;
+  out.sum[kOutsideFraction] = outside;
   out.sum[kRatioMean] = ratio;
   out.sum[kRatioMax] = ratio_max;
 }
 
 template <typename A>
+RL_INLINE double wide_sum(const A* x, int64_t count) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(x[i]);
+  return sum;
+}
+
+// policy_block with any settings. weight: of each token's sequence. The loss is summed in fp64: the
+// tokens of a sequence may share a ratio and an advantage, whose roundings do not average out.
+template <Objective kObjective, typename A>
+RL_INLINE void general_block(const Call<A>& call, int64_t start, int64_t count, const uint8_t* keep,
+                             const A* weight, Partial& out) {
+  const PolicySettings<A> settings = call.settings;
+  const auto load = [&](const Tokens& tokens, A* scratch)
+                        RL_LAMBDA_INLINE { return tokens.load(start, count, keep, scratch); };
+  A scratch[8][kBlock];
+  A losses[kBlock], kls[kBlock];
+  A grads[kBlock];
+  const A* logprob = load(call.logprob, scratch[0]);
+  const A* old = call.old_logprob.defined() ? load(call.old_logprob, scratch[1]) : logprob;
+  const A* advantages = call.advantages.defined()
+                            ? load(call.advantages, scratch[2])
+                            : spread(call, kAdvantage, A(1), start, count, scratch[2]);
+  A* const log_ratio = scratch[3];
+  if (settings.sequence_ratio) {
+    spread(call, kLogRatio, A(0), start, count, log_ratio);
+  } else {
+    for (int64_t i = 0; i < count; ++i) log_ratio[i] = logprob[i] - old[i];
+  }
+  const A* ref = settings.has_kl ? load(call.ref_logprob, scratch[4]) : logprob;
+  A* const rollout = scratch[5];
+  if (settings.rollout != Rollout::none && call.rollout.defined()) {
+    const A* given = load(call.rollout, scratch[6]);
+    for (int64_t i = 0; i < count; ++i) rollout[i] = rollout_of(given[i], old[i], settings);
+  } else {
+    spread(call, kRolloutWeight, A(1), start, count, rollout);
+  }
+  A* const live = scratch[7];  // 1 where a token counts, else 0
+  for (int64_t i = 0; i < count; ++i) live[i] = keep ? blend(keep[i], A(1), A(0)) : A(1);
+  A* grad = call.grad_logprob ? call.grad_logprob + start : grads;
+  const A factor = call.policy_factor;
+  A kl = 0, clipped = 0, low = 0, dual = 0, outside = 0, ratio = 0, ratio_max = 0;
+  A rollouts = 0, rollout_max = 0, rollout_outside = 0;
+#pragma omp simd reduction(+ : kl, clipped, low, dual, outside, ratio, rollouts, rollout_outside) \
+    reduction(max : ratio_max, rollout_max)
+  for (int64_t i = 0; i < count; ++i) {
+    const PolicyToken<A> token{logprob[i], log_ratio[i], advantages[i], ref[i], rollout[i]};
+    const PolicyLoss<A> x = policy_loss<kObjective>(token, settings);
+    const auto counted = [&](A value) RL_LAMBDA_INLINE { return live[i] != A(0) ? value : A(0); };
+    losses[i] = counted(x.loss * weight[i]);
+    kl += counted(x.policy.kl);
+    clipped += counted(x.policy.clipped);
+    low += counted(x.policy.clipped_low);
+    dual += counted(x.policy.dual);
+    outside += counted(x.policy.outside);
+    const A r = counted(x.policy.ratio), w = counted(x.rollout.weight);
+    ratio += r;
+    ratio_max = r > ratio_max ? r : ratio_max;
+    kls[i] = counted(x.kl * weight[i]);
+    rollouts += w;
+    rollout_max = w > rollout_max ? w : rollout_max;
+    rollout_outside += counted(x.rollout.outside);
+    grad[i] = counted(x.grad * (factor * weight[i]));
+  }
+  out.sum[kPolicyLoss] = wide_sum(losses, count);
+  out.sum[kApproxKl] = kl;
+  out.sum[kClipFraction] = clipped;
+  out.sum[kClipFractionLow] = low;
+  out.sum[kDualClipFraction] = dual;
+  out.sum[kOutsideFraction] = outside;
+  out.sum[kRatioMean] = ratio;
+  out.sum[kRatioMax] = ratio_max;
+  out.sum[kKl] = settings.has_kl ? wide_sum(kls, count) : 0;
+  out.sum[kRolloutWeightMean] = rollouts;
+  out.sum[kRolloutWeightMax] = rollout_max;
+  out.sum[kRolloutOutsideFraction] = rollout_outside;
+}
+
+// weight: of each token's sequence; null: 1.
+template <bool kWeighted, typename A>
 RL_INLINE void value_block(const Call<A>& call, int64_t start, int64_t count, const uint8_t* keep,
-                           Partial& out) {
+                           const A* weight, Partial& out) {
   A scratch[3][kBlock];
   A grads[kBlock];
   A error[kBlock];
@@ -81,14 +212,14 @@ RL_INLINE void value_block(const Call<A>& call, int64_t start, int64_t count, co
   const A* old_values =
       call.old_values.defined() ? call.old_values.load(start, count, keep, scratch[2]) : values;
   A* grad = call.grad_values ? call.grad_values + start : grads;
-  const A clip = call.value_clip, weight = call.value_coef * call.per_token;
+  const A clip = call.value_clip, factor = call.value_factor;
   A loss = 0, clipped = 0;
 #pragma omp simd reduction(+ : loss, clipped)
   for (int64_t i = 0; i < count; ++i) {
     const ValueTerm<A> term = value_term(values[i], old_values[i], returns[i], clip);
-    loss += term.loss;
+    loss += kWeighted ? term.loss * weight[i] : term.loss;
     clipped += term.clipped;
-    grad[i] = term.grad * weight;
+    grad[i] = term.grad * (kWeighted ? factor * weight[i] : factor);
     error[i] = values[i] - returns[i];
   }
   out.sum[kValueLoss] = loss;
@@ -97,50 +228,95 @@ RL_INLINE void value_block(const Call<A>& call, int64_t start, int64_t count, co
   out.error = block_moments(error, keep, count);
 }
 
-template <typename A>
+template <bool kWeighted, typename A>
 RL_INLINE void entropy_block(const Call<A>& call, int64_t start, int64_t count, const uint8_t* keep,
-                             Partial& out) {
+                             const A* weight, Partial& out) {
   A scratch[kBlock];
   const A* entropy = call.entropy.load(start, count, keep, scratch);
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += entropy[i];
+  for (int64_t i = 0; i < count; ++i) sum += kWeighted ? entropy[i] * weight[i] : entropy[i];
   out.sum[kEntropy] = sum;
   if (call.grad_entropy == nullptr) return;
-  const A weight = -call.entropy_coef * call.per_token;
+  const A factor = call.entropy_factor;
   A* grad = call.grad_entropy + start;
-  for (int64_t i = 0; i < count; ++i) grad[i] = keep ? blend(keep[i], weight, A(0)) : weight;
+  for (int64_t i = 0; i < count; ++i) {
+    const A g = kWeighted ? factor * weight[i] : factor;
+    grad[i] = keep ? blend(keep[i], g, A(0)) : g;
+  }
 }
 
-template <typename A>
-Partial sum_blocks(const Call<A>& call, const Mask& mask, int64_t tokens) {
+// `policy`: the block of the policy loss. kWeighted: tokens have the weights of their sequences.
+template <bool kWeighted, typename A, typename Policy>
+Partial sum_blocks(const Call<A>& call, const Mask& mask, int64_t tokens, const Policy& policy) {
   std::vector<Partial> partials((tokens + kBlock - 1) / kBlock);
   for_each_block(tokens, [&](int64_t block, int64_t start, int64_t count) RL_LAMBDA_INLINE {
+    A scratch[kWeighted ? kBlock : 1];
     const uint8_t* keep = mask.from(start, count);
-    policy_block(call, start, count, keep, partials[block]);
-    if (call.values.defined()) value_block(call, start, count, keep, partials[block]);
-    if (call.entropy.defined()) entropy_block(call, start, count, keep, partials[block]);
+    const auto weights = [&](SequenceRow row) RL_LAMBDA_INLINE {
+      return kWeighted ? spread(call, row, A(1), start, count, scratch) : nullptr;
+    };
+    const A* weight = weights(kWeight);
+    policy(start, count, keep, weight, partials[block]);
+    if (call.entropy.defined())
+      entropy_block<kWeighted>(call, start, count, keep, weight, partials[block]);
+    if (call.values.defined())
+      value_block<kWeighted>(call, start, count, keep, weights(kValueWeight), partials[block]);
   });
   Partial all;
   for (const Partial& partial : partials) all.merge(partial);
   return all;
 }
 
-// An infinite dual_clip or value_clip disables that clip.
+template <Objective kObjective, typename A>
+Partial sum_general(const Call<A>& call, const Mask& mask, int64_t tokens) {
+  return sum_blocks<true>(
+      call, mask, tokens,
+      [&](int64_t start, int64_t count, const uint8_t* keep, const A* weight, Partial& out)
+          RL_LAMBDA_INLINE { general_block<kObjective>(call, start, count, keep, weight, out); });
+}
+
+template <typename A>
+Partial sum_all(const Call<A>& call, const Mask& mask, int64_t tokens) {
+  if (call.plain()) {
+    return sum_blocks<false>(
+        call, mask, tokens,
+        [&](int64_t start, int64_t count, const uint8_t* keep, const A*, Partial& out)
+            RL_LAMBDA_INLINE { policy_block(call, start, count, keep, out); });
+  }
+  switch (call.settings.objective) {
+    case Objective::reinforce:
+      return sum_general<Objective::reinforce>(call, mask, tokens);
+    case Objective::cispo:
+      return sum_general<Objective::cispo>(call, mask, tokens);
+    case Objective::sapo:
+      return sum_general<Objective::sapo>(call, mask, tokens);
+    default:
+      return sum_general<Objective::ppo>(call, mask, tokens);
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> ppo_loss_fwd(
-    const Tensor& logprob, const Tensor& old_logprob, const Tensor& advantages,
-    const std::optional<Tensor>& values, const std::optional<Tensor>& old_values,
-    const std::optional<Tensor>& returns, const std::optional<Tensor>& entropy,
-    const std::optional<Tensor>& mask, double clip, double dual_clip, double value_clip,
-    double value_coef, double entropy_coef, bool with_grad) {
-  const PpoInputs in{logprob, old_logprob, advantages, values, old_values, returns, entropy};
-  in.check();
+    const Tensor& logprob, const std::optional<Tensor>& old_logprob,
+    const std::optional<Tensor>& advantages, const std::optional<Tensor>& values,
+    const std::optional<Tensor>& old_values, const std::optional<Tensor>& returns,
+    const std::optional<Tensor>& entropy, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& factors, const std::vector<std::optional<Tensor>>& more,
+    double low, double high, double dual_clip, double value_clip, double value_coef,
+    double entropy_coef, const std::vector<double>& options, bool with_grad) {
   const int64_t tokens = logprob.numel();
+  const PolicyInputs policy =
+      policy_inputs(tokens, acc_dtype(logprob.scalar_type()), more, low, high, dual_clip, options);
+  const PpoInputs in{logprob, old_logprob, advantages, values, old_values,
+                     returns, entropy,     factors,    policy};
+  in.check();
   const Mask keep(mask, tokens);
-  const double normaliser = std::max<int64_t>(1, keep.count_kept(tokens));
+  const double kept = std::max<int64_t>(1, keep.count_kept(tokens));
   const PpoOutputs out(in, with_grad);
   with_acc(logprob, [&](auto zero) {
     using A = decltype(zero);
+    const PpoFactors factor =
+        PpoFactors::of(factors ? static_cast<const A*>(factors->const_data_ptr()) : nullptr, kept);
     const Call<A> call{Tokens(logprob),
                        Tokens(old_logprob),
                        Tokens(advantages),
@@ -148,26 +324,76 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss_fwd(
                        Tokens(old_values),
                        Tokens(returns),
                        Tokens(entropy),
-                       static_cast<A>(1 - clip),
-                       static_cast<A>(1 + clip),
-                       static_cast<A>(dual_clip),
+                       Tokens(policy.ref_logprob),
+                       Tokens(policy.rollout),
+                       policy.settings<A>(),
+                       policy.sequence_rows<A>(),
                        static_cast<A>(value_clip),
-                       static_cast<A>(value_coef),
-                       static_cast<A>(entropy_coef),
-                       static_cast<A>(1 / normaliser),
+                       static_cast<A>(factor.policy),
+                       static_cast<A>(value_coef) * static_cast<A>(factor.value),
+                       -static_cast<A>(entropy_coef) * static_cast<A>(factor.policy),
                        out.grad_logprob<A>(),
                        out.grad_values<A>(),
                        out.grad_entropy<A>()};
-    const Partial all = sum_blocks(call, keep, tokens);
-    *static_cast<A*>(out.loss.mutable_data_ptr()) =
-        static_cast<A>(ppo_finish(all, normaliser, value_coef, entropy_coef,
-                                  static_cast<float*>(out.metrics.mutable_data_ptr())));
+    const Partial all = sum_all(call, keep, tokens);
+    *static_cast<A*>(out.loss.mutable_data_ptr()) = static_cast<A>(
+        ppo_finish(all, kept, factor, policy.settings<double>().kl_coef, value_coef, entropy_coef,
+                   static_cast<float*>(out.metrics.mutable_data_ptr())));
   });
   return out.tuple();
 }
 
+// ---- sums of sequences ------------------------------------------------------------------------
+
+// Of one sequence: the number of unmasked tokens, and the sum of x - y in their order, which is the
+// same with and without the masked tokens in between.
+template <typename A>
+std::pair<double, double> sum_sequence(const Tokens& x, const Tokens& y, const uint8_t* keep,
+                                       int64_t begin, int64_t end) {
+  A scratch[2][kBlock];
+  double sum = 0;
+  int64_t kept = 0;
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t count = std::min(kBlock, end - at);
+    const A* left = x.load(at, count, scratch[0]);
+    const A* right = y.defined() ? y.load(at, count, scratch[1]) : nullptr;
+    for (int64_t i = 0; i < count; ++i) {
+      if (keep && !keep[at + i]) continue;
+      sum += static_cast<double>(left[i]) - (right ? static_cast<double>(right[i]) : 0.0);
+      ++kept;
+    }
+  }
+  return {static_cast<double>(kept), sum};
+}
+
+Tensor sequence_sums(const Tensor& x, const std::optional<Tensor>& y,
+                     const std::optional<Tensor>& mask, const Tensor& cu_seqlens) {
+  const Sequences sequences(x.numel(), cu_seqlens);
+  const Tokens left(x), right(y);
+  RL_CHECK(!y || right.count() == left.count(), "x and y differ in size");
+  const Mask keep(mask, x.numel());
+  const int64_t count = sequences.count();
+  Tensor out = empty_like_device(x, {2, count}, ScalarType::Double);
+  double* const kept = static_cast<double*>(out.mutable_data_ptr());
+  with_acc(x, [&](auto zero) {
+    using A = decltype(zero);
+    sequences.parallel([&](int64_t first, int64_t last) {
+      for (int64_t s = first; s < last; ++s) {
+        const auto found =
+            sum_sequence<A>(left, right, keep.data(), sequences.begin(s), sequences.end(s));
+        kept[s] = found.first;
+        kept[count + s] = found.second;
+      }
+    });
+  });
+  return out;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastrlhf, CPU, m) { m.impl("ppo_loss_fwd", TORCH_BOX(&ppo_loss_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(fastrlhf, CPU, m) {
+  m.impl("ppo_loss_fwd", TORCH_BOX(&ppo_loss_fwd));
+  m.impl("sequence_sums", TORCH_BOX(&sequence_sums));
+}
 
 }  // namespace rl

@@ -1,7 +1,7 @@
 // ranking_loss on CPU: loss and gradient over all strict pairs of each prompt.
 //
-// Shapes: P prompts, M completions; scores, ranks [M]; cu_groups [P + 1]; loss [], grad [M]. Single
-// threaded, with sums in order: a batch has a few thousand pairs at most.
+// Shapes: P prompts, M completions; scores, ranks [M]; cu_groups [P + 1]; margins [P]; loss [], grad
+// [M]. Single threaded, with sums in order: a batch has a few thousand pairs at most.
 #include "../common/ranking.h"
 #include "tokens.h"
 
@@ -10,11 +10,13 @@ namespace {
 
 struct Pair {
   int64_t better, worse;
+  int64_t prompt;
   int64_t pairs;  // of the same prompt
 };
 
 std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& ranks,
-                                            const Tensor& cu_groups, bool with_grad) {
+                                            const Tensor& cu_groups,
+                                            const std::optional<Tensor>& margins, bool with_grad) {
   RL_CHECK(ranks.scalar_type() == ScalarType::Long && ranks.numel() == scores.numel(),
            "ranks: expected one int64 per score");
   const ScalarType dtype = acc_dtype(scores.scalar_type());
@@ -31,7 +33,7 @@ std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& 
     const size_t before = pairs.size();
     for (int64_t i = groups.begin(p); i < groups.end(p); ++i) {
       for (int64_t j = groups.begin(p); j < groups.end(p); ++j) {
-        if (ranks_above(rank[i], rank[j])) pairs.push_back({i, j, 0});
+        if (ranks_above(rank[i], rank[j])) pairs.push_back({i, j, p, 0});
       }
     }
     for (size_t k = before; k < pairs.size(); ++k) pairs[k].pairs = pairs.size() - before;
@@ -42,6 +44,7 @@ std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& 
     using A = decltype(zero);
     std::vector<A> scratch(scores.numel());
     const A* score = Tokens(scores).load(0, scores.numel(), scratch.data());
+    const std::vector<A> margin = per_sequence<A>(margins, groups.count(), "margins");
     std::vector<double> grad_sum(scores.numel());
     double total = 0;
     PairTerm<A> term[kBlock];
@@ -49,13 +52,15 @@ std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& 
       const Pair* pair = pairs.data() + start;
       const int64_t count = std::min<int64_t>(kBlock, pairs.size() - start);
       dispatch_isa([&](auto) RL_LAMBDA_INLINE {
-        A margin[kBlock], value[kBlock], grad[kBlock];
+        A difference[kBlock], value[kBlock], grad[kBlock];
         for (int64_t k = 0; k < count; ++k)
-          margin[k] = score[pair[k].better] - score[pair[k].worse];
+          difference[k] = score[pair[k].better] - score[pair[k].worse];
+        for (int64_t k = 0; !margin.empty() && k < count; ++k)
+          difference[k] -= margin[pair[k].prompt];
 #pragma omp simd
         for (int64_t k = 0; k < count; ++k) {
-          value[k] = neg_log_sigmoid(margin[k]);
-          grad[k] = neg_log_sigmoid_grad(margin[k]);
+          value[k] = neg_log_sigmoid(difference[k]);
+          grad[k] = neg_log_sigmoid_grad(difference[k]);
         }
         for (int64_t k = 0; k < count; ++k) term[k] = {value[k], grad[k]};
       });

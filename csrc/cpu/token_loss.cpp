@@ -33,7 +33,7 @@ void loss_rows(const RowInputs& in, const LossArgs<acc_t<T>>& loss, const LossOu
           s = reduce_row<kCap, fma()>(row, width, f);
           logprob = row_logprob<kCap, fma()>(load(row[in.args.target(r)]), s, f);
           term = loss.term(r, logprob);
-          h = loss.grad_entropy();
+          h = loss.grad_entropy(r);
         }
         to.put(r, count, term, logprob, s.shifted_lse - s.shifted_mean, s);
         if (out == nullptr) continue;
@@ -75,35 +75,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> values(const RowInputs& in, const Los
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd(
     Tensor logits, Tensor targets, std::optional<Tensor> advantages,
-    std::optional<Tensor> old_logprob, double clip, double dual_clip,
+    std::optional<Tensor> old_logprob, std::vector<std::optional<Tensor>> more, double low,
+    double high, double dual_clip, std::vector<double> options,
     std::optional<Tensor> row_temperature, double temperature, double softcap,
     std::optional<Tensor> mask, std::optional<Tensor> scale_tensor, double scale) {
   const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
-  const LossInputs loss =
-      loss_inputs(in, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
+  const PolicyArguments policy{advantages, old_logprob, more, low, high, dual_clip, options};
+  const LossInputs loss = loss_inputs(in, policy, scale_tensor, scale);
   return values(in, loss, targets, nullptr, RowLayout{});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd_(
     Tensor logits, Tensor targets, std::optional<Tensor> advantages,
-    std::optional<Tensor> old_logprob, double clip, double dual_clip,
+    std::optional<Tensor> old_logprob, std::vector<std::optional<Tensor>> more, double low,
+    double high, double dual_clip, std::vector<double> options,
     std::optional<Tensor> row_temperature, double temperature, double softcap,
     std::optional<Tensor> mask, std::optional<Tensor> scale_tensor, double scale, Tensor out) {
   const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
-  const LossInputs loss =
-      loss_inputs(in, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
+  const PolicyArguments policy{advantages, old_logprob, more, low, high, dual_clip, options};
+  const LossInputs loss = loss_inputs(in, policy, scale_tensor, scale);
   return values(in, loss, targets, &out, gradient_layout(logits, out));
 }
 
 void token_loss_rows_(Tensor logits, Tensor targets, std::optional<Tensor> advantages,
-                      std::optional<Tensor> old_logprob, double clip, double dual_clip,
+                      std::optional<Tensor> old_logprob, std::vector<std::optional<Tensor>> more,
+                      double low, double high, double dual_clip, std::vector<double> options,
                       double entropy_coef, std::optional<Tensor> row_temperature,
                       double temperature, double softcap, std::optional<Tensor> mask, Tensor scale,
                       Tensor dlogits, Tensor logprob, std::optional<Tensor> entropy,
                       std::optional<Tensor> grad_logprob) {
   const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
-  const LossInputs loss =
-      loss_inputs(in, advantages, old_logprob, clip, dual_clip, scale, 1, entropy_coef);
+  const PolicyArguments policy{advantages, old_logprob, more, low, high, dual_clip, options};
+  const LossInputs loss = loss_inputs(in, policy, scale, 1, entropy_coef);
   const RowPassTensors to(in, logprob, entropy, grad_logprob, entropy_coef);
   const RowLayout rows = gradient_layout(logits, dlogits, true);
   check_rows(in);

@@ -184,16 +184,11 @@ class Sequences {
       return;
     }
     RL_CHECK(like.dim() == 1, "expected a packed [N] tensor with cu_seqlens");
-    RL_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1 &&
-                 cu_seqlens->scalar_type() == ScalarType::Int,
-             "cu_seqlens: expected an int32 tensor [B + 1]");
-    cu_tensor_ = contiguous(*cu_seqlens);
-    cu_ = static_cast<const int32_t*>(cu_tensor_->const_data_ptr());
-    count_ = cu_seqlens->numel() - 1;
-    RL_CHECK(cu_[0] == 0 && cu_[count_] == tokens_, "cu_seqlens: expected to run from 0 to ",
-             tokens_);
-    for (int64_t b = 0; b < count_; ++b)
-      RL_CHECK(cu_[b] <= cu_[b + 1], "cu_seqlens: decreases at ", b + 1);
+    set_boundaries(*cu_seqlens);
+  }
+  // Of tokens in any layout.
+  Sequences(int64_t tokens, const Tensor& cu_seqlens) : tokens_(tokens) {
+    set_boundaries(cu_seqlens);
   }
 
   int64_t count() const { return count_; }
@@ -209,6 +204,19 @@ class Sequences {
   }
 
  private:
+  void set_boundaries(const Tensor& cu_seqlens) {
+    RL_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.numel() >= 1 &&
+                 cu_seqlens.scalar_type() == ScalarType::Int,
+             "cu_seqlens: expected an int32 tensor [B + 1]");
+    cu_tensor_ = contiguous(cu_seqlens);
+    cu_ = static_cast<const int32_t*>(cu_tensor_->const_data_ptr());
+    count_ = cu_seqlens.numel() - 1;
+    RL_CHECK(cu_[0] == 0 && cu_[count_] == tokens_, "cu_seqlens: expected to run from 0 to ",
+             tokens_);
+    for (int64_t b = 0; b < count_; ++b)
+      RL_CHECK(cu_[b] <= cu_[b + 1], "cu_seqlens: decreases at ", b + 1);
+  }
+
   // The first sequence that begins at or after `token`.
   int64_t starting_from(int64_t token) const {
     if (cu_) return std::lower_bound(cu_, cu_ + count_, token) - cu_;

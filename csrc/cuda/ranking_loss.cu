@@ -1,6 +1,7 @@
 // ranking_loss on CUDA: all pairs of each prompt, loss and gradient in one launch.
 //
-// Shapes: P prompts, M completions in all; scores, ranks [M]; cu_groups [P + 1]; loss [], grad [M].
+// Shapes: P prompts, M completions in all; scores, ranks [M]; cu_groups [P + 1]; margins [P]; loss
+// [], grad [M].
 //
 // A warp takes a prompt; each lane takes a completion and pairs it with all others, so a gradient
 // is written by one thread. The weight of a pair needs the number of prompts with a strict pair;
@@ -23,7 +24,8 @@ struct RankingCall {
   const T* scores;
   const int64_t* ranks;
   const int32_t* cu_groups;
-  int64_t stride_scores, stride_ranks, stride_cu_groups;
+  const acc_t<T>* margins;  // [P]; null: 0
+  int64_t stride_scores, stride_ranks, stride_cu_groups, stride_margins;
   int64_t prompts, completions;
   acc_t<T>* loss;
   acc_t<T>* grad;  // [M]; null: not wanted
@@ -37,6 +39,9 @@ struct RankingCall {
   __device__ __forceinline__ int64_t rank(int64_t i) const { return ranks[i * stride_ranks]; }
   __device__ __forceinline__ acc_t<T> score(int64_t i) const {
     return load(scores[i * stride_scores]);
+  }
+  __device__ __forceinline__ acc_t<T> margin(int64_t p) const {
+    return margins == nullptr ? acc_t<T>(0) : margins[p * stride_margins];
   }
 };
 
@@ -79,7 +84,8 @@ __device__ __forceinline__ int64_t count_pairs(const RankingCall<T>& call, int64
 // This lane's part of the loss of a prompt. Writes the gradients of its completions.
 template <typename T>
 __device__ __forceinline__ double prompt_loss(const RankingCall<T>& call, int64_t begin,
-                                              int64_t end, double weight) {
+                                              int64_t end, acc_t<T> margin,
+                                              double weight) {
   using A = acc_t<T>;
   double loss = 0;
   for (int64_t i = begin + threadIdx.x % 32; i < end; i += 32) {
@@ -91,7 +97,7 @@ __device__ __forceinline__ double prompt_loss(const RankingCall<T>& call, int64_
       if (rank == other) continue;
       const bool better = ranks_above(rank, other);
       const A there = call.score(j);
-      const PairTerm<A> term = pair_term(better ? score : there, better ? there : score);
+      const PairTerm<A> term = pair_term(better ? score : there, better ? there : score, margin);
       grad += better ? term.grad : -term.grad;
       loss += better ? term.loss : A(0);
     }
@@ -116,7 +122,9 @@ __global__ void __launch_bounds__(kThreads) ranking_loss_fwd_kernel(const Rankin
     for (int64_t p = first; p < call.prompts; p += int64_t(call.blocks) * kWarps) {
       const int64_t begin = call.cut(p), end = call.cut(p + 1);
       const int64_t pairs = count_pairs(call, begin, end);
-      loss += prompt_loss(call, begin, end, pairs > 0 ? pair_weight(pairs, strict) : 0.0);
+      const double weight = pairs > 0 ? pair_weight(pairs, strict) : 0.0;
+      // A margin without a pair is not read: it may be NaN.
+      loss += prompt_loss(call, begin, end, pairs > 0 ? call.margin(p) : A(0), weight);
     }
   }
   loss = block_sum(loss);
@@ -133,7 +141,8 @@ __global__ void __launch_bounds__(kThreads) ranking_loss_fwd_kernel(const Rankin
 }
 
 std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& ranks,
-                                            const Tensor& cu_groups, bool with_grad) {
+                                            const Tensor& cu_groups,
+                                            const std::optional<Tensor>& margins, bool with_grad) {
   const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
   RL_CHECK(scores.dim() == 1 && is_float_dtype(scores.scalar_type()),
            "scores: expected a float tensor [M]");
@@ -145,6 +154,9 @@ std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& 
       "cu_groups: expected an int32 tensor [P + 1]");
   const int64_t prompts = cu_groups.numel() - 1, completions = scores.numel();
   const ScalarType dtype = acc_dtype(scores.scalar_type());
+  RL_CHECK(!margins.has_value() || (margins->dim() == 1 && margins->numel() == prompts &&
+                                    margins->scalar_type() == dtype),
+           "margins: expected the accumulator's dtype, [P]");
   const Tensor loss = empty_like_device(scores, {}, dtype);
   const Tensor grad = empty_like_device(scores, {with_grad ? completions : 0}, dtype);
   // With no prompts, one block writes the zero.
@@ -158,9 +170,11 @@ std::tuple<Tensor, Tensor> ranking_loss_fwd(const Tensor& scores, const Tensor& 
     const RankingCall<T> call{static_cast<const T*>(scores.const_data_ptr()),
                               static_cast<const int64_t*>(ranks.const_data_ptr()),
                               static_cast<const int32_t*>(cu_groups.const_data_ptr()),
+                              margins ? static_cast<const A*>(margins->const_data_ptr()) : nullptr,
                               scores.stride(0),
                               ranks.stride(0),
                               cu_groups.stride(0),
+                              margins ? margins->stride(0) : 0,
                               prompts,
                               completions,
                               static_cast<A*>(loss.mutable_data_ptr()),

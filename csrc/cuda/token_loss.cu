@@ -1,7 +1,7 @@
 // token_loss and token_loss_rows on CUDA: loss, log-probability, entropy and dL/dlogits with one
 // read of the logits and one write of the gradient.
 //
-// Shapes: logits [..., V] with any row strides, N rows; targets, advantages, old_logprob, mask and
+// Shapes: logits [..., V] with any row strides, N rows; targets, mask, the rows of LossArgs and
 // outputs [N]; row_stats [2, N]. The gradient has the logits' type T, or a narrower type O.
 //
 // A cluster of 1 to 8 blocks processes one row. Each block copies its tiles (row_tiles.cuh) to
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kCap, kOnChip>)
       to.put(r, args.rows.count, term, logprob, sums.shifted_lse - sums.shifted_mean,
              sums.row_stats);
     }
-    const A h = kEntropy ? loss.grad_entropy() : A(0);
+    const A h = kEntropy ? loss.grad_entropy(r) : A(0);
     return RowGradient<A, kCap, kEntropy>(exponent, sums.row_stats, term.grad_logprob, h);
   });
   if (out == nullptr) return;
@@ -367,13 +367,14 @@ void run(const RowInputs& in, const LossInputs& loss, const Outputs& to, bool en
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd(
     Tensor logits, Tensor targets, std::optional<Tensor> advantages,
-    std::optional<Tensor> old_logprob, double clip, double dual_clip,
+    std::optional<Tensor> old_logprob, std::vector<std::optional<Tensor>> more, double low,
+    double high, double dual_clip, std::vector<double> options,
     std::optional<Tensor> row_temperature, double temperature, double softcap,
     std::optional<Tensor> mask, std::optional<Tensor> scale_tensor, double scale) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
-  const LossInputs loss =
-      loss_inputs(in, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
+  const PolicyArguments policy{advantages, old_logprob, more, low, high, dual_clip, options};
+  const LossInputs loss = loss_inputs(in, policy, scale_tensor, scale);
   const LossTensors to = new_outputs(in, targets);
   run(in, loss, to, false, nullptr, RowLayout{});
   return {to.loss, to.logprob, to.grad_logprob, to.row_stats};
@@ -381,28 +382,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd_(
     Tensor logits, Tensor targets, std::optional<Tensor> advantages,
-    std::optional<Tensor> old_logprob, double clip, double dual_clip,
+    std::optional<Tensor> old_logprob, std::vector<std::optional<Tensor>> more, double low,
+    double high, double dual_clip, std::vector<double> options,
     std::optional<Tensor> row_temperature, double temperature, double softcap,
     std::optional<Tensor> mask, std::optional<Tensor> scale_tensor, double scale, Tensor out) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
-  const LossInputs loss =
-      loss_inputs(in, advantages, old_logprob, clip, dual_clip, scale_tensor, scale);
+  const PolicyArguments policy{advantages, old_logprob, more, low, high, dual_clip, options};
+  const LossInputs loss = loss_inputs(in, policy, scale_tensor, scale);
   const LossTensors to = new_outputs(in, targets);
   run(in, loss, to, false, &out, gradient_layout(logits, out));
   return {to.loss, to.logprob, to.grad_logprob, to.row_stats};
 }
 
 void token_loss_rows_(Tensor logits, Tensor targets, std::optional<Tensor> advantages,
-                      std::optional<Tensor> old_logprob, double clip, double dual_clip,
+                      std::optional<Tensor> old_logprob, std::vector<std::optional<Tensor>> more,
+                      double low, double high, double dual_clip, std::vector<double> options,
                       double entropy_coef, std::optional<Tensor> row_temperature,
                       double temperature, double softcap, std::optional<Tensor> mask, Tensor scale,
                       Tensor dlogits, Tensor logprob, std::optional<Tensor> entropy,
                       std::optional<Tensor> grad_logprob) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
-  const LossInputs loss =
-      loss_inputs(in, advantages, old_logprob, clip, dual_clip, scale, 1, entropy_coef);
+  const PolicyArguments policy{advantages, old_logprob, more, low, high, dual_clip, options};
+  const LossInputs loss = loss_inputs(in, policy, scale, 1, entropy_coef);
   const RowPassTensors to(in, logprob, entropy, grad_logprob, entropy_coef);
   run(in, loss, to, entropy.has_value(), &dlogits, gradient_layout(logits, dlogits, true));
 }

@@ -72,6 +72,28 @@ def shape(op: str, name: str, value: Tensor, expected: tuple) -> None:
         )
 
 
+def has_shape(value: object, expected: tuple) -> bool:
+    """Whether it is a tensor of this shape. A nested tensor has none."""
+    return isinstance(value, Tensor) and not value.is_nested and _same_shape(value.shape, expected)
+
+
+def plain_policy(given: tuple, defaults: tuple, advantages: object, shape: tuple) -> bool:
+    """Whether a policy loss has its default settings, and one advantage a token or none.
+
+    An array among the settings, which compares elementwise, is no default.
+    """
+    try:
+        if given != defaults:
+            return False
+    except (RuntimeError, ValueError):
+        return False
+    if advantages is None:
+        return True
+    if torch.compiler.is_compiling():
+        return has_shape(advantages, shape)
+    return isinstance(advantages, Tensor) and not advantages.is_nested and advantages.shape == shape
+
+
 def _same_shape(a: tuple, b: tuple) -> bool:
     """Under torch.compile also True for sizes that only the data will tell; the kernels check them again."""
     if not torch.compiler.is_compiling():
@@ -262,11 +284,16 @@ def layout(
 
 def estimator(op: str, value: object) -> int:
     """Index of a KL estimator, which the kernels take in place of its name."""
-    if isinstance(value, str) and value in ESTIMATORS:
-        return ESTIMATORS.index(value)
-    close = difflib.get_close_matches(str(value), ESTIMATORS, n=1, cutoff=0.3)
+    return ESTIMATORS.index(choice(op, "estimator", value, ESTIMATORS))
+
+
+def choice(op: str, name: str, value: object, words: tuple[str, ...]) -> str:
+    """One of some strings; the message names the nearest."""
+    if isinstance(value, str) and value in words:
+        return value
+    close = difflib.get_close_matches(str(value), words, n=1, cutoff=0.3)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"{op}: estimator must be one of {ESTIMATORS}; got {value!r}{hint}")
+    raise ValueError(f"{op}: {name} must be one of {words}; got {value!r}{hint}")
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:
@@ -350,6 +377,18 @@ def row_constant(op: str, name: str, value: Tensor, logits: Tensor, targets: Ten
     """A float tensor [...] of the rows that is a constant to autograd, in the accumulator's dtype, contiguous."""
     float_tensor(op, name, value)
     shape(op, name, value, targets.shape)
+    return _constant(op, name, value, logits)
+
+
+def constant(op: str, name: str, value: Tensor | None, logits: Tensor) -> Tensor | None:
+    """A float tensor that is a constant to autograd, in the accumulator's dtype, contiguous; None passes."""
+    if value is None:
+        return None
+    float_tensor(op, name, value)
+    return _constant(op, name, value, logits)
+
+
+def _constant(op, name, value, logits):
     same_device(op, name, value, logits.device)
     if value.requires_grad:
         constants(op, **{name: value})
@@ -410,6 +449,15 @@ def overwritable(logits: Tensor) -> bool:
     return row_axes <= 2
 
 
+def scale_argument(op, scale: object, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """A number or 0-d tensor as a 0-d constant of `dtype`; None for 1, which costs nothing."""
+    if type(scale) is float and scale == 1:
+        return None
+    if not isinstance(scale, Tensor):
+        return torch.full((), number(op, "scale", scale), dtype=dtype, device=device)
+    return scale_tensor(op, scale, device, dtype)
+
+
 # ---- the head of a linear op --------------------------------------------------------------------
 
 
@@ -464,14 +512,19 @@ def flag(op: str, name: str, value: object) -> None:
 
 
 def ppo_settings(op, clip, dual_clip, value_clip, value_coef, entropy_coef):
-    """The five numbers of the loss as the raw op takes them: UNLIMITED for a clip that is None."""
+    """(low, high, dual_clip, value_clip, value_coef, entropy_coef) as the raw op takes them.
+
+    low, high: limits of the ratio. A clip that is None is UNLIMITED, the lower one -UNLIMITED.
+    """
     floats = type(clip) is type(value_clip) is type(value_coef) is type(entropy_coef) is float
     if floats and dual_clip is None and _TINY < clip < _MAX and _TINY < value_clip < _MAX:
         if -_MAX < value_coef < _MAX and -_MAX < entropy_coef < _MAX:
             # The common case: 0.25 us less, 1.5 % of a forward.
-            return clip, UNLIMITED, value_clip, value_coef, entropy_coef
+            return 1 - clip, 1 + clip, UNLIMITED, value_clip, value_coef, entropy_coef
+    low, high = clip_limits(op, clip)
     return (
-        number(op, "clip", clip, low=0, strict=True),
+        -UNLIMITED if low is None else 1 - low,
+        UNLIMITED if high is None else 1 + high,
         UNLIMITED if dual_clip is None else number(op, "dual_clip", dual_clip, low=1, strict=True),
         UNLIMITED
         if value_clip is None
@@ -481,11 +534,18 @@ def ppo_settings(op, clip, dual_clip, value_clip, value_coef, entropy_coef):
     )
 
 
-def ppo_options(settings: tuple) -> dict:
-    """The same numbers as reference.py takes them: by name, None for UNLIMITED."""
-    names = ("clip", "dual_clip", "value_clip", "value_coef", "entropy_coef")
-    options = dict(zip(names, settings, strict=True))
-    return options | {x: None for x in ("dual_clip", "value_clip") if options[x] == UNLIMITED}
+def clip_limits(op: str, clip: object) -> tuple[float | None, float | None]:
+    """(low, high) of a number or a pair: the ratio is clipped to [1 - low, 1 + high]."""
+    if not isinstance(clip, (tuple, list)):
+        clip = number(op, "clip", clip, low=0, strict=True)
+        return clip, clip
+    if len(clip) != 2:
+        raise ValueError(f"{op}: clip must be a number or a pair (low, high); got {clip!r}")
+    sides = zip(("low", "high"), clip, strict=True)
+    return tuple(
+        None if c is None else number(op, f"clip ({side})", c, low=0, strict=True)
+        for side, c in sides
+    )
 
 
 def ppo_values(op, values, old_values, returns, value_clip):

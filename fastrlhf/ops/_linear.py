@@ -8,7 +8,7 @@ multiplies several chunks at once, because each product into dW reads and writes
 import torch
 from torch import Tensor
 
-from fastrlhf.ops import _gemms
+from fastrlhf.ops import _gemms, _lse
 from fastrlhf.ops._gemms import Gemms
 
 # From this many rows on, the forward on CPU loops over blocks of the vocabulary, each with all rows: a GEMM call packs
@@ -142,6 +142,7 @@ class Head:
         memory: Tensor | None = None,
         kept: Tensor | None = None,
         overlap: bool = False,
+        ranges: list[slice] | None = None,
     ):
         """Yields each chunk with its logits, and then adds its dlogits to `grads`.
 
@@ -150,11 +151,11 @@ class Head:
             memory: [R, V] or more rows, to hold all logits.
             kept: [R, V], logits that a forward has kept.
             overlap: without `grads`, the caller's work may run while the next chunk's GEMM does.
+            ranges: of the R rows, ascending; no chunk crosses the end of one. None: all rows, which are one range.
         """
         gemms = self.gemms
-        step = self.rows if memory is not None else self._step(width)
-        cuts = _gemms.cuts(self.rows, step)
-        most = cuts[0].stop if cuts else 0
+        step = self.rows if memory is not None else self.step(width)
+        cuts, most = _cuts(self.rows, step, ranges)
         apart = grads is not None and (gemms.dlogits_dtype is not None or kept is not None)
         if memory is None and kept is None and (len(cuts) > 1 or width or gemms.dlogits_dtype):
             memory = self._logits(most, width)
@@ -211,7 +212,8 @@ class Head:
         finally:  # an error, too, frees memory that the side stream may use
             side.main_waits(side.mark())
 
-    def _step(self, width: int | None) -> int:
+    def step(self, width: int | None = None) -> int:
+        """The most rows of a chunk."""
         logits_bytes = self.gemms.logits_bytes[self.workspace]
         return _gemms.chunk_rows(logits_bytes, width or self.vocab, self.acc)
 
@@ -219,6 +221,19 @@ class Head:
         self, rows: int, width: int | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         return _gemms.logits_rows(rows, width or self.vocab, dtype or self.acc, self.device)
+
+
+def _cuts(rows: int, step: int, ranges: list[slice] | None) -> tuple[tuple[slice, ...], int]:
+    """(chunks of at most `step` rows, the rows of the largest)."""
+    if ranges is None:
+        cuts = _gemms.cuts(rows, step)
+        return cuts, cuts[0].stop if cuts else 0
+    cuts = []
+    for whole in ranges:
+        start = whole.start
+        for cut in _gemms.cuts(whole.stop - start, step):
+            cuts.append(slice(start + cut.start, start + cut.stop))
+    return tuple(cuts), max((cut.stop - cut.start for cut in cuts), default=0)
 
 
 class Gradients:
@@ -328,16 +343,18 @@ def pack(rows: Tensor, carries: Tensor) -> Tensor:
     return order[:count]
 
 
-def statistics(head: Head, kernels, memory: Tensor | None = None, look=None):
+def statistics(
+    head: Head, kernels, memory: Tensor | None = None, look=None, ranges: list[slice] | None = None
+):
     """(logprob [R], entropy [R], row_stats [3, R]); `memory` [R, V]: to keep all logits in.
 
-    `look`: called with the logits [n, V] and targets [n] of each chunk.
+    `look`: called with the logits [n, V] and targets [n] of each chunk. `ranges`: only of these rows.
     """
     logprob, entropy, row_stats = head.new_rows(), head.new_rows(), head.new_rows(3)
     whole = memory is not None or look is not None or head.rows < BY_BLOCK_ROWS
     blocks = None if whole else kernels.blocks(head)
     width = blocks and max(columns.stop - columns.start for columns in blocks)
-    for chunk in head.chunks(width=width, memory=memory, overlap=look is None):
+    for chunk in head.chunks(width=width, memory=memory, overlap=look is None, ranges=ranges):
         if look is not None:
             look(chunk.logits, chunk.targets)
         if blocks is None:
@@ -349,10 +366,11 @@ def statistics(head: Head, kernels, memory: Tensor | None = None, look=None):
     return logprob, entropy, row_stats
 
 
-def add_gradients(head, kernels, grads, upstream, row_stats, logits=None) -> None:
-    """Adds the gradients that follow from dL/dlogprob and dL/dentropy [...] (None: 0) and row_stats [3, N].
+def add_gradients(head, kernels, grads, upstream, row_stats, class_weights, logits=None) -> None:
+    """Adds the gradients that follow from `upstream`, those of logprob, entropy, lse and spread [...] (None: 0).
 
-    `logits` [R, V]: those that the forward has kept. If num_rows is wrong, the rows that take part get NaN.
+    row_stats [3, N]. `logits` [R, V]: those that the forward has kept. If num_rows is wrong, the rows that take part
+    get NaN.
     """
     upstream = [head.take(grad) for grad in upstream]
     if head.wrong is not None:
@@ -360,14 +378,6 @@ def add_gradients(head, kernels, grads, upstream, row_stats, logits=None) -> Non
     if head.index is not None:
         row_stats = row_stats.index_select(1, head.index)
     for chunk in head.chunks(grads, kept=logits):
-        g, h = (head.per_row(x, chunk.rows) for x in upstream)
-        kernels.backward(
-            g,
-            h,
-            chunk.logits,
-            chunk.targets,
-            row_stats[:, chunk.rows].contiguous(),
-            chunk.row_temperature,
-            chunk.mask,
-            chunk.dlogits,
-        )
+        own = _lse.Upstream(*(head.per_row(x, chunk.rows) for x in upstream))
+        stats = row_stats[:, chunk.rows].contiguous()
+        _lse.backward(kernels, own, chunk, stats, class_weights, keep_logits=logits is not None)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastrlhf.ops import _checks, _gemms, ppo_loss, token_loss
+from fastrlhf.ops import _checks, _gemms, _linear_policy, ppo_loss, token_loss
 from fastrlhf.ops._gemms import acc_of, as_parameters, gemms_for
 from fastrlhf.ops._linear import Gradients, Head, statistics
 from fastrlhf.ops._register import (
@@ -24,11 +24,10 @@ from fastrlhf.ops._register import (
     register_python,
     unkept,
 )
-from fastrlhf.ops._rows import RowKernels, TokenLoss
+from fastrlhf.ops._rows import NO_CLIP, RowKernels, TokenLoss
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 PPO, CROSS_ENTROPY = "linear_ppo_loss", "linear_cross_entropy"  # the raw op's `loss`
-NO_CLIP = 1.0, _checks.UNLIMITED, 0.0  # clip, dual_clip, entropy_coef of a loss that has none
 
 
 class Work(NamedTuple):
@@ -63,35 +62,51 @@ def _forward(
 ):  # fmt: skip
     gemms = gemms_for(hidden, weight)
     ppo, parameters = loss == PPO, (hidden, weight, bias)
-    one = None
+    one = more = late = share = d_values = None
+    if ppo and len(per_token) > _linear_policy.PLAIN_TENSORS:
+        more = _linear_policy.more_of(per_token, settings)
+        if more.factors is not None:  # of a row, in place of 1 / R
+            share = more.factors[0] if factor is None else more.factors[0] * factor
     if backend == "cpu" and mask is into is group is None and not compact and True in needs[:3]:
-        given = (targets, row_temperature, factor, per_token, settings)
-        one = _one_chunk(gemms, parameters, *given, ppo, needs, workspace)
+        if more is None or more.late == "none":
+            given = (targets, row_temperature, factor, per_token, settings, more, share)
+            one = _one_chunk(gemms, parameters, *given, ppo, needs, workspace)
     if one is not None:
         logprob, entropy, scale, found = one
         wrong = None
     else:
         head = Head(gemms, *parameters, targets, row_temperature, mask, workspace, num_rows)
         wrong = head.wrong
-        scale = scale_of(head, factor, mean=ppo or settings[2] != 0)
+        mean = share is None and (ppo or settings[2] != 0)
+        scale = scale_of(head, factor if share is None else share, mean=mean)
         options = {"into": into, "compact": compact, "group": group}
         work = work_of(head, settings[0], settings[1], backend, needs, **options)
-        logprob, entropy = _by_chunks(work, per_token, settings, scale, ppo, compact)
+        terms = _terms(head, per_token, settings, more, scale, ppo)
+        if more is not None and more.late != "none":
+            late = _linear_policy.LateTerms(head, work.kernels, more, terms.more[2])
+            terms = terms._replace(more=[*terms.more[:3], late.sequences])
+        logprob, entropy = _by_chunks(work, terms, ppo, compact, late)
         found = [None] * 3 if work.grads is None else work.grads.finish()
     if ppo:
         if mask is not None:
             logprob, entropy = head.scatter(logprob), head.scatter(entropy)
+        factors, extra, options, limits = None, [], [], settings[2:]
+        if more is not None:
+            sequences = more.sequences if late is None else late.sequences
+            factors, extra, options = more.factors, [*more[:3], sequences], more.options
+            per_token, limits = per_token[:4], settings[2:8]
         old_logprob, advantages, old_values, returns = per_token
-        if settings[4] == _checks.UNLIMITED:
+        if settings[5] == _checks.UNLIMITED:
             old_values = None
         tokens = (logprob, old_logprob, advantages, values, old_values, returns, entropy, mask)
-        total, metrics, stacked = ppo_loss.FWD[backend].raw(*tokens, *settings[2:], needs[3])
-        d_values = stacked[1] if needs[3] else None
+        fwd = ppo_loss.FWD[backend].raw
+        total, metrics, stacked = fwd(*tokens, factors, extra, *limits, options, needs[3])
         if factor is not None:
             total = total * factor
-            d_values = None if d_values is None else d_values * factor
+        if needs[3]:  # not a view, which the fake implementation would not know
+            d_values = stacked[1].clone() if factor is None else stacked[1] * factor
     else:
-        total, metrics, d_values = -(logprob.sum() * scale), logprob.new_empty(0), None
+        total, metrics = -(logprob.sum() * scale), logprob.new_empty(0)
     if wrong is not None:
         total = total.masked_fill(wrong, math.nan)
         metrics = metrics.masked_fill(wrong, math.nan)
@@ -99,29 +114,47 @@ def _forward(
     return total, metrics, *as_parameters(found, parameters, kept_dtype), d_values
 
 
-def _by_chunks(work: Work, per_token, settings, scale, ppo: bool, compact: bool):
+def _terms(head: Head, per_token, settings, more, scale: Tensor, ppo: bool) -> TokenLoss:
+    """The loss of the R rows that count."""
+    if not ppo:
+        return TokenLoss(None, None, *NO_CLIP, scale)
+    old_logprob, advantages = per_token[:2]
+    low, high, dual_clip, _, _, entropy_coef = settings[2:8]
+    limits = (low, high, dual_clip, entropy_coef, scale)
+    if more is None:
+        return TokenLoss(head.numbers(advantages), head.numbers(old_logprob), *limits)
+    rows = (advantages, old_logprob, more.ref_logprob, more.rollout)
+    advantages, old_logprob, *rows = (x if x is None else head.numbers(x) for x in rows)
+    cu_seqlens = _linear_policy.cu_seqlens_of(head, more.cu_seqlens)
+    extra = [*rows, cu_seqlens, more.sequences]
+    return TokenLoss(advantages, old_logprob, *limits, extra, more.options)
+
+
+def _by_chunks(work: Work, terms: TokenLoss, ppo: bool, compact: bool, late):
     """(logprob [R], entropy [R] or None), and the gradients in `work.grads`."""
     head, kernels, grads = work
     if grads is None:
         logprob, entropy, _ = statistics(head, kernels)
+        if late is not None:
+            late.of_all(logprob)
         return logprob, entropy
     logprob, entropy = head.new_rows(), head.new_rows() if ppo else None
-    terms = TokenLoss(None, None, *NO_CLIP, scale)
-    if ppo:
-        old_logprob, advantages = head.numbers(per_token[0]), head.numbers(per_token[1])
-        _, _, clip, dual_clip, _, _, entropy_coef = settings
-        terms = TokenLoss(advantages, old_logprob, clip, dual_clip, entropy_coef, scale)
     grad_logprob = head.new_rows() if compact and terms.entropy_coef == 0 else None
-    for chunk in head.chunks(grads):
-        kernels.loss(chunk, terms, logprob, entropy, grad_logprob)
+    ranges = None if late is None else late.ranges()
+    for chunk in head.chunks(grads, ranges=ranges):
+        if late is not None and late.holds_whole(chunk.rows):
+            between = functools.partial(late.of_chunk, chunk.rows, logprob)
+            kernels.loss_in_parts(chunk, terms, logprob, entropy, grad_logprob, between)
+        else:
+            kernels.loss(chunk, terms, logprob, entropy, grad_logprob)
         if grad_logprob is not None:
             chunk.carries = grad_logprob[chunk.rows] != 0
     return logprob, entropy
 
 
 def _one_chunk(
-    gemms, parameters, targets, row_temperature, factor, per_token, settings, ppo, needs, workspace
-):
+    gemms, parameters, targets, row_temperature, factor, per_token, settings, more, share, ppo, needs, workspace
+):  # fmt: skip
     """(logprob [N], entropy [N] or None, scale, [dX, dW, db]) on CPU, if all rows count; None if they exceed one chunk.
 
     For a small batch the loop would cost as much as its kernels: 12 us of 70.
@@ -138,23 +171,33 @@ def _one_chunk(
     logits = gemms.logits(hidden, weight, bias, None)
     rows = logits.shape[0]
     logprob = logits.new_empty(rows)
-    entropy, advantages, old_logprob = None, None, None
-    clip, dual_clip, entropy_coef = NO_CLIP
-    temperature, softcap, *rest = settings
+    entropy, advantages, old_logprob, extra, options = None, None, None, [], []
+    low, high, dual_clip, entropy_coef = NO_CLIP
+    temperature, softcap = settings[:2]
     if ppo:
         entropy = logits.new_empty(rows)
         old_logprob, advantages = gemms.operand(per_token[0]), gemms.operand(per_token[1])
-        clip, dual_clip, _, _, entropy_coef = rest
-    scale = _cpu_scalar(1 / rows if ppo or rest[0] != 0 else 1.0, gemms.acc)
-    if factor is not None:
-        scale = scale * factor
+        low, high, dual_clip, _, _, entropy_coef = settings[2:8]
+    if more is not None:
+        ref_logprob, rollout, cu_seqlens, sequences = more[:4]
+        extra = [gemms.operand(ref_logprob), gemms.operand(rollout), cu_seqlens, sequences]
+        options = more.options
+    if share is None:
+        scale = _cpu_scalar(1 / rows if ppo or settings[2] != 0 else 1.0, gemms.acc)
+        if factor is not None:
+            scale = scale * factor
+    else:
+        scale = share
     token_loss.ROWS_["cpu"].raw(
         logits,
         targets,
         advantages,
         old_logprob,
-        clip,
+        extra,
+        low,
+        high,
         dual_clip,
+        options,
         entropy_coef,
         row_temperature,
         temperature,
@@ -374,15 +417,6 @@ def whole_vocab(op: str, group, hidden: Tensor, weight: Tensor) -> int:
     return _vocab_parallel.check_group(op, group, hidden, weight)
 
 
-def scale_argument(op, scale: object, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    """A number or 0-d tensor as a 0-d constant of `dtype`; None for 1, which costs nothing."""
-    if type(scale) is float and scale == 1:
-        return None
-    if not isinstance(scale, Tensor):
-        return torch.full((), _checks.number(op, "scale", scale), dtype=dtype, device=device)
-    return _checks.scale_tensor(op, scale, device, dtype)
-
-
 def check_accumulate(
     op: str, into: object, weight: Tensor, dtype: torch.dtype, inputs: dict[str, Tensor | None]
 ) -> None:
@@ -462,10 +496,10 @@ def _backward_op(ctx, grad_loss):
 
 
 # Returns the loss, its metrics and its gradients for an upstream gradient of 1 (empty where not needed).
-# loss "linear_ppo_loss": per_token (old_logprob, advantages, old_values, returns), settings (temperature, softcap,
-# clip, dual_clip, value_clip, value_coef, entropy_coef). "linear_cross_entropy": per_token empty, settings
-# (temperature, softcap, whether the loss is a mean). The four differentiable tensors stay outside the list: autograd
-# silently drops the gradient of a tensor in a list with a None.
+# loss "linear_ppo_loss": per_token (old_logprob, advantages, old_values, returns), settings (temperature, softcap, low,
+# high, dual_clip, value_clip, value_coef, entropy_coef); beyond plain PPO those of More (_linear_policy.py) follow in
+# both. "linear_cross_entropy": per_token empty, settings (temperature, softcap, whether the loss is a mean). The four
+# differentiable tensors stay outside the list: autograd silently drops the gradient of a tensor in a list with a None.
 FWD = register_python(
     "linear_loss_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor? values, Tensor targets, Tensor? mask, "
     "Tensor? row_temperature, Tensor? factor, Tensor?[] per_token, float[] settings, SymInt? num_rows, "
@@ -479,26 +513,3 @@ FWD = register_python(
     backward=_backward_op,
     create_graph=True,
 )
-
-
-def _over_batch(info, in_dims, *arguments):
-    """vmap as a loop of calls: torch's own rule does not support lists."""
-    if info.batch_size == 0:
-        raise RuntimeError(f"{arguments[12]}: vmap over a dimension of size 0 is not implemented")
-
-    def pick(x, dim, i):
-        if isinstance(dim, (list, tuple)):
-            return [pick(one, d, i) for one, d in zip(x, dim, strict=True)]
-        return x if dim is None else x.select(dim, i)
-
-    each = [
-        torch.ops.fastrlhf.linear_loss_fwd(
-            *(pick(x, dim, i) for x, dim in zip(arguments, in_dims, strict=True))
-        )
-        for i in range(info.batch_size)
-    ]
-    outputs = tuple(torch.stack(column) for column in zip(*each, strict=True))
-    return outputs, (0,) * len(outputs)
-
-
-torch.library.register_vmap("fastrlhf::linear_loss_fwd", _over_batch)

@@ -60,7 +60,9 @@ def register(
     cpp = _define(schema, fake, None, op, autograd, "cpu")
     calls = {"cpu": cpp, "cuda": cpp}
     if triton:
-        twin = schema.replace(op, f"{op}_triton", 1)
+        name = _name(schema)
+        twin = name.replace(op, f"{op}_triton") if op in name else f"{name}_triton"
+        twin += schema[len(name) :]
         calls["triton"] = _define(twin, fake, _triton_kernel(triton), op, autograd, "triton")
     if op:
         name = f"fastrlhf::{_name(schema)}"
@@ -110,6 +112,8 @@ def _define(schema, fake, body, op, autograd, backend=None):
         with torch.no_grad():
             return raw(*arguments)
 
+    if "Tensor?[]" in schema and "!" not in schema:
+        torch.library.register_vmap(f"fastrlhf::{name}", _over_batch(raw, op))
     below = below_cpp if body is None else below_python
     below.__name__ = name  # of the node, if `op` is a function
     options = {"op": op, "backend": backend, "names": [x.name for x in raw._schema.arguments]}
@@ -119,6 +123,28 @@ def _define(schema, fake, body, op, autograd, backend=None):
     call = differentiable(below, **options, traced=traced, **autograd)
     call.below, call.raw = below, run if body is None else below
     return call
+
+
+def _over_batch(raw, op):
+    """vmap of a raw op as a loop of calls: torch's own rule does not support lists of tensors."""
+
+    def pick(x, dim, i):
+        if isinstance(dim, (list, tuple)):
+            return [pick(one, d, i) for one, d in zip(x, dim, strict=True)]
+        return x if dim is None else x.select(dim, i)
+
+    def rule(info, in_dims, *arguments):
+        if info.batch_size == 0:
+            name = op if isinstance(op, str) else op(arguments)
+            raise RuntimeError(f"{name}: vmap over a dimension of size 0 is not implemented")
+        each = [
+            raw(*(pick(x, dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        outputs = tuple(torch.stack(column) for column in zip(*each, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    return rule
 
 
 def _name(schema):
@@ -139,11 +165,16 @@ def _triton_kernel(where):
         if module is None:
             with _importing:
                 module = importlib.import_module(f"fastrlhf.kernels.{home}")
-        # The kernels read memory, in which the sign of a negative view is not.
-        arguments = [x.resolve_neg() if isinstance(x, Tensor) else x for x in arguments]
-        return getattr(module, function)(*arguments)
+        return getattr(module, function)(*map(_in_memory, arguments))
 
     return body
+
+
+def _in_memory(x):
+    """The kernels read memory, in which the sign of a negative view is not."""
+    if isinstance(x, list):
+        return [_in_memory(y) for y in x]
+    return x.resolve_neg() if isinstance(x, Tensor) else x
 
 
 def _tensors_only(body):
@@ -406,11 +437,22 @@ def _as_user_error(error, op, names, arguments):
     if _INFERENCE in text:
         for name, x in zip(names, arguments, strict=False):
             if isinstance(x, Tensor) and x.is_inference():
-                return ValueError(
-                    f"{op}: {name.removeprefix('row_')} must not be an inference tensor where a gradient is recorded "
-                    "(clone it outside of torch.inference_mode); got one"
-                )
+                return _inference_error(op, name.removeprefix("row_"))
     return None
+
+
+def refuse_inference(op: str, **tensors: Tensor | None) -> None:
+    """For tensors in a list, whose names `differentiable` does not know."""
+    for name, x in tensors.items():
+        if x is not None and x.is_inference():
+            raise _inference_error(op, name)
+
+
+def _inference_error(op, name):
+    return ValueError(
+        f"{op}: {name} must not be an inference tensor where a gradient is recorded "
+        "(clone it outside of torch.inference_mode); got one"
+    )
 
 
 # ---- choice -------------------------------------------------------------------------------------

@@ -9,30 +9,62 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrlhf.ops import token_logprob, token_loss
+from fastrlhf.ops import ppo_loss, token_logprob, token_loss
 from fastrlhf.ops._checks import UNLIMITED
-from fastrlhf.reference import LOG_RATIO_LIMIT
+from fastrlhf.ops._policy import Option
 
 BLOCK = 4096  # columns: a multiple of kBlock in csrc/cpu/softmax_row.h
 _MKL = torch.backends.mkl.is_available()
 
 
 class TokenLoss(NamedTuple):
-    """sum over the rows of scale * (token_loss - entropy_coef * entropy), of per-row tensors [R]."""
+    """sum over the rows of scale * (token_loss - entropy_coef * entropy), of per-row tensors [R].
+
+    `more` and `options` as in _policy.py, with cu_seqlens of the R rows.
+    """
 
     advantages: Tensor | None
     old_logprob: Tensor | None
-    clip: float
+    low: float  # limits of the ratio
+    high: float
     dual_clip: float  # UNLIMITED: none
     entropy_coef: float
     scale: Tensor  # 0-d
+    more: list = []
+    options: list[float] = []
+
+    def more_of(self, chunk):
+        """(more, options) of a chunk's rows."""
+        if not self.more:
+            return self.more, self.options
+        ref_logprob, rollout, *sequences = self.more
+        options = list(self.options)
+        options[Option.FIRST_ROW] = float(chunk.rows.start)
+        return [*chunk.of(ref_logprob, rollout), *sequences], options
+
+
+NO_CLIP = (
+    -UNLIMITED,
+    UNLIMITED,
+    UNLIMITED,
+    0.0,
+)  # low, high, dual_clip, entropy_coef of a loss that has none
+# `options` of -A logprob for ppo_loss_fwd, which is plain PPO without any.
+_REINFORCE = [0.0] * len(Option)
+_REINFORCE[Option.OBJECTIVE] = 1.0
 
 
 class RowKernels:
     """Log-probs, entropies and dlogits of [n, V] logits by one fused backend."""
 
+    columns: slice | None = None  # those of a split vocabulary that lie here; None: all
+
     def __init__(self, backend: str, temperature: float, softcap: float):
         self.backend, self.temperature, self.softcap = backend, temperature, softcap
+
+    def whole_sum(self, sums: Tensor) -> Tensor:
+        """[n] over the whole vocabulary, from the sums of the columns here."""
+        return sums
 
     def forward(self, logits, targets, row_temperature, mask, with_entropy=True):
         """(logprob [n], entropy [n], row_stats [3, n]) of the chunk."""
@@ -47,17 +79,26 @@ class RowKernels:
 
     def loss(self, chunk, loss: TokenLoss, logprob, entropy, grad_logprob):
         """Writes dlogits and the chunk's rows of logprob, entropy and grad_logprob [R] (None: not wanted)."""
-        advantages, old_logprob = loss.advantages, loss.old_logprob
+        advantages, old_logprob, more, options = (
+            loss.advantages,
+            loss.old_logprob,
+            loss.more,
+            loss.options,
+        )
         if not chunk.whole:
             advantages, old_logprob = chunk.of(advantages, old_logprob)
+            more, options = loss.more_of(chunk)
             logprob, entropy, grad_logprob = chunk.of(logprob, entropy, grad_logprob)
         token_loss.ROWS_[self.backend].raw(
             chunk.logits,
             chunk.targets,
             advantages,
             old_logprob,
-            loss.clip,
+            more,
+            loss.low,
+            loss.high,
             loss.dual_clip,
+            options,
             loss.entropy_coef,
             chunk.row_temperature,
             self.temperature,
@@ -69,6 +110,35 @@ class RowKernels:
             entropy,
             grad_logprob,
         )
+
+    def loss_in_parts(self, chunk, loss: TokenLoss, logprob, entropy, grad_logprob, between=None):
+        """`loss` in three steps, where something has to happen between a row's log-prob and its loss: `between()`."""
+        given = (chunk.logits, chunk.targets)
+        rest = (chunk.row_temperature, chunk.mask)
+        found, found_entropy, row_stats = self.forward(*given, *rest)
+        logprob[chunk.rows] = found
+        if entropy is not None:
+            entropy[chunk.rows] = found_entropy
+        if between is not None:
+            between()
+        g, h = self._policy_gradient(chunk, loss, found, found_entropy)
+        if grad_logprob is not None:
+            grad_logprob[chunk.rows] = g
+        self.backward(g, h, *given, row_stats, *rest, chunk.dlogits)
+
+    def _policy_gradient(self, chunk, loss: TokenLoss, logprob, entropy):
+        """(d loss / d logprob [n], d loss / d entropy [n] or None) of a chunk's rows."""
+        advantages, old_logprob = chunk.of(loss.advantages, loss.old_logprob)
+        more, options = loss.more_of(chunk)
+        if old_logprob is None and not options:
+            more, options = [None] * 4, _REINFORCE
+        entropy = entropy if loss.entropy_coef != 0 else None
+        tokens = (logprob, old_logprob, advantages, None, None, None, entropy, chunk.mask)
+        limits = (loss.low, loss.high, loss.dual_clip, UNLIMITED, 0.0, loss.entropy_coef)
+        factors = loss.scale.repeat(2)
+        fwd = ppo_loss.FWD[self.backend].raw
+        _, _, grads = fwd(*tokens, factors, more, *limits, options, True)
+        return grads[0], None if entropy is None else grads[1]
 
     def blocks(self, head) -> list[slice] | None:
         """Columns of each block of the vocabulary, for `forward_by_blocks`; None to take whole rows.
@@ -96,29 +166,6 @@ class RowKernels:
             head.gemms.logits(chunk.x, *block, logits)
             part(logits, chunk.targets, columns.start, *given, state)
         return token_logprob.WHOLE["cpu"].raw(state, head.vocab, chunk.targets, *given)
-
-
-def policy_grad_logprob(logprob, advantages, old_logprob, loss: TokenLoss) -> Tensor:
-    """d loss / d logprob [n] in plain PyTorch: the gradient of `policy_term` in csrc/common/ppo.h."""
-    if old_logprob is None:
-        grad_logprob = -loss.scale
-        return (
-            grad_logprob.expand_as(logprob).contiguous()
-            if advantages is None
-            else grad_logprob * advantages
-        )
-    a = torch.ones_like(logprob) if advantages is None else advantages
-    distance = logprob - old_logprob
-    log_ratio = distance.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio = log_ratio.exp()
-    unclipped, clipped = -a * ratio, -a * ratio.clamp(1 - loss.clip, 1 + loss.clip)
-    larger = torch.where(clipped > unclipped, clipped, unclipped)
-    idle = (clipped > unclipped) | (log_ratio != distance)
-    if loss.dual_clip < UNLIMITED:
-        idle |= (a < 0) & (-a * loss.dual_clip < larger)
-    grad_logprob = unclipped.masked_fill(idle, 0.0)
-    # A NaN must not hide behind a clip.
-    return torch.where(larger == larger, grad_logprob, larger) * loss.scale
 
 
 def local_targets(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:

@@ -17,24 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastrlhf.ops import _agreement
+from fastrlhf.ops import _agreement, _lse
 from fastrlhf.ops._gemms import as_parameters, gemms_for
 from fastrlhf.ops._linear import Gradients, Head, add_gradients
 from fastrlhf.ops._register import differentiable, unkept, without_autocast
-from fastrlhf.ops._rows import (
-    RowKernels,
-    TokenLoss,
-    local_targets,
-    policy_grad_logprob,
-    whole_rows,
-)
+from fastrlhf.ops._rows import RowKernels, TokenLoss, local_targets, whole_rows
 from fastrlhf.ops.linear_logprob import FWD
 
 
 @torch.compiler.disable
 def logprob(*arguments):
-    """(logprob, entropy) of the checked arguments of linear_logprob_fwd, with the process group for `trained`."""
-    return _vocab_parallel(*arguments)[:2]
+    """(logprob, entropy, lse, spread) of the checked arguments of linear_logprob_fwd, with the group for `keep`."""
+    return _vocab_parallel(*arguments)[:4]
 
 
 @torch.compiler.disable
@@ -84,23 +78,34 @@ def _same_operands(op: str, group, device: torch.device, numbers: tuple[int, ...
 _same_operands_once = functools.lru_cache(maxsize=256)(_same_operands)
 
 
-def _forward(hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest):
-    """(logprob, entropy, row_stats) of the whole vocabulary, from this rank's shard of weight and bias."""
-    num_rows, workspace, backend, op, group = rest
+def _forward(hidden, weight, targets, bias, row_t, class_weight, temperature, softcap, mask, *rest):
+    """(logprob, entropy, lse, spread, row_stats) of the whole vocabulary, from this rank's shard of weight and bias."""
+    num_rows, workspace, backend, op, with_lse, with_spread, group = rest
     kernels = ShardKernels(backend, temperature, softcap, group, weight.shape[0])
     flat = targets.reshape(-1)
     local, _ = local_targets(targets, kernels.columns)
-    arguments = (hidden, weight, local, bias, row_t, temperature, softcap, mask)
-    logprob, _, row_stats, _ = FWD(*arguments, num_rows, workspace, backend, op, False)
+    c = _lse.class_weights(kernels, weight.shape[0], class_weight)
+    arguments = (hidden, weight, local, bias, row_t, c.each, temperature, softcap, mask)
+    options = (num_rows, workspace, backend, op, with_spread, with_spread, False)
+    logprob, _, own_lse, spread, row_stats, _ = FWD(*arguments, *options)
     flat_mask = None if mask is None else mask.reshape(-1)
     logprob, entropy, row_stats = kernels.over_ranks(logprob.view(-1), row_stats, flat, flat_mask)
-    return logprob.view(targets.shape), entropy.view(targets.shape), row_stats
+    row_temperature = None if row_t is None else row_t.reshape(-1)
+    lse = _lse.lse_of(kernels, row_stats, row_temperature, flat_mask)
+    if with_spread:
+        # Of the shard's own log-probs, whose lse is another.
+        own = weight.shape[0] if c.each is None else c.each.sum()
+        spread = kernels.whole_sum(spread.view(-1) + own * (own_lse.view(-1) - lse))
+    found = (logprob, entropy, lse if with_lse else None, spread if with_spread else None)
+    return *(x if x is None else x.view(targets.shape) for x in found), row_stats
 
 
 def _setup(ctx, arguments, outputs):
-    hidden, weight, targets, bias, row_t, temperature, softcap, mask, *rest = arguments
-    ctx.settings, ctx.op = (temperature, softcap, *rest), arguments[11]
-    ctx.save_for_backward(hidden, weight, bias, targets, outputs[2], row_t, mask)
+    hidden, weight, targets, bias, row_t, class_weight, temperature, softcap, mask, *rest = (
+        arguments
+    )
+    ctx.settings, ctx.op = (temperature, softcap, *rest), arguments[12]
+    ctx.save_for_backward(hidden, weight, bias, targets, outputs[4], row_t, class_weight, mask)
 
 
 def _gather(mine: Tensor, group) -> Tensor:
@@ -110,13 +115,16 @@ def _gather(mine: Tensor, group) -> Tensor:
 
 
 @without_autocast
-def _gradients(hidden, weight, bias, targets, row_stats, row_t, mask, upstream, needs, settings):
-    temperature, softcap, num_rows, workspace, backend, _, group = settings
+def _gradients(
+    hidden, weight, bias, targets, row_stats, row_t, class_weight, mask, upstream, needs, settings
+):
+    temperature, softcap, num_rows, workspace, backend, *_, group = settings
     gemms = gemms_for(hidden, weight)
     head = Head(gemms, hidden, weight, bias, targets, row_t, mask, workspace, num_rows)
     kernels = ShardKernels(backend, temperature, softcap, group, weight.shape[0])
     grads = Gradients(head, needs, sums=HiddenSums(group))
-    add_gradients(head, kernels, grads, upstream, row_stats)
+    c = _lse.class_weights(kernels, head.vocab, class_weight)
+    add_gradients(head, kernels, grads, upstream, row_stats, c)
     return as_parameters(grads.finish(), (hidden, weight, bias), lambda like: like.dtype)
 
 
@@ -128,9 +136,9 @@ def _backward(ctx, *upstream):
 
 _vocab_parallel = differentiable(
     unkept(without_autocast(_forward)),
-    op=lambda arguments: arguments[11],
+    op=lambda arguments: arguments[12],
     wrt=(0, 1, 3),
-    gives=2,
+    gives=4,
     setup=_setup,
     backward=_backward,
 )
@@ -152,6 +160,9 @@ class ShardKernels(RowKernels):
     def blocks(self, head):
         return None
 
+    def whole_sum(self, sums: Tensor) -> Tensor:
+        return _gather(sums, self.group).double().sum(0).to(sums.dtype)
+
     def over_ranks(self, logprob, row_stats, targets, mask):
         """(logprob [n], entropy [n], row_stats [3, n]) of the whole rows, bitwise identical on all ranks."""
         every = _gather(torch.cat((row_stats, logprob.unsqueeze(0))), self.group)
@@ -160,21 +171,8 @@ class ShardKernels(RowKernels):
         return logprob.masked_fill(wrong, math.nan), entropy, row_stats
 
     def loss(self, chunk, loss: TokenLoss, logprob, entropy, grad_logprob):
-        # In parts: the ranks wait for each other between a row's statistics and its loss.
-        advantages, old_logprob = chunk.of(loss.advantages, loss.old_logprob)
-        given = (chunk.logits, chunk.targets)
-        rest = (chunk.row_temperature, chunk.mask)
-        found, found_entropy, row_stats = self.forward(*given, *rest)
-        g = policy_grad_logprob(found, advantages, old_logprob, loss)
-        if chunk.mask is not None:
-            g = g.masked_fill(~chunk.mask, 0.0)
-        h = None
-        if loss.entropy_coef != 0:
-            h = (-loss.entropy_coef * loss.scale).expand_as(g).contiguous()
-        self.backward(g, h, *given, row_stats, *rest, chunk.dlogits)
-        for whole, part in ((logprob, found), (entropy, found_entropy), (grad_logprob, g)):
-            if whole is not None:
-                whole[chunk.rows] = part
+        # The ranks wait for each other between a row's statistics and its loss.
+        self.loss_in_parts(chunk, loss, logprob, entropy, grad_logprob)
 
     def backward(self, grad_logprob, grad_entropy, logits, targets, row_stats, row_t, mask, out):
         local, mine = local_targets(targets, self.columns)

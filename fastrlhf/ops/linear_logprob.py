@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.ops import _backend, _checks, token_logprob
+from fastrlhf.ops import _backend, _checks, _lse, token_logprob
 from fastrlhf.ops._gemms import acc_of, as_parameters, gemms_for
 from fastrlhf.ops._linear import Gradients, Head, add_gradients, statistics
 from fastrlhf.ops._register import (
@@ -37,11 +37,12 @@ def linear_logprob(
     softcap: float | None = None,
     mask: Tensor | None = None,
     return_entropy: bool = False,
+    return_lse: bool = False,
     num_rows: int | None = None,
     workspace: str = "fast",
     process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """`token_logprob` of the logits hidden @ weight.T + bias, a chunk of rows at a time.
 
     Forward 2 N H V FLOP, backward 6 N H V (logits again, dX, dW): a chunk's fp32 logits are computed in
@@ -56,6 +57,8 @@ def linear_logprob(
         targets: [...], int32 or int64, in [0, V).
         bias: [V], or None.
         temperature, softcap, mask, return_entropy: as in `token_logprob`.
+        return_lse: also return ``lse = log sum_j e^z_j`` of the scaled logits z, differentiable, at no
+            extra product: ``dlse/dz_j = p_j``. The logit of the target is ``logprob + lse``.
         num_rows: the number of rows that `mask` counts, if known. Without it the host waits for a GPU to
             count them, once in the forward and once in the backward. (It cannot wait while a CUDA graph
             is captured: then masked rows enter the GEMMs.) A wrong number raises on CPU; on a GPU, where
@@ -69,7 +72,8 @@ def linear_logprob(
         backend: runs the row kernels; the GEMMs are PyTorch's. See `fastrlhf.backends`.
 
     Returns:
-        logprob [...], or (logprob, entropy); float32 (float64 for float64 inputs).
+        logprob [...], or (logprob, entropy), (logprob, lse) or (logprob, entropy, lse); float32
+        (float64 for float64 inputs).
 
     Raises:
         TypeError, ValueError: as `token_logprob`; also for weight, bias, workspace, process_group.
@@ -89,6 +93,8 @@ def linear_logprob(
         num_rows = _checks.num_rows(OP, num_rows, mask, targets)
     if type(return_entropy) is not bool:
         _checks.flag(OP, "return_entropy", return_entropy)
+    if type(return_lse) is not bool:
+        _checks.flag(OP, "return_lse", return_lse)
     chosen = choose(OP, backend, hidden, weight, bias)
     vocab = weight.shape[0]
     if process_group is not None:
@@ -99,20 +105,28 @@ def linear_logprob(
         _checks.row_values(OP, targets, vocab, mask, row_temperature)
     rows = (targets, bias, row_temperature, temperature, softcap, mask)
     options = (num_rows, workspace, chosen, process_group)
-    return logprob_of(OP, hidden, weight, *rows, return_entropy, *options)
+    wanted = {"with_entropy": return_entropy, "with_lse": return_lse}
+    logprob, entropy, lse, _ = rows_of(OP, hidden, weight, *rows, *options, **wanted)
+    if not (return_entropy or return_lse):
+        return logprob
+    return logprob, *([entropy] if return_entropy else []), *([lse] if return_lse else [])
 
 
-def logprob_of(
-    op, hidden, weight, targets, bias, row_temperature, temperature, softcap, mask, return_entropy, num_rows,
-    workspace, chosen, group,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """`linear_logprob` of checked arguments, for the public op `op`, which later errors name."""
+def rows_of(
+    op, hidden, weight, targets, bias, row_temperature, temperature, softcap, mask, num_rows, workspace, chosen,
+    group, *, with_entropy=False, with_lse=False, with_spread=False, class_weight=None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(logprob, entropy, lse, spread) of checked arguments, for the public op `op`, which later errors name.
+
+    lse and spread (_lse.py) only if asked for, and the reference's entropy. class_weight [V], in the accumulator's
+    dtype: for spread.
+    """
     if group is not None:
         from fastrlhf.ops import _vocab_parallel  # imports torch.distributed
     if chosen == "reference":
         if group is not None:
             weight, bias = _vocab_parallel.whole_head(group, weight, bias)
-        return reference.linear_logprob(
+        return reference.linear_rows(
             hidden,
             weight,
             targets,
@@ -120,20 +134,19 @@ def logprob_of(
             temperature=temperature if row_temperature is None else row_temperature,
             softcap=softcap or None,
             mask=mask,
-            return_entropy=return_entropy,
             num_rows=num_rows,
             workspace=workspace,
+            with_entropy=with_entropy,
+            with_lse=with_lse,
+            with_spread=with_spread,
+            class_weight=class_weight,
         )
-    arguments = (hidden, weight, targets, bias, row_temperature, temperature, softcap, mask)
-    arguments += (num_rows, workspace, chosen, op)
+    arguments = (hidden, weight, targets, bias, row_temperature, class_weight, temperature)
+    arguments += (softcap, mask, num_rows, workspace, chosen, op, with_lse, with_spread)
     if group is not None:
-        logprob, entropy = _vocab_parallel.logprob(*arguments, group)
-    else:
-        keep = trained(hidden, weight, bias) and _keeps_logits(
-            hidden, weight, targets, mask, num_rows
-        )
-        logprob, entropy, _, _ = FWD(*arguments, keep)
-    return (logprob, entropy) if return_entropy else logprob
+        return _vocab_parallel.logprob(*arguments, group)
+    keep = trained(hidden, weight, bias) and _keeps_logits(hidden, weight, targets, mask, num_rows)
+    return FWD(*arguments, keep)[:4]
 
 
 def linear_logprob_with(look, hidden, weight, targets, *, bias, temperature, softcap, backend):
@@ -157,9 +170,9 @@ def linear_logprob_with(look, hidden, weight, targets, *, bias, temperature, sof
         return reference.linear_logprob(hidden, weight, targets, return_entropy=True, **options)
     if not targets.numel():
         look(hidden.new_empty(0, weight.shape[0]), targets.reshape(-1))
-    settings = (None, temperature, softcap, None, None, "fast", chosen, OP)
-    keep = False  # the logits
-    return _looking(hidden, weight, targets, bias, *settings, keep, look)[:2]
+    settings = (None, None, temperature, softcap, None, None, "fast", chosen, OP)
+    flags = (False,) * 3  # with_lse, with_spread, keep
+    return _looking(hidden, weight, targets, bias, *settings, *flags, look)[:2]
 
 
 # ---- registration -------------------------------------------------------------------------------
@@ -179,8 +192,8 @@ def _keeps_logits(hidden, weight, targets, mask, num_rows) -> bool:
 
 
 def _fwd(
-    hidden, weight, targets, bias, row_t, temperature, softcap, mask, num_rows, workspace, backend, op, keep,
-    look=None,
+    hidden, weight, targets, bias, row_t, class_weight, temperature, softcap, mask, num_rows, workspace, backend, op,
+    with_lse, with_spread, keep, look=None,
 ):  # fmt: skip
     gemms = gemms_for(hidden, weight)
     head = Head(gemms, hidden, weight, bias, targets, row_t, mask, workspace, num_rows)
@@ -189,31 +202,44 @@ def _fwd(
     if keep:
         # Those of the rows that count, one after the other; the remaining memory is never read.
         kept = kept.new_empty((head.count, head.vocab))
+    if with_spread:
+        c = _lse.class_weights(kernels, head.vocab, class_weight)
+        look = _lse.SumOfChunks(head, kernels, c)
     logprob, entropy, row_stats = statistics(head, kernels, kept if kept.numel() else None, look)
-    logprob, entropy, row_stats = (head.scatter(x) for x in (logprob, entropy, row_stats))
-    return logprob.view(targets.shape), entropy.view(targets.shape), row_stats, kept
+    lse = spread = None
+    if with_lse or with_spread:
+        lse = _lse.lse_of(kernels, row_stats, head.of_rows[1], head.mask)
+    if with_spread:
+        spread = _lse.spread_of(kernels, look.sums, lse, head.of_rows[1], c, head.mask)
+    found = (logprob, entropy, lse if with_lse else None, spread)
+    found = (x if x is None else head.scatter(x).view(targets.shape) for x in found)
+    return *found, head.scatter(row_stats), kept
 
 
-def _fwd_fake(hidden, weight, targets, bias, row_t, temperature, softcap, mask, num_rows, *rest):
+def _fwd_fake(hidden, weight, targets, *rest):
+    with_lse, with_spread, keep = rest[-3:]
     acc = acc_of(hidden, weight)
     out = hidden.new_empty(targets.shape, dtype=acc)
     count, vocab = targets.numel(), weight.shape[0]
     return (
         out,
         torch.empty_like(out),
+        torch.empty_like(out) if with_lse else None,
+        torch.empty_like(out) if with_spread else None,
         hidden.new_empty((3, count), dtype=acc),
-        hidden.new_empty((count, vocab) if rest[-1] else (0,), dtype=acc),
+        hidden.new_empty((count, vocab) if keep else (0,), dtype=acc),
     )
 
 
 def _bwd(
-    grad_logprob, grad_entropy, hidden, weight, targets, bias, row_stats, kept, row_t, temperature, softcap, mask,
-    num_rows, workspace, backend, needs_hidden, needs_weight, needs_bias,
+    grad_logprob, grad_entropy, grad_lse, grad_spread, hidden, weight, targets, bias, row_stats, kept, row_t,
+    class_weight, temperature, softcap, mask, num_rows, workspace, backend, needs_hidden, needs_weight, needs_bias,
 ):  # fmt: skip
+    upstream = (grad_logprob, grad_entropy, grad_lse, grad_spread)
     gemms = gemms_for(hidden, weight)
     active = mask
     if gemms.skips_idle_rows:
-        active, num_rows = _active_rows(grad_logprob, grad_entropy, mask), None
+        active, num_rows = _active_rows(upstream, mask), None
     head = Head(gemms, hidden, weight, bias, targets, row_t, active, workspace, num_rows)
     grads = Gradients(head, (needs_hidden, needs_weight, needs_bias))
     logits = None
@@ -222,14 +248,15 @@ def _bwd(
         place = _kept_rows(head, mask) if gemms.skips_idle_rows else None
         logits = kept[: head.rows] if place is None else kept.index_select(0, place)
     kernels = RowKernels(backend, temperature, softcap)
-    add_gradients(head, kernels, grads, (grad_logprob, grad_entropy), row_stats, logits)
+    c = _lse.class_weights(kernels, head.vocab, class_weight)
+    add_gradients(head, kernels, grads, upstream, row_stats, c, logits)
     return tuple(as_parameters(grads.finish(), (hidden, weight, bias), lambda like: like.dtype))
 
 
-def _active_rows(grad_logprob, grad_entropy, mask) -> Tensor:
+def _active_rows(upstream, mask) -> Tensor:
     """Which rows count and carry a gradient."""
     carries = mask
-    for grad in (grad_logprob, grad_entropy):
+    for grad in upstream:
         if grad is not None:
             own = grad != 0
             carries = own if carries is mask else carries | own
@@ -246,7 +273,9 @@ def _kept_rows(head: Head, mask: Tensor | None) -> Tensor | None:
     return torch.searchsorted(counted, head.index)
 
 
-def _bwd_fake(grad_logprob, grad_entropy, hidden, weight, targets, bias, *rest):
+def _bwd_fake(
+    grad_logprob, grad_entropy, grad_lse, grad_spread, hidden, weight, targets, bias, *rest
+):
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
         for x, need in zip((hidden, weight, bias), rest[-3:], strict=True)
@@ -254,9 +283,10 @@ def _bwd_fake(grad_logprob, grad_entropy, hidden, weight, targets, bias, *rest):
 
 
 _BWD = register_python(
-    "linear_logprob_bwd(Tensor? grad_logprob, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor targets, "
-    "Tensor? bias, Tensor row_stats, Tensor kept, Tensor? row_temperature, float temperature, float softcap, "
-    "Tensor? mask, SymInt? num_rows, str workspace, str backend, bool needs_hidden, bool needs_weight, "
+    "linear_logprob_bwd(Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_spread, "
+    "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor row_stats, Tensor kept, "
+    "Tensor? row_temperature, Tensor? class_weight, float temperature, float softcap, Tensor? mask, "
+    "SymInt? num_rows, str workspace, str backend, bool needs_hidden, bool needs_weight, "
     "bool needs_bias) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     _bwd_fake,
     _bwd,
@@ -265,33 +295,41 @@ _BWD = register_python(
 
 
 def _setup(ctx, arguments, outputs):
-    hidden, weight, targets, bias, row_t, ctx.temperature, ctx.softcap, mask = arguments[:8]
-    ctx.num_rows, ctx.workspace, ctx.backend, ctx.op = arguments[8:12]
-    _, _, row_stats, kept = outputs
-    ctx.save_for_backward(hidden, weight, targets, bias, row_stats, kept, row_t, mask)
+    hidden, weight, targets, bias, row_t, class_weight = arguments[:6]
+    ctx.temperature, ctx.softcap, mask = arguments[6:9]
+    ctx.num_rows, ctx.workspace, ctx.backend, ctx.op, ctx.with_lse, ctx.with_spread = arguments[
+        9:15
+    ]
+    *_, row_stats, kept = outputs
+    ctx.save_for_backward(hidden, weight, targets, bias, row_stats, kept, row_t, class_weight, mask)
 
 
 def _backward(ctx, *upstream):
-    hidden, weight, targets, bias, row_stats, kept, row_t, mask = ctx.saved_tensors
+    hidden, weight, targets, bias, row_stats, kept, row_t, class_weight, mask = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    settings = (row_t, ctx.temperature, ctx.softcap, mask)
+    # A tracer gives a gradient of an output that is empty, too.
+    asked = (True, True, ctx.with_lse, ctx.with_spread)
+    upstream = (grad if wanted else None for grad, wanted in zip(upstream, asked, strict=True))
+    settings = (row_t, class_weight, ctx.temperature, ctx.softcap, mask)
     settings += (ctx.num_rows, ctx.workspace, ctx.backend)
     grads = _BWD(*upstream, hidden, weight, targets, bias, row_stats, kept, *settings, *needs)
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
 _AUTOGRAD = {
-    "op": lambda arguments: arguments[11],
+    "op": lambda arguments: arguments[12],
     "wrt": (0, 1, 3),
-    "gives": 2,
+    "gives": 4,
     "setup": _setup,
     "backward": _backward,
 }
-# `op`: the public op, which errors name. `kept` [N, V]: the logits with `keep`; else empty.
+# `op`: the public op, which errors name. `lse`, `spread`: empty if not asked for. `kept` [N, V]: the logits with
+# `keep`; else empty.
 FWD = register_python(
     "linear_logprob_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, "
-    "float temperature, float softcap, Tensor? mask, SymInt? num_rows, str workspace, str backend, str op, bool keep) "
-    "-> (Tensor logprob, Tensor entropy, Tensor row_stats, Tensor kept)",
+    "Tensor? class_weight, float temperature, float softcap, Tensor? mask, SymInt? num_rows, str workspace, "
+    "str backend, str op, bool with_lse, bool with_spread, bool keep) "
+    "-> (Tensor logprob, Tensor entropy, Tensor lse, Tensor spread, Tensor row_stats, Tensor kept)",
     _fwd_fake,
     _fwd,
     **_AUTOGRAD,

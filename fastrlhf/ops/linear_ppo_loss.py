@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.ops import _backend, _checks, _linear_loss, _metrics, ppo_loss, token_loss
+from fastrlhf.ops import (
+    _backend,
+    _checks,
+    _linear_loss,
+    _linear_policy,
+    _metrics,
+    _policy,
+    ppo_loss,
+    token_loss,
+)
 from fastrlhf.ops._register import choose, needs, on_all_ranks
 from fastrlhf.reference import PPOLossOutput
 
@@ -19,7 +28,7 @@ def linear_ppo_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    old_logprob: Tensor,
+    old_logprob: Tensor | None,
     advantages: Tensor,
     *,
     bias: Tensor | None = None,
@@ -29,11 +38,30 @@ def linear_ppo_loss(
     old_values: Tensor | None = None,
     returns: Tensor | None = None,
     mask: Tensor | None = None,
-    clip: float = 0.2,
+    cu_seqlens: Tensor | None = None,
+    objective: str = "ppo",
+    clip: float | tuple[float | None, float | None] = 0.2,
     dual_clip: float | None = None,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
     value_clip: float | None = 0.2,
     value_coef: float = 0.5,
     entropy_coef: float = 0.0,
+    ref_logprob: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    kl_clamp: bool = True,
+    kl_gradient: str = "estimator",
+    rollout_weights: Tensor | None = None,
+    rollout_logprob: Tensor | None = None,
+    rollout_level: str = "token",
+    rollout_mode: str = "truncate",
+    rollout_bounds: tuple[float | None, float | None] = (None, None),
+    aggregation: str = "token-mean",
+    value_aggregation: str | None = None,
+    length: float | None = None,
+    num_tokens: float | Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
     scale: float | Tensor = 1.0,
     accumulate_into: Tensor | None = None,
     compact_rows: bool = False,
@@ -49,10 +77,22 @@ def linear_ppo_loss(
     for forward and backward instead of 8; the backward only scales. The entropy is free and always
     among the metrics. Masked rows enter no GEMM.
 
+    With objective="gspo" dL/dlogprob needs the log-probs of the whole sequence (and so does the
+    rollout weight of a sequence without `old_logprob`). Chunks are then cut where sequences end, also
+    6 N H V FLOP; the rows of a sequence that is longer than a chunk take 8, as they are multiplied with
+    the weight twice. The log-probs, and so loss and metrics, can then differ from those of the two ops
+    by the rounding of a GEMM with another number of rows.
+
     Args:
         hidden, weight, targets, bias, temperature, softcap, workspace: as in `linear_logprob`.
         old_logprob, advantages, values, old_values, returns, mask: as in `ppo_loss`.
-        clip, dual_clip, value_clip, value_coef, entropy_coef: as in `ppo_loss`.
+        cu_seqlens, objective, clip, dual_clip, tau_pos, tau_neg: as in `ppo_loss`. On a GPU the host
+            waits once for the lengths with "gspo", if the rows exceed one chunk; while a CUDA graph is
+            captured it cannot, and all rows are multiplied with the weight twice.
+        value_clip, value_coef, entropy_coef: as in `ppo_loss`.
+        ref_logprob, kl_coef, kl_estimator, kl_clamp, kl_gradient: as in `ppo_loss`.
+        rollout_weights, rollout_logprob, rollout_level, rollout_mode, rollout_bounds: as in `ppo_loss`.
+        aggregation, value_aggregation, length, num_tokens, num_sequences: as in `ppo_loss`.
         scale, accumulate_into: as in `linear_cross_entropy`; the metrics are not scaled.
         compact_rows: rows whose gradient is exactly 0 (clipped, A = 0) enter only the first GEMM. On a
             GPU the host waits twice per chunk. Ignored while a CUDA graph is captured.
@@ -82,9 +122,17 @@ def linear_ppo_loss(
         vocab=weight.shape[0],
         sharded=process_group is not None,
     )
-    if old_logprob is None or advantages is None:
-        _checks.tensor(OP, "old_logprob", old_logprob)
+    if advantages is None:
         _checks.tensor(OP, "advantages", advantages)
+    chosen_settings = (objective, aggregation, tau_pos, tau_neg, kl_coef, kl_estimator, kl_gradient,
+                       rollout_level, rollout_mode, rollout_bounds)  # fmt: skip
+    plain = (  # the common case, which looks at nothing more
+        _checks.plain_policy(chosen_settings, ppo_loss.PLAIN, advantages, targets.shape)
+        and kl_clamp is True
+        and cu_seqlens is ref_logprob is rollout_weights is rollout_logprob is None
+        and value_aggregation is length is num_tokens is num_sequences is None
+        and old_logprob is not None
+    )
     _checks.tokens_of(
         OP,
         "the log-prob",
@@ -92,11 +140,43 @@ def linear_ppo_loss(
         acc,
         hidden.device,
         old_logprob=old_logprob,
-        advantages=advantages,
+        advantages=advantages if plain else None,
         values=values,
         old_values=old_values,
         returns=returns,
     )
+    policy = None
+    if not plain:
+        policy = _policy.check(
+            OP,
+            "the log-prob",
+            targets.shape,
+            acc,
+            hidden.device,
+            old_logprob=old_logprob,
+            advantages=advantages,
+            cu_seqlens=cu_seqlens,
+            aggregation=aggregation,
+            value_aggregation=value_aggregation,
+            length=length,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
+            objective=objective,
+            clip=clip,
+            dual_clip=dual_clip,
+            tau_pos=tau_pos,
+            tau_neg=tau_neg,
+            ref_logprob=ref_logprob,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            kl_clamp=kl_clamp,
+            kl_gradient=kl_gradient,
+            rollout_weights=rollout_weights,
+            rollout_logprob=rollout_logprob,
+            rollout_level=rollout_level,
+            rollout_mode=rollout_mode,
+            rollout_bounds=rollout_bounds,
+        )
     if mask is not None:
         mask = _checks.token_mask(OP, mask, targets)
     settings = _checks.ppo_settings(OP, clip, dual_clip, value_clip, value_coef, entropy_coef)
@@ -109,12 +189,15 @@ def linear_ppo_loss(
         num_rows = _checks.num_rows(OP, num_rows, mask, targets)
     factor = None
     if type(scale) is not float or scale != 1:
-        factor = _linear_loss.scale_argument(OP, scale, hidden.device, acc)
+        factor = _checks.scale_argument(OP, scale, hidden.device, acc)
     if accumulate_into is not None:
         inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
         inputs |= {"old_logprob": old_logprob, "advantages": advantages, "values": values}
         inputs |= {"old_values": old_values, "returns": returns}
-        inputs |= {"temperature": row_temperature, "scale": factor}
+        inputs |= {"temperature": row_temperature, "scale": factor, "ref_logprob": ref_logprob}
+        inputs |= {"rollout_weights": rollout_weights, "rollout_logprob": rollout_logprob}
+        for name, value in (("num_tokens", num_tokens), ("num_sequences", num_sequences)):
+            inputs[name] = value if isinstance(value, Tensor) else None
         _linear_loss.check_accumulate(OP, accumulate_into, weight, acc, inputs)
     chosen = choose(OP, backend, hidden, weight, bias)
     vocab = weight.shape[0]
@@ -139,7 +222,10 @@ def linear_ppo_loss(
                 old_values=old_values,
                 returns=returns,
                 mask=mask,
-                **_checks.ppo_options(settings),
+                value_clip=value_clip,
+                value_coef=value_coef,
+                entropy_coef=entropy_coef,
+                **_policy.reference_options(policy, clip, dual_clip),
                 scale=1.0 if factor is None else factor,
                 num_rows=num_rows,
                 workspace=workspace,
@@ -147,11 +233,20 @@ def linear_ppo_loss(
 
         parameters = (hidden, weight, bias, values)
         return _linear_loss.by_reference(OP, loss, parameters, into=into, group=process_group)
+    if policy is not None:
+        advantages, settings = policy.advantages, (*policy.limits, *settings[3:])
     per_token = [old_logprob, advantages, old_values, returns]
     flat_values, flat_mask = values, mask
     if targets.dim() != 1:
         flat = lambda x: None if x is None else x.reshape(-1)  # noqa: E731
         per_token, flat_values, flat_mask = [flat(x) for x in per_token], flat(values), flat(mask)
+    numbers = [temperature_number, cap, *settings]
+    if policy is not None:
+        more = _linear_policy.arguments(
+            policy, per_token[0], flat_mask, targets.reshape(-1), acc, chosen
+        )
+        per_token += more[0]
+        numbers += more[1]
     arguments = (
         hidden,
         weight,
@@ -162,7 +257,7 @@ def linear_ppo_loss(
         row_temperature,
         factor,
         per_token,
-        [temperature_number, cap, *settings],
+        numbers,
         num_rows,
         compact_rows,
         OP,
@@ -174,8 +269,10 @@ def linear_ppo_loss(
         found = _linear_loss.in_forward(arguments, values, into=into, group=process_group)
     else:
         found = _linear_loss.FWD(*arguments)
-    names = ppo_loss.NAMES[values is not None, True]
+    has_values = values is not None
+    names = _NAMES[has_values] if policy is None else ppo_loss.names(has_values, True, policy)
     return PPOLossOutput(found[0], _metrics.named(names, found[1]))
 
 
+_NAMES = {has_values: ppo_loss.names(has_values, True) for has_values in (False, True)}
 _backend.provide(OP, _backend.kernels(token_loss.OP) & _backend.kernels(ppo_loss.OP), gradient=True)

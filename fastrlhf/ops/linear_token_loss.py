@@ -14,7 +14,7 @@ from fastrlhf.ops import _backend, _checks, _linear_loss, token_logprob
 from fastrlhf.ops._gemms import as_parameters, gemms_for
 from fastrlhf.ops._linear import Head
 from fastrlhf.ops._register import choose, needs, on_all_ranks
-from fastrlhf.ops.linear_logprob import logprob_of
+from fastrlhf.ops.linear_logprob import rows_of
 from fastrlhf.reference import LinearTokenLossOutput
 
 OP = "linear_token_loss"
@@ -106,7 +106,7 @@ def linear_token_loss(
     _checks.flag(OP, "compact_rows", compact_rows)
     if num_rows is not None:
         num_rows = _checks.num_rows(OP, num_rows, mask, targets)
-    factor = _linear_loss.scale_argument(OP, scale, hidden.device, acc)
+    factor = _checks.scale_argument(OP, scale, hidden.device, acc)
     if accumulate_into is not None:
         if reduction == "none":
             raise ValueError(f"{OP}: accumulate_into must be None with reduction='none'")
@@ -119,7 +119,7 @@ def linear_token_loss(
     if reduction == "none" or torch.compiler.is_compiling() or _checks.valueless(hidden):
         rows = (targets, bias, row_temperature, temperature_number, cap, mask)
         options = (num_rows, workspace, chosen, process_group)
-        head = logprob_of(OP, hidden, weight, *rows, True, *options)
+        head = rows_of(OP, hidden, weight, *rows, *options, with_entropy=True)[:2]
         if factor is None:
             factor = torch.ones((), dtype=acc, device=hidden.device)
         if reduction == "mean":

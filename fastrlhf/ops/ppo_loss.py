@@ -3,25 +3,44 @@
 Shapes: every tensor [...], one element per token, packed [N] or padded [B, T]; n unmasked tokens.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.ops import _checks, _metrics
+from fastrlhf.ops import _checks, _metrics, _policy
 from fastrlhf.ops._register import choose, register, trained
 from fastrlhf.reference import PPOLossOutput
 
 OP = "ppo_loss"
 
 # In the order of Metric in csrc/common/ppo.h.
-_POLICY_METRICS = ("policy_loss", "approx_kl", "clip_fraction", "ratio_mean", "ratio_max")
+_CLIP_METRICS = (
+    "clip_fraction",
+    "clip_fraction_low",
+    "clip_fraction_high",
+    "dual_clip_fraction",
+    "outside_fraction",
+)
 _VALUE_METRICS = ("value_loss", "value_clip_fraction", "explained_variance")
-METRICS = (*_POLICY_METRICS, *_VALUE_METRICS, "entropy")
+_ROLLOUT_METRICS = ("rollout_weight_mean", "rollout_weight_max", "rollout_outside_fraction")
+METRICS = (
+    "policy_loss",
+    "approx_kl",
+    *_CLIP_METRICS,
+    "ratio_mean",
+    "ratio_max",
+    *_VALUE_METRICS,
+    "entropy",
+    "kl",
+    *_ROLLOUT_METRICS,
+)
 
 
 def ppo_loss(
     logprob: Tensor,
-    old_logprob: Tensor,
+    old_logprob: Tensor | None,
     advantages: Tensor,
     *,
     values: Tensor | None = None,
@@ -29,11 +48,31 @@ def ppo_loss(
     returns: Tensor | None = None,
     entropy: Tensor | None = None,
     mask: Tensor | None = None,
-    clip: float = 0.2,
+    cu_seqlens: Tensor | None = None,
+    objective: str = "ppo",
+    clip: float | tuple[float | None, float | None] = 0.2,
     dual_clip: float | None = None,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
     value_clip: float | None = 0.2,
     value_coef: float = 0.5,
     entropy_coef: float = 0.0,
+    ref_logprob: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    kl_clamp: bool = True,
+    kl_gradient: str = "estimator",
+    rollout_weights: Tensor | None = None,
+    rollout_logprob: Tensor | None = None,
+    rollout_level: str = "token",
+    rollout_mode: str = "truncate",
+    rollout_bounds: tuple[float | None, float | None] = (None, None),
+    aggregation: str = "token-mean",
+    value_aggregation: str | None = None,
+    length: float | None = None,
+    num_tokens: float | Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
+    scale: float | Tensor = 1.0,
     backend: str = "auto",
 ) -> PPOLossOutput:
     """loss = policy + value_coef * value - entropy_coef * mean(entropy), over unmasked tokens.
@@ -83,20 +122,55 @@ def ppo_loss(
     >>> out.loss, out.metrics["ratio_max"]
     (tensor(-1.), tensor(1.))
     """
-    if old_logprob is None or advantages is None:
-        _checks.tensor(OP, "old_logprob", old_logprob)
+    if advantages is None:
         _checks.tensor(OP, "advantages", advantages)
-    _checks.same_tokens(
-        OP,
-        "logprob",
-        logprob,
-        old_logprob=old_logprob,
-        advantages=advantages,
-        values=values,
-        old_values=old_values,
-        returns=returns,
-        entropy=entropy,
-    )
+    _checks.float_tensor(OP, "logprob", logprob)
+    kind = (logprob.shape, logprob.dtype, logprob.device)
+    given = {"values": values, "old_values": old_values, "returns": returns, "entropy": entropy}
+    policy = None
+    chosen_settings = (objective, aggregation, tau_pos, tau_neg, kl_coef, kl_estimator, kl_gradient,
+                       rollout_level, rollout_mode, rollout_bounds)  # fmt: skip
+    if (
+        _checks.plain_policy(chosen_settings, PLAIN, advantages, logprob.shape)
+        and kl_clamp is True
+        and cu_seqlens is ref_logprob is rollout_weights is rollout_logprob is None
+        and value_aggregation is length is num_tokens is num_sequences is None
+        and old_logprob is not None
+    ):  # the common case, which looks at nothing more
+        _checks.tokens_of(
+            OP, "logprob", *kind, old_logprob=old_logprob, advantages=advantages, **given
+        )
+    else:
+        _checks.tokens_of(OP, "logprob", *kind, old_logprob=old_logprob, **given)
+        policy = _policy.check(
+            OP,
+            "logprob",
+            *kind,
+            old_logprob=old_logprob,
+            advantages=advantages,
+            cu_seqlens=cu_seqlens,
+            aggregation=aggregation,
+            value_aggregation=value_aggregation,
+            values=values is not None,
+            length=length,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
+            objective=objective,
+            clip=clip,
+            dual_clip=dual_clip,
+            tau_pos=tau_pos,
+            tau_neg=tau_neg,
+            ref_logprob=ref_logprob,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            kl_clamp=kl_clamp,
+            kl_gradient=kl_gradient,
+            rollout_weights=rollout_weights,
+            rollout_logprob=rollout_logprob,
+            rollout_level=rollout_level,
+            rollout_mode=rollout_mode,
+            rollout_bounds=rollout_bounds,
+        )
     if mask is not None:
         mask = _checks.token_mask(OP, mask, logprob)
     settings = _checks.ppo_settings(OP, clip, dual_clip, value_clip, value_coef, entropy_coef)
@@ -104,41 +178,68 @@ def ppo_loss(
         raise ValueError(f"{OP}: entropy_coef={entropy_coef:g} needs entropy; got None")
     _checks.ppo_values(OP, values, old_values, returns, value_clip)
     _checks.ppo_constants(OP, old_logprob, advantages, old_values, returns)
+    factor = None
+    if type(scale) is not float or scale != 1:
+        factor = _checks.scale_argument(OP, scale, logprob.device, _checks.acc_dtype(logprob))
     chosen = choose(OP, backend, logprob, values, entropy)
     if chosen == "reference":
+        *limits, value_clip, value_coef, entropy_coef = settings
         return reference.ppo_loss(
             logprob,
             old_logprob,
             advantages,
-            values=values,
-            old_values=old_values,
-            returns=returns,
-            entropy=entropy,
+            **given,
             mask=mask,
-            **_checks.ppo_options(settings),
+            value_clip=None if value_clip == _checks.UNLIMITED else value_clip,
+            value_coef=value_coef,
+            entropy_coef=entropy_coef,
+            scale=1.0 if factor is None else factor,
+            **_policy.reference_options(policy, limits, clip),
         )
     tokens = (logprob, old_logprob, advantages, values, old_values, returns, entropy, mask)
     if value_clip is None:
         tokens = (*tokens[:4], None, *tokens[5:])
     if logprob.dim() not in (1, 2):
         tokens = map(_checks.as_rows, tokens)
+    more = _NOTHING_MORE
+    if policy is not None:
+        tokens, more = _policy.beyond_plain(policy, tokens, chosen)
+        settings = (*policy.limits, *settings[3:])
     with_grad = trained(logprob, values, entropy)
-    loss, metrics, _ = FWD[chosen](*tokens, *settings, with_grad)
+    loss, metrics, _ = FWD[chosen](*tokens, *more[:2], *settings, more[2], with_grad)
+    if factor is not None:
+        loss = loss * factor
     return PPOLossOutput(
-        loss, _metrics.named(NAMES[values is not None, entropy is not None], metrics)
+        loss, _metrics.named(names(values is not None, entropy is not None, policy), metrics)
     )
 
 
-# (has values, has entropy) -> the name of each of the raw op's metrics [9]; None for those without an input.
-NAMES = {
-    (has_values, has_entropy): (
-        *_POLICY_METRICS,
-        *(name if has_values else None for name in _VALUE_METRICS),
-        "entropy" if has_entropy else None,
-    )
-    for has_values in (False, True)
-    for has_entropy in (False, True)
-}
+PLAIN = ("ppo", "token-mean", 1.0, 1.05, 0.0, "k3", "estimator", "token", "truncate", (None, None))
+_NOTHING_MORE = None, [], []  # factors, more, options
+
+
+@functools.cache
+def _names(has_values, has_entropy, has_ratio, has_clip, has_kl, has_rollout, has_bounds):
+    absent = set() if has_values else set(_VALUE_METRICS)
+    absent |= set() if has_entropy else {"entropy"}
+    absent |= set() if has_ratio else {"approx_kl", "ratio_mean", "ratio_max"}
+    absent |= set() if has_clip else set(_CLIP_METRICS)
+    absent |= set() if has_kl else {"kl"}
+    absent |= set() if has_rollout else set(_ROLLOUT_METRICS[:2])
+    absent |= set() if has_bounds else set(_ROLLOUT_METRICS[2:])
+    return tuple(None if name in absent else name for name in METRICS)
+
+
+def names(has_values: bool, has_entropy: bool, policy=None) -> tuple[str | None, ...]:
+    """The name of each of the raw op's metrics; None for those that the call does not have."""
+    if policy is None:
+        return _names(has_values, has_entropy, True, True, False, False, False)
+    given = policy.options
+    ratio, clip = given["objective"] != "reinforce", given["objective"] in ("ppo", "gspo", "cispo")
+    bounds = given["rollout_logprob"] is not None
+    rollout = bounds or given["rollout_weights"] is not None
+    has_kl = given["ref_logprob"] is not None
+    return _names(has_values, has_entropy, ratio, clip, has_kl, rollout, bounds)
 
 
 # ---- registration -------------------------------------------------------------------------------
@@ -178,12 +279,13 @@ def _as(x, dtype):
     return x if x.dtype == dtype else x.to(dtype)
 
 
-# A clip that is None is UNLIMITED. `grads` [k, ...]: dL/dlogprob, and dL/dvalues and dL/dentropy where these are given;
-# k = 0 unless `with_grad`.
+# A clip that is None is UNLIMITED (the lower one -UNLIMITED). `factors` [2], `more` and `options`: see _policy.py.
+# `grads` [k, ...]: dL/dlogprob, and dL/dvalues and dL/dentropy where these are given; k = 0 unless `with_grad`.
 FWD = register(
-    "ppo_loss_fwd(Tensor logprob, Tensor old_logprob, Tensor advantages, Tensor? values, Tensor? old_values, "
-    "Tensor? returns, Tensor? entropy, Tensor? mask, float clip, float dual_clip, float value_clip, float value_coef, "
-    "float entropy_coef, bool with_grad) -> (Tensor loss, Tensor metrics, Tensor grads)",
+    "ppo_loss_fwd(Tensor logprob, Tensor? old_logprob, Tensor? advantages, Tensor? values, Tensor? old_values, "
+    "Tensor? returns, Tensor? entropy, Tensor? mask, Tensor? factors, Tensor?[] more, float low, float high, "
+    "float dual_clip, float value_clip, float value_coef, float entropy_coef, float[] options, bool with_grad) "
+    "-> (Tensor loss, Tensor metrics, Tensor grads)",
     _fake,
     op=OP,
     triton="ppo_loss.forward",

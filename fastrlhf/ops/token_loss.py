@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.ops import _checks, token_logprob
-from fastrlhf.ops._register import choose, differentiable, kept, register
+from fastrlhf.ops import _checks, _policy, token_logprob
+from fastrlhf.ops._register import choose, differentiable, kept, refuse_inference, register
 
 OP = "token_loss"
 
@@ -20,8 +20,26 @@ def token_loss(
     advantages: Tensor | None = None,
     *,
     old_logprob: Tensor | None = None,
-    clip: float = 0.2,
+    objective: str | None = None,
+    clip: float | tuple[float | None, float | None] = 0.2,
     dual_clip: float | None = None,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+    ref_logprob: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    kl_clamp: bool = True,
+    kl_gradient: str = "estimator",
+    rollout_weights: Tensor | None = None,
+    rollout_logprob: Tensor | None = None,
+    rollout_level: str = "token",
+    rollout_mode: str = "truncate",
+    rollout_bounds: tuple[float | None, float | None] = (None, None),
+    aggregation: str | None = None,
+    length: float | None = None,
+    num_tokens: float | Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,
@@ -92,13 +110,51 @@ def token_loss(
     row_temperature, temperature, softcap, mask = _checks.logit_rows(
         OP, logits, targets, temperature, softcap, mask
     )
-    if advantages is not None:
-        advantages = _checks.row_constant(OP, "advantages", advantages, logits, targets)
     if old_logprob is not None:
         old_logprob = _checks.row_constant(OP, "old_logprob", old_logprob, logits, targets)
-    clip = _checks.number(OP, "clip", clip, low=0, strict=True)
-    if dual_clip is not None:
-        dual_clip = _checks.number(OP, "dual_clip", dual_clip, low=1, strict=True)
+    policy = None
+    chosen_settings = (aggregation, tau_pos, tau_neg, kl_coef, kl_estimator, kl_gradient,
+                       rollout_level, rollout_mode, rollout_bounds)  # fmt: skip
+    if (
+        _checks.plain_policy(chosen_settings, _PLAIN, advantages, targets.shape)
+        and kl_clamp is True
+        and objective is ref_logprob is rollout_weights is rollout_logprob is None
+        and cu_seqlens is length is num_tokens is num_sequences is None
+    ):  # the common case, which looks at nothing more
+        if advantages is not None:
+            advantages = _checks.row_constant(OP, "advantages", advantages, logits, targets)
+        limits = _checks.ppo_settings(OP, clip, dual_clip, None, 0.0, 0.0)[:3]
+    else:
+        given = {"advantages": advantages, "ref_logprob": ref_logprob}
+        given |= {"rollout_weights": rollout_weights, "rollout_logprob": rollout_logprob}
+        policy = _policy.check(
+            OP,
+            "targets",
+            targets.shape,
+            _checks.acc_dtype(logits),
+            logits.device,
+            old_logprob=old_logprob,
+            **{name: _checks.constant(OP, name, x, logits) for name, x in given.items()},
+            cu_seqlens=cu_seqlens,
+            aggregation=aggregation,
+            rows=True,
+            length=length,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
+            objective=objective or ("reinforce" if old_logprob is None else "ppo"),
+            clip=clip,
+            dual_clip=dual_clip,
+            tau_pos=tau_pos,
+            tau_neg=tau_neg,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            kl_clamp=kl_clamp,
+            kl_gradient=kl_gradient,
+            rollout_level=rollout_level,
+            rollout_mode=rollout_mode,
+            rollout_bounds=rollout_bounds,
+        )
+        limits = policy.limits
     scale_tensor, number = None, 1.0
     if isinstance(scale, Tensor):
         acc = _checks.acc_dtype(logits)
@@ -115,19 +171,27 @@ def token_loss(
             targets,
             advantages,
             old_logprob=old_logprob,
-            clip=clip,
-            dual_clip=dual_clip,
+            **_policy.reference_options(policy, limits, clip, value=False),
             temperature=temperature if row_temperature is None else row_temperature,
             softcap=softcap or None,
             mask=mask,
             scale=number if scale_tensor is None else scale_tensor,
         )
+    more, options = [], []
+    if policy is not None:
+        settings = (row_temperature, temperature, softcap, mask)
+        more = _more(policy, logits, targets, old_logprob, settings, chosen)
+        advantages, options = policy.advantages, _policy.options(policy)
+        if aggregation == "token-mean":
+            factor = _policy.factor(policy, aggregation, targets, mask, _checks.acc_dtype(logits))
+            scale_tensor = factor * (number if scale_tensor is None else scale_tensor)
     arguments = (
         targets,
         advantages,
         old_logprob,
-        clip,
-        _checks.UNLIMITED if dual_clip is None else dual_clip,
+        more,
+        *limits,
+        options,
         row_temperature,
         temperature,
         softcap,
@@ -139,8 +203,33 @@ def token_loss(
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
         loss, logprob, _, _ = FWD[chosen](logits, *arguments)
         return loss, logprob.detach()
+    if policy is not None:
+        given = {
+            name: policy.options[name]
+            for name in ("ref_logprob", "rollout_weights", "rollout_logprob")
+        }
+        refuse_inference(OP, **given, cu_seqlens=policy.cu_seqlens)
     inplace = inplace_backward and _checks.overwritable(logits) and not kept()
     return _gradient_in_forward(logits, chosen, inplace, *arguments)[:2]
+
+
+_PLAIN = (None, 1.0, 1.05, 0.0, "k3", "estimator", "token", "truncate", (None, None))
+
+
+def _more(policy, logits, targets, old_logprob, settings, backend):
+    """`more` of the raw ops. A term of a sequence that depends on the new log-probs costs a forward for them."""
+    acc = _checks.acc_dtype(logits)
+    logprob = None
+    if policy.sequence_ratio and old_logprob is not None:
+        logprob = token_logprob.FWD[backend](logits.detach(), targets, *settings, False, False)[0]
+    elif _policy.sequence_rollout(policy) and old_logprob is None:
+        logprob = token_logprob.FWD[backend](logits.detach(), targets, *settings, False, False)[0]
+    elif policy.cu_seqlens is not None:  # only its shape matters
+        logprob = targets.new_zeros(targets.shape, dtype=acc)
+    if logprob is None:
+        return _policy.more(policy, None)
+    mask = settings[-1]
+    return _policy.more(policy, _policy.sequence_rows(policy, logprob, old_logprob, mask, backend))
 
 
 # ---- the gradient computed in the forward: eager mode --------------------------------------------
@@ -161,12 +250,12 @@ def _empty(logits):
 
 
 def _setup_forward(ctx, all_arguments, outputs):
-    logits, ctx.backend, ctx.inplace, targets, advantages, old_logprob, *rest = all_arguments
-    clip, dual_clip, row_temperature, temperature, softcap, mask, scale_tensor, scale = rest
+    logits, ctx.backend, ctx.inplace, targets, advantages, old_logprob, more, *rest = all_arguments
+    *limits, options, row_temperature, temperature, softcap, mask, scale_tensor, scale = rest
     _, _, grad_logprob, row_stats, out = outputs
-    rows = (targets, advantages, old_logprob, row_temperature, mask, scale_tensor)
+    rows = (targets, advantages, old_logprob, row_temperature, mask, scale_tensor, *more)
     ctx.save_for_backward(logits, grad_logprob, row_stats, *rows)
-    ctx.numbers = clip, dual_clip, temperature, softcap, scale
+    ctx.numbers = limits, options, temperature, softcap, scale
     ctx.grad = None if ctx.inplace else out
 
 
@@ -195,9 +284,9 @@ def _scaled(ctx, grad_loss):
 
 def _arguments(ctx, rows):
     """The arguments of token_loss_fwd_ after the logits."""
-    targets, advantages, old_logprob, row_temperature, mask, scale_tensor = rows
-    clip, dual_clip, temperature, softcap, scale = ctx.numbers
-    policy = (advantages, old_logprob, clip, dual_clip)
+    targets, advantages, old_logprob, row_temperature, mask, scale_tensor, *more = rows
+    limits, options, temperature, softcap, scale = ctx.numbers
+    policy = (advantages, old_logprob, more, *limits, options)
     return targets, *policy, row_temperature, temperature, softcap, mask, scale_tensor, scale
 
 
@@ -208,8 +297,8 @@ _gradient_in_forward = differentiable(
     setup=_setup_forward,
     backward=_scaled,
     create_graph=True,
-    names=("logits", "backend", "inplace", "targets", "advantages", "old_logprob", "clip", "dual_clip", "temperature",
-           "number", "softcap", "mask", "scale"),
+    names=("logits", "backend", "inplace", "targets", "advantages", "old_logprob", "more", "low", "high", "dual_clip",
+           "options", "temperature", "number", "softcap", "mask", "scale"),
 )  # fmt: skip
 # token_logprob's backward, which here refuses a second derivative under our name.
 _gradient = differentiable(
@@ -264,8 +353,9 @@ def _backward(ctx, grad_loss):
 
 
 _ARGUMENTS = (
-    "Tensor logits, Tensor targets, Tensor? advantages, Tensor? old_logprob, float clip, float dual_clip, "
-    "Tensor? row_temperature, float temperature, float softcap, Tensor? mask, Tensor? scale_tensor, float scale"
+    "Tensor logits, Tensor targets, Tensor? advantages, Tensor? old_logprob, Tensor?[] more, float low, float high, "
+    "float dual_clip, float[] options, Tensor? row_temperature, float temperature, float softcap, Tensor? mask, "
+    "Tensor? scale_tensor, float scale"
 )
 _RESULTS = "(Tensor loss, Tensor logprob, Tensor grad_logprob, Tensor row_stats)"
 FWD = register(
@@ -296,9 +386,10 @@ BWD_ = register(
 # entropy_coef * entropy). Writes the log-probs, entropies and grad_logprobs [n], and dL/dlogits, which may be the
 # logits, or 16-bit where they are fp32. All are 0 in masked rows.
 ROWS_ = register(
-    "token_loss_rows_(Tensor logits, Tensor targets, Tensor? advantages, Tensor? old_logprob, float clip, "
-    "float dual_clip, float entropy_coef, Tensor? row_temperature, float temperature, float softcap, Tensor? mask, "
-    "Tensor scale, Tensor(a!) dlogits, Tensor(b!) logprob, Tensor(c!)? entropy, Tensor(d!)? grad_logprob) -> ()",
+    "token_loss_rows_(Tensor logits, Tensor targets, Tensor? advantages, Tensor? old_logprob, Tensor?[] more, "
+    "float low, float high, float dual_clip, float[] options, float entropy_coef, Tensor? row_temperature, "
+    "float temperature, float softcap, Tensor? mask, Tensor scale, Tensor(a!) dlogits, Tensor(b!) logprob, "
+    "Tensor(c!)? entropy, Tensor(d!)? grad_logprob) -> ()",
     lambda *arguments: None,
     op=OP,
     triton="token_loss.rows_",

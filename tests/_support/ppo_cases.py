@@ -5,9 +5,11 @@ import math
 import torch
 
 from _support import sequence_cases as cases
-from fastrlhf.ops.ppo_loss import METRICS
+from fastrlhf.ops import ppo_loss
 
 NAMES = ("logprob", "old_logprob", "advantages", "values", "old_values", "returns", "entropy")
+# Of a call without settings beyond plain PPO, with values and entropy.
+METRICS = tuple(name for name in ppo_loss.names(True, True) if name is not None)
 TRAINED = ("logprob", "values", "entropy")
 
 
@@ -53,9 +55,14 @@ def naive(tensors, mask, clip, dual_clip, value_clip, value_coef, entropy_coef):
         clipped_ratio = min(max(ratio, 1 - clip), 1 + clip)
         branches = [(-advantage * ratio, -advantage * ratio), (-advantage * clipped_ratio, 0.0)]
         loss, grad = branches[1] if branches[1][0] > branches[0][0] else branches[0]
-        sums["clip_fraction"] += branches[1][0] > branches[0][0]
+        binding = branches[1][0] > branches[0][0]
+        sums["clip_fraction"] += binding
+        sums["clip_fraction_low"] += binding and ratio < 1 - clip
+        sums["clip_fraction_high"] += binding and ratio > 1 + clip
+        sums["outside_fraction"] += not 1 - clip <= ratio <= 1 + clip
         if dual_clip is not None and advantage < 0 and -advantage * dual_clip < loss:
             loss, grad = -advantage * dual_clip, 0.0
+            sums["dual_clip_fraction"] += 1
         sums["policy_loss"] += loss
         grads["logprob"][i] = grad / count
         sums["approx_kl"] += ratio - 1 - log_ratio

@@ -36,6 +36,7 @@ def small_call(op, backend, device, dtype=torch.float32, steps=5, vocab=50, layo
     row_mask = {"mask": options["mask"]} if layout == "mask" else {}
     if op in ("token_logprob", "linear_logprob"):
         row_mask["return_entropy"] = True
+    groups = torch.tensor([0, 1, rows * steps], dtype=torch.int32, device=device)
     tokens = lambda count: [draw(*shape) for _ in range(count)]  # noqa: E731
     head = lambda: (leaf(*logit_rows, width), leaf(vocab, width), targets)  # noqa: E731
     ranked = rows * steps
@@ -75,10 +76,11 @@ def small_call(op, backend, device, dtype=torch.float32, steps=5, vocab=50, layo
             (
                 leaf(ranked),
                 torch.randint(1, 4, (ranked,), generator=generator, device=device),
-                torch.tensor([0, 1, ranked], dtype=torch.int32, device=device),
+                groups,
             ),
             {},
         ),
+        "group_advantage": lambda: ((draw(ranked), groups), {}),
     }
     if op not in arguments:
         raise ValueError(

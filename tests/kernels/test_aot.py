@@ -53,6 +53,7 @@ LOSS = PASS | {"WITH_LOSS": True}
 EVERY = ENTROPY | {"WITH_LOSS": True}
 LEAST_LOSS = {
     **dict.fromkeys(LOSS, False),
+    "OBJECTIVE": 1,
     "WITH_LOSS": True,
     "WITH_GRAD_LOGPROB": True,
     "BLOCK": 1024,
@@ -66,7 +67,16 @@ LEAST = {**GAE, "PACKED": True, "HAS_MASK": False, "WHITEN": False}
 TOKENS = {"HAS_MASK": True, "FLAT": False, "BLOCK": 1024, "enable_fp_fusion": False}
 FLAT = TOKENS | {"HAS_MASK": False, "FLAT": True}
 PPO = {"HAS_VALUES": True, "HAS_ENTROPY": True, "WITH_GRAD": True}
-PAIRS = {"WITH_GRAD": True, "BLOCK": 16, "num_warps": 1}
+DOUBLE = {"ACC": "fp64", "num_warps": 8}
+PLAIN_PPO = {"HAS_OLD": True, "HAS_ADVANTAGES": True, "HAS_FACTORS": False}
+# Settings of the policy loss that between them take every branch of kernels/_policy.py: cispo with k3 of the ratio, and
+# sapo with an unclamped k3 and the gradient of k2. token_loss has the other estimators.
+POLICY = {"HAS_SEQUENCES": True, "HAS_REF": True, "KL_ESTIMATOR": 2}
+CISPO = {"OBJECTIVE": 2, "KL_CLAMP": True, "KL_GRADIENT": 2, "ROLLOUT": 2, "HAS_ROLLOUT": True}
+SAPO = {"OBJECTIVE": 3, "KL_CLAMP": False, "KL_GRADIENT": 1, "ROLLOUT": 3, "HAS_ROLLOUT": False}
+CISPO, SAPO = POLICY | CISPO, POLICY | SAPO | {"SEQUENCE_RATIO": True}
+PAIRS = {"HAS_MARGINS": True, "WITH_GRAD": True, "BLOCK": 16, "num_warps": 1}
+GROUPS = {"BLOCK": 64, "BATCH_BLOCK": 1024, "num_warps": 2}
 WHITEN = {"PROGRAMS": 1024, "SHIFT_MEAN": False, "UNBIASED": True}
 VARIANTS = {
     "gae": {
@@ -75,6 +85,12 @@ VARIANTS = {
             {**LEAST, "HAS_BOOTSTRAP": False},
         )
     },
+    "group_advantage": {
+        "group_advantage_kernel": cases(
+            {**GROUPS, "BASELINE": 1, "SCALE": 0}, {**GROUPS, "BASELINE": 0, "SCALE": 1}
+        )
+        + cases({**GROUPS, "BASELINE": 2, "SCALE": 2}, {**GROUPS, "BASELINE": 0, "SCALE": 3})[1:]
+    },
     "kl_gae": {"kl_gae_kernel": cases({**GAE, "ESTIMATOR": 2}, {**LEAST, "ESTIMATOR": 0})},
     "kl_reward": {"kl_reward_kernel": cases({**KL, "ESTIMATOR": 2}, {**KL, "ESTIMATOR": 1})},
     "masked_whiten": {
@@ -82,12 +98,26 @@ VARIANTS = {
         "masked_whiten_kernel": cases(TOKENS | WHITEN, FLAT | WHITEN),
     },
     "ppo_loss": {
-        "ppo_loss_fwd_kernel": cases({**TOKENS, **PPO}, {**FLAT, **dict.fromkeys(PPO, False)}),
-        "ppo_loss_metrics_kernel": [({"PROGRAMS": 1024, "HAS_VALUES": True}, "fp32")],
+        "ppo_loss_fwd_kernel": [
+            (TOKENS | PPO | PLAIN_PPO | {"ACC": "fp32"}, "fp32"),
+            (TOKENS | PPO | PLAIN_PPO | CISPO | {"HAS_FACTORS": True, "ACC": "fp32"}, "bf16"),
+            (TOKENS | PPO | PLAIN_PPO | SAPO | DOUBLE | {"HAS_FACTORS": True}, "fp64"),
+            (FLAT | dict.fromkeys(PPO, False) | PLAIN_PPO | {"ACC": "fp32"}, "bf16"),
+        ],
+        "ppo_loss_metrics_kernel": [
+            ({"PROGRAMS": 1024, "HAS_VALUES": True, "HAS_FACTORS": True}, "fp32")
+        ],
     },
     "ranking_loss": {
-        "ranking_loss_fwd_kernel": cases(PAIRS, {**PAIRS, "WITH_GRAD": False}),
+        "ranking_loss_fwd_kernel": cases(
+            PAIRS, {**PAIRS, "HAS_MARGINS": False, "WITH_GRAD": False}
+        ),
         "ranking_loss_sum_kernel": [({"PROGRAMS": 1024}, "fp32")],
+    },
+    "sequence_sums": {
+        "sequence_sums_kernel": [
+            ({"HAS_Y": True, "HAS_MASK": True, "FLAT": False, "BLOCK": 1024}, "bf16")
+        ]
     },
     "token_logprob": {
         "token_logprob_fwd_kernel": [
@@ -117,10 +147,17 @@ VARIANTS = {
     "token_loss": {
         "token_loss_fwd_kernel": [
             (
-                {**FLAGS, **SMALL, **EVERY, "L": 128, "CAP": 2, "BLOCK": 256, "ACC": "fp64"},
+                {**FLAGS, **SMALL, **EVERY, "L": 128, "CAP": 2, "BLOCK": 256, "ACC": "fp64"}
+                | SAPO
+                | {"KL_ESTIMATOR": 3, "KL_GRADIENT": 0},
                 "fp64",
             ),
-            ({**FLAGS, **SMALL, **EVERY, "CAP": 2, "BLOCK": 512, "ACC": "fp32"}, TO_BF16),
+            (
+                {**FLAGS, **SMALL, **EVERY, "CAP": 2, "BLOCK": 512, "ACC": "fp32"}
+                | CISPO
+                | {"KL_ESTIMATOR": 0, "ROLLOUT": 1},
+                TO_BF16,
+            ),
             ({**FLAGS, **TILE, **ENTROPY, "CAP": 1, "BLOCK": 512, "ACC": "fp32"}, TO_BF16),
             ({**PLAIN, **TILE, **ENTROPY, "ACC": "fp32"}, TO_BF16),
             ({**PLAIN, **TILE, **PASS, "ACC": "fp32"}, TO_BF16),

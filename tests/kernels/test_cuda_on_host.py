@@ -44,8 +44,9 @@ def run(libraries, *command, sm=80, ops=()):
 
 CONFORMANCE = ROOT / "tests" / "ops" / "test_conformance.py"
 CLUSTERS = ROOT / "tests" / "_support" / "host_shim" / "token_loss_clusters.py"
+POLICY = [ROOT / "tests" / "ops" / f"test_policy_{name}.py" for name in ("losses", "parts")]
 # Emulated device -> the sources whose ops it runs, and more tests.
-DEVICES = {80: (SOURCES, []), 90: ([ROOT / "csrc" / "cuda" / "token_loss.cu"], [CLUSTERS])}
+DEVICES = {80: (SOURCES, POLICY), 90: ([ROOT / "csrc" / "cuda" / "token_loss.cu"], [CLUSTERS])}
 RUNS = [
     (source, op, sm)
     for sm, (sources, _) in DEVICES.items()

@@ -20,6 +20,7 @@ from fastrlhf.ops import ppo_loss, token_logprob, token_loss  # noqa: F401  (reg
 OPS = torch.ops.fastrlhf
 CAPS = {"plain": 0.0, "capped": 3.0, "exact cap": 100.0}
 CLIP, DUAL_CLIP, COEF = 0.2, 1.7, 0.03
+PLAIN = [], 1 - CLIP, 1 + CLIP, DUAL_CLIP, []  # more, low, high, dual_clip, options
 F32, NARROW = torch.float32, (torch.bfloat16, torch.float16)
 ROWS, MASKED, WITHOUT_TARGET = 9, 1, 7
 IN_SHIM, SM = "FASTRLHF_HOST_SHIM" in os.environ, int(os.environ.get("HOST_SHIM_SM", 0))
@@ -90,7 +91,7 @@ class Problem:
         """(loss, logprob, grad_logprob, row_stats) of token_loss."""
         op, more = (OPS.token_loss_fwd, ()) if out is None else (OPS.token_loss_fwd_, (out,))
         return op(
-            *(self.logits, self.targets, self.advantages, self.old_logprob, CLIP, DUAL_CLIP),
+            *(self.logits, self.targets, self.advantages, self.old_logprob, *PLAIN),
             *(self.temperature, 1.0, self.softcap, self.mask, self.scale, 0.0, *more),
         )
 
@@ -100,7 +101,7 @@ class Problem:
             3, len(self.targets)
         )
         OPS.token_loss_rows_(
-            *(self.logits, self.targets, self.advantages, self.old_logprob, CLIP, DUAL_CLIP, coef),
+            *(self.logits, self.targets, self.advantages, self.old_logprob, *PLAIN, coef),
             *(self.temperature, 1.0, self.softcap, self.mask, self.scale, out, logprob),
             *(entropy if with_entropy else None, grad_logprob if with_grad_logprob else None),
         )
@@ -165,8 +166,8 @@ def test_is_bitwise_identical_to_the_separate_kernels(width, offset, cap, backen
     # Expected grad_logprob and h = dL/dentropy: ppo_loss on these log-probs.
     safe = logprob.masked_fill(~finite, 0.0)
     *_, grads = OPS.ppo_loss_fwd(
-        *(safe, p.old_logprob, p.advantages, None, None, None, entropy, p.mask),
-        *(CLIP, DUAL_CLIP, math.inf, 0.0, COEF, True),
+        *(safe, p.old_logprob, p.advantages, None, None, None, entropy, p.mask, None),
+        *(*PLAIN[:4], math.inf, 0.0, COEF, [], True),
     )
     # Masked tokens are -0.0 or 0.0, by the sign of the advantage.
     grad_logprob, h = grads[0].masked_fill(~p.mask, 0.0).masked_fill(~finite, math.nan), grads[1]
@@ -348,7 +349,7 @@ def test_outputs_that_are_slices(backend):
     p, width = problem(301), 301
     every = torch.full((3, ROWS + 4), 7.0, device=DEVICE["cuda"])
     parts = [v[2 : 2 + ROWS] for v in every]
-    arguments = (p.logits, p.targets, p.advantages, p.old_logprob, CLIP, DUAL_CLIP, COEF)
+    arguments = (p.logits, p.targets, p.advantages, p.old_logprob, *PLAIN, COEF)
     arguments += (p.temperature, 1.0, 0.0, p.mask, p.scale, matrix(ROWS, width, torch.bfloat16))
     OPS.token_loss_rows_(*arguments, *parts)
     assert all(map(bitwise_equal, parts, p.rows(matrix(ROWS, width, torch.bfloat16))[1:]))
@@ -364,8 +365,7 @@ def test_bad_input(backend):
         "targets": p.targets,
         "advantages": p.advantages,
         "old_logprob": p.old_logprob,
-        "clip": CLIP,
-        "dual_clip": DUAL_CLIP,
+        **dict(zip(("more", "low", "high", "dual_clip", "options"), PLAIN, strict=True)),
         "entropy_coef": COEF,
         "row_temperature": None,
         "temperature": 1.0,

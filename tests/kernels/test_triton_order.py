@@ -22,7 +22,10 @@ LOSS = WALK | {"BLOCK": 1024}
 LOSS |= dict.fromkeys(
     ("HAS_ADVANTAGES", "HAS_OLD", "HAS_SCALE", "WITH_GRAD_LOGPROB", "WITH_GRAD"), True
 )
-PPO = TOKENS | {"HAS_VALUES": True, "HAS_ENTROPY": True, "WITH_GRAD": True, "HAS_MASK": True}
+PPO = TOKENS | dict.fromkeys(
+    ("HAS_OLD", "HAS_ADVANTAGES", "HAS_VALUES", "HAS_ENTROPY", "WITH_GRAD", "HAS_MASK"), True
+)
+PPO |= {"HAS_FACTORS": False}
 LAYOUTS = ({"PACKED": True, "HAS_MASK": False}, {"PACKED": False, "HAS_MASK": False})
 MASKED = {
     "PACKED": False,

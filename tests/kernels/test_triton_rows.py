@@ -1,7 +1,5 @@
 """token_loss_rows_ in Triton, the row pass of the linear losses: bitwise against separate ops, float64, edge cases."""
 
-import math
-
 import pytest
 import torch
 
@@ -16,6 +14,7 @@ NAN, INF = float("nan"), float("inf")
 NARROW = (torch.bfloat16, torch.float16)
 EVERY_DTYPE = (*cases.DTYPES, torch.float64)
 PLAIN = (None, 1.0, 0.0, None)  # row_temperature, temperature, softcap, mask
+LIMITS = ([], 0.8, 1.2, 3.0, [])  # more, low, high, dual_clip, options
 
 triton = cases.each_backend("token_loss", ("triton",))
 
@@ -55,7 +54,7 @@ def row_pass(
     scale = torch.tensor(scale, **options)
     row_temperature, *rest = settings
     more = (entropy, grad_logprob) if wanted else (None, None)
-    numbers = (0.2, 3.0, entropy_coef)
+    numbers = (*LIMITS, entropy_coef)
     rows_ = token_loss.ROWS_["triton"]
     rows_(logits, *policy, *numbers, row_temperature, *rest, scale, dlogits, logprob, *more)
     return dlogits, logprob, *more
@@ -66,7 +65,7 @@ def in_parts(logits, targets, *policy, settings=PLAIN, scale=0.3, entropy_coef=0
     fwd = token_logprob.FWD["triton"]
     logprob, entropy, row_stats = fwd(logits, targets, *settings, True, False)
     scale = torch.tensor(scale, dtype=logprob.dtype, device=logits.device)
-    terms = token_loss.FWD["triton"](logits, targets, *policy, 0.2, 3.0, *settings, scale, 1.0)
+    terms = token_loss.FWD["triton"](logits, targets, *policy, *LIMITS, *settings, scale, 1.0)
     _, same_logprob, grad_logprob, loss_stats = terms
     assert_bitwise((same_logprob, loss_stats), (logprob, row_stats[:2]))
     h = (-entropy_coef * scale).expand_as(grad_logprob) if entropy_coef else None
@@ -101,7 +100,20 @@ def test_is_bitwise_identical_to_the_separate_ops(backend, dtype, options, entro
     kwargs = {"settings": settings, "entropy_coef": entropy_coef, "scale": 1 / count}
     expected = in_parts(logits, *policy, **kwargs)
     _, logprob, entropy, grad_logprob = expected
-    rest = (None, None, None, entropy, settings[-1], 0.2, 3.0, INF, 0.0, entropy_coef, True)
+    rest = (
+        None,
+        None,
+        None,
+        entropy,
+        settings[-1],
+        None,
+        *LIMITS[:4],
+        INF,
+        0.0,
+        entropy_coef,
+        [],
+        True,
+    )
     grads = ppo_loss.FWD["triton"](logprob, policy[2], policy[1], *rest)[2]
     assert torch.equal(grad_logprob, grads[0])
     assert_bitwise(row_pass(logits, *policy, **kwargs), expected)
@@ -323,7 +335,7 @@ def test_bad_outputs_are_refused(backend):
         names = ("dlogits", "logprob", "entropy", "grad_logprob")
         given = [changed.get(n, x) for n, x in zip(names, outputs, strict=True)]
         with pytest.raises(ValueError, match=match):
-            rows_(logits, *policy, 0.2, INF, entropy_coef, *PLAIN, scale, *given)
+            rows_(logits, *policy, *LIMITS, entropy_coef, *PLAIN, scale, *given)
 
     refused("entropy must be given where entropy_coef is not 0", entropy=None)
     refused(
@@ -358,5 +370,5 @@ def test_opcheck(backend):
         settings = (policy[1].abs() + 0.5, 1.0, 4.0, mask, scale)
         torch.library.opcheck(
             torch.ops.fastrlhf.token_loss_triton_rows_,
-            (logits, *policy, 0.2, math.inf, 0.1 * wanted, *settings, *outputs),
+            (logits, *policy, *LIMITS, 0.1 * wanted, *settings, *outputs),
         )

@@ -19,6 +19,127 @@ def cu(*ends):
     return torch.tensor(ends, dtype=torch.int32)
 
 
+def policy_errors(n: int, any_float=False) -> list:
+    """What the policy losses refuse of their shared settings; a call of `n` tokens without sequences.
+
+    `any_float`: the constants may be fp64 beside fp32 logits.
+    """
+    x, pair = torch.zeros(n), {"cu_seqlens": cu(0, 1, n)}
+    ref, rollout = {"ref_logprob": x}, {"rollout_logprob": x}
+    tokens, mean = {"aggregation": "token-mean"}, {"aggregation": "seq-mean-token-mean", **pair}
+    norm = {"aggregation": "seq-mean-token-sum-norm", **pair}
+    x64, meta, trained = x.double(), x.to("meta"), x.clone().requires_grad_()
+    per_token = [
+        ({name: value}, kind, (f"{name} must ", *words))
+        for name in ("ref_logprob", "rollout_logprob", "rollout_weights")
+        for value, kind, words in (
+            ([0.0], TypeError, ("Tensor", "list")),
+            (x.int(), TypeError, ("float32", "int32")),
+            (torch.zeros(n + 3), ValueError, (f"({n},)", f"({n + 3},)")),
+            *([] if any_float else [(x64, TypeError, ("float64 if and only if", "float64"))]),
+            (meta, ValueError, ("on cpu", "meta")),
+            (trained, ValueError, ("be a constant", "requires grad")),
+        )
+    ]
+    return per_token + [
+        # names
+        ({"objective": "ppoo"}, ValueError, ("objective must be one of", "'ppoo'", "did you mean 'ppo'?")),
+        ({"objective": "GSPO"}, ValueError, ("objective must be one of", "'gspo'", "got 'GSPO'")),
+        ({"objective": 1}, ValueError, ("objective must be one of", "got 1")),
+        ({"aggregation": "token_mean"}, ValueError, ("aggregation must be one of", "did you mean 'token-mean'?")),
+        ({"aggregation": "mean"}, ValueError, ("aggregation must be one of", "got 'mean'")),
+        ({"kl_estimator": "k4", **ref}, ValueError, ("kl_estimator must be one of", "got 'k4'")),
+        ({"kl_estimator": "Abs", **ref}, ValueError, ("kl_estimator", "did you mean 'abs'?")),
+        ({"kl_gradient": "k3", **ref}, ValueError, ("kl_gradient must be one of", "did you mean 'k2'?")),
+        ({"kl_gradient": None, **ref}, ValueError, ("kl_gradient must be one of", "got None")),
+        ({"rollout_level": "sequence-mean", **rollout}, ValueError, ("did you mean 'sequence_mean'?",)),
+        ({"rollout_mode": "clip", **rollout}, ValueError, ("rollout_mode must be one of", "got 'clip'")),
+        ({"rollout_mode": "truncated", **rollout}, ValueError, ("did you mean 'truncate'?",)),
+        # clips
+        ({"clip": (-0.2, 0.3)}, ValueError, ("clip (low) must be a finite number above 0; got -0.2",)),
+        ({"clip": (0.2, 0)}, ValueError, ("clip (high) must be a finite number above 0; got 0",)),
+        ({"clip": (0.2, INF)}, ValueError, ("clip (high) must be a finite number above 0; got inf",)),
+        ({"clip": ("x", 0.2)}, TypeError, ("clip (low) must be a number; got str",)),
+        ({"clip": (0.2,)}, ValueError, ("clip must be a number or a pair (low, high); got (0.2,)",)),
+        ({"clip": (0.1, 0.2, 0.3)}, ValueError, ("clip must be a number or a pair",)),
+        ({"objective": "reinforce", "clip": 0.3}, ValueError, ("clip must not be given with", "got 0.3")),
+        ({"objective": "sapo", "clip": (0.2, None)}, ValueError, ("clip must not", "'sapo'", "(0.2, None)")),
+        ({"objective": "sapo", "dual_clip": 2.0}, ValueError, ("dual_clip must not be given", "'sapo'", "2.0")),
+        ({"objective": "cispo", "dual_clip": 2.0}, ValueError, ("dual_clip must not be given", "'cispo'")),
+        ({"objective": "reinforce", "dual_clip": 2.0}, ValueError, ("dual_clip must not be given",)),
+        ({"objective": "ppo", "tau_pos": 2.0}, ValueError, ("tau_pos must not be given", "'ppo'", "got 2.0")),
+        ({"objective": "cispo", "tau_neg": 2.0}, ValueError, ("tau_neg must not be given", "'cispo'")),
+        ({"objective": "sapo", "tau_neg": 0.0}, ValueError, ("tau_neg must be a finite number above 0",)),
+        ({"objective": "sapo", "tau_pos": "1"}, TypeError, ("tau_pos must be a number; got str",)),
+        # KL
+        ({"kl_coef": 0.1}, ValueError, ("kl_coef must come with ref_logprob", "got 0.1")),
+        ({"kl_estimator": "k1"}, ValueError, ("kl_estimator must come with ref_logprob", "got 'k1'")),
+        ({"kl_clamp": False}, ValueError, ("kl_clamp must come with ref_logprob", "got False")),
+        ({"kl_gradient": "k2"}, ValueError, ("kl_gradient must come with ref_logprob", "got 'k2'")),
+        ({"kl_clamp": 1, **ref}, TypeError, ("kl_clamp must be a bool; got int",)),
+        ({"kl_coef": NAN, **ref}, ValueError, ("kl_coef must be a finite number; got nan",)),
+        ({"kl_coef": None, **ref}, TypeError, ("kl_coef must be a number; got NoneType",)),
+        ({"objective": "reinforce", "kl_gradient": "ratio", **ref}, ValueError,
+         ("kl_gradient must not be 'ratio' with objective='reinforce'", "got 'ratio'")),
+        # rollout correction
+        ({"rollout_weights": x, **rollout}, ValueError, ("rollout_weights or rollout_logprob, not both; got both",)),
+        ({"rollout_level": "token", "rollout_mode": "mask"}, ValueError, ("rollout_mode must come with rollout_l",)),
+        ({"rollout_level": "sequence"}, ValueError, ("rollout_level must come with rollout_logprob",)),
+        ({"rollout_weights": x, "rollout_bounds": (None, 2.0)}, ValueError, ("rollout_bounds must come with",)),
+        ({"rollout_bounds": (2.0, 1.0), **rollout}, ValueError, ("rollout_bounds must rise; got (2.0, 1.0)",)),
+        ({"rollout_bounds": 2.0, **rollout}, ValueError, ("rollout_bounds must be a pair", "got 2.0")),
+        ({"rollout_bounds": (-1, None), **rollout}, ValueError, ("rollout_bounds (low)", "at least 0", "-1")),
+        ({"rollout_bounds": (None, "2"), **rollout}, TypeError, ("rollout_bounds (high) must be a number",)),
+        # sequences and counts
+        ({"aggregation": "seq-mean-token-sum"}, ValueError, ("aggregation='seq-mean-token-sum' needs seq", "[B, T]")),
+        ({"objective": "gspo"}, ValueError, ("objective='gspo' needs sequences", "cu_seqlens", f"({n},)")),
+        ({"rollout_level": "sequence", **rollout}, ValueError, ("rollout_level='sequence' needs sequences",)),
+        ({"rollout_level": "sequence_mean", **rollout}, ValueError, ("rollout_level='sequence_mean' needs seq",)),
+        ({"cu_seqlens": cu(0, 1)}, ValueError, (f"cu_seqlens must rise from 0 to {n}; got [0, 1]",)),
+        ({"cu_seqlens": cu(1, n)}, ValueError, ("cu_seqlens must rise from 0", f"got [1, {n}]")),
+        ({"cu_seqlens": cu(0, n).long()}, TypeError, ("cu_seqlens must be int32; got torch.int64",)),
+        ({"cu_seqlens": cu(0, n).view(1, 2)}, ValueError, ("cu_seqlens must have shape (S + 1,)", "(1, 2)")),
+        ({"cu_seqlens": [0, n]}, TypeError, ("cu_seqlens must be a torch.Tensor; got list",)),
+        ({"cu_seqlens": cu(0, n).to("meta")}, ValueError, ("cu_seqlens must be on cpu; got meta",)),
+        ({"advantages": torch.zeros(3 + n), **pair}, ValueError, ("advantages", f"({n},)", "(2,)", f"({n + 3},)")),
+        ({"rollout_weights": torch.zeros(2, 2), **pair}, ValueError, ("rollout_weights", "(2, 1)", "(2, 2)")),
+        (norm, ValueError, ("length must be given with aggregation='seq-mean-token-sum-norm'; got None",)),
+        ({**norm, "length": 0}, ValueError, ("length must be a finite number above 0; got 0",)),
+        ({**norm, "length": "5"}, TypeError, ("length must be a number; got str",)),
+        ({**mean, "length": 5}, ValueError, ("length must come with aggregation='seq-mean-token-sum-norm'", "5")),
+        ({**tokens, "num_tokens": 0}, ValueError, ("num_tokens must be a finite number above 0; got 0",)),
+        ({**tokens, "num_tokens": -3}, ValueError, ("num_tokens must be a finite number above 0; got -3",)),
+        ({**tokens, "num_tokens": torch.tensor(0)}, ValueError, ("num_tokens must be above 0; got 0",)),
+        ({**tokens, "num_tokens": torch.tensor([3.0])}, ValueError, ("num_tokens must have shape (); got (1,)",)),
+        ({**tokens, "num_tokens": torch.tensor(3.0, device="meta")}, ValueError, ("num_tokens must be on cpu",)),
+        ({**tokens, "num_tokens": torch.tensor(3.0, requires_grad=True)}, ValueError, ("num_tokens must be a const",)),
+        ({**tokens, "num_tokens": torch.tensor(NAN)}, ValueError, ("num_tokens must be above 0; got nan",)),
+        ({**tokens, "num_tokens": "3"}, TypeError, ("num_tokens must be a number; got str",)),
+        ({**tokens, "num_sequences": 3}, ValueError, ("num_sequences must come with an aggregation over seq",)),
+        ({**mean, "num_sequences": 0}, ValueError, ("num_sequences must be a finite number above 0; got 0",)),
+        ({**mean, "num_sequences": torch.tensor(0.0)}, ValueError, ("num_sequences must be above 0; got 0.0",)),
+        ({**mean, "num_tokens": 3}, ValueError, ("num_tokens must come with aggregation='token-mean'", "seq-mean")),
+        ({"aggregation": "token-sum", "num_tokens": 3}, ValueError, ("num_tokens must come with", "'token-sum'")),
+    ]  # fmt: skip
+
+
+# Beside them, of the ops with a value term.
+VALUE_ERRORS = [
+    (
+        {"value_aggregation": "seq-mean"},
+        ValueError,
+        ("value_aggregation must be one of", "got 'seq-mean'"),
+    ),
+    (
+        {"value_aggregation": "token-mean"},
+        ValueError,
+        ("value_aggregation must come with values; got 'token-mean'",),
+    ),
+    ({"aggregation": None}, ValueError, ("aggregation must be one of", "got None")),
+    ({"scale": "x"}, TypeError, ("scale must be a number; got str",)),
+    ({"scale": NAN}, ValueError, ("scale must be a finite number; got nan",)),
+    ({"scale": torch.ones(1)}, ValueError, ("scale must have shape (); got (1,)",)),
+]
 HEAD = {"hidden": torch.ones(2, 4), "weight": torch.zeros(5, 4), "targets": TARGETS}
 # fmt: off
 ERRORS = {
@@ -79,6 +200,7 @@ ERRORS = {
             ({"softcap": -1.0}, ValueError, ("softcap must be a finite number above 0; got -1",)),
             ({"mask": torch.ones(3)}, ValueError, ("mask must have shape (2,); got (3,)",)),
             ({"backend": "gpu"}, ValueError, ("backend must be one of",)),
+            *policy_errors(2, any_float=True),
         ],
     ),
     "linear_logprob": (
@@ -101,12 +223,22 @@ ERRORS = {
         [
             ({"reduction": "max"}, ValueError, ("reduction must be 'mean', 'sum' or 'none'; got 'max'",)),
             ({"ignore_index": 1.0}, TypeError, ("ignore_index must be an int; got float",)),
-            ({"ignore_index": 3}, ValueError, ("ignore_index must be outside [0, 5); got 3",)),
             ({"ignore_index": True}, TypeError, ("ignore_index must be an int; got bool",)),
             ({"ignore_index": 2**70}, ValueError, ("ignore_index must be within the range of targets (torch.int64)",)),
             ({"ignore_index": 2**32, "targets": TARGETS.int()}, ValueError, ("range of targets (torch.int32)",)),
             ({"num_rows": 1.0}, TypeError, ("num_rows must be an int; got float",)),
+            ({"class_weight": [1.0] * 5}, TypeError, ("class_weight must be a torch.Tensor; got list",)),
+            ({"class_weight": torch.ones(4)}, ValueError, ("class_weight must have shape (5,); got (4,)",)),
+            ({"class_weight": torch.ones(5).int()}, TypeError, ("class_weight must be float32", "int32")),
+            ({"class_weight": torch.ones(5, requires_grad=True)}, ValueError, ("class_weight must be a constant",)),
+            ({"label_smoothing": 1.5}, ValueError, ("label_smoothing must be in [0, 1]; got 1.5",)),
+            ({"label_smoothing": -0.1}, ValueError, ("label_smoothing", "at least 0; got -0.1")),
+            ({"z_loss": -1.0}, ValueError, ("z_loss", "at least 0; got -1.0")),
+            ({"z_loss": None}, TypeError, ("z_loss must be a number; got NoneType",)),
+            ({"return_lse": 1}, TypeError, ("return_lse must be a bool; got int",)),
             ({"targets": torch.tensor([0, 5])}, ValueError, ("cross_entropy: targets must be in [0, 5",)),
+            ({"targets": torch.tensor([0, 5]), "class_weight": torch.ones(5), "z_loss": 0.1},
+             ValueError, ("cross_entropy: targets must be in [0, 5); got 5 at row 1",)),
             ({"targets": torch.tensor([0, -1])}, ValueError, ("targets must be in [0, 5); got -1",)),
             ({"hidden": torch.zeros(2, 3)}, ValueError, ("weight must have shape (V, 3)",)),
             ({"hidden": torch.zeros(2, 0), "weight": torch.zeros(5, 0)},
@@ -253,7 +385,7 @@ ERRORS = {
         [
             ({"logprob": [0.0]}, TypeError, ("logprob", "Tensor", "list")),
             ({"logprob": X.int()}, TypeError, ("logprob", "float32", "int32")),
-            ({"old_logprob": None}, TypeError, ("old_logprob", "Tensor", "NoneType")),
+            ({"old_logprob": [0.0]}, TypeError, ("old_logprob", "Tensor", "list")),
             ({"advantages": None}, TypeError, ("advantages", "Tensor", "NoneType")),
             ({"old_logprob": torch.zeros(3)}, ValueError, ("old_logprob", "(4,)", "(3,)")),
             ({"advantages": torch.zeros(4, 1)}, ValueError, ("advantages", "(4,)", "(4, 1)")),
@@ -276,6 +408,8 @@ ERRORS = {
             ({"entropy_coef": "0"}, TypeError, ("entropy_coef", "number", "str")),
             ({"backend": "c++"}, ValueError, ("backend", "c++")),
             ({"backend": "cuda"}, ValueError, ("cuda", "cannot run")),
+            *policy_errors(4),
+            *VALUE_ERRORS,
         ],
     ),
     "ranking_loss": (
@@ -294,6 +428,32 @@ ERRORS = {
             ({"cu_groups": cu(1, 4)}, ValueError, ("cu_groups", "[1, 4]")),
             ({"cu_groups": cu(0, 3, 2, 4)}, ValueError, ("cu_groups", "3, 2")),
             ({"cu_groups": None}, TypeError, ("cu_groups", "Tensor", "NoneType")),
+            ({"margin": "big"}, TypeError, ("margin must be a number; got str",)),
+            ({"margin": NAN}, ValueError, ("margin must be a finite number; got nan",)),
+            ({"margin": torch.ones(4)}, ValueError, ("margin must have shape (1,); got (4,)",)),
+            ({"margin": torch.ones(1).int()}, TypeError, ("margin must be float32", "int32")),
+            ({"margin": torch.ones(1).double()}, TypeError, ("margin", "float64", "scores")),
+            ({"margin": torch.ones(1, requires_grad=True)}, ValueError, ("margin must be a constant",)),
+            ({"backend": "cuda"}, ValueError, ("cuda", "cannot run")),
+        ],
+    ),
+    "group_advantage": (
+        {"rewards": X, "cu_groups": CU},
+        [
+            ({"rewards": [0.0]}, TypeError, ("rewards", "Tensor", "list")),
+            ({"rewards": X.int()}, TypeError, ("rewards", "float32", "int32")),
+            ({"rewards": X.view(2, 2)}, ValueError, ("rewards", "(M,)", "(2, 2)")),
+            ({"cu_groups": CU.long()}, TypeError, ("cu_groups", "int32", "int64")),
+            ({"cu_groups": CU[:0]}, ValueError, ("cu_groups", "(P + 1,)", "(0,)")),
+            ({"cu_groups": cu(0, 3)}, ValueError, ("cu_groups must rise from 0 to 4; got [0, 3]",)),
+            ({"cu_groups": cu(1, 4)}, ValueError, ("cu_groups", "[1, 4]")),
+            ({"cu_groups": cu(0, 3, 2, 4)}, ValueError, ("cu_groups", "3, 2")),
+            ({"baseline": "leave-one-out"}, ValueError, ("baseline", "did you mean 'leave_one_out'?")),
+            ({"baseline": None}, ValueError, ("baseline must be one of", "None")),
+            ({"scale": "batch"}, ValueError, ("scale", "got 'batch' (did you mean 'batch_std'?)")),
+            ({"scale": 1.0}, ValueError, ("scale must be one of", "1.0")),
+            ({"eps": 0}, ValueError, ("eps", "above 0", "0")),
+            ({"eps": "x"}, TypeError, ("eps must be a number; got str",)),
             ({"backend": "cuda"}, ValueError, ("cuda", "cannot run")),
         ],
     ),

@@ -172,14 +172,62 @@ def policy(shape, dtype, logprob):
     return {"advantages": advantages, "old_logprob": (logprob.double() + step).to(wide)}
 
 
+def more_policy(shape, dtype, logprob, count=None):
+    """Settings beyond plain PPO, of `count` sequences; their gradient is the derivative of the value, for gradcheck."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    ref_logprob, rollout_logprob = (
+        (logprob.double() + 0.3 * randn(*shape, seed=seed, dtype=torch.float64)).to(wide)
+        for seed in (14, 15)
+    )
+    found = {"clip": (0.25, 0.35), "dual_clip": 1.3, "ref_logprob": ref_logprob, "kl_coef": 0.2}
+    found |= {
+        "kl_gradient": "ratio",
+        "rollout_logprob": rollout_logprob,
+        "rollout_bounds": (0.8, 1.3),
+    }
+    if count is not None:
+        found |= {"aggregation": "seq-mean-token-mean", "rollout_level": "sequence_mean"}
+    return found
+
+
+def sequence_policy(shape, dtype, logprob, count):
+    """The ratio, the advantages and ready rollout weights of `count` sequences; the rest of the settings."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    ref_logprob = (logprob.double() + 0.3 * randn(*shape, seed=14, dtype=torch.float64)).to(wide)
+    weights, advantages = (randn(count, seed=seed, dtype=wide) for seed in (16, 17))
+    found = {"objective": "gspo", "clip": (0.1, None), "advantages": advantages}
+    found |= {
+        "rollout_weights": weights.exp(),
+        "ref_logprob": ref_logprob,
+        "kl_coef": 0.2,
+        "kl_gradient": "k2",
+    }
+    return found | {"aggregation": "seq-mean-token-sum-norm", "length": 9, "num_sequences": 5}
+
+
+# Resets both, for a variant.
+PLAIN = dict.fromkeys(("ref_logprob", "rollout_logprob", "rollout_weights", "num_sequences", "length")) | {
+    "objective": "ppo", "clip": 0.2, "kl_coef": 0.0, "kl_gradient": "estimator",
+    "rollout_level": "token", "rollout_bounds": (None, None),
+}  # fmt: skip
+
+
 def token_loss(situation, dtype):
-    arguments = token_logprob(situation, dtype)
+    packed = situation == PACKED
+    arguments = token_logprob((7,) if packed else situation, dtype)
     if arguments is None:
         return None
     del arguments["return_entropy"]
     logprob = fastrlhf.token_logprob(**arguments, backend="reference").detach()
     arguments |= policy(logprob.shape, dtype, logprob)
-    settings = {"clip": 0.25, "dual_clip": 1.3, "scale": scale(dtype)}
+    if packed:
+        more = sequence_policy(logprob.shape, dtype, logprob, 4)
+        return arguments | more | {"cu_seqlens": sequence_cases.cu_of((3, 0, 1, 3))}
+    if situation == SMALL:
+        arguments["cu_seqlens"] = sequence_cases.cu_of((3, 1))
+    settings = {"scale": scale(dtype)}
+    if situation in (SMALL, MASKED):
+        settings |= more_policy(logprob.shape, dtype, logprob, 2 if situation == SMALL else None)
     return arguments | (settings if situation in (SMALL, MASKED) else {})
 
 
@@ -210,7 +258,8 @@ def head(situation, dtype):
 
 def linear_logprob(situation, dtype):
     arguments = head(situation, dtype)
-    return None if arguments is None else arguments | {"return_entropy": True}
+    flags = {"return_entropy": True, "return_lse": situation in (SMALL, MASKED)}
+    return None if arguments is None else arguments | flags
 
 
 def linear_cross_entropy(situation, dtype):
@@ -221,6 +270,10 @@ def linear_cross_entropy(situation, dtype):
     if mask is not None:
         arguments["targets"] = arguments["targets"].masked_fill(~mask, -1)
         arguments |= {"ignore_index": -1, "scale": scale(dtype)}
+    if situation in (SMALL, MASKED):
+        vocab = len(arguments["weight"])
+        arguments["class_weight"] = torch.linspace(0.5, 2, vocab).to(dtype)
+        arguments |= {"label_smoothing": 0.1, "z_loss": 0.01, "return_lse": True}
     return arguments
 
 
@@ -233,12 +286,19 @@ def linear_policy(situation, dtype):
 
 
 def linear_ppo_loss(situation, dtype):
-    arguments = linear_policy(situation, dtype)
-    if arguments is None or situation not in (SMALL, MASKED):
+    arguments = linear_policy((7,) if situation == PACKED else situation, dtype)
+    if arguments is None or situation not in (SMALL, MASKED, PACKED):
         return arguments
     shape, wide = arguments["targets"].shape, arguments["advantages"].dtype
+    logprob = arguments["old_logprob"]
+    if situation == PACKED:
+        more = sequence_policy(shape, dtype, logprob, 4)
+        return arguments | more | {"cu_seqlens": sequence_cases.cu_of((5, 0, 1, 1))}
     values = {k: x.to(wide) for k, x in batch(shape).items() if "values" in k or k == "returns"}
-    return arguments | values | {"entropy_coef": 0.3, "dual_clip": 1.5, "scale": scale(dtype)}
+    if situation == SMALL:
+        arguments["cu_seqlens"] = sequence_cases.cu_of((3, 1))
+    more = more_policy(shape, dtype, logprob, 2) | {"value_aggregation": "token-mean"}
+    return arguments | values | more | {"entropy_coef": 0.3, "scale": scale(dtype)}
 
 
 def grpo(logprob, entropy, old_logprob, advantages):
@@ -309,11 +369,18 @@ def masked_whiten(situation, dtype):
 
 
 def ppo_loss(situation, dtype):
-    if situation == PACKED:
-        return None
-    shape, _, where = layout(situation)
-    options = {"dual_clip": 1.3} if situation != RAGGED else {}
-    return {**batch(shape, dtype), **where, **options, "entropy_coef": 0.1}
+    shape, count, where = layout(situation)
+    found = {**batch(shape, dtype), **where, "entropy_coef": 0.1}
+    if "cu_seqlens" in where or situation == THREADS:
+        more = sequence_policy(shape, dtype, found["old_logprob"], count)
+        return found | {
+            n: x.to(dtype) if isinstance(x, torch.Tensor) else x for n, x in more.items()
+        }
+    if situation in (SMALL, MASKED):
+        more = more_policy(shape, dtype, found["old_logprob"], count)
+        more = {n: x.to(dtype) if isinstance(x, torch.Tensor) else x for n, x in more.items()}
+        return found | more | {"value_aggregation": "token-sum", "scale": scale(dtype)}
+    return found
 
 
 def ranking_loss(situation, dtype):
@@ -326,9 +393,28 @@ def ranking_loss(situation, dtype):
         THREADS: (9,) * 600,
     }
     sizes = groups.get(situation, situation[1:])
-    return {
+    arguments = {
         "scores": randn(sum(sizes), seed=1, dtype=dtype, scale=2),
         "ranks": 1 + randint(4, (sum(sizes),), 2),
+        "cu_groups": sequence_cases.cu_of(sizes),
+    }
+    if situation in (SMALL, PACKED):
+        arguments["margin"] = randn(len(sizes), seed=3, dtype=dtype)
+    return arguments
+
+
+def group_advantage(situation, dtype):
+    if situation == MASKED:
+        return None
+    groups = {
+        SMALL: (3, 2),
+        PACKED: (4, 9, 1, 0, 2, 6, 3, 2),
+        RAGGED: (75, 33),
+        THREADS: (9,) * 4000,
+    }
+    sizes = groups.get(situation, situation[1:])
+    return {
+        "rewards": randn(sum(sizes), seed=1, dtype=dtype, scale=2),
         "cu_groups": sequence_cases.cu_of(sizes),
     }
 
@@ -347,7 +433,10 @@ SEQUENCE_SHAPES = (
     (PACKED, 0, 0),
     (PACKED, 1, 0, 2),
 )
-POLICY_ONLY = dict.fromkeys(("values", "old_values", "returns", "entropy")) | {"entropy_coef": 0.0}
+PLAIN_CE = {"class_weight": None, "label_smoothing": 0.0, "z_loss": 0.0, "return_lse": False}
+WITHOUT_VALUES = dict.fromkeys(("values", "old_values", "returns", "value_aggregation"))
+POLICY_ONLY = WITHOUT_VALUES | {"entropy": None, "entropy_coef": 0.0}
+OF_MORE = ("ref_logprob", "rollout_logprob")  # of more_policy
 SPECS = {
     spec.name: spec
     for spec in (
@@ -365,10 +454,27 @@ SPECS = {
             "token_loss",
             token_loss,
             ROW_SHAPES,
-            variants=({"old_logprob": None, "dual_clip": None, "scale": 1.0}, {"advantages": None}),
+            variants=(
+                PLAIN
+                | {
+                    "aggregation": None,
+                    "old_logprob": None,
+                    "objective": None,
+                    "dual_clip": None,
+                    "scale": 1.0,
+                },
+                PLAIN | {"aggregation": None, "objective": None, "advantages": None},
+            ),
             differentiable=("logits",),
-            constant=("temperature", "advantages", "old_logprob", "scale"),
-            masked=("logits", "targets", "temperature", "advantages", "old_logprob"),
+            constant=(
+                "temperature",
+                "advantages",
+                "old_logprob",
+                "scale",
+                *OF_MORE,
+                "num_sequences",
+            ),
+            masked=("logits", "targets", "temperature", "advantages", "old_logprob", *OF_MORE),
             raw=("_fwd", "_fwd_", "_bwd_"),
             rounds_once=False,
         ),
@@ -376,7 +482,7 @@ SPECS = {
             "linear_logprob",
             linear_logprob,
             ROW_SHAPES,
-            variants=({"return_entropy": False, "bias": None},),
+            variants=({"return_entropy": False, "return_lse": False, "bias": None},),
             differentiable=HEAD,
             constant=("temperature",),
             masked=("hidden", "targets", "temperature"),
@@ -387,9 +493,9 @@ SPECS = {
             "linear_cross_entropy",
             linear_cross_entropy,
             ROW_SHAPES,
-            variants=({"reduction": "sum"}, {"reduction": "none", "bias": None}),
+            variants=(PLAIN_CE | {"reduction": "sum"}, {"reduction": "none", "bias": None}),
             differentiable=HEAD,
-            constant=("temperature", "scale"),
+            constant=("temperature", "scale", "class_weight"),
             raw=("_fwd",),
             gemm=True,
         ),
@@ -398,16 +504,31 @@ SPECS = {
             linear_ppo_loss,
             ROW_SHAPES,
             variants=(
-                {
-                    **dict.fromkeys(("values", "old_values", "returns")),
-                    "bias": None,
-                    "entropy_coef": 0.0,
-                },
+                PLAIN
+                | WITHOUT_VALUES
+                | {"aggregation": "token-mean", "bias": None, "entropy_coef": 0.0},
                 {"value_clip": None},
             ),
             differentiable=(*HEAD, "values"),
-            constant=("temperature", "scale", "old_logprob", "advantages", "old_values", "returns"),
-            masked=("hidden", "targets", "temperature", "old_logprob", "advantages", "values"),
+            constant=(
+                "temperature",
+                "scale",
+                "old_logprob",
+                "advantages",
+                "old_values",
+                "returns",
+                *OF_MORE,
+                "num_sequences",
+            ),
+            masked=(
+                "hidden",
+                "targets",
+                "temperature",
+                "old_logprob",
+                "advantages",
+                "values",
+                *OF_MORE,
+            ),
             raw=("_fwd",),
             gemm=True,
         ),
@@ -447,19 +568,42 @@ SPECS = {
         OpSpec(
             "ppo_loss",
             ppo_loss,
-            ((0,), (0, 5), (5, 0), (1,), (2, 1)),
-            variants=(POLICY_ONLY, {"value_clip": None}),
+            ((0,), (0, 5), (5, 0), (1,), (2, 1), *SEQUENCE_SHAPES[-3:]),
+            variants=(
+                PLAIN | POLICY_ONLY | {"aggregation": "token-mean", "dual_clip": None},
+                PLAIN
+                | {"aggregation": "token-mean", "value_aggregation": None, "value_clip": None},
+            ),
             differentiable=("logprob", "values", "entropy"),
-            constant=("old_logprob", "advantages", "old_values", "returns"),
-            masked=tuple(batch((1,))),
+            constant=(
+                "old_logprob",
+                "advantages",
+                "old_values",
+                "returns",
+                *OF_MORE,
+                "num_sequences",
+                "scale",
+            ),
+            masked=(*batch((1,)), *OF_MORE),
             raw=("_fwd",),
         ),
         OpSpec(
             "ranking_loss",
             ranking_loss,
             ((PACKED,), (PACKED, 0, 0), (PACKED, 1, 1), (PACKED, 2)),
+            variants=({"margin": 0.5},),
             differentiable=("scores",),
+            constant=("margin",),
             raw=("_fwd",),
+        ),
+        OpSpec(
+            "group_advantage",
+            group_advantage,
+            ((PACKED,), (PACKED, 0, 0), (PACKED, 1, 1), (PACKED, 2)),
+            variants=(
+                {"baseline": "leave_one_out", "scale": "batch_std"},
+                {"baseline": "none", "scale": "gpg"},
+            ),
         ),
     )
 }

@@ -40,7 +40,16 @@ def test_every_case_has_a_target(bench):
 
 
 OPS = (
-    *("gae", "kl_gae", "masked_whiten", "kl_reward", "ppo_loss forward", "ppo_loss", "token_loss"),
+    *(
+        "gae",
+        "kl_gae",
+        "masked_whiten",
+        "kl_reward",
+        "group_advantage",
+        "ppo_loss forward",
+        "ppo_loss",
+        "token_loss",
+    ),
     *("token_logprob", "ranking_loss", "linear_ppo_loss"),
 )
 

@@ -85,6 +85,51 @@ def test_values_and_gradients(backend, keep, options, dtype, chunks, poisoned):
 
 
 @each_backend
+@pytest.mark.parametrize("keep", [False, True], ids=["recompute", "keep"])
+@pytest.mark.parametrize("options", cases.OPTIONS)
+def test_lse_and_its_gradient(backend, keep, options, chunks, poisoned):
+    """Beside the other outputs, with upstream gradients of all, and alone."""
+    if backend == "triton" and keep:
+        pytest.skip("the chunks are the same code on every backend; the interpreter is slow")
+    chunks(4, keep)
+    device, shape = DEVICE[backend], (1, N)
+    targets = randint(V, shape, 3, device=device)
+    kwargs, tensors = cases.OPTIONS[options](shape, device), parameters(device=device)
+    on_cpu = cases.OPTIONS[options](shape, "cpu")
+    upstream = [randn(*shape, seed=s, dtype=torch.float64, device=device) for s in (4, 5, 6)]
+
+    def by_torch(x, w, targets, *, bias, mask=None, temperature=1.0, softcap=None, **_):
+        given = {"mask": mask, "temperature": temperature, "softcap": softcap}
+        z = F.linear(x, w, bias)
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        row = isinstance(temperature, torch.Tensor)
+        lse = torch.logsumexp(z / (temperature.unsqueeze(-1) if row else temperature), -1)
+        lse = lse if mask is None else lse * mask
+        return *eager(x, w, targets, bias, **given), lse
+
+    def run(function, dtype, device, kwargs, wanted, **more):
+        x, w, b = (t.to(device, dtype).requires_grad_() for t in tensors)
+        out = function(x, w, targets.to(device), bias=b, **kwargs, **more)
+        given = [out[i] for i in wanted]
+        grads = [upstream[i].to(device, dtype) for i in wanted]
+        return *out, *torch.autograd.grad(given, (x, w, b), grads)
+
+    flags = {"return_entropy": True, "return_lse": True, "backend": backend}
+    for wanted in ((0, 1, 2), (2,)):
+        ours = run(linear_logprob, torch.float32, device, kwargs, wanted, **flags)
+        theirs = run(by_torch, torch.float32, "cpu", on_cpu, wanted)
+        truth = run(by_torch, torch.float64, "cpu", cases.to_double(kwargs), wanted)
+        names = ("logprob", "entropy", "lse", "dX", "dW", "db")
+        for what, o, e, t in zip(names, ours, theirs, truth, strict=True):
+            assert_near(o, e, t, what)
+    x, w, b = tensors
+    without = linear_logprob(x, w, targets, bias=b, **kwargs, return_lse=True, backend=backend)
+    assert (
+        len(without) == 2 and torch.equal(without[0], ours[0]) and torch.equal(without[1], ours[2])
+    )
+
+
+@each_backend
 def test_gradcheck_of_kept_logits(backend, chunks):
     """test_conformance.py checks the gradient that recomputes them."""
     if backend == "triton":

@@ -46,13 +46,16 @@ SETTINGS = {
     nn.LinearCrossEntropy: {
         "ignore_index": -1,
         "reduction": "sum",
+        "label_smoothing": 0.1,
+        "z_loss": 0.01,
+        "return_lse": True,
         "temperature": 0.7,
         "softcap": 5.0,
         "scale": 2.0,
         "workspace": "compact",
         "backend": "reference",
     },
-    nn.RankingLoss: {"backend": "reference"},
+    nn.RankingLoss: {"margin": 0.3, "backend": "reference"},
 }
 
 
@@ -62,11 +65,14 @@ def ppo_inputs():
     return positional, {**tensors, "mask": randint(2, (3, 20), seed=5).bool()}
 
 
+CLASS_WEIGHT = torch.linspace(0.5, 2.0, 31)
+
+
 def head_inputs():
     hidden, weight = randn(7, 12, seed=1), randn(31, 12, seed=2)
     targets = randint(31, (7,), seed=3)
     targets[2] = -1
-    return [hidden, weight, targets], {"bias": randn(31, seed=4)}
+    return [hidden, weight, targets], {"bias": randn(31, seed=4), "class_weight": CLASS_WEIGHT}
 
 
 def linear_ppo_inputs():
@@ -96,7 +102,7 @@ def loss_metrics_gradients(function, positional, named, **settings):
     """Every number that comes out, in a fixed order."""
     count = len(positional)
     names = [*range(count), *named]
-    constants = {"old_values", "returns"}
+    constants = {"old_values", "returns", "class_weight"}
     if "values" in named:  # a PPO loss
         constants |= {count - 2, count - 1}  # old_logprob, advantages
     tensors = [
@@ -105,6 +111,7 @@ def loss_metrics_gradients(function, positional, named, **settings):
     ]
     out = function(*tensors[:count], **dict(zip(named, tensors[count:], strict=True)), **settings)
     loss, metrics = out if isinstance(out, tuple) else (out, {})
+    metrics = {"lse": metrics} if isinstance(metrics, torch.Tensor) else metrics
     wanted = [t for t in tensors if t.requires_grad]
     grads = torch.autograd.grad(loss.sum(), wanted, allow_unused=True)
     return [loss, *metrics.values(), *(g for g in grads if g is not None)], list(metrics)
@@ -134,7 +141,7 @@ def test_settings_change_the_result(module):
     values = {
         n: v
         for n, v in SETTINGS[module].items()
-        if n not in ("backend", "workspace", "compact_rows")
+        if n not in ("backend", "workspace", "compact_rows", "return_lse")
     }
     if module is nn.LinearCrossEntropy:
         values["ignore_index"] = -5
@@ -162,6 +169,7 @@ def test_names_and_defaults_are_the_ops(module):
     both = {
         nn.LinearCrossEntropy: {"temperature", "scale"},
         nn.LinearPPOLoss: {"temperature", "scale"},
+        nn.RankingLoss: {"margin"},
     }.get(module, set())
     assert settings.keys() & tensors.keys() == both
     assert settings.keys() | tensors.keys() == op.keys()
@@ -234,6 +242,14 @@ def test_row_temperature_goes_to_forward():
     assert loss.temperature == 3.0
 
 
+def test_margins_of_prompts_go_to_forward():
+    (scores, ranks, cu_groups), _ = ranking_inputs()
+    margins, loss = torch.tensor([0.5, -1.0]), nn.RankingLoss(margin=3.0)
+    expected = fastrlhf.ranking_loss(scores, ranks, cu_groups, margin=margins)
+    assert torch.equal(loss(scores, ranks, cu_groups, margin=margins), expected)
+    assert loss.margin == 3.0
+
+
 @pytest.mark.parametrize(
     ("module", "settings", "error", "message"),
     [
@@ -251,6 +267,10 @@ def test_row_temperature_goes_to_forward():
         (nn.LinearCrossEntropy, {"softcap": 0.0}, ValueError, "softcap must be"),
         (nn.LinearCrossEntropy, {"workspace": "big"}, ValueError, "workspace must be 'fast'"),
         (nn.LinearCrossEntropy, {"backend": None}, ValueError, "LinearCrossEntropy: backend must be"),
+        (nn.LinearCrossEntropy, {"label_smoothing": 1.1}, ValueError, "label_smoothing must be in"),
+        (nn.LinearCrossEntropy, {"z_loss": -1}, ValueError, "z_loss must be"),
+        (nn.LinearCrossEntropy, {"return_lse": 1}, TypeError, "return_lse must be a bool"),
+        (nn.RankingLoss, {"margin": "big"}, TypeError, "RankingLoss: margin must be a number"),
         (nn.RankingLoss, {"backend": "none"}, ValueError, "RankingLoss: backend must be one of"),
     ],
 )  # fmt: skip

@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from _support import sequence_cases as cases
-from _support.ppo_cases import NAMES, TRAINED, batch, naive, run
+from _support.ppo_cases import METRICS, NAMES, TRAINED, batch, naive, run
 from _support.tolerance import assert_near
 from fastrlhf import ppo_loss, reference
 from fastrlhf.ops import _backend
-from fastrlhf.ops.ppo_loss import METRICS
 
 NAN = float("nan")
 each_backend = cases.each_backend("ppo_loss")
@@ -160,7 +159,9 @@ def test_absent_tensors_leave_their_terms_out(backend):
     tensors = batch((50,), torch.float32)
     policy = {name: tensors[name] for name in NAMES[:3]}
     loss, metrics, grads = run(on(backend), policy)
-    assert set(metrics) == {"policy_loss", "approx_kl", "clip_fraction", "ratio_mean", "ratio_max"}
+    ratio = {"policy_loss", "approx_kl", "ratio_mean", "ratio_max"}
+    clip = {"clip_fraction", "clip_fraction_low", "clip_fraction_high"}
+    assert set(metrics) == ratio | clip | {"dual_clip_fraction", "outside_fraction"}
     assert loss == metrics["policy_loss"] and set(grads) == {"logprob"}
     with_entropy = run(on(backend), policy | {"entropy": tensors["entropy"]})
     assert set(with_entropy[1]) - set(metrics) == {"entropy"}
@@ -281,7 +282,7 @@ def test_graph_replays_and_streams_do_not_meet():
     mask = cases.random_mask(shape, 1).cuda()
 
     def call(tensors):
-        options = (mask, 0.2, math.inf, 0.2, 0.5, 0.01, True)
+        options = (mask, None, [], 0.8, 1.2, math.inf, 0.2, 0.5, 0.01, [], True)
         return torch.ops.fastrlhf.ppo_loss_fwd(*tensors, *options)
 
     expected = [call(tensors) for tensors in inputs]

@@ -26,22 +26,23 @@ def ranks_of(groups, seed, highest=4, dtype=torch.int64):
     return torch.randint(1, highest + 1, (sum(groups),), generator=generator, dtype=dtype)
 
 
-def naive(scores, ranks, groups):
+def naive(scores, ranks, groups, margins=None):
     """Pairs of each prompt, one by one: (loss, gradient)."""
     prompts, start = [], 0
-    for size in groups:
+    margins = [0.0] * len(groups) if margins is None else margins
+    for size, margin in zip(groups, margins, strict=True):
         members = range(start, start + size)
         pairs = [(w, b) for w, b in itertools.permutations(members, 2) if ranks[w] < ranks[b]]
         start += size
         if pairs:
-            prompts.append(pairs)
+            prompts.append((pairs, margin))
     loss, grad = 0.0, [0.0] * len(scores)
-    for pairs in prompts:
+    for pairs, margin in prompts:
         weight = 1 / (len(pairs) * len(prompts))
         for better, worse in pairs:
-            margin = scores[better] - scores[worse]
-            loss += weight * (math.log1p(math.exp(-abs(margin))) - min(margin, 0.0))
-            slope = weight / (1 + math.exp(margin))
+            d = scores[better] - scores[worse] - margin
+            loss += weight * (math.log1p(math.exp(-abs(d))) - min(d, 0.0))
+            slope = weight / (1 + math.exp(d))
             grad[better] -= slope
             grad[worse] += slope
     return loss, torch.tensor(grad, dtype=torch.float64)
@@ -62,6 +63,55 @@ def test_equals_pairs_one_by_one(backend, scale):
     expected, expected_grad = naive(scores.tolist(), ranks.tolist(), GROUPS)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
     assert torch.allclose(grad, 2.5 * expected_grad, rtol=1e-11, atol=1e-15)
+
+
+@each_backend
+def test_margins_of_the_prompts_one_by_one(backend):
+    scores, ranks, cu = cases.randn(M, 1, scale=2.0), ranks_of(GROUPS, 2), cases.cu_of(GROUPS)
+    margins = cases.randn(len(GROUPS), 5, scale=2.0)
+    expected, expected_grad = naive(scores.tolist(), ranks.tolist(), GROUPS, margins.tolist())
+    margins[2] = math.nan  # a prompt of one completion has no pair to compare
+    for margin in (margins, cases.with_strides(margins)):
+        loss, grad = run(anywhere, scores, ranks, cu, margin=margin, backend=backend)
+        assert loss.item() == pytest.approx(expected, rel=1e-12)
+        assert torch.allclose(grad, expected_grad, rtol=1e-11, atol=1e-15)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_number_is_the_margin_of_every_prompt(backend, dtype):
+    """-0.75 is exact in each dtype. A margin of 0 changes no bit."""
+    scores, ranks, cu = cases.randn(M, 1, dtype), ranks_of(GROUPS, 2), cases.cu_of(GROUPS)
+    for number in (-0.75, 0.0):
+        margins = torch.full((len(GROUPS),), number, dtype=dtype)
+        ours = run(anywhere, scores, ranks, cu, margin=number, backend=backend)
+        each = run(anywhere, scores, ranks, cu, margin=margins, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(ours, each, strict=True))
+        plain = run(anywhere, scores, ranks, cu, backend=backend)
+        assert torch.equal(ours[0], plain[0]) == (number == 0)
+
+
+@each_backend
+def test_a_margin_of_a_pair_is_the_one_of_trainers(backend):
+    """-logsigmoid(chosen - rejected - margin), as TRL's and OpenRLHF's reward trainers write it."""
+    chosen, rejected = cases.randn((2, 33), 1, torch.float32, scale=3.0)
+    margin = cases.randn(33, 2, torch.float32).abs()
+    scores = torch.stack([chosen, rejected], dim=1).flatten()
+    cu, ranks = cases.cu_of([2] * 33), torch.tensor([1, 2] * 33)
+    loss, grad = run(anywhere, scores, ranks, cu, margin=margin, backend=backend)
+    both = torch.stack([chosen, rejected]).requires_grad_()
+    pairwise = -F.logsigmoid(both[0] - both[1] - margin).mean()
+    (pairwise_grad,) = torch.autograd.grad(pairwise, both)
+    assert torch.allclose(loss, pairwise.detach(), rtol=1e-6)
+    assert torch.allclose(grad.view(33, 2), pairwise_grad.T, rtol=1e-5, atol=1e-8)
+
+
+@cases.each_backend("ranking_loss", cases.CPP)
+def test_the_raw_op_refuses_other_margins(backend):
+    arguments = (torch.ones(4), torch.arange(4), cases.cu_of((2, 2)))
+    scores, ranks, cu = cases.at(backend, arguments)
+    with pytest.raises(RuntimeError, match="margins: expected"):
+        torch.ops.fastrlhf.ranking_loss_fwd(scores, ranks, cu, scores[:3], False)
 
 
 @each_backend
@@ -182,7 +232,7 @@ def test_many_prompts_and_long_ones(backend, monkeypatch):
 @pytest.mark.parametrize("cu", [[0, 3], [1, 6], [0, 5, 3, 6], [0, 7, 6], [0, -1, 6], [0]])
 def test_broken_groups_are_not_followed(backend, cu):
     arguments = cases.at(backend, (torch.ones(6), torch.arange(6), torch.tensor(cu).int()))
-    loss, grad = torch.ops.fastrlhf.ranking_loss_fwd(*arguments, True)
+    loss, grad = torch.ops.fastrlhf.ranking_loss_fwd(*arguments, None, True)
     assert loss.isnan() and grad.isnan().all()
 
 

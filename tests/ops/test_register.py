@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastrlhf
 import fastrlhf.reference
 from _support.small_calls import small_call
-from fastrlhf.ops import _backend, _metrics, _register
+from fastrlhf.ops import _backend, _checks, _metrics, _register
 
 HAS_CPU = not _backend.unavailable_reason("gae", "cpu")
 FUSED = pytest.mark.skipif(not HAS_CPU, reason="the C++ extension is not built")
@@ -129,6 +129,7 @@ def test_a_triton_kernel_has_the_schema_of_its_twin():
     twins = {name: name.replace("_triton", "") for name in ops if "_triton" in name}
     assert set(twins.values()) == {
         *("gae", "kl_gae", "kl_reward", "masked_whiten", "ppo_loss_fwd", "ranking_loss_fwd"),
+        "group_advantage",
         *("token_logprob_fwd", "token_logprob_bwd", "token_logprob_bwd_"),
         *("token_loss_fwd", "token_loss_fwd_", "token_loss_bwd_", "token_loss_rows_"),
     }
@@ -225,8 +226,9 @@ def linear_loss(per_token):
     ppo = "old_logprob" in per_token
     has_values = "returns" in per_token
     given = [None if name is None else rows[name] for name in per_token]
-    clip = 0.2 if "old_values" in per_token else torch.inf
-    settings = [1.0, 0.0, *((0.2, torch.inf, clip, 0.5, 0.01) if ppo else (1.0,))]
+    none = _checks.UNLIMITED
+    clip = 0.2 if "old_values" in per_token else none
+    settings = [1.0, 0.0, *((0.8, 1.2, none, clip, 0.5, 0.01) if ppo else (1.0,))]
     op = "linear_ppo_loss" if ppo else "linear_cross_entropy"
     one = torch.ones(())
 
@@ -283,10 +285,17 @@ def metrics():
     return named, again
 
 
-NAMES = ["policy_loss", "approx_kl", "clip_fraction", "ratio_mean", "ratio_max"]
+CLIPS = (
+    "clip_fraction",
+    "clip_fraction_low",
+    "clip_fraction_high",
+    "dual_clip_fraction",
+    "outside_fraction",
+)
+NAMES = ["policy_loss", "approx_kl", *CLIPS, "ratio_mean", "ratio_max"]
 LOOKS = {
     "iter": list,
-    "len": lambda d: len(d) == 5 and list(d),
+    "len": lambda d: len(d) == 9 and list(d),
     "bool": lambda d: bool(d) and list(d),
     "in": lambda d: "ratio_max" in d and "entropy" not in d and list(d),
     "keys": lambda d: list(d.keys()),
@@ -306,7 +315,7 @@ LOOKS = {
     "pop": lambda d: [*(() if d.pop("ratio_max") is None else list(d)), "ratio_max"],
     "set": lambda d: (d.__setitem__("extra", 1), d.pop("extra"), list(d))[-1],
     "pytree": lambda d: list(pytree.tree_map(lambda x: x + 1, d)),
-    "values": lambda d: NAMES if len(d.values()) == 5 else [],
+    "values": lambda d: NAMES if len(d.values()) == 9 else [],
 }  # fmt: skip
 
 

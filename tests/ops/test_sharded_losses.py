@@ -57,14 +57,15 @@ def run(loss, dtype, group=None, rank=0, backend="auto", options="all", more=Non
     else:
         kwargs.pop("mask", None)
         targets = targets.masked_fill(torch.arange(N) % 4 == 1, -100)
-        total = linear_cross_entropy(x, w, targets, **kwargs)
-        second = total.detach().reshape(-1)
+        out = linear_cross_entropy(x, w, targets, **kwargs)
+        total, second = out if isinstance(out, tuple) else (out, out.detach().reshape(-1))
     upstream = 1.0 if "accumulate_into" in kwargs else 0.7
     (total * upstream).sum().backward()
     dw = kwargs.get("accumulate_into", w.grad)
     return [total.detach(), second.detach(), x.grad, dw, b.grad]
 
 
+EVERY = {"class_weight": True, "label_smoothing": 0.2, "z_loss": 0.01, "return_lse": True}
 LOSSES = {
     "ppo": {},
     "token": {},
@@ -75,6 +76,11 @@ LOSSES = {
     "ppo into": {"accumulate_into": True, "scale": 0.7},
     "cross entropy into": {"accumulate_into": True, "scale": 0.7},
     "token into": {"accumulate_into": True, "scale": 0.7},
+    "cross entropy every": EVERY,
+    "cross entropy every none": EVERY | {"reduction": "none"},
+    "cross entropy every into": EVERY | {"accumulate_into": True, "scale": 0.7},
+    "cross entropy smoothing none": {"label_smoothing": 0.2, "reduction": "none"},
+    "cross entropy z-loss": {"z_loss": 0.01},
 }
 
 
@@ -87,12 +93,17 @@ def combinations():
                 )
     for name in LOSSES:
         yield name, BACKENDS[-1], torch.float64, "mask"
+        if "every" in name:
+            for options in ("plain", "all"):
+                yield name, BACKENDS[-1], torch.float64, options
 
 
 def settings(name, rows, dtype):
     more = dict(LOSSES[name])
     if more.pop("accumulate_into", False):
         more["accumulate_into"] = torch.zeros(rows, H, dtype=dtype)
+    if "class_weight" in more:
+        more["class_weight"] = torch.linspace(0.5, 2, V, dtype=dtype)
     return more
 
 

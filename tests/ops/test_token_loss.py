@@ -136,7 +136,7 @@ def test_one_write_where_the_upstream_gradient_is_one(backend):
     if device == "cpu":
         assert max(allocated, default=0) < grad.nbytes / 5  # not even one row
     out = torch.empty_like(logits)
-    unused = (None, None, 0.2, INF, None, 1.0, 0.0, None, None)
+    unused = (None, None, [], 0.8, 1.2, INF, [], None, 1.0, 0.0, None, None)
     name = "token_loss_triton_fwd_" if backend == "triton" else "token_loss_fwd_"
     getattr(torch.ops.fastrlhf, name)(logits.detach(), targets, *unused, 0.2, out)
     assert torch.equal(grad, out)

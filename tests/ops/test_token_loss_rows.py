@@ -54,7 +54,8 @@ class Call:
         if self.dlogits is None:
             self.dlogits = torch.full_like(logits, NAN)
         scale = torch.tensor(scale, **options)
-        clips = more.get("clip", 0.2), more.get("dual_clip", INF), more.get("entropy_coef", 0.0)
+        clip, dual_clip = more.get("clip", 0.2), more.get("dual_clip", INF)
+        clips = [], 1 - clip, 1 + clip, dual_clip, [], more.get("entropy_coef", 0.0)
         row_temperature, *rest = settings
         where = self.dlogits, self.logprob, more.get("entropy", self.entropy), self.grad_logprob
         ops.token_loss_rows_(
@@ -76,8 +77,8 @@ def test_bitwise_equal_to_the_separate_ops(backend, dtype, entropy_coef, options
     mask = settings[-1]
     logprob, entropy, stats = ops.token_logprob_fwd(logits, targets, *settings, True, False)
     _, _, grads = ops.ppo_loss_fwd(
-        logprob, old_logprob, advantages, None, None, None, entropy, mask, 0.2, dual_clip, INF, 0.0,
-        entropy_coef, True,
+        logprob, old_logprob, advantages, None, None, None, entropy, mask, None, [], 0.8, 1.2, dual_clip, INF,
+        0.0, entropy_coef, [], True,
     )  # fmt: skip
     g, h = grads
     count = rows if mask is None else int(mask.sum())
@@ -173,7 +174,7 @@ def test_optional_outputs(backend):
     full = Call(*arguments, 0.1, PLAIN)
     logprob, dlogits = torch.empty(5, device=device), torch.empty(5, 33, device=device)
     scale = torch.tensor(0.1, device=device)
-    rest = (0.2, INF, 0.0, None, 1.0, 0.0, None, scale, dlogits, logprob, None, None)
+    rest = ([], 0.8, 1.2, INF, [], 0.0, *PLAIN, scale, dlogits, logprob, None, None)
     ops.token_loss_rows_(*arguments, *rest)
     same((logprob, dlogits), (full.logprob, full.dlogits))
 
@@ -188,7 +189,18 @@ def test_bad_input_is_refused_before_anything_is_written(backend):
     def refused(match, outputs=after, targets=targets, entropy_coef=0.5, settings=PLAIN):
         with pytest.raises(RuntimeError, match=match):
             ops.token_loss_rows_(
-                logits, targets, *policy, 0.2, INF, entropy_coef, *settings, scale, *outputs
+                logits,
+                targets,
+                *policy,
+                [],
+                0.8,
+                1.2,
+                INF,
+                [],
+                entropy_coef,
+                *settings,
+                scale,
+                *outputs,
             )
 
     dlogits, logprob, entropy, grad_logprob = after

@@ -62,6 +62,10 @@ template <typename T>
 concept Plain = std::is_arithmetic_v<T> || std::is_same_v<T, std::string>;
 template <Plain T>
 void keep(std::vector<Bits>&, const T&) {}
+template <typename T>
+void keep(std::vector<Bits>& all, const std::vector<T>& each) {
+  for (const T& x : each) keep(all, x);
+}
 
 inline void give_back(const Bits*& bits, const Tensor& t) {
   const char* from = bits++->data();
@@ -75,6 +79,10 @@ inline void give_back(const Bits*& bits, const std::optional<Tensor>& t) {
 }
 template <Plain T>
 void give_back(const Bits*&, const T&) {}
+template <typename T>
+void give_back(const Bits*& bits, const std::vector<T>& each) {
+  for (const T& x : each) give_back(bits, x);
+}
 
 inline void same(const std::vector<Bits>& a, const std::vector<Bits>& b, const char* what) {
   for (size_t i = 0; i < a.size(); ++i)

@@ -61,11 +61,13 @@ def last_launch(stem):
 
 
 def op_of(item):
-    """The op of HOST_SHIM_OPS that a test is for, by its spec or by the name of its file; or None."""
+    """The op of HOST_SHIM_OPS that a test is for, by its spec, its `op` or the name of its file; or None."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     if "spec" in params:
         return params["spec"].name if params["spec"].name in SOURCE_OF else None
-    stem = item.path.stem.removeprefix("test_")
+    if "op" in params:
+        return params["op"] if params["op"] in SOURCE_OF else None
+    stem = item.path.stem.removeprefix("test_").replace("policy_parts", "ppo_loss")
     return next((op for op in SOURCE_OF if stem == op or stem.startswith(f"{op}_")), None)
 
 

@@ -68,7 +68,7 @@ def test_bitwise_the_same_for_any_cluster(dtype, offset, width, cap, backend, mo
         rows = rows_at(offset, width, dtype).copy_(logits)
         out = rows if out_offset is None else rows_at(out_offset, width, dtype)
         got = torch.ops.fastrlhf.token_loss_fwd_(
-            *(rows, targets, randn(ROWS, seed=3), randn(ROWS, seed=2) - 9, 0.2, 3.0),
+            *(rows, targets, randn(ROWS, seed=3), randn(ROWS, seed=2) - 9, [], 0.8, 1.2, 3.0, []),
             *(temperature, 1.0, softcap or 0.0, mask, None, 0.5, out),
         )
         return [t.contiguous().view(torch.uint8) for t in (*got, out)]

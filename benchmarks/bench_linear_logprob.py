@@ -8,7 +8,7 @@ import torch
 
 import blocks
 import peers
-from cases import Case
+from cases import POLICIES, Case
 from harness import Problem, Provider, Yardstick, with_options
 
 
@@ -33,7 +33,7 @@ def _linear(case: Case, device: str) -> Problem:
         args["mask"] = torch.arange(n, device=device) * 100 >= case.sizes["masked"] * n
         count = int(args["mask"].sum())
     if case.op == "linear_ppo_loss":
-        args |= {**rows, "clip": 2.0}
+        args |= {**rows, "clip": 2.0} | _policy(case.sizes.get("policy", 0), rows["old_logprob"], draw(n))
     if case.op == "linear_token_loss":
         args |= {"loss_fn": _policy_gradient, "per_token": {"advantages": rows["advantages"]}}
     has_loss = case.op != "linear_logprob"
@@ -55,11 +55,31 @@ def _linear(case: Case, device: str) -> Problem:
         seconds=3.0,
         ones=has_loss,  # as in loss.backward(), which returns the gradients of the forward unscaled
         # Plain heads are timed once, in the case without a mask.
-        peers=getattr(peers, case.op)(hidden, side_by_side=count == n),
+        peers={}
+        if case.sizes.get("policy", 0)
+        else getattr(peers, case.op)(hidden, side_by_side=count == n),
         variants=_variants(case.op, args, count) if case.sizes["variants"] else {},
         yardsticks=yardsticks,
         full_yardsticks={"three_gemms": Yardstick(three, flops=3 * product)} if has_loss else {},
     )
+
+
+def _policy(which, old_logprob, noise):
+    """The settings of POLICIES[which], over packed sequences of 256 tokens."""
+    n = len(old_logprob)
+    ends = [*range(0, n, 256), n]
+    sequences = {"cu_seqlens": torch.tensor(ends, dtype=torch.int32, device=noise.device)}
+    sequences["aggregation"] = "seq-mean-token-mean"
+    near = old_logprob + 0.1 * noise
+    return {
+        "": {},
+        "clip pair and dual clip": {"clip": (0.2, 0.3), "dual_clip": 3.0},
+        "cispo, KL, rollout": {
+            **{"objective": "cispo", "clip": (None, 0.3), "ref_logprob": near, "kl_coef": 0.1},
+            **{"rollout_logprob": near, "rollout_bounds": (None, 2.0), **sequences},
+        },
+        "gspo": {"objective": "gspo", "clip": (0.3, 0.4), **sequences},
+    }[POLICIES[which]]
 
 
 def _products(x, weight):

@@ -36,20 +36,35 @@ def _cross_entropy(*rows: tuple[str, int, int, str]) -> list[Case]:
     ]
 
 
+# Settings of linear_ppo_loss beside plain PPO; bench_linear_logprob.py has them.
+POLICIES = ("", "clip pair and dual clip", "cispo, KL, rollout", "gspo")
+
+
 def _linear(
     op: str,
     rows: list[tuple[str, int, int, int, str]],
     masked: int = 0,
     frozen: int = 0,
     variants: int = 0,
+    policy: int = 0,
 ) -> list[Case]:
-    """`masked`: percent of the rows; `frozen`: 1 = no gradients; `variants`: 1 = also time other ways to call ours."""
+    """`masked`: percent of the rows; `frozen`: 1 = no gradients; `variants`: 1 = also time other ways to call ours.
+
+    `policy`: index in POLICIES.
+    """
     note = f", {masked} % masked" * bool(masked) + ", no gradient" * frozen
-    more = {"masked": masked, "frozen": frozen, "variants": variants}
+    note += f", {POLICIES[policy]}" * bool(policy)
+    more = {"masked": masked, "frozen": frozen, "variants": variants, "policy": policy}
     return [
         Case(op, f"{name} {n}x{h}x{v}{note}", dtype, {"N": n, "H": h, "V": v, **more})
         for name, n, h, v, dtype in rows
     ]
+
+
+def _policies(*shape) -> list[Case]:
+    """Each of POLICIES beside plain PPO."""
+    every = range(1, len(POLICIES))
+    return [case for i in every for case in _linear("linear_ppo_loss", [shape], policy=i)]
 
 
 def _sequences(op: str, layout: str, *shapes: tuple[int, int], whiten: int = 1) -> list[Case]:
@@ -83,6 +98,8 @@ CPU = [
     *_linear("linear_token_loss", [("small head", 512, 512, 32000, "float32")]),
     *_linear("linear_ppo_loss", [("small head", 2048, 512, 32000, "float32")]),
     *_linear("linear_ppo_loss", [("small head", 2048, 512, 32000, "float32")], masked=60),
+    *_linear("linear_ppo_loss", [("small head", 512, 512, 32000, "float32")]),
+    *_policies("small head", 512, 512, 32000, "float32"),
     *_linear("linear_logprob", [("small head", 1024, 512, 32000, "bfloat16")], frozen=1),
     *_linear("linear_ppo_loss", [("small head", 1024, 512, 32000, "bfloat16")]),
     *[case for op in _SEQUENCE_OPS for case in _sequences(op, "padded", (512, 1024))],
@@ -143,6 +160,7 @@ GPU_REST = [
     *_linear("linear_logprob", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")], variants=1),
     *_linear("linear_token_loss", [("Llama-3-8B", 8192, 4096, 128256, "bfloat16")], variants=1),
     *[case for op in ("gae", "kl_gae") for case in _sequences(op, "packed", (512, 4096))],
+    *_policies("Llama-3-8B", 8192, 4096, 128256, "bfloat16"),
 ]
 
 GPU = [*GPU_QUICK, *GPU_REST]

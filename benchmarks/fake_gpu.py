@@ -74,6 +74,7 @@ class FakeGpu(contextlib.AbstractContextManager):
     vocab, width: V and H. They classify tensors: [V, H] weight, [.., V] logits, [.., H] hidden states, else rows.
     meta: the tensors are on meta; else on the CPU.
     counted, carrying: on meta tensors, the number of unmasked rows, and of rows that `pack` finds.
+    offsets: on meta tensors, the result of tolist(): where the sequences of the unmasked rows begin and end.
     capturing: the current stream reports a capture, during which a host sync is an error.
     adds_in_place: a GEMM of 16-bit operands can accumulate into an fp32 tensor; older torch cannot.
     """
@@ -86,12 +87,13 @@ class FakeGpu(contextlib.AbstractContextManager):
         meta=False,
         counted=0,
         carrying=0,
+        offsets=(),
         capturing=False,
         adds_in_place=True,
     ):
         self.vocab, self.width = vocab, width
         self.lies_on = torch.device("meta" if meta else "cpu")
-        self.counted, self.carrying = counted, carrying
+        self.counted, self.carrying, self.offsets = counted, carrying, list(offsets)
         self.capturing, self.adds_in_place = capturing, adds_in_place
         self.streams = [Stream(self, 0)]
         self.host, self.current = {}, self.streams[0]
@@ -137,7 +139,7 @@ class FakeGpu(contextlib.AbstractContextManager):
         # Ops call their Python body directly, as they do when no dispatch mode is active.
         at_once = mock.patch.object(_register, "_unobserved", lambda *arguments: True)
         self._open.enter_context(at_once)
-        on_device = self._open.enter_context(_OnDevice(self.lies_on))
+        on_device = self._open.enter_context(_OnDevice(self))
         self._open.enter_context(_Recorder(self))
         # The autograd engine runs backward nodes without the active TorchFunctionMode.
         node_apply = BackwardCFunction.apply
@@ -338,9 +340,9 @@ def _merge(clock, other) -> None:
 class _OnDevice(TorchFunctionMode):
     """Tensors report the CUDA device; allocations on it go to `lies_on`."""
 
-    def __init__(self, lies_on: torch.device):
+    def __init__(self, gpu: FakeGpu):
         super().__init__()
-        self.lies_on = lies_on
+        self.gpu = gpu
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in _ANSWERS:
@@ -348,9 +350,13 @@ class _OnDevice(TorchFunctionMode):
         if func is Tensor.data_ptr and args[0].is_meta:  # unique addresses instead of 0
             x = args[0]
             return (x.untyped_storage()._cdata << 32) + x.storage_offset() * x.element_size()
+        if func is Tensor.tolist:
+            self.gpu.sync("tolist")
+            if args[0].is_meta:
+                return self.gpu.offsets
         kwargs = kwargs or {}
         if kwargs.get("device") == DEVICE:
-            kwargs = kwargs | {"device": self.lies_on}
+            kwargs = kwargs | {"device": self.gpu.lies_on}
         return func(*args, **kwargs)
 
 

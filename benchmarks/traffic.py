@@ -12,6 +12,7 @@ allocation (dW in fp32). launches: GEMMs and all other operations. syncs: host w
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,7 +39,10 @@ class Found(NamedTuple):
 
 
 class Case(NamedTuple):
-    """`rows`: unmasked rows of N. `loss`: called with a `Problem` and `options`. `budget`: upper bounds."""
+    """`rows`: unmasked rows of N. `loss`: called with a `Problem` and `options`. `budget`: upper bounds.
+
+    `lengths`: of the sequences of the N rows, if they matter.
+    """
 
     name: str
     loss: Callable
@@ -50,6 +54,7 @@ class Case(NamedTuple):
     into: bool = False
     bias: bool = False
     dtype: torch.dtype = torch.bfloat16
+    lengths: tuple[int, ...] = ()
 
 
 class Problem:
@@ -62,12 +67,16 @@ class Problem:
         self.targets = torch.empty(n, dtype=torch.int64, device="meta")
         self.old, self.advantages = torch.empty(2, n, device="meta")
         self.mask = torch.empty(n, dtype=torch.bool, device="meta") if case.masked else None
+        self.cu_seqlens = None
+        if case.lengths:
+            self.cu_seqlens = torch.empty(len(case.lengths) + 1, dtype=torch.int32, device="meta")
         self.into = torch.empty(v, h, device="meta") if case.into else None
 
 
 def _ppo(p: Problem, **options):
     arguments = (p.hidden, p.weight, p.targets, p.old, p.advantages)
-    return fastrlhf.linear_ppo_loss(*arguments, bias=p.bias, mask=p.mask, **options).loss
+    given = {"bias": p.bias, "mask": p.mask, "cu_seqlens": p.cu_seqlens}
+    return fastrlhf.linear_ppo_loss(*arguments, **given, **options).loss
 
 
 def _cross_entropy(p: Problem, **options):
@@ -89,6 +98,7 @@ def _logprob(p: Problem, **options):
 
 
 COMPACT = {"workspace": "compact"}
+GSPO = {"objective": "gspo", "aggregation": "seq-mean-token-mean"}
 SOME = N * 2 // 5  # 60 % of the rows are masked
 # logit, dw_gemms, dw, dx, workspace, beyond, largest, launches, syncs
 CASES = [
@@ -125,6 +135,22 @@ CASES = [
         _ppo,
         Found(12.01, 28, 0, 0, 1024, 1.2, 2.11, 22, 0),
         dtype=torch.float32,
+    ),
+    # A ratio of sequences: statistics of a chunk, then its dlogits, read the logits once each.
+    Case(
+        "linear_ppo_loss gspo",
+        _ppo,
+        Found(14.01, 12, 6, 6, 1536, 3.0, 2.11, 143, 1),
+        options=GSPO,
+        lengths=(1024,) * 8,
+    ),
+    # Sequences longer than a chunk: their logits are computed twice, and read once each time.
+    Case(
+        "linear_ppo_loss gspo, longer than a chunk",
+        _ppo,
+        Found(18.01, 12, 6, 6, 1536, 3.0, 2.11, 107, 1),
+        options=GSPO,
+        lengths=(4096, 4096),
     ),
     Case("linear_cross_entropy", _cross_entropy, Found(10.01, 12, 6, 6, 1536, 3.0, 2.11, 35, 1)),
     Case(
@@ -172,7 +198,8 @@ CASES = [
 def measure(case: Case, n: int = N, h: int = H, v: int = V) -> Found:
     problem = Problem(case, n, h, v)
     options = case.options | ({"accumulate_into": problem.into} if case.into else {})
-    with FakeGpu(v, h, meta=True, counted=case.rows) as gpu:
+    offsets = itertools.accumulate(case.lengths, initial=0)
+    with FakeGpu(v, h, meta=True, counted=case.rows, offsets=offsets) as gpu:
         out = case.loss(problem, **options)
         if case.backward:
             out.backward(torch.empty_like(out))

@@ -24,16 +24,16 @@ FORWARD, BOTH = "forward", "forward+backward"
 # (op, what it computes, direction)
 ROWS = [
     ("token_logprob", "log-prob and entropy from logits", FORWARD),
-    ("token_loss", "PPO, policy-gradient or NLL loss from logits", BOTH),
+    ("token_loss", "policy losses or NLL from logits", BOTH),
     ("linear_logprob", "log-prob and entropy from hidden states, without `[N, V]` logits", FORWARD),
     ("linear_cross_entropy", "NLL from hidden states", BOTH),
-    ("linear_ppo_loss", "PPO loss from hidden states", BOTH),
+    ("linear_ppo_loss", "policy losses from hidden states", BOTH),
     ("linear_token_loss", "your own loss from hidden states", BOTH),
     ("kl_reward", "score minus β·KL, per token", FORWARD),
     ("gae", "advantages and returns, whitened", FORWARD),
     ("kl_gae", "`kl_reward` and `gae` in one pass", FORWARD),
     ("masked_whiten", "(x − mean) / std under a mask", FORWARD),
-    ("ppo_loss", "clipped policy and value loss, entropy bonus, metrics", BOTH),
+    ("ppo_loss", "policy losses, value loss, KL, entropy bonus, metrics", BOTH),
     ("ranking_loss", "pairwise reward-model loss over K completions", BOTH),
 ]
 PYTORCH = {

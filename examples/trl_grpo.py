@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with its log-prob head on fastrlhf's ops: one added line.
+"""TRL's GRPOTrainer with its log-prob head and its loss on fastrlhf's ops: one added line.
 
     pip install trl==1.16.0
     python examples/trl_grpo.py

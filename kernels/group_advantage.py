@@ -120,5 +120,6 @@ def forward(rewards, cu_groups, baseline, scale, eps):
             BLOCK=BLOCK,
             BATCH_BLOCK=BATCH_BLOCK,
             num_warps=2,
+            enable_fp_fusion=False,  # bitwise identical in every layout
         )
     return out

@@ -17,7 +17,8 @@ from ._math import value_term
 from ._moments import PROGRAMS, block_moments, load_moments, merge, reciprocal, store_partial
 from ._policy import NO_ROLLOUT, policy_token
 
-BLOCK = 1024
+BLOCK = 1024  # tokens, with four warps
+SMALL_BLOCK = 512  # with eight: fp64 and the settings need more registers per token
 METRICS = 17  # in the order of METRICS in fastrlhf/ops/ppo_loss.py
 # Rows of partials: those of the metrics, then the count of tokens and (count, mean, m2) of the returns and of the value
 # errors. The explained variance has 0, and a maximum over tokens with a NaN is NaN.
@@ -29,7 +30,7 @@ ROWS = 24
 
 @triton.jit
 def _count_of(marks, place: tl.constexpr):
-    return ((marks >> (12 * place)) & 4095).to(tl.float64)
+    return ((marks >> (12 * place)) & 4095).to(tl.int32)
 
 
 @one_order
@@ -107,11 +108,11 @@ def ppo_loss_fwd_kernel(
     HAS_ROLLOUT: tl.constexpr = False,
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
-    zero = tl.zeros((), tl.float64)
-    tokens, policy, excess_sum, clipped, clipped_low = zero, zero, zero, zero, zero
-    dual, outside, ratio, ratio_max = zero, zero, zero, zero
-    value_loss, value_clipped, entropy_sum, kl_sum = zero, zero, zero, zero
-    rollout, rollout_max, rollout_outside = zero, zero, zero
+    none, zero = tl.zeros((), tl.int32), tl.zeros((), tl.float64)
+    tokens, clipped, clipped_low, dual, outside = none, none, none, none, none
+    value_clipped, rollout_outside = none, none
+    policy, excess_sum, ratio, ratio_max, kl_sum = zero, zero, zero, zero, zero
+    value_loss, entropy_sum, rollout, rollout_max = zero, zero, zero, zero
     target_count, target_mean, target_m2 = zero, zero, zero
     error_count, error_mean, error_m2 = zero, zero, zero
     factor, value_factor = tl.full((), 1.0, ACC), tl.full((), 1.0, ACC)
@@ -195,7 +196,7 @@ def ppo_loss_fwd_kernel(
         if ROLLOUT != NO_ROLLOUT:
             rollout += tl.sum(weighed, axis=0).to(tl.float64)
             rollout_max = tl.maximum(rollout_max, tl.max(weighed, axis=0).to(tl.float64))
-            rollout_outside += tl.sum((is_beyond & keep).to(tl.int32), axis=0).to(tl.float64)
+            rollout_outside += tl.sum((is_beyond & keep).to(tl.int32), axis=0)
         if WITH_GRAD:
             if HAS_FACTORS:
                 grad *= factor
@@ -213,7 +214,7 @@ def ppo_loss_fwd_kernel(
             if HAS_SEQUENCES:
                 loss, grad = loss * value_weight, grad * value_weight
             value_loss += tl.sum(loss, axis=0).to(tl.float64)
-            value_clipped += tl.sum(is_clipped.to(tl.int32), axis=0).to(tl.float64)
+            value_clipped += tl.sum(is_clipped.to(tl.int32), axis=0)
             n, a, s = block_moments(target, keep)
             target_count, target_mean, target_m2 = merge(
                 target_count, target_mean, target_m2, n, a, s
@@ -358,7 +359,9 @@ def forward(
     tensors = (logprob, old_logprob, advantages, values, old_values, returns, entropy)
     tensors = (*tensors, policy.ref_logprob, policy.rollout, mask)
     tensors, steps, flat, strides = token_layout(*tensors)
-    grid = (min(triton.cdiv(count, BLOCK), PROGRAMS),)
+    small = double or bool(options)
+    block = SMALL_BLOCK if small else BLOCK
+    grid = (min(triton.cdiv(count, block), PROGRAMS),)
     partials = logprob.new_empty((ROWS, *grid), dtype=torch.float64)
     pointers = (*tensors, policy.cu_seqlens, policy.sequences, factors)
     coefs = (value_coef, entropy_coef)
@@ -385,8 +388,8 @@ def forward(
             WITH_GRAD=with_grad,
             FLAT=flat,
             ACC=tl.float64 if double else tl.float32,
-            BLOCK=BLOCK,
-            num_warps=8 if double else 4,  # with four, fp64 spills
+            BLOCK=block,
+            num_warps=8 if small else 4,
             enable_fp_fusion=False,  # bitwise identical in every layout
             **policy.flags,
         )

@@ -144,6 +144,11 @@ def token_logprob(draw: Draw) -> dict:
     return token_rows(draw, draw.dtype()) | more
 
 
+def wide(logprob) -> torch.Tensor:
+    """Finite log-probs in fp32 or fp64."""
+    return logprob.detach().nan_to_num(-1.0, -1.0, -1.0).clamp(-30, 0)
+
+
 def policy_tensors(draw: Draw, shape, dtype, logprob) -> dict:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     old = logprob.detach().to(wide).nan_to_num(-1.0, -1.0, -1.0).clamp(-30, 0)
@@ -152,6 +157,75 @@ def policy_tensors(draw: Draw, shape, dtype, logprob) -> dict:
         "advantages": draw.floats(shape, wide),
         "old_logprob": old + draw.pick(0.0, 0.1, 1.0) * step,
     }
+
+
+def policy_settings(draw: Draw, shape, dtype, logprob, value=False) -> dict:
+    """Settings beyond plain PPO of tokens of this shape, or none; half of the calls with sequences."""
+    if draw.chance(0.4):
+        return {}
+    objective = draw.pick("ppo", "reinforce", "cispo", "gspo", "sapo")
+    found, count = {"objective": objective}, shape[0] if len(shape) == 2 else None
+    if len(shape) == 1 and draw.chance(0.7):
+        cuts = sorted(int(x) for x in draw.rng.integers(0, shape[0] + 1, size=draw.pick(0, 1, 3)))
+        found["cu_seqlens"] = torch.tensor([0, *cuts, shape[0]], dtype=torch.int32)
+        count = len(cuts) + 1
+    if objective == "gspo" and count is None:
+        found["objective"] = objective = "cispo"
+    sides = draw.number(0.05, 0.5), draw.number(0.05, 0.5), None
+    if objective in ("ppo", "gspo", "cispo") and draw.chance(0.6):
+        found["clip"] = draw.pick(
+            sides[0], (sides[0], sides[1]), (None, sides[1]), (sides[0], None)
+        )
+    if objective in ("ppo", "gspo"):
+        found["dual_clip"] = draw.pick(None, None, 1.5)
+    if objective == "sapo":
+        found |= {"tau_pos": draw.number(0.3, 2), "tau_neg": draw.number(0.3, 2)}
+
+    def near(size):
+        step = torch.randn(shape, generator=draw.generator).to(logprob.dtype)
+        return draw.layout(logprob + size * step)
+
+    if draw.chance(0.5):
+        found |= {"ref_logprob": near(draw.pick(0.1, 1.0)), "kl_coef": draw.number(-0.2, 0.5)}
+        found |= {"kl_estimator": draw.pick("k1", "k2", "k3", "abs"), "kl_clamp": draw.chance(0.5)}
+        gradients = ("estimator", "k2", "ratio")[: 2 if objective == "reinforce" else 3]
+        found["kl_gradient"] = draw.pick(*gradients)
+    kind = draw.pick("none", "weights", "logprob")
+    per_sequence = count is not None and draw.chance(0.5)
+    if kind == "weights":
+        found["rollout_weights"] = draw.floats(
+            (count,) if per_sequence else shape, logprob.dtype
+        ).abs()
+    elif kind == "logprob":
+        levels = ("token", "sequence", "sequence_mean")[: 3 if count is not None else 1]
+        found |= {"rollout_logprob": near(0.2), "rollout_level": draw.pick(*levels)}
+        found |= {"rollout_mode": draw.pick("truncate", "mask")}
+        # Bounds that a rounding of the weight does not meet: what is on the other side differs by the bound.
+        found["rollout_bounds"] = draw.pick((None, None), (None, 2.7), (0.3, None), (0.3, 2.7))
+    if count is not None and draw.chance(0.3):
+        found["advantages"] = draw.floats(
+            (count, 1) if draw.chance(0.3) else (count,), logprob.dtype
+        )
+    modes = ("token-mean", "token-sum")
+    if count is not None:
+        modes += ("seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+    used = [draw.pick(*modes)]
+    if value or draw.chance(0.8):
+        found["aggregation"] = used[0]
+    else:
+        used = []
+    if value and draw.chance(0.3):
+        found["value_aggregation"] = draw.pick(*modes)
+        used.append(found["value_aggregation"])
+    if "seq-mean-token-sum-norm" in used:
+        found["length"] = draw.number(1, 30)
+    if "token-mean" in used and draw.chance(0.3):
+        found["num_tokens"] = draw.pick(
+            7, 3.5, torch.tensor(9.0, dtype=torch.float64), torch.tensor(3)
+        )
+    if any(mode.startswith("seq") for mode in used) and draw.chance(0.3):
+        found["num_sequences"] = draw.pick(4, torch.tensor(5.0))
+    return found
 
 
 def token_loss(draw: Draw) -> dict:
@@ -165,7 +239,10 @@ def token_loss(draw: Draw) -> dict:
             del policy["advantages"]
     found |= policy | {"clip": draw.number(0.05, 0.5), "scale": draw.pick(1.0, 0.3, -2.0)}
     found["dual_clip"] = draw.pick(None, 1.5, 3.0)
-    return found | {"inplace_backward": draw.chance(0.2)}
+    more = policy_settings(draw, logprob.shape, dtype, wide(logprob))
+    for name in ("clip", "dual_clip") if "objective" in more else ():
+        del found[name]
+    return found | more | {"inplace_backward": draw.chance(0.2)}
 
 
 def head_rows(draw: Draw, masked=True) -> tuple[dict, torch.dtype]:
@@ -204,7 +281,8 @@ def linear_cross_entropy(draw: Draw) -> dict:
         targets[torch.rand(targets.shape, generator=draw.generator) < 0.4] = found["ignore_index"]
     found |= {"targets": targets, "reduction": draw.pick("mean", "sum", "none")}
     if draw.chance(0.3):
-        found["class_weight"] = draw.floats((len(found["weight"]),), draw.dtype()).abs()
+        # Above 0: with 0, a row of NaN has a loss of NaN, and no gradient.
+        found["class_weight"] = draw.floats((len(found["weight"]),), draw.dtype()).abs() + 0.01
     if draw.chance(0.3):
         found |= {"label_smoothing": draw.number(0, 1), "z_loss": draw.pick(0.0, 1e-4, 0.1)}
         found["return_lse"] = draw.chance(0.5)
@@ -231,9 +309,13 @@ def linear_ppo_loss(draw: Draw) -> dict:
     if draw.chance(0.5):
         more |= {n: draw.floats(shape, wide) for n in ("values", "old_values", "returns")}
         more |= {"value_clip": draw.pick(0.2, 1.0, None)}
-    more |= {"clip": draw.number(0.05, 0.5), "entropy_coef": draw.pick(0.0, 0.1)}
-    more |= {"dual_clip": draw.pick(None, 1.5), "compact_rows": draw.chance(0.2)}
-    return found | more | linear_options(draw, found, dtype)
+    more |= {"entropy_coef": draw.pick(0.0, 0.1), "compact_rows": draw.chance(0.2)}
+    settings = policy_settings(draw, shape, dtype, more["old_logprob"], value="values" in more)
+    if "objective" not in settings:
+        more |= {"clip": draw.number(0.05, 0.5), "dual_clip": draw.pick(None, 1.5)}
+    elif "aggregation" not in settings:
+        settings["aggregation"] = "token-sum"
+    return found | more | settings | linear_options(draw, found, dtype)
 
 
 def squared(logprob, weight):
@@ -319,7 +401,11 @@ def ppo_loss(draw: Draw) -> dict:
     found = {name: draw.spoil(draw.floats(shape, dtype), mask) for name in names}
     if mask is not None:
         found["mask"] = mask
-    found |= {"clip": draw.number(0.05, 0.5), "dual_clip": draw.pick(None, 1.5)}
+    old_logprob = found["old_logprob"].nan_to_num(0, 0, 0)
+    settings = policy_settings(draw, shape, dtype, old_logprob, value="values" in names)
+    if "objective" not in settings:
+        found |= {"clip": draw.number(0.05, 0.5), "dual_clip": draw.pick(None, 1.5)}
+    found |= settings
     coefficients = {"value_coef": draw.number(0, 1), "value_clip": draw.pick(0.2, None)}
     coefficients["entropy_coef"] = draw.number(0, 0.2) if "entropy" in found else 0.0
     return found | coefficients

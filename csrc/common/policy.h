@@ -243,7 +243,11 @@ struct SequenceRows {
 
 // ---- arguments of the raw ops -------------------------------------------------------------------
 
-// `more` and `options` of the raw ops. Both are empty for plain PPO.
+// `more` and `options` of the raw ops. Both are absent or empty for plain PPO. (An empty list costs
+// 0.2 us more than an absent one.)
+using MoreTensors = std::optional<std::vector<std::optional<Tensor>>>;
+using OptionNumbers = std::optional<std::vector<double>>;
+
 struct PolicyInputs {
   std::optional<Tensor> ref_logprob, rollout, cu_seqlens, sequences;
   double low, high, dual_clip;
@@ -284,18 +288,19 @@ struct PolicyInputs {
 };
 
 // Checks `more` and `options` for `tokens` tokens whose accumulator has this dtype.
-inline PolicyInputs policy_inputs(int64_t tokens, ScalarType acc,
-                                  const std::vector<std::optional<Tensor>>& more, double low,
-                                  double high, double dual_clip,
-                                  const std::vector<double>& options) {
-  PolicyInputs in{{}, {}, {}, {}, low, high, dual_clip, options};
-  if (options.empty()) {
-    RL_CHECK(more.empty(), "more needs options");
+inline PolicyInputs policy_inputs(int64_t tokens, ScalarType acc, const MoreTensors& more,
+                                  double low, double high, double dual_clip,
+                                  const OptionNumbers& numbers) {
+  PolicyInputs in{{}, {}, {}, {}, low, high, dual_clip, {}};
+  const bool has_more = more && !more->empty();
+  if (!numbers || numbers->empty()) {
+    RL_CHECK(!has_more, "more needs options");
     return in;
   }
+  const std::vector<double>& options = in.options = *numbers;
   RL_CHECK(options.size() == kOptions, "options must have ", kOptions, " numbers, got ",
            options.size());
-  RL_CHECK(more.empty() || more.size() == 4, "more must have 4 tensors, got ", more.size());
+  RL_CHECK(!has_more || more->size() == 4, "more must have 4 tensors, got ", more->size());
   const auto choice = [&](Option place, int last) {
     const double x = options[place];
     RL_CHECK(x >= 0 && x <= last && x == static_cast<int>(x), "options[", static_cast<int>(place),
@@ -308,11 +313,11 @@ inline PolicyInputs policy_inputs(int64_t tokens, ScalarType acc,
   choice(kKlGradient, static_cast<int>(KlGradient::ratio));
   choice(kRollout, static_cast<int>(Rollout::mask));
   RL_CHECK(options[kFirstRow] >= 0 && options[kFirstRow] < 0x1p53, "first_row must be >= 0");
-  if (!more.empty()) {
-    in.ref_logprob = more[0];
-    in.rollout = more[1];
-    in.cu_seqlens = more[2];
-    in.sequences = more[3];
+  if (has_more) {
+    in.ref_logprob = (*more)[0];
+    in.rollout = (*more)[1];
+    in.cu_seqlens = (*more)[2];
+    in.sequences = (*more)[3];
   }
   for (const std::optional<Tensor>* t : {&in.ref_logprob, &in.rollout}) {
     if (!t->has_value()) continue;

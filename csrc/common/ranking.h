@@ -10,7 +10,8 @@ namespace rl {
 // A smaller rank is better. Ties form no pair.
 RL_HD bool ranks_above(int64_t rank, int64_t other) { return rank < other; }
 
-// loss = -log sigmoid(s_better - s_worse - margin); grad = d loss / d s_better = -d loss / d s_worse.
+// loss = -log sigmoid(s_better - s_worse - margin); grad = d loss / d s_better = -d loss / d
+// s_worse.
 template <typename A>
 struct PairTerm {
   A loss;

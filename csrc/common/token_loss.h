@@ -111,9 +111,9 @@ struct LossInputs {
 // Policy arguments of the raw ops, in the order of their schemas.
 struct PolicyArguments {
   const std::optional<Tensor>&advantages, &old_logprob;
-  const std::vector<std::optional<Tensor>>& more;
+  const MoreTensors& more;
   double low, high, dual_clip;
-  const std::vector<double>& options;
+  const OptionNumbers& options;
 };
 
 inline LossInputs loss_inputs(const RowInputs& in, const PolicyArguments& p,

@@ -1,6 +1,7 @@
 // group_advantage on CPU: rewards relative to those of the same prompt.
 //
-// Shapes: P prompts, M completions; rewards, out [M]; cu_groups [P + 1]. Sums are fp64 and in order.
+// Shapes: P prompts, M completions; rewards, out [M]; cu_groups [P + 1]. Sums are fp64 and in
+// order.
 #include "../common/groups.h"
 #include "tokens.h"
 
@@ -56,8 +57,7 @@ Tensor group_advantage(const Tensor& rewards, const Tensor& cu_groups, int64_t b
         const Deviations d = deviations(x + begin, count, settings.scale == GroupScale::std);
         const GroupAdvantage advantage =
             group_advantage_of(settings, d.pivot, d.mean, d.squares, count, factor);
-        for (int64_t i = begin; i < begin + count; ++i)
-          to[i] = static_cast<A>(advantage.of(x[i]));
+        for (int64_t i = begin; i < begin + count; ++i) to[i] = static_cast<A>(advantage.of(x[i]));
       }
     });
   });

@@ -153,7 +153,9 @@ RL_INLINE void general_block(const Call<A>& call, int64_t start, int64_t count, 
   }
   const A* ref = settings.has_kl ? load(call.ref_logprob, scratch[4]) : logprob;
   A* const rollout = scratch[5];
-  if (settings.rollout != Rollout::none && call.rollout.defined()) {
+  if (settings.rollout == Rollout::none) {
+    std::fill(rollout, rollout + count, A(1));
+  } else if (call.rollout.defined()) {
     const A* given = load(call.rollout, scratch[6]);
     for (int64_t i = 0; i < count; ++i) rollout[i] = rollout_of(given[i], old[i], settings);
   } else {
@@ -301,9 +303,9 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss_fwd(
     const std::optional<Tensor>& advantages, const std::optional<Tensor>& values,
     const std::optional<Tensor>& old_values, const std::optional<Tensor>& returns,
     const std::optional<Tensor>& entropy, const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& factors, const std::vector<std::optional<Tensor>>& more,
-    double low, double high, double dual_clip, double value_clip, double value_coef,
-    double entropy_coef, const std::vector<double>& options, bool with_grad) {
+    const std::optional<Tensor>& factors, const MoreTensors& more, double low, double high,
+    double dual_clip, double value_clip, double value_coef, double entropy_coef,
+    const OptionNumbers& options, bool with_grad) {
   const int64_t tokens = logprob.numel();
   const PolicyInputs policy =
       policy_inputs(tokens, acc_dtype(logprob.scalar_type()), more, low, high, dual_clip, options);
@@ -375,6 +377,7 @@ Tensor sequence_sums(const Tensor& x, const std::optional<Tensor>& y,
   const int64_t count = sequences.count();
   Tensor out = empty_like_device(x, {2, count}, ScalarType::Double);
   double* const kept = static_cast<double*>(out.mutable_data_ptr());
+  std::fill(kept, kept + 2 * count, 0.0);  // no thread visits empty sequences at the end
   with_acc(x, [&](auto zero) {
     using A = decltype(zero);
     sequences.parallel([&](int64_t first, int64_t last) {

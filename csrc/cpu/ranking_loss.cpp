@@ -1,7 +1,7 @@
 // ranking_loss on CPU: loss and gradient over all strict pairs of each prompt.
 //
-// Shapes: P prompts, M completions; scores, ranks [M]; cu_groups [P + 1]; margins [P]; loss [], grad
-// [M]. Single threaded, with sums in order: a batch has a few thousand pairs at most.
+// Shapes: P prompts, M completions; scores, ranks [M]; cu_groups [P + 1]; margins [P]; loss [],
+// grad [M]. Single threaded, with sums in order: a batch has a few thousand pairs at most.
 #include "../common/ranking.h"
 #include "tokens.h"
 

@@ -75,10 +75,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> values(const RowInputs& in, const Los
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd(
     Tensor logits, Tensor targets, std::optional<Tensor> advantages,
-    std::optional<Tensor> old_logprob, std::vector<std::optional<Tensor>> more, double low,
-    double high, double dual_clip, std::vector<double> options,
-    std::optional<Tensor> row_temperature, double temperature, double softcap,
-    std::optional<Tensor> mask, std::optional<Tensor> scale_tensor, double scale) {
+    std::optional<Tensor> old_logprob, MoreTensors more, double low, double high, double dual_clip,
+    OptionNumbers options, std::optional<Tensor> row_temperature, double temperature,
+    double softcap, std::optional<Tensor> mask, std::optional<Tensor> scale_tensor, double scale) {
   const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
   const PolicyArguments policy{advantages, old_logprob, more, low, high, dual_clip, options};
   const LossInputs loss = loss_inputs(in, policy, scale_tensor, scale);
@@ -87,10 +86,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd_(
     Tensor logits, Tensor targets, std::optional<Tensor> advantages,
-    std::optional<Tensor> old_logprob, std::vector<std::optional<Tensor>> more, double low,
-    double high, double dual_clip, std::vector<double> options,
-    std::optional<Tensor> row_temperature, double temperature, double softcap,
-    std::optional<Tensor> mask, std::optional<Tensor> scale_tensor, double scale, Tensor out) {
+    std::optional<Tensor> old_logprob, MoreTensors more, double low, double high, double dual_clip,
+    OptionNumbers options, std::optional<Tensor> row_temperature, double temperature,
+    double softcap, std::optional<Tensor> mask, std::optional<Tensor> scale_tensor, double scale,
+    Tensor out) {
   const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
   const PolicyArguments policy{advantages, old_logprob, more, low, high, dual_clip, options};
   const LossInputs loss = loss_inputs(in, policy, scale_tensor, scale);
@@ -98,12 +97,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd_(
 }
 
 void token_loss_rows_(Tensor logits, Tensor targets, std::optional<Tensor> advantages,
-                      std::optional<Tensor> old_logprob, std::vector<std::optional<Tensor>> more,
-                      double low, double high, double dual_clip, std::vector<double> options,
-                      double entropy_coef, std::optional<Tensor> row_temperature,
-                      double temperature, double softcap, std::optional<Tensor> mask, Tensor scale,
-                      Tensor dlogits, Tensor logprob, std::optional<Tensor> entropy,
-                      std::optional<Tensor> grad_logprob) {
+                      std::optional<Tensor> old_logprob, MoreTensors more, double low, double high,
+                      double dual_clip, OptionNumbers options, double entropy_coef,
+                      std::optional<Tensor> row_temperature, double temperature, double softcap,
+                      std::optional<Tensor> mask, Tensor scale, Tensor dlogits, Tensor logprob,
+                      std::optional<Tensor> entropy, std::optional<Tensor> grad_logprob) {
   const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
   const PolicyArguments policy{advantages, old_logprob, more, low, high, dual_clip, options};
   const LossInputs loss = loss_inputs(in, policy, scale, 1, entropy_coef);

@@ -422,9 +422,9 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss_fwd(
     const std::optional<Tensor>& advantages, const std::optional<Tensor>& values,
     const std::optional<Tensor>& old_values, const std::optional<Tensor>& returns,
     const std::optional<Tensor>& entropy, const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& factors, const std::vector<std::optional<Tensor>>& more,
-    double low, double high, double dual_clip, double value_clip, double value_coef,
-    double entropy_coef, const std::vector<double>& options, bool with_grad) {
+    const std::optional<Tensor>& factors, const MoreTensors& more, double low, double high,
+    double dual_clip, double value_clip, double value_coef, double entropy_coef,
+    const OptionNumbers& options, bool with_grad) {
   const torch::stable::accelerator::DeviceGuard guard(logprob.get_device_index());
   const PolicyInputs policy = policy_inputs(logprob.numel(), acc_dtype(logprob.scalar_type()), more,
                                             low, high, dual_clip, options);

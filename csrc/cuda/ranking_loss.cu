@@ -84,8 +84,7 @@ __device__ __forceinline__ int64_t count_pairs(const RankingCall<T>& call, int64
 // This lane's part of the loss of a prompt. Writes the gradients of its completions.
 template <typename T>
 __device__ __forceinline__ double prompt_loss(const RankingCall<T>& call, int64_t begin,
-                                              int64_t end, acc_t<T> margin,
-                                              double weight) {
+                                              int64_t end, int64_t prompt, double weight) {
   using A = acc_t<T>;
   double loss = 0;
   for (int64_t i = begin + threadIdx.x % 32; i < end; i += 32) {
@@ -97,7 +96,9 @@ __device__ __forceinline__ double prompt_loss(const RankingCall<T>& call, int64_
       if (rank == other) continue;
       const bool better = ranks_above(rank, other);
       const A there = call.score(j);
-      const PairTerm<A> term = pair_term(better ? score : there, better ? there : score, margin);
+      // Read here: a register for the margin would spill in fp64.
+      const PairTerm<A> term =
+          pair_term(better ? score : there, better ? there : score, call.margin(prompt));
       grad += better ? term.grad : -term.grad;
       loss += better ? term.loss : A(0);
     }
@@ -122,9 +123,7 @@ __global__ void __launch_bounds__(kThreads) ranking_loss_fwd_kernel(const Rankin
     for (int64_t p = first; p < call.prompts; p += int64_t(call.blocks) * kWarps) {
       const int64_t begin = call.cut(p), end = call.cut(p + 1);
       const int64_t pairs = count_pairs(call, begin, end);
-      const double weight = pairs > 0 ? pair_weight(pairs, strict) : 0.0;
-      // A margin without a pair is not read: it may be NaN.
-      loss += prompt_loss(call, begin, end, pairs > 0 ? call.margin(p) : A(0), weight);
+      loss += prompt_loss(call, begin, end, p, pairs > 0 ? pair_weight(pairs, strict) : 0.0);
     }
   }
   loss = block_sum(loss);

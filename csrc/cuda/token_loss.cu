@@ -71,29 +71,26 @@ struct ChipTiles {
   __device__ __forceinline__ Tile<T> read_guarded(int64_t tile) const { return read(tile); }
 };
 
-// Starts asynchronous copies of this lane's packs of a tile; elements outside the row become -inf.
-// `column`: column of the chip's first element, negative in a misaligned row.
+// Starts asynchronous copies of this lane's packs among the first `packs` of a tile; elements
+// outside the row become -inf. `to`, `column`: of the lane's first pack, which begins before the
+// row if that is misaligned.
 template <typename T>
-__device__ __forceinline__ void copy_tile(T* chip, const T* row, int column, int tile, int width,
-                                          int packs) {
-  constexpr int kSize = kPerVector<T>;
-  const int lane = threadIdx.x % 32, at = (tile * kTilePacks + lane) * kSize;
-  const T* const from = row + (column + at);
-  if (packs == kTilePacks && column + (tile + 1) * kTileColumns<T> <= width) {
+__device__ __forceinline__ void copy_tile(T* to, const T* row, int column, int width, int packs) {
+  constexpr int kSize = kPerVector<T>, kStep = 32 * kSize;
+  const T* const from = row + column;
+  if (packs == kTilePacks && column + (kTileVectors - 1) * kStep + kSize <= width) {
 #pragma unroll
-    for (int k = 0; k < kTileVectors; ++k) {
-      copy_async(chip + at + k * 32 * kSize, from + k * 32 * kSize);
-    }
+    for (int k = 0; k < kTileVectors; ++k) copy_async(to + k * kStep, from + k * kStep);
     return;
   }
+  const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int k = 0; k * 32 + lane < packs; ++k) {
-    T* const to = chip + at + k * 32 * kSize;
-    const int there = column + at + k * 32 * kSize;
+    const int there = column + k * kStep;
     if (there + kSize <= width) {
-      copy_async(to, row + there);
+      copy_async(to + k * kStep, row + there);
     } else {
-      *reinterpret_cast<Pack<T>*>(to) = guarded_pack(row, there, width);
+      *reinterpret_cast<Pack<T>*>(to + k * kStep) = guarded_pack(row, there, width);
     }
   }
 }
@@ -149,15 +146,23 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kCap, kOnChip>)
   const int stages = count > 0 ? (count + stage - 1) / stage : 0;
   if constexpr (kOnChip) {
     cluster_arrive();  // this block has started
-    const int column = first * static_cast<int>(kColumns) - skew, end = static_cast<int>(width);
     // In an aligned row each thread copies the packs that it will reduce.
+    constexpr int kStep = kWarps * static_cast<int>(kColumns);
+    const int end = static_cast<int>(width), mine = lane * kPerVector<T>;
+    const int column = first * static_cast<int>(kColumns) - skew + mine;
+    // All advance by addition, so that the compiler does not compute them again for each tile.
+    int i = warp, at = column + warp * static_cast<int>(kColumns);
+    T* to = chip + mine + warp * static_cast<int>(kColumns);
 #pragma unroll 1
     for (int s = 0; s < stages; ++s) {
-      for (int i = s * stage + warp; i < min(count, (s + 1) * stage); i += kWarps) {
-        copy_tile(chip, row, column, i, end, kTilePacks);
+      for (; i < min(count, (s + 1) * stage); i += kWarps, at += kStep, to += kStep) {
+        copy_tile(to, row, at, end, kTilePacks);
       }
       // A misaligned tile ends in the pack after it.
-      if (s == stages - 1 && skew > 0 && warp == 0) copy_tile(chip, row, column, count, end, 1);
+      if (s == stages - 1 && skew > 0 && warp == 0) {
+        const int last = count * static_cast<int>(kColumns);
+        copy_tile(chip + mine + last, row, column + last, end, 1);
+      }
       close_copies();
     }
 #pragma unroll 1
@@ -367,10 +372,9 @@ void run(const RowInputs& in, const LossInputs& loss, const Outputs& to, bool en
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd(
     Tensor logits, Tensor targets, std::optional<Tensor> advantages,
-    std::optional<Tensor> old_logprob, std::vector<std::optional<Tensor>> more, double low,
-    double high, double dual_clip, std::vector<double> options,
-    std::optional<Tensor> row_temperature, double temperature, double softcap,
-    std::optional<Tensor> mask, std::optional<Tensor> scale_tensor, double scale) {
+    std::optional<Tensor> old_logprob, MoreTensors more, double low, double high, double dual_clip,
+    OptionNumbers options, std::optional<Tensor> row_temperature, double temperature,
+    double softcap, std::optional<Tensor> mask, std::optional<Tensor> scale_tensor, double scale) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
   const PolicyArguments policy{advantages, old_logprob, more, low, high, dual_clip, options};
@@ -382,10 +386,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd_(
     Tensor logits, Tensor targets, std::optional<Tensor> advantages,
-    std::optional<Tensor> old_logprob, std::vector<std::optional<Tensor>> more, double low,
-    double high, double dual_clip, std::vector<double> options,
-    std::optional<Tensor> row_temperature, double temperature, double softcap,
-    std::optional<Tensor> mask, std::optional<Tensor> scale_tensor, double scale, Tensor out) {
+    std::optional<Tensor> old_logprob, MoreTensors more, double low, double high, double dual_clip,
+    OptionNumbers options, std::optional<Tensor> row_temperature, double temperature,
+    double softcap, std::optional<Tensor> mask, std::optional<Tensor> scale_tensor, double scale,
+    Tensor out) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
   const PolicyArguments policy{advantages, old_logprob, more, low, high, dual_clip, options};
@@ -396,12 +400,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss_fwd_(
 }
 
 void token_loss_rows_(Tensor logits, Tensor targets, std::optional<Tensor> advantages,
-                      std::optional<Tensor> old_logprob, std::vector<std::optional<Tensor>> more,
-                      double low, double high, double dual_clip, std::vector<double> options,
-                      double entropy_coef, std::optional<Tensor> row_temperature,
-                      double temperature, double softcap, std::optional<Tensor> mask, Tensor scale,
-                      Tensor dlogits, Tensor logprob, std::optional<Tensor> entropy,
-                      std::optional<Tensor> grad_logprob) {
+                      std::optional<Tensor> old_logprob, MoreTensors more, double low, double high,
+                      double dual_clip, OptionNumbers options, double entropy_coef,
+                      std::optional<Tensor> row_temperature, double temperature, double softcap,
+                      std::optional<Tensor> mask, Tensor scale, Tensor dlogits, Tensor logprob,
+                      std::optional<Tensor> entropy, std::optional<Tensor> grad_logprob) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const RowInputs in = row_inputs(logits, targets, row_temperature, temperature, softcap, mask);
   const PolicyArguments policy{advantages, old_logprob, more, low, high, dual_clip, options};

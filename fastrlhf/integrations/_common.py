@@ -85,6 +85,17 @@ def require_binary_mask(mask: Tensor, like: Tensor) -> Tensor:
     return as_bool
 
 
+def require_count(name: str, value, like: Tensor) -> float | Tensor:
+    """A number above 0, or a 0-d tensor on the GPU of `like`, which is not read."""
+    if isinstance(value, Tensor) and value.dim() == 0 and not hasattr(value, "device_mesh"):
+        if value.device.type != "cpu":
+            if value.device != like.device:
+                raise Unsupported(f"{name} on another device")
+            return value
+        value = value.item()
+    return require_number(name, value)
+
+
 def is_sharded(weight: Tensor) -> bool:
     """Whether this rank holds a part of the weight: a DTensor, or a parameter that ZeRO-3 gathers for each call."""
     return hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")
@@ -137,6 +148,52 @@ def head_logprob(hidden, weight, targets, temperature, backend: str) -> tuple[Te
         temperature=require_number("temperature", temperature),
         return_entropy=True,
         backend=backend,
+    )
+
+
+def aggregation(
+    mode: str, like: Tensor, *, ranks, tokens=None, sequences=None, length=None
+) -> dict:
+    """Options of `ppo_loss` for an aggregation: this rank's share of a batch, times the number of ranks.
+
+    `tokens` or `sequences`, whichever the mode divides by, is the number in the whole batch. None: the mean of this
+    call, not multiplied.
+    """
+    options = {"aggregation": mode}
+    if mode == "seq-mean-token-sum-norm":
+        options["length"] = require_number("the length", length)
+    if mode != "token-sum":
+        per_token = mode == "token-mean"
+        number = tokens if per_token else sequences
+        if number is None:
+            return options
+        what = "tokens" if per_token else "sequences"
+        options[f"num_{what}"] = require_count(f"the number of {what}", number, like)
+    return options | {"scale": require_number("dp_size", ranks)}
+
+
+def local_mean(loss: Tensor, keep: Tensor | None, options: dict) -> Tensor:
+    """The loss, NaN where it is the mean over no token, as in the hosts; its gradients are 0 and stay finite."""
+    if keep is None or "scale" in options:
+        return loss
+    count = keep.sum()
+    return loss + (count / count - 1)
+
+
+def value_loss(values, old_values, returns, *, clip: float | None, **options):
+    """`ppo_loss` of the value term alone: the aggregate of 0.5 max of the squared errors."""
+    # With advantages of 0 the policy term is 0. One expanded zero serves as all three of its tensors.
+    zero = torch.zeros((), dtype=values.dtype, device=values.device).expand(values.shape)
+    return fastrlhf.ppo_loss(
+        zero,
+        zero,
+        zero,
+        values=values,
+        old_values=old_values,
+        returns=returns,
+        value_clip=clip,
+        value_coef=1.0,
+        **options,
     )
 
 

@@ -4,6 +4,7 @@ Shapes: B sequences, A actions; logits [..., V], labels [...]; all others [B, A]
 """
 
 import functools
+import sys
 
 import torch
 from torch import Tensor
@@ -29,8 +30,15 @@ def patch(backend: str = "auto") -> Patch:
     Results keep OpenRLHF's dtypes and conventions: logits are divided by the temperature in place, and a masked action
     counts in GAE as a step with reward 0 and value 0.
 
-    OpenRLHF's own function runs, and the reason is counted in `fallbacks`, for GSPO, clip ranges that differ, the
-    rollout correction, means over sequences, 16-bit step tensors, and pairs whose shapes differ.
+    `PolicyLoss` is served with every argument of its constructor: "ppo" and "gspo", both means, clip ranges that
+    differ, the dual clip, and the rollout correction. The op computes the correction by the ratio of tokens; the
+    weights of its other gates are computed as in OpenRLHF, and the op takes them. For "gspo" the mean log-ratio of a
+    sequence is clamped to +-20 nats, which OpenRLHF does not do. Gradients of a mean over no token are 0, where
+    OpenRLHF's are NaN; its value is NaN in both.
+
+    OpenRLHF's own function runs, and the reason is counted in `fallbacks`, for 16-bit step tensors, a mask of other
+    numbers than 0 and 1, a clip range of 0, a threshold whose bounds fall, pairs whose shapes differ, and where
+    OpenRLHF raises an error.
 
     Args:
         backend: backend of the ops; see `fastrlhf.backends`.
@@ -116,31 +124,91 @@ def _get_advantages_and_returns(original, backend):
 # ---- losses ----
 
 
-def _token_mask(self, like, action_mask, batch_num_tokens):
-    """The mask as bool, or None; Unsupported unless the loss is a mean over tokens."""
-    if not self.token_level_loss:
-        raise Unsupported("a mean over sequences (token_level_loss=False)")
-    if action_mask is None:
-        if batch_num_tokens is not None:
-            raise Unsupported("batch_num_tokens without an action_mask")
-        return None
-    return _common.require_binary_mask(action_mask, like)
+def _mask_and_aggregation(loss, like, action_mask, batch, by_sequence=False):
+    """(the mask as bool or None, options of `ppo_loss`) of the loss's mean over tokens or over sequences.
 
-
-def _share_of_batch(mean, keep, dp_size=1, batch_num_tokens=None) -> Tensor:
-    """Rescales a mean over this call's tokens to this call's share of the mean over the batch.
-
-    mean * count / batch_num_tokens * dp_size; without batch_num_tokens the mean itself. NaN if no token counts.
+    `batch`: dp_size, batch_num_tokens, global_batch_size. `by_sequence`: the mask is needed in any case.
     """
+    ranks, tokens, sequences = batch
+    mode = "token-mean" if loss.token_level_loss else "seq-mean-token-mean"
+    options = _common.aggregation(mode, like, ranks=ranks, tokens=tokens, sequences=sequences)
+    by_sequence |= not loss.token_level_loss
+    if action_mask is None:
+        if by_sequence or "scale" in options:
+            raise Unsupported("no action_mask, an error in OpenRLHF")
+        return None, options
+    keep = _common.require_binary_mask(action_mask, like)
+    if by_sequence and like.dim() != 2:
+        raise Unsupported("tensors that are not [B, A]")
+    return keep, options
+
+
+def _as_mean(fraction, keep, action_mask) -> Tensor:
+    """A fraction among the op's metrics with the dtype of OpenRLHF's masked mean, and NaN if no token counts."""
     if keep is None:
-        return mean
+        return fraction
     count = keep.sum()
-    if batch_num_tokens is None:
-        return mean * count / count
-    return mean * count / batch_num_tokens * dp_size
+    return (fraction * (count / count)).to(torch.promote_types(fraction.dtype, action_mask.dtype))
+
+
+def _with_mean_gradient(log_probs: Tensor, keep: Tensor) -> Tensor:
+    """log_probs, whose gradients are averaged over the tokens of each sequence that count.
+
+    The derivative of OpenRLHF's ratio of a sequence goes to all of its tokens. That of the op's gspo goes to the token
+    whose loss it is; the two differ where the advantages within a sequence do.
+    """
+    mean = log_probs.masked_fill(~keep, 0.0).sum(-1, keepdim=True)
+    mean = mean / keep.sum(-1, keepdim=True).clamp(min=1)
+    return log_probs.detach() + (mean - mean.detach())
+
+
+def _bounds(low, high) -> tuple[float, float | None]:
+    """The op's bounds of the weights."""
+    low = max(low, 0.0)
+    if low > high:
+        raise Unsupported("is_correction_threshold falls")
+    return low, None if high == float("inf") else _common.require_number("the threshold", high)
+
+
+def _correction(loss, old_log_probs, rollout_log_probs, action_mask):
+    """(options of `ppo_loss`, share of dropped units or None) of the rollout correction.
+
+    The op computes a ratio of tokens and its bounds, and counts those outside. A gate on anything else is OpenRLHF's
+    own: its weights are computed here.
+    """
+    if loss.is_correction_level == "token" and loss.is_correction_gating == "ratio":
+        return {
+            "rollout_logprob": rollout_log_probs,
+            "rollout_mode": "truncate" if loss.is_correction_mode == "clip" else "mask",
+            "rollout_bounds": _bounds(*loss.is_correction_threshold),
+        }, None
+    masked_mean = sys.modules[_LOSS].masked_mean
+    log_ratio = old_log_probs - rollout_log_probs
+    if loss.is_correction_gating == "ratio":
+        statistic = log_ratio
+    else:
+        # Probabilities of the sampled token under the rollout's policy and the trained one.
+        p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (rollout_log_probs, old_log_probs))
+        if loss.is_correction_gating == "tv":
+            statistic = (p - q).abs()
+        else:
+            statistic = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    by_sequence = loss.is_correction_level == "seq"
+    if by_sequence:
+        statistic = masked_mean(statistic, action_mask, dim=-1).unsqueeze(-1)
+    if loss.is_correction_gating == "ratio":
+        statistic = statistic.exp()
+    low, high = loss.is_correction_threshold
+    dropped = ~((statistic >= low) & (statistic <= high))
+    weights = log_ratio.exp().masked_fill(dropped, 0.0)
+    dropped = dropped.float()
+    share = dropped.mean() if by_sequence else masked_mean(dropped, action_mask)
+    return {"rollout_weights": weights}, share
 
 
 def _policy_loss(original, backend):
+    masked_mean = sys.modules[_LOSS].masked_mean
+
     def forward(
         self,
         log_probs,
@@ -152,36 +220,50 @@ def _policy_loss(original, backend):
         batch_num_tokens=None,
         global_batch_size=None,
     ):
-        if self.policy_loss_type != "ppo":
-            raise Unsupported(f"policy_loss_type={self.policy_loss_type!r}")
-        if self.is_correction_level != "off":
-            raise Unsupported("the rollout correction is on")
-        if self.clip_eps_low != self.clip_eps_high:
-            raise Unsupported("clip ranges that differ")
-        clip = _common.require_number("clip_eps_low", self.clip_eps_low)
-        _common.require_alike(log_probs, old_log_probs=old_log_probs, advantages=advantages)
-        _common.require_constants(old_log_probs=old_log_probs, advantages=advantages)
-        keep = _token_mask(self, log_probs, action_mask, batch_num_tokens)
+        gspo = self.policy_loss_type == "gspo"
+        if not gspo and self.policy_loss_type != "ppo":
+            raise Unsupported(f"policy_loss_type={self.policy_loss_type!r}, an error in OpenRLHF")
+        corrected = self.is_correction_level != "off"
+        clip = tuple(
+            _common.require_number(name, getattr(self, name))
+            for name in ("clip_eps_low", "clip_eps_high")
+        )
+        dual = self.dual_clip
+        dual = None if dual is None else _common.require_number("dual_clip", dual, low=1.0)
+        constants = {"old_log_probs": old_log_probs, "advantages": advantages}
+        if corrected:
+            constants["rollout_log_probs"] = rollout_log_probs
+        _common.require_alike(log_probs, **constants)
+        _common.require_constants(**constants)
+        batch = dp_size, batch_num_tokens, global_batch_size
+        keep, options = _mask_and_aggregation(self, log_probs, action_mask, batch, gspo)
+        policy, old, vllm_kl, share = log_probs, old_log_probs, None, None
+        if gspo:
+            options["objective"] = "gspo"
+            policy = _with_mean_gradient(log_probs, keep)
+            # With the correction on, OpenRLHF's ratio of a sequence is that to the rollout's policy.
+            old = rollout_log_probs if corrected else old_log_probs
+        elif corrected:
+            vllm_kl = masked_mean(rollout_log_probs - old_log_probs, action_mask)
+            given, share = _correction(self, old_log_probs, rollout_log_probs, action_mask)
+            options |= given
         out = fastrlhf.ppo_loss(
-            log_probs,
-            old_log_probs,
+            policy,
+            old,
             advantages,
             mask=keep,
             clip=clip,
-            dual_clip=self.dual_clip,
+            dual_clip=dual,
             backend=backend,
+            **options,
         )
-        loss = _share_of_batch(out.loss, keep, dp_size, batch_num_tokens)
         with torch.no_grad():
             # OpenRLHF reports mean(-log ratio); the op's approx_kl is another estimator.
-            kl = old_log_probs - log_probs
-            ppo_kl = kl.mean() if keep is None else (kl * action_mask).sum() / action_mask.sum()
-            clipped = out.metrics["clip_fraction"]
-            if keep is not None:
-                wide = action_mask.is_floating_point()
-                dtype = action_mask.dtype if wide else clipped.dtype
-                clipped = _share_of_batch(clipped, keep).to(dtype)
-        return loss, clipped, ppo_kl, None, None
+            ppo_kl = masked_mean(old_log_probs - log_probs, action_mask)
+            clipped = _as_mean(out.metrics["clip_fraction"], keep, action_mask)
+            if vllm_kl is not None and share is None:
+                share = _as_mean(out.metrics["rollout_outside_fraction"], keep, action_mask)
+        return _common.local_mean(out.loss, keep, options), clipped, ppo_kl, vllm_kl, share
 
     return forward
 
@@ -204,22 +286,13 @@ def _value_loss(original, backend):
             others["old_values"] = old_values
         _common.require_alike(values, **others)
         _common.require_constants(**others)
-        keep = _token_mask(self, values, action_mask, batch_num_tokens)
-        # With advantages of 0 the policy term is 0. One expanded zero serves as all three of its tensors.
-        zero = torch.zeros((), dtype=values.dtype, device=values.device).expand(values.shape)
-        out = fastrlhf.ppo_loss(
-            zero,
-            zero,
-            zero,
-            values=values,
-            old_values=others.get("old_values"),
-            returns=returns,
-            mask=keep,
-            value_clip=clip,
-            value_coef=1.0,
-            backend=backend,
+        batch = dp_size, batch_num_tokens, global_batch_size
+        keep, options = _mask_and_aggregation(self, values, action_mask, batch)
+        old = others.get("old_values")
+        out = _common.value_loss(
+            values, old, returns, mask=keep, clip=clip, backend=backend, **options
         )
-        return _share_of_batch(out.loss, keep, dp_size, batch_num_tokens)
+        return _common.local_mean(out.loss, keep, options)
 
     return forward
 

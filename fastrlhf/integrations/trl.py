@@ -1,4 +1,4 @@
-"""TRL 1.16: its log-probs, entropies, chunked head and pairwise reward loss on fastrlhf's ops. See `patch`.
+"""TRL 1.16: its log-probs, entropies, chunked head, GRPO and pairwise reward losses on fastrlhf's ops. See `patch`.
 
 Shapes: logits [..., V], index and row_mask [...]; hidden [N, H], weight [V, H], bias [V], targets [N]; n rows of a
 chunk.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastrlhf
-from fastrlhf.integrations import _common
+from fastrlhf.integrations import _common, _grpo_loss
 from fastrlhf.integrations._patch import Integration, Patch
 from fastrlhf.integrations._targets import Target, Unsupported
 from fastrlhf.ops.linear_logprob import linear_logprob_with
@@ -19,18 +19,30 @@ _UTILS = "trl.trainer.utils"
 
 
 def patch(backend: str = "auto", inplace_backward: bool = False) -> Patch:
-    """Runs TRL's log-probs, entropies, chunked head and pairwise reward loss on fastrlhf's ops.
+    """Runs TRL's log-probs, entropies, chunked head, GRPO and pairwise reward losses on fastrlhf's ops.
 
     All trainers that call them benefit (SFT, DPO, KTO, GRPO, RLOO and the experimental ones), existing trainer objects
     included. Log-probs and entropies keep the dtypes of TRL's.
 
     Replaced in `trl.trainer.utils`: `selective_log_softmax`, `selective_log_softmax_and_entropy` and
     `entropy_from_logits` (`token_logprob`), and `_use_triton`: on CPU too, only positions whose label is not
-    ignored enter the head, as on a GPU. Elsewhere: `ChunkedLogProbFunction.apply` (`linear_logprob`) and
-    `RewardTrainer.compute_loss` (`ranking_loss`).
+    ignored enter the head, as on a GPU. Elsewhere: `ChunkedLogProbFunction.apply` (`linear_logprob`),
+    `RewardTrainer.compute_loss` (`ranking_loss`) and `GRPOTrainer._compute_loss` (`ppo_loss`).
 
-    TRL's own function runs, and the reason is counted in `fallbacks`, for several indices per position, a temperature
-    that is not a positive number, float64 hidden states, DTensors, and a head that ZeRO-3 shards.
+    The GRPO loss is `ppo_loss` for the loss types grpo, bnpo, dr_grpo, dapo, cispo, sapo and luspo, with every other
+    setting of GRPOConfig: both importance_sampling_levels, the ratios of vLLM in all four modes, KL with and without
+    its bias correction, delta, the masks of off-policy sequences, of low entropy and of tool results, and the entropy
+    bonus. TRL's own method still runs, on log-probs without a graph, for its metrics, which keep names and values. The
+    log-ratio is clamped to +-20, which TRL does not do. `use_liger_kernel` changes nothing here: in TRL 1.16 it
+    replaces layers of the model, and no part of the loss.
+
+    TRL's own function runs, and the reason is counted in `fallbacks`:
+
+    - log-probs, entropies and head: several indices per position, a temperature that is not a positive number, float64
+      hidden states, DTensors, and a head that ZeRO-3 shards;
+    - the GRPO loss: loss_type="vespo", whose weight no op computes; an epsilon of 0; limits of at most 1 of the ratio
+      (delta, and epsilon_high of cispo); and, with importance_sampling_level="sequence", a subclass's advantages per
+      token.
 
     `GRPOConfig(cast_lm_head_to_fp32=True)`: TRL casts the head's weight when the trainer is created, and the patched
     head then gets fp32 operands. A bf16 model does not need the flag: products of bf16 operands are exact in fp32,
@@ -290,11 +302,19 @@ _INTEGRATION = Integration(
             _pairwise_loss,
             ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
         ),
+        Target(
+            "trl.trainer.grpo_trainer",
+            "GRPOTrainer._compute_loss",
+            "ppo_loss",
+            _grpo_loss.compute_loss,
+            ("self", "model", "inputs"),
+        ),
     ),
     unchanged={
         "trl.kernels.chunked_divergence.ChunkedDivergenceFunction": "divergence between two heads "
         "(distillation), which no op computes",
-        "GRPOTrainer._compute_loss, RLOOTrainer._compute_loss, DPOTrainer._compute_loss": "elementwise "
-        "arithmetic on [B, T] inside a larger method",
+        "GMPOTrainer._compute_loss": "a ratio of a sequence that is clipped token by token, which no op computes",
+        "RLOOTrainer._compute_loss, DPOTrainer._compute_loss": "elementwise arithmetic on [B, T] or [B] inside "
+        "a larger method",
     },
 )

@@ -1,8 +1,10 @@
-"""verl 0.9: its log-probs, entropies, fused heads, GAE and whitening on fastrlhf's ops, and a policy loss. See `patch`.
+"""verl 0.9: its log-probs, entropies, fused heads, GAE, whitening and losses on fastrlhf's ops. See `patch`.
 
 Shapes: B sequences, T steps; logits [..., V], labels [...]; hidden [..., H], weight [V, H]; all others [B, T].
 """
 
+import functools
+import inspect
 import os
 import sys
 
@@ -13,6 +15,7 @@ import fastrlhf
 from fastrlhf.integrations import _common
 from fastrlhf.integrations._patch import Integration, Patch
 from fastrlhf.integrations._targets import Target, Unsupported
+from fastrlhf.reference import AGGREGATIONS, LOG_RATIO_LIMIT
 
 _FUNCTIONAL = "verl.utils.torch_functional"
 _ALGOS = "verl.trainer.ppo.core_algos"
@@ -20,17 +23,22 @@ _KERNEL = "verl.utils.kernel.linear_cross_entropy"
 
 
 def patch(backend: str = "auto") -> Patch:
-    """Runs verl's log-probs, entropies, fused heads, GAE and whitening on fastrlhf's ops.
+    """Runs verl's log-probs, entropies, fused heads, GAE, whitening and losses on fastrlhf's ops.
 
     Call it in each worker.
 
     Replaced: `verl.utils.torch_functional.logprobs_from_logits`, `entropy_from_logits`,
     `entropy_from_logits_with_chunking` (`token_logprob`) and `masked_whiten`;
     `verl.utils.kernel.linear_cross_entropy.linear_cross_entropy` and `FusedLinearForPPO.forward` of
-    `verl.utils.experimental.torch_functional` (`linear_logprob`); `core_algos.compute_gae_advantage_return` (`gae`).
+    `verl.utils.experimental.torch_functional` (`linear_logprob`); `core_algos.compute_gae_advantage_return` (`gae`) and
+    `compute_value_loss` (`ppo_loss`); of verl's policy losses "gspo", "sapo", "gpg" and "cispo" (`ppo_loss`).
 
-    Added: the policy loss "fastrlhf" (`actor.policy_loss.loss_mode=fastrlhf`): verl's vanilla loss with the same
-    metrics, in one pass forward and backward (`ppo_loss`).
+    Added: the policy loss "fastrlhf" (`actor.policy_loss.loss_mode=fastrlhf`), which is verl's vanilla loss
+    (`ppo_loss`).
+
+    The losses run in one pass forward and backward, with all of verl's aggregation modes, its clip ranges, batch
+    info and rollout weights, and with the same metrics. Log-ratios are clamped to +-20 nats as in verl; for "gspo"
+    verl clamps their mean to at most 10. Gradients of a mean over no token are 0; its value is NaN, as in verl.
 
     Results keep verl's dtypes, and the values that verl writes at masked steps.
 
@@ -40,8 +48,9 @@ def patch(backend: str = "auto") -> Patch:
       the chosen implementation, or in float64;
     - DTensors;
     - GAE and whitening in another dtype than fp32, or of fewer than two unmasked steps (an error in verl);
-    - the policy loss "fastrlhf" with clip ranges that differ, rollout weights, or means over sequences: verl's
-      vanilla loss runs.
+    - losses of 16-bit tensors or of tensors that differ in dtype, with a mask of other numbers than 0 and 1, with a
+      clip range of 0, or where verl raises an error; for "fastrlhf" verl's vanilla loss runs;
+    - verl's other policy losses (`report` has the reason for each).
 
     Args:
         backend: backend of the ops; see `fastrlhf.backends`.
@@ -222,74 +231,177 @@ def _masked_whiten(original, backend):
     return masked_whiten
 
 
-# ---- policy loss ----
+# ---- losses ----
 
 
-def _policy_loss(original, backend):
+def _aggregation(
+    mode,
+    like,
+    dp_size=1,
+    batch_num_tokens=None,
+    global_batch_size=None,
+    loss_scale_factor=None,
+    **unknown,
+) -> dict:
+    """Options of `ppo_loss` for one of verl's modes and its global batch info."""
+    if mode not in AGGREGATIONS:
+        raise Unsupported(f"loss_agg_mode={mode!r}, an error in verl")
+    if unknown:
+        raise Unsupported(f"the batch info {', '.join(sorted(unknown))}")
+    if like.dim() != 2:
+        raise Unsupported("tensors that are not [B, T]")
+    options = _common.aggregation(
+        mode,
+        like,
+        ranks=dp_size,
+        tokens=batch_num_tokens,
+        sequences=global_batch_size,
+        length=like.shape[1] if loss_scale_factor is None else loss_scale_factor,
+    )
+    if "scale" not in options and dp_size > 1:
+        raise Unsupported("dp_size without the number in the batch, an error in verl")
+    return options
+
+
+def _clip(config) -> dict:
+    low, high = config.clip_ratio_low, config.clip_ratio_high
+    low = config.clip_ratio if low is None else low
+    high = config.clip_ratio if high is None else high
+    return {
+        "clip": (
+            _common.require_number("clip_ratio_low", low),
+            _common.require_number("clip_ratio_high", high),
+        )
+    }
+
+
+def _clip_and_dual_clip(config) -> dict:
+    bound = _common.require_number("clip_ratio_c", config.get("clip_ratio_c", 3.0), low=1.0)
+    return _clip(config) | {"dual_clip": bound}
+
+
+def _temperatures(config) -> dict:
+    return {
+        name: _common.require_number(name, getattr(config, name)) for name in ("tau_pos", "tau_neg")
+    }
+
+
+def _policy_loss(objective, settings, original, backend):
+    """`settings`: the options of the objective, from verl's config."""
     algos = sys.modules[_ALGOS]
+    fallback = original or algos.compute_policy_loss_vanilla
+    default_mode = inspect.signature(fallback).parameters["loss_agg_mode"].default
 
-    def compute_policy_loss_fastrlhf(
+    def compute_policy_loss(
         old_log_prob,
         log_prob,
         advantages,
         response_mask,
-        loss_agg_mode="token-mean",
+        loss_agg_mode=default_mode,
         config=None,
         rollout_is_weights=None,
     ):
-        """verl's vanilla policy loss and its metrics, in one pass forward and backward."""
-        if config is None or rollout_is_weights is not None:
-            raise Unsupported("no config, or rollout weights")
-        clip = _equal_clip(config)
-        _common.require_alike(log_prob, old_log_prob=old_log_prob, advantages=advantages)
-        _common.require_constants(old_log_prob=old_log_prob, advantages=advantages)
+        if config is None:
+            raise Unsupported("no config, an error in verl")
+        with_ratio = objective != "reinforce"  # verl does not look at old_log_prob either
+        tokens = {"advantages": advantages} | ({"old_log_prob": old_log_prob} if with_ratio else {})
+        _common.require_alike(log_prob, **tokens)
         keep = _common.require_binary_mask(response_mask, log_prob)
-        batch = dict(config.global_batch_info)
-        tokens, ranks = batch.get("batch_num_tokens"), batch.get("dp_size", 1)
-        if loss_agg_mode not in ("token-mean", "token-sum"):
-            raise Unsupported(f"loss_agg_mode={loss_agg_mode!r}")
-        if loss_agg_mode == "token-mean" and tokens is None and ranks > 1:
-            raise Unsupported("dp_size without batch_num_tokens, an error in verl")
-        dual = float(config.get("clip_ratio_c", 3.0))
+        # verl takes the mean over sequences for sapo, whatever the configured mode.
+        mode = default_mode if objective == "sapo" else loss_agg_mode
+        options = _aggregation(mode, log_prob, **config.global_batch_info)
+        if rollout_is_weights is not None:
+            per_sequence = getattr(rollout_is_weights, "shape", None) == (log_prob.shape[0], 1)
+            like = log_prob[:, :1] if per_sequence else log_prob
+            _common.require_alike(like, rollout_is_weights=rollout_is_weights)
+            tokens["rollout_is_weights"] = rollout_is_weights
+        _common.require_constants(**tokens)
         out = fastrlhf.ppo_loss(
-            log_prob, old_log_prob, advantages, mask=keep, clip=clip, dual_clip=dual, backend=backend
-        )  # fmt: skip
-        count = keep.sum()
-        loss = out.loss * count * ranks
-        if loss_agg_mode == "token-mean":
-            loss = loss / (count if tokens is None else tokens)
+            log_prob,
+            tokens.get("old_log_prob"),
+            advantages,
+            mask=keep,
+            objective=objective,
+            rollout_weights=rollout_is_weights,
+            **settings(config),
+            **options,
+            backend=backend,
+        )
+        loss = _common.local_mean(out.loss, keep, options)
+        if not with_ratio:
+            return loss, {}
         with torch.no_grad():
-            log_ratio = (log_prob - old_log_prob).clamp(-20.0, 20.0)
-            ratio = log_ratio.exp()
-            clipped = torch.maximum(
-                -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+            # verl reports mean(-log ratio); the op's approx_kl is another estimator.
+            kl = old_log_prob - log_prob
+            kl = kl if objective == "gspo" else kl.clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+            kl = algos.verl_F.masked_mean(kl, response_mask)
+            zero = torch.zeros_like(kl)  # sapo clips nothing
+            clipped, lower = (
+                out.metrics.get(name, zero).to(kl.dtype)
+                for name in ("clip_fraction", "dual_clip_fraction")
             )
-            lower = (clipped > -advantages * dual) & (advantages < 0)
-            mean = algos.verl_F.masked_mean
-            metrics = torch.stack(
-                (
-                    out.metrics["clip_fraction"].to(log_ratio.dtype),
-                    mean(-log_ratio, response_mask),
-                    mean(lower.to(log_ratio.dtype), response_mask),
-                )
-            ).tolist()
+            metrics = torch.stack((clipped, kl, lower)).tolist()  # one transfer from a GPU
         names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
         return loss, dict(zip(names, metrics, strict=True))
 
-    compute_policy_loss_fastrlhf.fallback = algos.compute_policy_loss_vanilla
-    return compute_policy_loss_fastrlhf
+    compute_policy_loss.fallback = fallback
+    return compute_policy_loss
 
 
-def _equal_clip(config) -> float:
-    low, high = config.clip_ratio_low, config.clip_ratio_high
-    low = config.clip_ratio if low is None else low
-    high = config.clip_ratio if high is None else high
-    if low != high:
-        raise Unsupported("clip ranges that differ")
-    if config.get("clip_ratio_c", 3.0) <= 1:
-        raise Unsupported("clip_ratio_c of at most 1, an error in verl")
-    return _common.require_number("clip_ratio", low)
+def _value_loss(original, backend):
+    def compute_value_loss(
+        vpreds,
+        returns,
+        values,
+        response_mask,
+        cliprange_value,
+        loss_agg_mode="token-mean",
+        dp_size=1,
+        batch_num_tokens=None,
+        global_batch_size=None,
+        loss_scale_factor=None,
+    ):
+        clip = _common.require_number("cliprange_value", cliprange_value)
+        _common.require_alike(vpreds, returns=returns, values=values)
+        _common.require_constants(returns=returns, values=values)
+        keep = _common.require_binary_mask(response_mask, vpreds)
+        batch = dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
+        options = _aggregation(loss_agg_mode, vpreds, *batch)
+        out = _common.value_loss(
+            vpreds, values, returns, mask=keep, clip=clip, backend=backend, **options
+        )
+        loss = _common.local_mean(out.loss, keep, options)
+        return loss, out.metrics["value_clip_fraction"]
 
+    return compute_value_loss
+
+
+# Why verl's other policy losses stay its own.
+_OTHER_LOSSES = {
+    "masks tokens by a divergence of probabilities, which no op computes": ("dppo_tv", "dppo_kl"),
+    "chooses tokens by a covariance over the batch, in part at random": ("clip_cov", "kl_cov"),
+    "clips the log-ratio of each token before their mean over the sequence": ("geo_mean",),
+    "its penalty is quadratic in the log-ratio": ("dro",),
+    "makes rollout weights and masks for verl's reinforce or vanilla loss": ("bypass_mode",),
+}
+
+
+def _registered(name: str, objective: str, settings, new: bool = False) -> Target:
+    """The entry of verl's registry of policy losses."""
+    make = functools.partial(_policy_loss, objective, settings)
+    parameters = () if new else _POLICY_LOSS
+    return Target(_ALGOS, f"POLICY_LOSS_REGISTRY[{name}]", "ppo_loss", make, parameters, new=new)
+
+
+_POLICY_LOSS = (
+    "old_log_prob",
+    "log_prob",
+    "advantages",
+    "response_mask",
+    "loss_agg_mode",
+    "config",
+    "rollout_is_weights",
+)
 
 _INTEGRATION = Integration(
     "verl",
@@ -351,12 +463,38 @@ _INTEGRATION = Integration(
             _compute_gae,
             ("token_level_rewards", "values", "response_mask", "gamma", "lam"),
         ),
-        Target(_ALGOS, "POLICY_LOSS_REGISTRY[fastrlhf]", "ppo_loss", _policy_loss, new=True),
+        _registered("fastrlhf", "ppo", _clip_and_dual_clip, new=True),
+        _registered("gspo", "gspo", _clip),
+        _registered("sapo", "sapo", _temperatures),
+        _registered("gpg", "reinforce", lambda config: {}),
+        _registered("cispo", "cispo", _clip),
+        Target(
+            _ALGOS,
+            "compute_value_loss",
+            "ppo_loss",
+            _value_loss,
+            (
+                "vpreds",
+                "returns",
+                "values",
+                "response_mask",
+                "cliprange_value",
+                "loss_agg_mode",
+                "dp_size",
+                "batch_num_tokens",
+                "global_batch_size",
+                "loss_scale_factor",
+            ),
+        ),
     ),
     unchanged={
         f"{_ALGOS}.compute_policy_loss_vanilla": 'the loss "fastrlhf" is added beside it; select it with '
         "policy_loss.loss_mode",
-        f"{_ALGOS}.compute_value_loss": "no op computes its clip fraction and its means over sequences",
+        **{
+            f"{_ALGOS}.compute_policy_loss_{name}": reason
+            for reason, names in _OTHER_LOSSES.items()
+            for name in names
+        },
         "verl.utils.megatron.tensor_parallel": "log-probs of logits that are sharded over ranks",
     },
 )

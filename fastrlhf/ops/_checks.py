@@ -20,6 +20,7 @@ WORKSPACES = ("fast", "compact")
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 # The types of nearly all tensor arguments: they pass on one look, anything else is examined.
 _PLAIN = (Tensor, torch.nn.Parameter)
+_STRIDED = torch.strided  # a global is found faster
 # The kernels take numbers in float32. A divisor (a temperature, a soft-cap) below _TINY would be 0 there, or its
 # reciprocal infinite.
 _MAX, _TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
@@ -46,7 +47,7 @@ def tensor(op: str, name: str, value: object) -> None:
 
 
 def float_tensor(op: str, name: str, value: object) -> None:
-    if type(value) in _PLAIN and value.dtype in FLOAT_DTYPES and value.layout is torch.strided:
+    if type(value) in _PLAIN and value.dtype in FLOAT_DTYPES and value.layout is _STRIDED:
         if not value.is_nested:
             return
     tensor(op, name, value)
@@ -57,7 +58,7 @@ def float_tensor(op: str, name: str, value: object) -> None:
 
 
 def index_tensor(op: str, name: str, value: object) -> None:
-    if type(value) in _PLAIN and value.dtype in INDEX_DTYPES and value.layout is torch.strided:
+    if type(value) in _PLAIN and value.dtype in INDEX_DTYPES and value.layout is _STRIDED:
         if not value.is_nested:
             return
     tensor(op, name, value)
@@ -75,23 +76,6 @@ def shape(op: str, name: str, value: Tensor, expected: tuple) -> None:
 def has_shape(value: object, expected: tuple) -> bool:
     """Whether it is a tensor of this shape. A nested tensor has none."""
     return isinstance(value, Tensor) and not value.is_nested and _same_shape(value.shape, expected)
-
-
-def plain_policy(given: tuple, defaults: tuple, advantages: object, shape: tuple) -> bool:
-    """Whether a policy loss has its default settings, and one advantage a token or none.
-
-    An array among the settings, which compares elementwise, is no default.
-    """
-    try:
-        if given != defaults:
-            return False
-    except (RuntimeError, ValueError):
-        return False
-    if advantages is None:
-        return True
-    if torch.compiler.is_compiling():
-        return has_shape(advantages, shape)
-    return isinstance(advantages, Tensor) and not advantages.is_nested and advantages.shape == shape
 
 
 def _same_shape(a: tuple, b: tuple) -> bool:
@@ -202,7 +186,7 @@ def tokens_of(op, first, expected, dtype, device, **others: Tensor | None) -> No
         if value is None:
             continue
         if type(value) in _PLAIN and value.dtype is dtype and value.device == device:
-            if value.layout is torch.strided and not value.is_nested:
+            if value.layout is _STRIDED and not value.is_nested:
                 if compiling or value.shape != expected:
                     shape(op, name, value, expected)
                 continue  # the common case
@@ -329,7 +313,7 @@ def logit_rows(op, logits, targets, temperature, softcap, mask, vocab=None, shar
     """
     if vocab is None:
         float_tensor(op, "logits", logits)
-    dense = type(targets) in _PLAIN and targets.layout is torch.strided
+    dense = type(targets) in _PLAIN and targets.layout is _STRIDED
     if not dense or targets.is_nested or targets.dtype not in INDEX_DTYPES:
         index_tensor(op, "targets", targets)
     if logits.dim() < 1:
@@ -521,16 +505,25 @@ def ppo_settings(op, clip, dual_clip, value_clip, value_coef, entropy_coef):
         if -_MAX < value_coef < _MAX and -_MAX < entropy_coef < _MAX:
             # The common case: 0.25 us less, 1.5 % of a forward.
             return 1 - clip, 1 + clip, UNLIMITED, value_clip, value_coef, entropy_coef
-    low, high = clip_limits(op, clip)
     return (
-        -UNLIMITED if low is None else 1 - low,
-        UNLIMITED if high is None else 1 + high,
-        UNLIMITED if dual_clip is None else number(op, "dual_clip", dual_clip, low=1, strict=True),
+        *ratio_limits(op, clip, dual_clip),
         UNLIMITED
         if value_clip is None
         else number(op, "value_clip", value_clip, low=0, strict=True),
         number(op, "value_coef", value_coef),
         number(op, "entropy_coef", entropy_coef),
+    )
+
+
+def ratio_limits(op: str, clip: object, dual_clip: object) -> tuple[float, float, float]:
+    """(low, high, dual_clip) of `ppo_settings`."""
+    if type(clip) is float and dual_clip is None and _TINY < clip < _MAX:
+        return 1 - clip, 1 + clip, UNLIMITED
+    low, high = clip_limits(op, clip)
+    return (
+        -UNLIMITED if low is None else 1 - low,
+        UNLIMITED if high is None else 1 + high,
+        UNLIMITED if dual_clip is None else number(op, "dual_clip", dual_clip, low=1, strict=True),
     )
 
 

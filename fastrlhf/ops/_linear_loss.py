@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fastrlhf.ops import _checks, _gemms, _linear_policy, ppo_loss, token_loss
 from fastrlhf.ops._gemms import acc_of, as_parameters, gemms_for
 from fastrlhf.ops._linear import Gradients, Head, statistics
+from fastrlhf.ops._linear_policy import PLAIN_TENSORS
 from fastrlhf.ops._register import (
     differentiable,
     needs,
@@ -63,7 +64,7 @@ def _forward(
     gemms = gemms_for(hidden, weight)
     ppo, parameters = loss == PPO, (hidden, weight, bias)
     one = more = late = share = d_values = None
-    if ppo and len(per_token) > _linear_policy.PLAIN_TENSORS:
+    if len(per_token) > PLAIN_TENSORS:
         more = _linear_policy.more_of(per_token, settings)
         if more.factors is not None:  # of a row, in place of 1 / R
             share = more.factors[0] if factor is None else more.factors[0] * factor
@@ -90,7 +91,8 @@ def _forward(
     if ppo:
         if mask is not None:
             logprob, entropy = head.scatter(logprob), head.scatter(entropy)
-        factors, extra, options, limits = None, [], [], settings[2:]
+        factors = extra = options = None
+        limits = settings[2:]
         if more is not None:
             sequences = more.sequences if late is None else late.sequences
             factors, extra, options = more.factors, [*more[:3], sequences], more.options
@@ -171,23 +173,25 @@ def _one_chunk(
     logits = gemms.logits(hidden, weight, bias, None)
     rows = logits.shape[0]
     logprob = logits.new_empty(rows)
-    entropy, advantages, old_logprob, extra, options = None, None, None, [], []
-    low, high, dual_clip, entropy_coef = NO_CLIP
-    temperature, softcap = settings[:2]
-    if ppo:
-        entropy = logits.new_empty(rows)
-        old_logprob, advantages = gemms.operand(per_token[0]), gemms.operand(per_token[1])
-        low, high, dual_clip, _, _, entropy_coef = settings[2:8]
-    if more is not None:
+    entropy = advantages = old_logprob = extra = options = None
+    if not ppo:
+        temperature, softcap, mean = settings
+        low, high, dual_clip, entropy_coef = NO_CLIP
+    elif more is None:
+        temperature, softcap, low, high, dual_clip, _, _, entropy_coef = settings
+    else:
+        temperature, softcap, low, high, dual_clip, _, _, entropy_coef = settings[:8]
         ref_logprob, rollout, cu_seqlens, sequences = more[:4]
         extra = [gemms.operand(ref_logprob), gemms.operand(rollout), cu_seqlens, sequences]
         options = more.options
-    if share is None:
-        scale = _cpu_scalar(1 / rows if ppo or settings[2] != 0 else 1.0, gemms.acc)
+    if ppo:
+        entropy, mean = logits.new_empty(rows), 1
+        old_logprob, advantages = gemms.operand(per_token[0]), gemms.operand(per_token[1])
+    scale = share
+    if scale is None:
+        scale = _cpu_scalar(1 / rows if mean else 1.0, gemms.acc)
         if factor is not None:
             scale = scale * factor
-    else:
-        scale = share
     token_loss.ROWS_["cpu"].raw(
         logits,
         targets,

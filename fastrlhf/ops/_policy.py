@@ -7,6 +7,7 @@ numbers in the order of `Option`. Both are empty for plain PPO, which is what mo
 `sequences` [5, S], in the order of `Sequence`, has one number of each kind a sequence; it comes with cu_seqlens.
 """
 
+import numbers
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -91,9 +92,15 @@ class Policy(NamedTuple):
 # ---- checks -------------------------------------------------------------------------------------
 
 
+def _is_default(name, value) -> bool:
+    """An array has no truth, and a tensor's would be waited for."""
+    plain = isinstance(value, (bool, str, tuple, numbers.Real))
+    return plain and value == POLICY_DEFAULTS[name]
+
+
 def _unused(op, objective, **given):
     for name, value in given.items():
-        if value is not None and value != POLICY_DEFAULTS[name]:
+        if value is not None and not _is_default(name, value):
             raise ValueError(
                 f"{op}: {name} must not be given with objective={objective!r}, which does not use it; "
                 f"got {value!r}"
@@ -297,7 +304,7 @@ def _checked_kl(op, objective, settings) -> dict:
     if settings["ref_logprob"] is None:
         names = ("kl_coef", "kl_estimator", "kl_clamp", "kl_gradient")
         for name in names:
-            if settings[name] != POLICY_DEFAULTS[name]:
+            if not _is_default(name, settings[name]):
                 raise ValueError(
                     f"{op}: {name} must come with ref_logprob; got {settings[name]!r} and ref_logprob=None"
                 )
@@ -318,7 +325,7 @@ def _checked_rollout(op, settings) -> dict:
     if logprob is None:
         for name in ("rollout_level", "rollout_mode", "rollout_bounds"):
             value = bounds if name == "rollout_bounds" else settings[name]
-            if value != POLICY_DEFAULTS[name]:
+            if not _is_default(name, value):
                 raise ValueError(
                     f"{op}: {name} must come with rollout_logprob; got {settings[name]!r} and "
                     "rollout_logprob=None"
@@ -481,11 +488,11 @@ def reference_options(policy: Policy | None, limits, clip, *, value: bool = True
 
 
 def beyond_plain(policy: Policy, tokens, backend: str):
-    """(tokens, (factors, more, options)) of ppo_loss_fwd; `tokens`: its first eight arguments."""
+    """(tokens, factors, more, options) of ppo_loss_fwd; `tokens`: its first eight arguments."""
     logprob, old_logprob, _, *rest, mask = tokens
     sequences = sequence_rows(policy, logprob, old_logprob, mask, backend)
     tokens = (logprob, old_logprob, _checks.as_rows(policy.advantages), *rest, mask)
-    return tokens, (factors(policy, logprob, mask), more(policy, sequences), options(policy))
+    return tokens, factors(policy, logprob, mask), more(policy, sequences), options(policy)
 
 
 # ---- registration -------------------------------------------------------------------------------

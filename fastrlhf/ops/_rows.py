@@ -30,13 +30,13 @@ class TokenLoss(NamedTuple):
     dual_clip: float  # UNLIMITED: none
     entropy_coef: float
     scale: Tensor  # 0-d
-    more: list = []
-    options: list[float] = []
+    more: list | None = None
+    options: list[float] | None = None
 
     def more_of(self, chunk):
         """(more, options) of a chunk's rows."""
-        if not self.more:
-            return self.more, self.options
+        if self.more is None:
+            return None, None
         ref_logprob, rollout, *sequences = self.more
         options = list(self.options)
         options[Option.FIRST_ROW] = float(chunk.rows.start)
@@ -130,8 +130,8 @@ class RowKernels:
         """(d loss / d logprob [n], d loss / d entropy [n] or None) of a chunk's rows."""
         advantages, old_logprob = chunk.of(loss.advantages, loss.old_logprob)
         more, options = loss.more_of(chunk)
-        if old_logprob is None and not options:
-            more, options = [None] * 4, _REINFORCE
+        if old_logprob is None and options is None:
+            options = _REINFORCE
         entropy = entropy if loss.entropy_coef != 0 else None
         tokens = (logprob, old_logprob, advantages, None, None, None, entropy, chunk.mask)
         limits = (loss.low, loss.high, loss.dual_clip, UNLIMITED, 0.0, loss.entropy_coef)

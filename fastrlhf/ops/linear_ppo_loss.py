@@ -5,6 +5,7 @@ Shapes: hidden [..., H] -> N rows, weight [V, H], bias [V]; every other tensor [
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fastrlhf import reference
 from fastrlhf.ops import (
@@ -14,15 +15,18 @@ from fastrlhf.ops import (
     _linear_policy,
     _metrics,
     _policy,
+    _settings,
     ppo_loss,
     token_loss,
 )
 from fastrlhf.ops._register import choose, needs, on_all_ranks
+from fastrlhf.ops._settings import Settings
 from fastrlhf.reference import PPOLossOutput
 
 OP = "linear_ppo_loss"
 
 
+@_settings.shown(_settings.DEFAULTS)
 @on_all_ranks
 def linear_ppo_loss(
     hidden: Tensor,
@@ -38,30 +42,11 @@ def linear_ppo_loss(
     old_values: Tensor | None = None,
     returns: Tensor | None = None,
     mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    objective: str = "ppo",
     clip: float | tuple[float | None, float | None] = 0.2,
     dual_clip: float | None = None,
-    tau_pos: float = 1.0,
-    tau_neg: float = 1.05,
     value_clip: float | None = 0.2,
     value_coef: float = 0.5,
     entropy_coef: float = 0.0,
-    ref_logprob: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
-    kl_clamp: bool = True,
-    kl_gradient: str = "estimator",
-    rollout_weights: Tensor | None = None,
-    rollout_logprob: Tensor | None = None,
-    rollout_level: str = "token",
-    rollout_mode: str = "truncate",
-    rollout_bounds: tuple[float | None, float | None] = (None, None),
-    aggregation: str = "token-mean",
-    value_aggregation: str | None = None,
-    length: float | None = None,
-    num_tokens: float | Tensor | None = None,
-    num_sequences: float | Tensor | None = None,
     scale: float | Tensor = 1.0,
     accumulate_into: Tensor | None = None,
     compact_rows: bool = False,
@@ -69,6 +54,7 @@ def linear_ppo_loss(
     workspace: str = "fast",
     process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
+    **settings: Unpack[Settings],
 ) -> PPOLossOutput:
     """`ppo_loss` of `linear_logprob`'s log-probs and entropies; the forward computes the gradients.
 
@@ -124,19 +110,13 @@ def linear_ppo_loss(
     )
     if advantages is None:
         _checks.tensor(OP, "advantages", advantages)
-    chosen_settings = (objective, aggregation, tau_pos, tau_neg, kl_coef, kl_estimator, kl_gradient,
-                       rollout_level, rollout_mode, rollout_bounds)  # fmt: skip
-    plain = (  # the common case, which looks at nothing more
-        _checks.plain_policy(chosen_settings, ppo_loss.PLAIN, advantages, targets.shape)
-        and kl_clamp is True
-        and cu_seqlens is ref_logprob is rollout_weights is rollout_logprob is None
-        and value_aggregation is length is num_tokens is num_sequences is None
-        and old_logprob is not None
-    )
+    shape = targets.shape
+    per_token = len(shape) != 2 or _checks.has_shape(advantages, shape)
+    plain = not settings and per_token and old_logprob is not None
     _checks.tokens_of(
         OP,
         "the log-prob",
-        targets.shape,
+        shape,
         acc,
         hidden.device,
         old_logprob=old_logprob,
@@ -150,36 +130,18 @@ def linear_ppo_loss(
         policy = _policy.check(
             OP,
             "the log-prob",
-            targets.shape,
+            shape,
             acc,
             hidden.device,
             old_logprob=old_logprob,
             advantages=advantages,
-            cu_seqlens=cu_seqlens,
-            aggregation=aggregation,
-            value_aggregation=value_aggregation,
-            length=length,
-            num_tokens=num_tokens,
-            num_sequences=num_sequences,
-            objective=objective,
             clip=clip,
             dual_clip=dual_clip,
-            tau_pos=tau_pos,
-            tau_neg=tau_neg,
-            ref_logprob=ref_logprob,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            kl_clamp=kl_clamp,
-            kl_gradient=kl_gradient,
-            rollout_weights=rollout_weights,
-            rollout_logprob=rollout_logprob,
-            rollout_level=rollout_level,
-            rollout_mode=rollout_mode,
-            rollout_bounds=rollout_bounds,
+            **_settings.filled(OP, settings, _settings.DEFAULTS),
         )
     if mask is not None:
         mask = _checks.token_mask(OP, mask, targets)
-    settings = _checks.ppo_settings(OP, clip, dual_clip, value_clip, value_coef, entropy_coef)
+    numbers = _checks.ppo_settings(OP, clip, dual_clip, value_clip, value_coef, entropy_coef)
     if values is not None or old_values is not None or returns is not None:
         _checks.ppo_values(OP, values, old_values, returns, value_clip)
     _checks.ppo_constants(OP, old_logprob, advantages, old_values, returns)
@@ -194,10 +156,8 @@ def linear_ppo_loss(
         inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
         inputs |= {"old_logprob": old_logprob, "advantages": advantages, "values": values}
         inputs |= {"old_values": old_values, "returns": returns}
-        inputs |= {"temperature": row_temperature, "scale": factor, "ref_logprob": ref_logprob}
-        inputs |= {"rollout_weights": rollout_weights, "rollout_logprob": rollout_logprob}
-        for name, value in (("num_tokens", num_tokens), ("num_sequences", num_sequences)):
-            inputs[name] = value if isinstance(value, Tensor) else None
+        inputs |= {"temperature": row_temperature, "scale": factor}
+        inputs |= {name: x for name, x in settings.items() if isinstance(x, Tensor)}
         _linear_loss.check_accumulate(OP, accumulate_into, weight, acc, inputs)
     chosen = choose(OP, backend, hidden, weight, bias)
     vocab = weight.shape[0]
@@ -207,6 +167,8 @@ def linear_ppo_loss(
     if chosen == "reference" or into is not None or process_group is not None:
         _checks.row_values(OP, targets, vocab, mask, row_temperature)
     if chosen == "reference":
+        *limits, number, value_coef, entropy_coef = numbers
+        value_clip = None if number == _checks.UNLIMITED else number
 
         def loss(hidden, weight, bias, values):
             return reference.linear_ppo_loss(
@@ -225,7 +187,7 @@ def linear_ppo_loss(
                 value_clip=value_clip,
                 value_coef=value_coef,
                 entropy_coef=entropy_coef,
-                **_policy.reference_options(policy, clip, dual_clip),
+                **_policy.reference_options(policy, limits, clip),
                 scale=1.0 if factor is None else factor,
                 num_rows=num_rows,
                 workspace=workspace,
@@ -234,13 +196,13 @@ def linear_ppo_loss(
         parameters = (hidden, weight, bias, values)
         return _linear_loss.by_reference(OP, loss, parameters, into=into, group=process_group)
     if policy is not None:
-        advantages, settings = policy.advantages, (*policy.limits, *settings[3:])
+        advantages, numbers = policy.advantages, (*policy.limits, *numbers[3:])
     per_token = [old_logprob, advantages, old_values, returns]
     flat_values, flat_mask = values, mask
-    if targets.dim() != 1:
+    if len(shape) != 1:
         flat = lambda x: None if x is None else x.reshape(-1)  # noqa: E731
         per_token, flat_values, flat_mask = [flat(x) for x in per_token], flat(values), flat(mask)
-    numbers = [temperature_number, cap, *settings]
+    numbers = [temperature_number, cap, *numbers]
     if policy is not None:
         more = _linear_policy.arguments(
             policy, per_token[0], flat_mask, targets.reshape(-1), acc, chosen
@@ -269,10 +231,11 @@ def linear_ppo_loss(
         found = _linear_loss.in_forward(arguments, values, into=into, group=process_group)
     else:
         found = _linear_loss.FWD(*arguments)
-    has_values = values is not None
-    names = _NAMES[has_values] if policy is None else ppo_loss.names(has_values, True, policy)
+    if policy is None:
+        names = ppo_loss.PLAIN_NAMES[values is not None, True]
+    else:
+        names = ppo_loss.names(values is not None, True, policy)
     return PPOLossOutput(found[0], _metrics.named(names, found[1]))
 
 
-_NAMES = {has_values: ppo_loss.names(has_values, True) for has_values in (False, True)}
 _backend.provide(OP, _backend.kernels(token_loss.OP) & _backend.kernels(ppo_loss.OP), gradient=True)

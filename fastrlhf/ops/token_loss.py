@@ -6,60 +6,54 @@ d loss / d logprob; row_stats [2, N] = (row_max, shifted_lse) as in token_logpro
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fastrlhf import reference
-from fastrlhf.ops import _checks, _policy, token_logprob
+from fastrlhf.ops import _checks, _policy, _settings, token_logprob
 from fastrlhf.ops._register import choose, differentiable, kept, refuse_inference, register
+from fastrlhf.ops._settings import Settings
 
 OP = "token_loss"
+_DEFAULTS = {n: x for n, x in _settings.DEFAULTS.items() if n != "value_aggregation"} | {
+    "objective": None,
+    "aggregation": None,
+}
 
 
+@_settings.shown(_DEFAULTS)
 def token_loss(
     logits: Tensor,
     targets: Tensor,
     advantages: Tensor | None = None,
     *,
     old_logprob: Tensor | None = None,
-    objective: str | None = None,
     clip: float | tuple[float | None, float | None] = 0.2,
     dual_clip: float | None = None,
-    tau_pos: float = 1.0,
-    tau_neg: float = 1.05,
-    ref_logprob: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
-    kl_clamp: bool = True,
-    kl_gradient: str = "estimator",
-    rollout_weights: Tensor | None = None,
-    rollout_logprob: Tensor | None = None,
-    rollout_level: str = "token",
-    rollout_mode: str = "truncate",
-    rollout_bounds: tuple[float | None, float | None] = (None, None),
-    aggregation: str | None = None,
-    length: float | None = None,
-    num_tokens: float | Tensor | None = None,
-    num_sequences: float | Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,
-    scale: float | Tensor = 1.0,
     inplace_backward: bool = False,
+    scale: float | Tensor = 1.0,
     backend: str = "auto",
+    **settings: Unpack[Settings],
 ) -> tuple[Tensor, Tensor]:
     """Loss of each row and log softmax(z)[target], z = softcap * tanh(logits / softcap) / temperature.
 
-    With l = log softmax(z)[target], A the advantage (1 if None) and rho = exp(clamp(l - l_old, -20,
-    20)):
+    With l = log softmax(z)[target] and A the advantage (1 if None), loss = scale * a * (w f + kl_coef *
+    KL), where f is the policy term of `objective` and w the rollout weight as in `ppo_loss`, before its
+    aggregate; a is 1, or with `aggregation` the token's weight, so that the sum of the losses is the
+    aggregate. Without `objective`:
 
-    - without `old_logprob`: loss = scale * (-A l): cross entropy, or the policy gradient;
-    - with it: loss = scale * max(-A rho, -A clip(rho, 1 - clip, 1 + clip)); with `dual_clip`, where
-      A < 0, at most scale * (-A dual_clip). The terms of `ppo_loss`, before their mean.
+    - without `old_logprob` "reinforce", f = -A l: cross entropy, or the policy gradient;
+    - with it "ppo", f = max(-A rho, -A clip(rho, 1 - low, 1 + high)) with rho = exp(clamp(l - old_logprob,
+      -20, 20)); with `dual_clip`, where A < 0, at most -A dual_clip.
 
     l determines d loss / d l, so the forward computes dL/dlogits_j = (d loss / d l)
     (1[j = target] - p_j) dz_j/dlogits_j while the row is on the chip: one read and one write of the
     logits for forward and backward together. (Triton reads the row twice; so does CUDA in float64,
-    with a soft-cap above 64, and if a row does not fit on the chip.) The backward multiplies row i by
+    with a soft-cap above 64, and if a row does not fit on the chip.) "gspo" with `old_logprob`, and a
+    rollout weight of sequences without it, need the log-probs of a sequence first: one more read, by
+    `token_logprob`. The backward multiplies row i by
     the upstream gradient of loss_i. **If that is 1, it reads and writes nothing**, so include the mean
     in the loss::
 
@@ -75,14 +69,18 @@ def token_loss(
         logits: [..., V], float32, bfloat16, float16, or float64 (CPU). Any strides before a unit
             last stride are read in place when they reduce to two (``logits[:, :-1]`` does).
         targets: [...], int32 or int64, in [0, V).
-        advantages: [...], float, or None. A constant to autograd.
+        advantages: [...], or one a sequence, [S] or [S, 1]; float, or None. A constant to autograd.
         old_logprob: [...], float, in nats, from the policy that sampled; or None. A constant.
-        clip: above 0. Only used with `old_logprob`.
-        dual_clip: above 1, or None. Only used with `old_logprob`.
+        clip: above 0, or (low, high), each above 0 or None. Only used with a ratio.
+        dual_clip: above 1, or None. Only used with a ratio.
         temperature: above 0; a number, or a float tensor that broadcasts to ``targets``. A constant.
         softcap: above 0, or None. Applied before the temperature, as Gemma 2 does.
         mask: [...], True (or non-zero) where the row counts. Other rows are not read, nor their
             targets; loss, logprob and gradient are 0 there.
+        cu_seqlens, objective, tau_pos, tau_neg, ref_logprob, kl_coef, kl_estimator, kl_clamp, kl_gradient,
+            rollout_weights, rollout_logprob, rollout_level, rollout_mode, rollout_bounds, aggregation,
+            length, num_tokens, num_sequences: as in `ppo_loss`. Sequences are the rows of [B, T], or packed
+            in [N]. All tensors are constants.
         scale: a number, or a 0-d float tensor (``1 / mask.sum()`` needs no sync). A constant.
         inplace_backward: allow the **forward** to overwrite ``logits`` with the gradient if they
             require grad. This saves a second tensor of their size; ``logits`` then hold the gradient,
@@ -95,13 +93,13 @@ def token_loss(
         that holds a NaN gives NaN. Rows whose gradient is exactly 0 (clipped, A = 0) are zero-filled.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or value; a constant that requires grad.
+        TypeError, ValueError: a wrong dtype, shape, device, value or name; a constant that requires grad; a
+            setting that the objective or the aggregation does not use.
             On CPU a counted target outside [0, V) raises ValueError, before the logits are touched; on
             a GPU, where that would cost a host sync, the row's loss, logprob and gradient are NaN, and
             nothing outside it is read.
 
-    Source: Schulman et al. 2017 (arXiv:1707.06347), eq. 7; Ye et al. 2020 (arXiv:1912.09729) for the
-        dual clip; Milakov and Gimelshein 2018 (arXiv:1805.02867) for the online softmax.
+    Source: as `ppo_loss`; Milakov and Gimelshein 2018 (arXiv:1805.02867) for the online softmax.
 
     >>> loss, logprob = token_loss(torch.zeros(2, 4), torch.tensor([1, 3]), scale=0.5)
     >>> loss, logprob
@@ -113,20 +111,17 @@ def token_loss(
     if old_logprob is not None:
         old_logprob = _checks.row_constant(OP, "old_logprob", old_logprob, logits, targets)
     policy = None
-    chosen_settings = (aggregation, tau_pos, tau_neg, kl_coef, kl_estimator, kl_gradient,
-                       rollout_level, rollout_mode, rollout_bounds)  # fmt: skip
-    if (
-        _checks.plain_policy(chosen_settings, _PLAIN, advantages, targets.shape)
-        and kl_clamp is True
-        and objective is ref_logprob is rollout_weights is rollout_logprob is None
-        and cu_seqlens is length is num_tokens is num_sequences is None
-    ):  # the common case, which looks at nothing more
+    per_token = targets.dim() != 2 or advantages is None
+    if not settings and (per_token or _checks.has_shape(advantages, targets.shape)):
         if advantages is not None:
             advantages = _checks.row_constant(OP, "advantages", advantages, logits, targets)
-        limits = _checks.ppo_settings(OP, clip, dual_clip, None, 0.0, 0.0)[:3]
+        limits = _checks.ratio_limits(OP, clip, dual_clip)
     else:
-        given = {"advantages": advantages, "ref_logprob": ref_logprob}
-        given |= {"rollout_weights": rollout_weights, "rollout_logprob": rollout_logprob}
+        settings = _settings.filled(OP, settings, _DEFAULTS)
+        for name in ("ref_logprob", "rollout_weights", "rollout_logprob"):
+            settings[name] = _checks.constant(OP, name, settings[name], logits)
+        if settings["objective"] is None:
+            settings["objective"] = "reinforce" if old_logprob is None else "ppo"
         policy = _policy.check(
             OP,
             "targets",
@@ -134,25 +129,11 @@ def token_loss(
             _checks.acc_dtype(logits),
             logits.device,
             old_logprob=old_logprob,
-            **{name: _checks.constant(OP, name, x, logits) for name, x in given.items()},
-            cu_seqlens=cu_seqlens,
-            aggregation=aggregation,
+            advantages=_checks.constant(OP, "advantages", advantages, logits),
             rows=True,
-            length=length,
-            num_tokens=num_tokens,
-            num_sequences=num_sequences,
-            objective=objective or ("reinforce" if old_logprob is None else "ppo"),
             clip=clip,
             dual_clip=dual_clip,
-            tau_pos=tau_pos,
-            tau_neg=tau_neg,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            kl_clamp=kl_clamp,
-            kl_gradient=kl_gradient,
-            rollout_level=rollout_level,
-            rollout_mode=rollout_mode,
-            rollout_bounds=rollout_bounds,
+            **settings,
         )
         limits = policy.limits
     scale_tensor, number = None, 1.0
@@ -177,13 +158,15 @@ def token_loss(
             mask=mask,
             scale=number if scale_tensor is None else scale_tensor,
         )
-    more, options = [], []
+    more = options = None
     if policy is not None:
-        settings = (row_temperature, temperature, softcap, mask)
-        more = _more(policy, logits, targets, old_logprob, settings, chosen)
+        rows = (row_temperature, temperature, softcap, mask)
+        more = _more(policy, logits, targets, old_logprob, rows, chosen)
         advantages, options = policy.advantages, _policy.options(policy)
-        if aggregation == "token-mean":
-            factor = _policy.factor(policy, aggregation, targets, mask, _checks.acc_dtype(logits))
+        if policy.aggregation == "token-mean":
+            factor = _policy.factor(
+                policy, policy.aggregation, targets, mask, _checks.acc_dtype(logits)
+            )
             scale_tensor = factor * (number if scale_tensor is None else scale_tensor)
     arguments = (
         targets,
@@ -211,9 +194,6 @@ def token_loss(
         refuse_inference(OP, **given, cu_seqlens=policy.cu_seqlens)
     inplace = inplace_backward and _checks.overwritable(logits) and not kept()
     return _gradient_in_forward(logits, chosen, inplace, *arguments)[:2]
-
-
-_PLAIN = (None, 1.0, 1.05, 0.0, "k3", "estimator", "token", "truncate", (None, None))
 
 
 def _more(policy, logits, targets, old_logprob, settings, backend):
@@ -253,7 +233,7 @@ def _setup_forward(ctx, all_arguments, outputs):
     logits, ctx.backend, ctx.inplace, targets, advantages, old_logprob, more, *rest = all_arguments
     *limits, options, row_temperature, temperature, softcap, mask, scale_tensor, scale = rest
     _, _, grad_logprob, row_stats, out = outputs
-    rows = (targets, advantages, old_logprob, row_temperature, mask, scale_tensor, *more)
+    rows = (targets, advantages, old_logprob, row_temperature, mask, scale_tensor, *(more or ()))
     ctx.save_for_backward(logits, grad_logprob, row_stats, *rows)
     ctx.numbers = limits, options, temperature, softcap, scale
     ctx.grad = None if ctx.inplace else out
@@ -353,8 +333,8 @@ def _backward(ctx, grad_loss):
 
 
 _ARGUMENTS = (
-    "Tensor logits, Tensor targets, Tensor? advantages, Tensor? old_logprob, Tensor?[] more, float low, float high, "
-    "float dual_clip, float[] options, Tensor? row_temperature, float temperature, float softcap, Tensor? mask, "
+    "Tensor logits, Tensor targets, Tensor? advantages, Tensor? old_logprob, Tensor?[]? more, float low, float high, "
+    "float dual_clip, float[]? options, Tensor? row_temperature, float temperature, float softcap, Tensor? mask, "
     "Tensor? scale_tensor, float scale"
 )
 _RESULTS = "(Tensor loss, Tensor logprob, Tensor grad_logprob, Tensor row_stats)"
@@ -386,8 +366,8 @@ BWD_ = register(
 # entropy_coef * entropy). Writes the log-probs, entropies and grad_logprobs [n], and dL/dlogits, which may be the
 # logits, or 16-bit where they are fp32. All are 0 in masked rows.
 ROWS_ = register(
-    "token_loss_rows_(Tensor logits, Tensor targets, Tensor? advantages, Tensor? old_logprob, Tensor?[] more, "
-    "float low, float high, float dual_clip, float[] options, float entropy_coef, Tensor? row_temperature, "
+    "token_loss_rows_(Tensor logits, Tensor targets, Tensor? advantages, Tensor? old_logprob, Tensor?[]? more, "
+    "float low, float high, float dual_clip, float[]? options, float entropy_coef, Tensor? row_temperature, "
     "float temperature, float softcap, Tensor? mask, Tensor scale, Tensor(a!) dlogits, Tensor(b!) logprob, "
     "Tensor(c!)? entropy, Tensor(d!)? grad_logprob) -> ()",
     lambda *arguments: None,

@@ -1,5 +1,9 @@
 """Compares functions of a third-party package with their replacements, on the same tensors, against fp64."""
 
+import contextlib
+import itertools
+import random
+
 import torch
 
 
@@ -81,6 +85,70 @@ def compare(patch, name, call, *inputs, truth=None, original=None, served=True):
         assert where == name
         for mine, its in zip(ours, originals, strict=True):
             assert torch.equal(mine, its) or bool((mine.isnan() & its.isnan()).all())
+
+
+# ---- grids of settings ----
+
+
+def combinations(**axes) -> list[dict]:
+    """Every combination of one value of each axis."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def sample(settings: list[dict], count: int) -> list[dict]:
+    """Some settings of a grid. They hold every value of every axis."""
+    drawn = random.Random(0).sample(settings, count)
+    for axis in settings[0]:
+        assert {str(s[axis]) for s in drawn} == {str(s[axis]) for s in settings}, axis
+    return drawn
+
+
+@contextlib.contextmanager
+def served(integration, name: str, calls: int = 1):
+    """The calls of `name` in the block are served by an op; none falls back."""
+    with integration.patch() as patched:
+        yield patched
+    assert patched.fallbacks == {}
+    assert patched.calls == {name: calls}
+
+
+def agree_on_grid(integration, name: str, settings: list[dict], ours, theirs=None) -> None:
+    """`name` is served for every setting, in fp32 and fp64, and the results agree.
+
+    ours(setting, dtype) -> {name: tensor, number or None}; `theirs`: the same unpatched, by default `ours`.
+    """
+    dtypes = (torch.float64, torch.float32)
+    with served(integration, name, calls=len(dtypes) * len(settings)) as patched:
+        for setting in settings:
+            with patched.suspended():
+                its = {dtype: (theirs or ours)(setting, dtype) for dtype in dtypes}
+            agree({dtype: ours(setting, dtype) for dtype in dtypes}, its, setting)
+
+
+def agree(ours: dict, theirs: dict, setting) -> None:
+    """The results of one setting agree: dtype -> name -> tensor, number or None; "loss" and "gradient" and others.
+
+    Loss and gradient in fp64 differ by the rounding of sums. In fp32 they are as near to fp64 as fp32 allows. The
+    others are means, which differ from the host's by two roundings to fp32.
+    """
+    exact = theirs[torch.float64]
+    terms = exact["gradient"].abs().sum().item()  # the loss is a sum of terms about as large
+    for dtype, bar in ((torch.float64, 1e-14), (torch.float32, 6e-7)):
+        assert list(ours[dtype]) == list(theirs[dtype])
+        for name, mine in ours[dtype].items():
+            its = theirs[dtype][name]
+            where = f"{setting} {dtype} {name}: {mine} instead of {its}"
+            if its is None:
+                assert mine is None, where
+                continue
+            mine, its = torch.as_tensor(mine), torch.as_tensor(its)
+            assert (mine.dtype, mine.shape) == (its.dtype, its.shape), where
+            if name in ("loss", "gradient"):
+                true = exact[name]
+                limit = bar * max(true.abs().max().item(), terms if name == "loss" else 0.0)
+            else:
+                true, limit = its.double(), 2.5e-7 * abs(its.item())
+            assert error(mine, true) <= limit, where
 
 
 def losses(trainer) -> list[float]:

@@ -13,7 +13,7 @@ import torch
 from _support import policy_oracle as oracle
 from _support import sequence_cases
 
-PACKED = (5, 0, 1, 9, 3, 8)
+PACKED = (5, 0, 1, 9, 3, 8, 0)
 KEPT = "11011 0 111101011 000 11011110".replace(" ", "")  # the fifth sequence counts no token
 PADDED = ("111111", "101100", "000000", "011111")
 LAYOUTS = ("packed", "packed, masked", "padded, masked", "padded")
@@ -98,6 +98,7 @@ def covering(seed=0):
         found.append(best)
         for done in pairs(best):
             left.pop(done, None)
+    random.Random(16).shuffle(found)  # so that every few of them have each objective
     return found
 
 
@@ -178,7 +179,7 @@ def tokens(case, dtype, logprob=None, seed=0):
 
     logprob = -randn().abs() - 0.2 if logprob is None else logprob.double().flatten()
     steps = torch.tensor([0.05, -0.3, 0.33, -0.7, 0.22, -0.1, 0.6, 1.0])
-    of_sequence = torch.tensor([0.3, 0.0, -0.4, 0.02, 0.5, -0.35])[:sequences].double()
+    of_sequence = torch.tensor([0.3, 0.0, -0.4, 0.02, 0.5, -0.35, 0.1])[:sequences].double()
     owner = torch.arange(sequences).repeat_interleave(torch.tensor(lengths))
     found = {"logprob": logprob}
     found["old_logprob"] = (

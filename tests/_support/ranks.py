@@ -20,20 +20,21 @@ WORLD = 2
 FORKED = ("fastrlhf.train.runtime", "fastrlhf.ops._backend", "pytest", "torch.distributed.fsdp")
 
 
-def run(function) -> list:
+def run(function, world: int = WORLD) -> list:
     """What a module's function(rank) returned, rank by rank; an exception on a rank is raised here."""
     mp.set_forkserver_preload([*FORKED])
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_body, (function, folder), nprocs=WORLD, start_method="forkserver")
-        files = [Path(folder) / f"{rank}.pt" for rank in range(WORLD)]
+        given = (function, folder, world)
+        mp.start_processes(_body, given, nprocs=world, start_method="forkserver")
+        files = [Path(folder) / f"{rank}.pt" for rank in range(world)]
         return [torch.load(file, weights_only=True) for file in files]
 
 
-def _body(rank, function, folder):
+def _body(rank, function, folder, world):
     gc.freeze()  # the imported modules, which no rank frees
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
-    options = {"rank": rank, "world_size": WORLD, "init_method": f"file://{folder}/store"}
+    options = {"rank": rank, "world_size": world, "init_method": f"file://{folder}/store"}
     dist.init_process_group("gloo", **options)
     try:
         torch.save(function(rank), Path(folder) / f"{rank}.pt")

@@ -60,8 +60,9 @@ def trl_grpo(text):
     ((before, after),) = re.findall(r"reward ([\d.]+) -> ([\d.]+)", text)
     assert float(after) > float(before) + 0.3
     assert "runs linear_logprob, backend " in text  # from the report of the patch
-    (calls,) = figures(r"ChunkedLogProbFunction.apply: (\d+) calls", text)
-    assert calls >= 40
+    for function in ("ChunkedLogProbFunction.apply", "GRPOTrainer._compute_loss"):
+        (calls,) = figures(rf"{function}: (\d+) calls", text)
+        assert calls >= 40, function
 
 
 CHECKS = {f.__name__: f for f in (ppo_loop, reward_model, trl_grpo, verl_gae)}

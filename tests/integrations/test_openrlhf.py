@@ -1,7 +1,6 @@
 """The OpenRLHF integration: each replaced function against OpenRLHF's own, values and gradients, in fp64.
 
-tests/_support/unpacked.py loads OpenRLHF's modules. OpenRLHF compiles `compute_entropy`; here it runs uncompiled, which
-saves minutes of compilation.
+Its losses have their own file, test_openrlhf_losses.py. tests/_support/unpacked.py loads OpenRLHF's modules.
 B sequences, A actions, N tokens, V vocabulary.
 """
 
@@ -10,8 +9,8 @@ import warnings
 import pytest
 import torch
 
-from _support import small_llama, unpacked
-from _support.patched import compare, each, outputs_and_gradients, ragged, randint, randn
+from _support import small_llama
+from _support.patched import compare, ragged, randint, randn
 from fastrlhf.integrations import PatchError
 from fastrlhf.integrations import openrlhf as integration
 
@@ -24,12 +23,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 each_step_dtype = pytest.mark.parametrize("dtype", STEP_DTYPES, ids=lambda d: str(d)[6:])
 
 
-@pytest.fixture(autouse=True)
-def openrlhf():
-    with unpacked.installed(unpacked.openrlhf()) as modules:
-        with torch.compiler.set_stance("force_eager"):
-            yield modules
-        integration.unpatch()
+pytestmark = pytest.mark.usefixtures("openrlhf")
 
 
 def against(name, call, *inputs, **options):
@@ -136,120 +130,6 @@ def test_masked_actions_are_not_skipped(openrlhf):
     assert advantages.tolist() == [[-1.0, 4.0, -4.0]]
 
 
-# ---- losses ----
-
-
-def stacked(dtype, stack=6, spread=0.4):
-    shape = (stack, 8, 40)
-    old = randn(*shape, seed=1, dtype=dtype)
-    new = (old + randn(*shape, seed=2, dtype=dtype, scale=spread)).requires_grad_()
-    return new, old, randn(*shape, seed=3, dtype=dtype), [ragged(i, 8, 40) for i in range(stack)]
-
-
-BATCHES = [{}, {"dp_size": 2, "batch_num_tokens": 500}]
-
-
-@each_step_dtype
-@pytest.mark.parametrize("clip", [0.1, 0.3])
-@pytest.mark.parametrize("dual_clip", [None, 1.2])
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, None])
-def test_policy_loss(openrlhf, dtype, clip, dual_clip, batch, mask_dtype):
-    """Everything it returns: the loss, its gradient, clip ratio, ppo_kl, and None twice."""
-    if mask_dtype is None and batch:
-        pytest.skip("OpenRLHF fails on batch_num_tokens without a mask")
-    *tensors, masks = stacked(dtype)
-    loss = openrlhf[LOSS].PolicyLoss(clip, clip, dual_clip)
-
-    def one(new, old, advantages, mask):
-        mask = None if mask_dtype is None else mask.to(mask_dtype)
-        out = loss(new, old, advantages, action_mask=mask, **batch)
-        assert out[3:] == (None, None)
-        return out[:3]
-
-    against(f"{LOSS}.PolicyLoss.forward", lambda *x: each(one, *x, masks), *tensors)
-
-
-@each_step_dtype
-@pytest.mark.parametrize("clip", [None, 0.2])
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, None])
-def test_value_loss(openrlhf, dtype, clip, batch, mask_dtype):
-    if mask_dtype is None and batch:
-        pytest.skip("OpenRLHF fails on batch_num_tokens without a mask")
-    *tensors, masks = stacked(dtype)
-    loss = openrlhf[LOSS].ValueLoss(clip)
-
-    def one(values, old, returns, mask):
-        mask = None if mask_dtype is None else mask.to(mask_dtype)
-        return (loss(values, old, returns, action_mask=mask, **batch),)
-
-    against(f"{LOSS}.ValueLoss.forward", lambda *x: each(one, *x, masks), *tensors)
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("with_margin", [False, True])
-@pytest.mark.parametrize("shape", [(9,), (9, 1)])
-def test_pairwise_loss(openrlhf, dtype, with_margin, shape):
-    chosen, rejected = (
-        randn(8, *shape, seed=i, dtype=dtype, scale=3.0, train=True) for i in (1, 2)
-    )
-    margin = randn(8, *shape, seed=3, dtype=dtype).abs()
-    loss = openrlhf[LOSS].PairWiseLoss()
-
-    def one(c, r, m):
-        return (loss(c, r, m) if with_margin else loss(c, r),)
-
-    against(f"{LOSS}.PairWiseLoss.forward", lambda *x: each(one, *x), chosen, rejected, margin)
-
-
-def test_losses_of_no_token(openrlhf):
-    """NaN, as from OpenRLHF."""
-    new, old, advantages, _ = (x[0] for x in stacked(torch.float32))
-    none = torch.zeros(8, 40, dtype=torch.bool)
-    with integration.patch():
-        loss, clipped, kl, *_ = openrlhf[LOSS].PolicyLoss()(new, old, advantages, none)
-        value = openrlhf[LOSS].ValueLoss(0.2)(new, old, advantages, none)
-    assert all(bool(x.isnan()) for x in (loss, clipped, kl, value))
-
-
-UNSERVED = {
-    "policy_loss_type='gspo'": lambda m, x: m.PolicyLoss(policy_loss_type="gspo")(*x),
-    "a mean over sequences": lambda m, x: m.PolicyLoss(token_level_loss=False)(*x),
-    "clip ranges that differ": lambda m, x: m.PolicyLoss(0.2, 0.28)(*x),
-    "the rollout correction is on": lambda m, x: m.PolicyLoss(is_correction_level="token")(
-        *x, rollout_log_probs=x[1] * 0.9
-    ),
-    "bfloat16": lambda m, x: m.PolicyLoss()(*(t.bfloat16() for t in x[:3]), x[3]),
-    "mean over sequences": lambda m, x: m.ValueLoss(0.2, token_level_loss=False)(*x),
-    "clip_eps is not above 0": lambda m, x: m.ValueLoss(0.0)(*x),
-    "require grad": lambda m, x: m.ValueLoss(0.2)(x[1], x[1], x[0], x[3]),
-    "with other numbers than 0 and 1": lambda m, x: m.ValueLoss(0.2)(*x[:3], 0.5 * x[3]),
-    "another shape or device": lambda m, x: m.PairWiseLoss()(x[0], x[1][:1]),
-}
-
-
-@pytest.mark.parametrize("reason", UNSERVED)
-def test_unsupported_calls_run_openrlhfs_function(openrlhf, reason):
-    *tensors, masks = stacked(torch.float32)
-    new = tensors[0][0].detach().requires_grad_()
-    inputs = (new, tensors[1][0], tensors[2][0], masks[0])
-
-    def run():
-        out = UNSERVED[reason](openrlhf[LOSS], inputs)
-        out = out if isinstance(out, tuple) else (out,)
-        return [x for x in out if x is not None]
-
-    theirs = run()
-    with integration.patch() as patched:
-        ours = run()
-    assert all(map(torch.equal, ours, theirs))
-    assert len(ours) == len(theirs)
-    assert patched.calls == {}
-    ((_, logged),) = patched.fallbacks
-    assert reason in logged
-
-
 # ---- the patch itself ----
 
 
@@ -277,16 +157,6 @@ def test_every_reference_is_replaced_and_restored(openrlhf):
             assert sum(" runs " in line for line in patched.report) == 6
             assert sum(" is left unchanged: " in line for line in patched.report) == 3
     assert all(a is b for a, b in zip(state(), before, strict=True))
-
-
-def test_an_existing_loss_object_is_served(openrlhf):
-    loss = openrlhf[LOSS].PairWiseLoss()
-    scores = randn(5, seed=1), randn(5, seed=2)
-    theirs = outputs_and_gradients(loss, *scores)
-    with integration.patch() as patched:
-        ours = outputs_and_gradients(loss, *scores)
-    assert patched.calls == {f"{LOSS}.PairWiseLoss.forward": 1}
-    torch.testing.assert_close(ours, theirs)
 
 
 def test_a_missing_function_is_named(openrlhf, monkeypatch):

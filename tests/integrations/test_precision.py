@@ -67,6 +67,17 @@ def test_the_page_has_every_host():
     }
 
 
+def test_the_figures_of_the_readme_are_those_of_the_page():
+    text = " ".join((PAGE.parents[1] / "README.md").read_text().split())
+    found = re.search(
+        r"of 128 bf16 log-probs (\d+) are rounded right, against TRL's (\d+) \((\d+) at temp\w+ ([\d.]+)\)",
+        text,
+    )
+    ours, theirs, scaled, temperature = found.groups()
+    rows = {row[2]: row[3:5] for row in FIGURES if row[:2] == ("TRL", "bf16")}
+    assert rows == {"1": (theirs, ours), temperature: (scaled, ours)}
+
+
 @pytest.mark.parametrize("row", FIGURES, ids=lambda row: "-".join(row[:3]))
 def test_figures_of_the_page(row):
     """Ours exactly; the host's vary with torch's vector instructions, by less than the lead of ours."""

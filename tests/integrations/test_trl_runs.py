@@ -14,6 +14,7 @@ from _support import small_llama  # noqa: E402
 from _support.patched import losses  # noqa: E402
 from fastrlhf.integrations import trl as integration  # noqa: E402
 
+LOSS = "trl.trainer.grpo_trainer.GRPOTrainer._compute_loss"
 HEAD = "trl.kernels.chunked_logprob.ChunkedLogProbFunction.apply"
 REWARD = "trl.trainer.reward_trainer.RewardTrainer.compute_loss"
 
@@ -64,6 +65,21 @@ def sampled(trainer_class, config_class, out, **extra):
 
 def grpo(out):
     return sampled(trl.GRPOTrainer, trl.GRPOConfig, out, num_iterations=2)
+
+
+def grpo_of(loss_type, **settings):
+    """GRPO with this loss, over two micro-batches a step."""
+
+    def make(out):
+        given = {"num_iterations": 2, "gradient_accumulation_steps": 2, "top_entropy_quantile": 0.7}
+        return sampled(
+            trl.GRPOTrainer, trl.GRPOConfig, out, loss_type=loss_type, **given, **settings
+        )
+
+    return make
+
+
+SEQUENCE = {"importance_sampling_level": "sequence"}
 
 
 def grpo_with_fp32_head(out):
@@ -127,7 +143,13 @@ TOLERANCE = 2e-4
 @pytest.mark.parametrize(
     ("make", "function", "op_calls"),
     [
-        (grpo, HEAD, 20),
+        (grpo, LOSS, 20),
+        pytest.param(grpo_of("grpo", **SEQUENCE), LOSS, 40, marks=pytest.mark.nightly),
+        pytest.param(grpo_of("dr_grpo", delta=2.0), LOSS, 40, marks=pytest.mark.nightly),
+        pytest.param(grpo_of("bnpo", entropy_coef=0.01), LOSS, 40, marks=pytest.mark.nightly),
+        pytest.param(grpo_of("luspo", **SEQUENCE), LOSS, 40, marks=pytest.mark.nightly),
+        pytest.param(grpo_of("cispo", epsilon_high=1.3), LOSS, 40, marks=pytest.mark.nightly),
+        pytest.param(grpo_of("sapo"), LOSS, 40, marks=pytest.mark.nightly),
         (grpo_with_fp32_head, HEAD, 20),
         (rloo, HEAD, 20),
         (dpo, HEAD, 20),

@@ -1,7 +1,7 @@
 """The verl integration: each replaced function against verl's own, values and gradients, in fp64.
 
-tests/_support/unpacked.py loads verl's modules. verl's `linear_cross_entropy` has Triton kernels only and does not
-run on a CPU, so its equation replaces it here.
+Its losses have their own file, test_verl_losses.py. tests/_support/unpacked.py loads verl's modules. verl's
+`linear_cross_entropy` has Triton kernels only and does not run on a CPU, so its equation replaces it here.
 B sequences, T steps, N tokens, V vocabulary, H hidden.
 """
 
@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from _support import unpacked
-from _support.oracles import VerlActorConfig
-from _support.patched import compare, each, ragged, randint, randn
+from _support.patched import compare, ragged, randint, randn
 from fastrlhf.integrations import PatchError
 from fastrlhf.integrations import verl as integration
 
@@ -23,16 +22,11 @@ FUNCTIONAL = "verl.utils.torch_functional"
 HEAD = "verl.utils.experimental.torch_functional"
 KERNEL = "verl.utils.kernel.linear_cross_entropy"
 ALGOS = "verl.trainer.ppo.core_algos"
-POLICY = f"{ALGOS}.POLICY_LOSS_REGISTRY[fastrlhf]"
 each_seed = pytest.mark.parametrize("seed", range(3))
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
 
-@pytest.fixture(autouse=True)
-def verl():
-    with unpacked.installed(unpacked.verl()) as modules:
-        yield modules
-        integration.unpatch()
+pytestmark = pytest.mark.usefixtures("verl")
 
 
 def against(name, call, *inputs, **options):
@@ -354,121 +348,6 @@ def test_unsupported_steps_run_verls_function(verl, change, reason, function):
     assert patched.fallbacks
 
 
-# ---- policy loss ----
-
-
-class Config(VerlActorConfig):
-    def __init__(self, clip=0.2, dual_clip=3.0, **batch):
-        super().__init__(clip, dual_clip)
-        self.global_batch_info = batch
-
-
-def policy_inputs(dtype=torch.float32, stack=6, spread=0.4):
-    shape = (stack, 8, 40)
-    old = randn(*shape, seed=1, dtype=dtype)
-    new = (old + randn(*shape, seed=2, dtype=dtype, scale=spread)).requires_grad_()
-    return old, new, randn(*shape, seed=3, dtype=dtype), [ragged(i, 8, 40) for i in range(stack)]
-
-
-def policy_call(algos, name, mode, config, weights=None):
-    def one(old, new, advantages, mask):
-        function = algos.get_policy_loss_fn(name)
-        loss, metrics = function(
-            old_log_prob=old,
-            log_prob=new,
-            advantages=advantages,
-            response_mask=mask,
-            loss_agg_mode=mode,
-            config=config,
-            rollout_is_weights=weights,
-        )
-        loss -= 0.0 * loss.detach()  # verl's ppo_loss modifies it in place
-        return loss, *(torch.tensor(x, dtype=torch.float32) for x in metrics.values())
-
-    return one
-
-
-@pytest.mark.parametrize("clip", [0.1, 0.3])
-@pytest.mark.parametrize("dual_clip", [1.2, 3.0])
-@pytest.mark.parametrize(
-    ("mode", "batch"),
-    [
-        ("token-mean", {}),
-        ("token-mean", {"dp_size": 2, "batch_num_tokens": 500}),
-        ("token-sum", {"dp_size": 4}),
-    ],
-)
-@pytest.mark.parametrize("dtype", STEP_DTYPES)
-def test_policy_loss(verl, clip, dual_clip, mode, batch, dtype):
-    """The added loss against verl's vanilla: the loss, its gradient and every metric."""
-    *tensors, masks = policy_inputs(dtype)
-    algos, config = verl[ALGOS], Config(clip, dual_clip, **batch)
-
-    def vanilla(*inputs):
-        return each(policy_call(algos, "vanilla", mode, config), *inputs, masks)
-
-    def ours(*inputs):
-        return each(policy_call(algos, "fastrlhf", mode, config), *inputs, masks)
-
-    against(POLICY, ours, *tensors, original=vanilla, truth=vanilla)
-
-
-def test_policy_loss_of_no_token(verl):
-    tensors = (*(x[0] for x in policy_inputs()[:3]), torch.zeros(8, 40))
-    theirs = policy_call(verl[ALGOS], "vanilla", "token-mean", Config())(*tensors)
-    with integration.patch():
-        ours = policy_call(verl[ALGOS], "fastrlhf", "token-mean", Config())(*tensors)
-    for mine, original in zip(ours, theirs, strict=True):
-        assert torch.equal(mine, original) or (mine.isnan() and original.isnan())
-
-
-@pytest.mark.parametrize(
-    ("reason", "mode", "change"),
-    [
-        ("seq-mean-token-mean", "seq-mean-token-mean", {}),
-        ("seq-mean-token-sum-norm", "seq-mean-token-sum-norm", {}),
-        ("clip ranges that differ", "token-mean", {"clip_ratio_high": 0.28}),
-        ("rollout weights", "token-mean", {"weights": True}),
-    ],
-)
-def test_policy_loss_falls_back_to_vanilla(verl, reason, mode, change):
-    *tensors, masks = policy_inputs(stack=1)
-    weights = torch.rand(8, 40) if change.pop("weights", False) else None
-    config = Config()
-    for name, value in change.items():
-        setattr(config, name, value)
-    inputs = [x[0].detach().requires_grad_(x.requires_grad) for x in tensors]
-
-    def vanilla(*inputs):
-        return policy_call(verl[ALGOS], "vanilla", mode, config, weights)(*inputs, masks[0])
-
-    def ours(*inputs):
-        return policy_call(verl[ALGOS], "fastrlhf", mode, config, weights)(*inputs, masks[0])
-
-    compare(integration.patch, POLICY, ours, *inputs, original=vanilla, truth=vanilla, served=False)
-    with integration.patch() as patched:
-        ours(*inputs)
-    ((_, logged),) = patched.fallbacks
-    assert reason in logged
-
-
-def test_policy_loss_exists_only_while_patched(verl):
-    registry = verl[ALGOS].POLICY_LOSS_REGISTRY
-    before = dict(registry)
-    with integration.patch():
-        assert set(registry) - set(before) == {"fastrlhf"}
-        kept = verl[ALGOS].get_policy_loss_fn("fastrlhf")
-    assert registry == before
-    with pytest.raises(ValueError, match="Unsupported loss mode: fastrlhf"):
-        verl[ALGOS].get_policy_loss_fn("fastrlhf")
-    # A reference kept by user code now runs verl's vanilla loss.
-    old, new, advantages, masks = policy_inputs(stack=1)
-    arguments = (old[0], new[0], advantages[0], masks[0], "token-mean", Config())
-    vanilla = verl[ALGOS].compute_policy_loss_vanilla(*arguments)
-    assert torch.equal(kept(*arguments)[0], vanilla[0])
-    assert kept(*arguments)[1] == vanilla[1]
-
-
 # ---- the patch itself ----
 
 
@@ -484,8 +363,8 @@ def test_everything_is_restored(verl):
         warnings.simplefilter("error")  # verl 0.9 is in the tested range
         with integration.patch() as patched:
             assert vars(verl[HEAD].FusedLinearForPPO)["forward"] is not forward
-            assert sum(" runs " in line for line in patched.report) == 8
-            assert sum(" is left unchanged: " in line for line in patched.report) == 3
+            assert sum(" runs " in line for line in patched.report) == 13
+            assert sum(" is left unchanged: " in line for line in patched.report) == 9
     assert vars(verl[HEAD].FusedLinearForPPO)["forward"] is forward
     assert all(vars(verl[name])[key] is value for (name, key), value in before.items())
 

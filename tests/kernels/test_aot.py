@@ -67,8 +67,9 @@ LEAST = {**GAE, "PACKED": True, "HAS_MASK": False, "WHITEN": False}
 TOKENS = {"HAS_MASK": True, "FLAT": False, "BLOCK": 1024, "enable_fp_fusion": False}
 FLAT = TOKENS | {"HAS_MASK": False, "FLAT": True}
 PPO = {"HAS_VALUES": True, "HAS_ENTROPY": True, "WITH_GRAD": True}
-DOUBLE = {"ACC": "fp64", "num_warps": 8}
 PLAIN_PPO = {"HAS_OLD": True, "HAS_ADVANTAGES": True, "HAS_FACTORS": False}
+# With settings, and in fp64: SMALL_BLOCK of kernels/ppo_loss.py.
+EVERY_PPO = TOKENS | PPO | PLAIN_PPO | {"HAS_FACTORS": True, "BLOCK": 512, "num_warps": 8}
 # Settings of the policy loss that between them take every branch of kernels/_policy.py: cispo with k3 of the ratio, and
 # sapo with an unclamped k3 and the gradient of k2. token_loss has the other estimators.
 POLICY = {"HAS_SEQUENCES": True, "HAS_REF": True, "KL_ESTIMATOR": 2}
@@ -76,7 +77,7 @@ CISPO = {"OBJECTIVE": 2, "KL_CLAMP": True, "KL_GRADIENT": 2, "ROLLOUT": 2, "HAS_
 SAPO = {"OBJECTIVE": 3, "KL_CLAMP": False, "KL_GRADIENT": 1, "ROLLOUT": 3, "HAS_ROLLOUT": False}
 CISPO, SAPO = POLICY | CISPO, POLICY | SAPO | {"SEQUENCE_RATIO": True}
 PAIRS = {"HAS_MARGINS": True, "WITH_GRAD": True, "BLOCK": 16, "num_warps": 1}
-GROUPS = {"BLOCK": 64, "BATCH_BLOCK": 1024, "num_warps": 2}
+GROUPS = {"BLOCK": 64, "BATCH_BLOCK": 1024, "num_warps": 2, "enable_fp_fusion": False}
 WHITEN = {"PROGRAMS": 1024, "SHIFT_MEAN": False, "UNBIASED": True}
 VARIANTS = {
     "gae": {
@@ -86,10 +87,12 @@ VARIANTS = {
         )
     },
     "group_advantage": {
-        "group_advantage_kernel": cases(
-            {**GROUPS, "BASELINE": 1, "SCALE": 0}, {**GROUPS, "BASELINE": 0, "SCALE": 1}
-        )
-        + cases({**GROUPS, "BASELINE": 2, "SCALE": 2}, {**GROUPS, "BASELINE": 0, "SCALE": 3})[1:]
+        "group_advantage_kernel": [
+            (GROUPS | {"BASELINE": 1, "SCALE": 0}, "fp64"),
+            (GROUPS | {"BASELINE": 0, "SCALE": 1}, "fp32"),
+            (GROUPS | {"BASELINE": 2, "SCALE": 2}, "bf16"),
+            (GROUPS | {"BASELINE": 0, "SCALE": 3}, "fp16"),
+        ]
     },
     "kl_gae": {"kl_gae_kernel": cases({**GAE, "ESTIMATOR": 2}, {**LEAST, "ESTIMATOR": 0})},
     "kl_reward": {"kl_reward_kernel": cases({**KL, "ESTIMATOR": 2}, {**KL, "ESTIMATOR": 1})},
@@ -100,8 +103,8 @@ VARIANTS = {
     "ppo_loss": {
         "ppo_loss_fwd_kernel": [
             (TOKENS | PPO | PLAIN_PPO | {"ACC": "fp32"}, "fp32"),
-            (TOKENS | PPO | PLAIN_PPO | CISPO | {"HAS_FACTORS": True, "ACC": "fp32"}, "bf16"),
-            (TOKENS | PPO | PLAIN_PPO | SAPO | DOUBLE | {"HAS_FACTORS": True}, "fp64"),
+            (EVERY_PPO | CISPO | {"ACC": "fp32"}, "bf16"),
+            (EVERY_PPO | SAPO | {"ACC": "fp64"}, "fp64"),
             (FLAT | dict.fromkeys(PPO, False) | PLAIN_PPO | {"ACC": "fp32"}, "bf16"),
         ],
         "ppo_loss_metrics_kernel": [

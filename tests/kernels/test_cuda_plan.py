@@ -151,6 +151,7 @@ class Problem:
         options = {
             "entropy_coef": choice.get("entropy_coef", 0.0),
             "dual_clip": choice.get("dual_clip"),
+            **choice.get("settings", {}),
         }
         if values is not None:
             rows = (self.rows(x).to(values.dtype) for x in (self.old_values, self.returns))
@@ -159,12 +160,16 @@ class Problem:
 
     def others(self, library, op, rows, options):
         function, reduction = getattr(library, op), self.choice.get("reduction", "mean")
+        every = self.choice.get("every", False)
         if op == "linear_logprob":
-            return list(function(*rows, return_entropy=True, **options)), []
+            return list(function(*rows, return_entropy=True, return_lse=every, **options)), []
         options["reduction"] = reduction
         if op == "linear_cross_entropy":  # the mask is in its targets
             del options["mask"]
-            return [function(*rows, **options)], []
+            if not every:
+                return [function(*rows, **options)], []
+            loss, lse = function(*rows, **options, **EVERY)
+            return [loss], [lse]
         given = {"advantages": self.rows(self.advantages), "bonus": self.rows(self.bonus)}
         if library is reference:
             given = {name: x.double() for name, x in given.items()}
@@ -175,6 +180,15 @@ class Problem:
         if op != "linear_logprob":
             return [torch.full_like(outs[0], self.choice.get("upstream", 1.0))]
         return [randn(N, seed=7 + i).to(x.dtype).view_as(x) for i, x in enumerate(outs)]
+
+
+# Of linear_cross_entropy, beyond the plain loss.
+EVERY = {
+    "class_weight": torch.linspace(0.5, 2, V),
+    "label_smoothing": 0.2,
+    "z_loss": 0.01,
+    "return_lse": True,
+}
 
 
 def loss_fn(logprob, entropy, advantages, bonus):
@@ -333,6 +347,26 @@ def test_results_of_drawn_options(op, seed, poisoned):
     if "into" in choice:
         choice["needs"] = (True, True, True)
     check(op, Problem(**choice))
+
+
+@pytest.mark.parametrize("op", OPS[:2])
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"bias": True},
+        {"dtype": torch.float16, "softcap": 3.0, "mask": MASK},
+        {"dtype": torch.float32, "softcap": 3.0, "row_temperature": True},
+        {"keep": True, "mask": MASK, "row_temperature": True},
+        {"into": torch.float32, "mask": MASK, "scale": 0.25},
+    ],
+    ids=lambda choice: ", ".join(choice),
+)
+def test_results_of_lse_and_of_the_settings_of_cross_entropy(op, choice, capturing, poisoned):
+    gpu = check(op, Problem(**choice, every=True), capturing=capturing)
+    # As of the plain ones: nothing is waited for but the number of rows.
+    plain = check(op, Problem(**choice), capturing=capturing)
+    assert gpu.syncs == plain.syncs and gpu.gemm_rows == plain.gemm_rows
 
 
 # ---- host syncs, GEMMs and memory ----------------------------------------------------------------
@@ -543,6 +577,44 @@ def test_graph_capture_has_no_sync(op, into, more):
     gpu = check(op, Problem(mask=MASK, bias=True, **into, **more), capturing=True)
     assert gpu.syncs == 0
     check(op, Problem(mask=MASK, num_rows=True, **into, **more), capturing=True)
+
+
+# Sequences of 9 (two chunks), 0, 3, 2, 7 (two chunks) and 1 tokens.
+GSPO = {
+    "objective": "gspo",
+    "clip": (0.2, 0.3),
+    "aggregation": "seq-mean-token-mean",
+    "cu_seqlens": torch.tensor([0, 9, 9, 12, 14, 21, 22], dtype=torch.int32),
+}
+# options, host syncs of the forward if the rows exceed a chunk
+RATIOS = {
+    "plain": ({}, 1),
+    "mask": ({"mask": MASK}, 2),
+    "num_rows": ({"mask": MASK, "num_rows": True, "values": True}, 1),
+    "bias, into": ({"bias": True, "into": torch.float32, "entropy_coef": 0.1}, 1),
+    "fp32": ({"dtype": torch.float32}, 1),
+    "mask, compact": ({"mask": MASK, "compact_rows": True, "some_advantages": 0}, None),
+    "frozen": ({"needs": (False, False, True), "bias": True, "mask": MASK}, 2),
+}
+
+
+@pytest.mark.parametrize("rows", [ROWS, N])
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize("name", RATIOS)
+def test_a_ratio_of_sequences(name, capturing, rows, poisoned):
+    """The host waits for the lengths if the rows exceed a chunk; in a capture all logits are computed twice."""
+    choice, syncs = RATIOS[name]
+    gpu = check("linear_ppo_loss", Problem(**choice, settings=GSPO, rows=rows), capturing=capturing)
+    products = sum(gpu.gemm_rows["logits"])
+    if capturing:
+        assert gpu.syncs == 0
+        counted = N if "num_rows" not in choice else COUNT
+        assert products == (2 * counted if rows == ROWS else counted)
+    else:
+        counted = COUNT if "mask" in choice else N
+        longer = {N: 16, COUNT: 7 + 6}[counted]
+        assert products == counted + (longer if rows == ROWS else 0)
+        assert syncs is None or gpu.syncs == syncs - (rows == N)
 
 
 @each_op

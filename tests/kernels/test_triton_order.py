@@ -26,13 +26,17 @@ PPO = TOKENS | dict.fromkeys(
     ("HAS_OLD", "HAS_ADVANTAGES", "HAS_VALUES", "HAS_ENTROPY", "WITH_GRAD", "HAS_MASK"), True
 )
 PPO |= {"HAS_FACTORS": False}
+POLICY = PPO | dict.fromkeys(("HAS_FACTORS", "HAS_SEQUENCES", "HAS_REF", "HAS_ROLLOUT"), True)
+POLICY |= {"OBJECTIVE": 2, "KL_ESTIMATOR": 2, "KL_GRADIENT": 2, "ROLLOUT": 2}
+POLICY |= {"BLOCK": 512, "num_warps": 8}
 LAYOUTS = ({"PACKED": True, "HAS_MASK": False}, {"PACKED": False, "HAS_MASK": False})
 MASKED = {
     "PACKED": False,
     "HAS_MASK": True,
 }  # one more scan, for the value of the next unmasked step
 
-# (module, kernel) -> variants that must agree; each is also compiled with unit strides and with aligned arguments.
+# (module, kernel[, which variants]) -> variants that must agree; each is also compiled with unit strides and with
+# aligned arguments.
 SAME = {
     ("gae", "gae_kernel"): [SEQUENCE | {"HAS_BOOTSTRAP": False} | x for x in (*LAYOUTS, MASKED)],
     ("kl_gae", "kl_gae_kernel"): [SEQUENCE | {"ESTIMATOR": 2} | x for x in (*LAYOUTS, MASKED)],
@@ -42,6 +46,13 @@ SAME = {
         for mask in (True, False)
     ],
     ("ppo_loss", "ppo_loss_fwd_kernel"): [PPO | {"FLAT": flat} for flat in (True, False)],
+    ("ppo_loss", "ppo_loss_fwd_kernel", "settings"): [
+        POLICY | {"FLAT": flat} for flat in (True, False)
+    ],
+    ("sequence_sums", "sequence_sums_kernel"): [
+        {"HAS_Y": True, "HAS_MASK": mask, "FLAT": mask, "BLOCK": 1024, "enable_fp_fusion": False}
+        for mask in (True, False)
+    ],
     ("token_logprob", "token_logprob_fwd_kernel"): [
         WALK | {"HAS_ENTROPY": entropy} for entropy in (False, True)
     ],
@@ -102,7 +113,7 @@ print(json.dumps(done))
 """
 # Dtypes of the rows of logits: in the ops, and in the linear losses.
 ROW_DTYPES = ("bf16", "fp32->bf16")
-CASES = [(*k, dtype) for k in SAME for dtype in (ROW_DTYPES if "token" in k[0] else ("fp32",))]
+CASES = [(k, dtype) for k in SAME for dtype in (ROW_DTYPES if "token" in k[0] else ("fp32",))]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +125,7 @@ def compiled():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
     env |= {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(ROOT / "build" / "aot" / "triton")}
-    jobs = [[module, kernel, SAME[module, kernel], dtype] for module, kernel, dtype in CASES]
+    jobs = [[*k[:2], SAME[k], dtype] for k, dtype in CASES]
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],
         input=json.dumps(jobs),
@@ -126,23 +137,32 @@ def compiled():
     return dict(zip(CASES, json.loads(done.stdout), strict=True))
 
 
-def variants_of(compiled, *case):
-    found = compiled[case]
+def variants_of(compiled, same, dtype):
+    found = compiled[same, dtype]
     assert not isinstance(found, str), found[-3000:]
-    assert len(found) == len(SAME[case[:2]]) and all(len(x) == 3 for _, x in found)
+    assert len(found) == len(SAME[same]) and all(len(x) == 3 for _, x in found)
     return found
 
 
-@pytest.mark.parametrize(("module", "kernel", "dtype"), [c for c in CASES if "token" not in c[0]])
-def test_sums_over_tokens(module, kernel, dtype, compiled):
+def those(tokens):
+    """Parametrises `same` and `dtype`: the kernels of tokens, or those of rows of logits."""
+    cases = [(k, dtype) for k, dtype in CASES if ("token" in k[0]) != tokens]
+    ids = ["-".join((*k, dtype)) for k, dtype in cases]
+    return pytest.mark.parametrize(("same", "dtype"), cases, ids=ids)
+
+
+@those(tokens=True)
+def test_sums_over_tokens(same, dtype, compiled):
     """All reductions and scans have one layout, the arithmetic is the same, and there is no FMA."""
-    per_variant = variants_of(compiled, module, kernel, dtype)
+    module, kernel, *_ = same
+    per_variant = variants_of(compiled, same, dtype)
     plain = per_variant[0][1][0]
     assert plain[0] and len({layout for _, _, layout in plain[0]}) == 1
     for constants, found in per_variant:
         more = constants["HAS_MASK"] and module in ("gae", "kl_gae")
         for order, counts in found:
-            assert not {"fma.f32", "fma.f64"} & set(counts) and counts["mul.f32"] > 0
+            assert not {"fma.f32", "fma.f64"} & set(counts)
+            assert counts["add.f64" if kernel == "sequence_sums_kernel" else "mul.f32"] > 0
             assert {x[2] for x in order} == {plain[0][0][2]}
             if more:
                 assert all(x in order for x in plain[0])
@@ -151,11 +171,11 @@ def test_sums_over_tokens(module, kernel, dtype, compiled):
                 assert order == plain[0] and counts == plain[1]
 
 
-@pytest.mark.parametrize(("module", "kernel", "dtype"), [c for c in CASES if "token" in c[0]])
-def test_sums_over_rows_of_logits(module, kernel, dtype, compiled):
+@those(tokens=False)
+def test_sums_over_rows_of_logits(same, dtype, compiled):
     """Only the maximum is reduced in layout order; every variant has the same number of explicit FMAs."""
-    for _, found in variants_of(compiled, module, kernel, dtype):
+    for _, found in variants_of(compiled, same, dtype):
         for order, counts in found:
             assert {x[1] for x in order} <= {"arith.maxnumf", "arith.maximumf"}
-            assert bool(order) == kernel.endswith("fwd_kernel")  # a gradient reduces nothing
+            assert bool(order) == same[1].endswith("fwd_kernel")  # a gradient reduces nothing
             assert counts["fma.f32"] == found[0][1]["fma.f32"] > 0

@@ -249,7 +249,8 @@ ERRORS = {
     "linear_ppo_loss": (
         HEAD | {"old_logprob": ROW, "advantages": ROW},
         [
-            ({"old_logprob": None}, TypeError, ("old_logprob must be a torch.Tensor; got NoneType",)),
+            ({"old_logprob": [0.0]}, TypeError, ("old_logprob must be a torch.Tensor; got list",)),
+            ({"advantages": None}, TypeError, ("advantages must be a torch.Tensor; got NoneType",)),
             ({"advantages": torch.zeros(3)}, ValueError, ("advantages must have shape (2,)",)),
             ({"values": torch.zeros(2)}, ValueError, ("returns must be given with values",)),
             ({"returns": torch.zeros(2)}, ValueError, ("returns must come with values",)),
@@ -260,6 +261,8 @@ ERRORS = {
             ({"workspace": "big"}, ValueError, ("workspace must be 'fast' or 'compact'",)),
             ({"scale": "x"}, TypeError, ("scale must be a number; got str",)),
             ({"compact_rows": 1}, TypeError, ("compact_rows must be a bool; got int",)),
+            *policy_errors(2),
+            *VALUE_ERRORS,
         ],
     ),
     "linear_token_loss": (

@@ -296,7 +296,7 @@ def linear_ppo_loss(situation, dtype):
         return arguments | more | {"cu_seqlens": sequence_cases.cu_of((5, 0, 1, 1))}
     values = {k: x.to(wide) for k, x in batch(shape).items() if "values" in k or k == "returns"}
     if situation == SMALL:
-        arguments["cu_seqlens"] = sequence_cases.cu_of((3, 1))
+        arguments["cu_seqlens"] = sequence_cases.cu_of((3, 2))
     more = more_policy(shape, dtype, logprob, 2) | {"value_aggregation": "token-mean"}
     return arguments | values | more | {"entropy_coef": 0.3, "scale": scale(dtype)}
 

@@ -348,3 +348,61 @@ def test_one_advantage_a_sequence_is_the_same_as_one_a_token():
     expected, _ = run(fastrlhf.linear_ppo_loss, tensors, targets, per_token)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@fused
+@pytest.mark.parametrize("name", ["cispo", "gspo of weighted sequences", "late rollout"])
+@pytest.mark.parametrize("what", ["no token", "no sequence", "all masked"])
+def test_nothing_to_train_on(name, what):
+    """Loss, gradients and metrics are those of the reference: 0."""
+    tensors, targets, rows = inputs()
+    options = options_of(name, rows)
+    if what != "all masked":
+        count = 2 if what == "no token" else 0
+        options = {
+            k: t[:0] if isinstance(t, torch.Tensor) and len(t) == N else t
+            for k, t in options.items()
+        }
+        options = {
+            k: t[:count] if isinstance(t, torch.Tensor) and len(t) == S else t
+            for k, t in options.items()
+        }
+        options["cu_seqlens"] = torch.zeros(count + 1, dtype=torch.int32)
+        tensors = [t[:0] if len(t) == N else t for t in tensors]
+        targets = targets[:0]
+    mask = {"mask": torch.zeros(N, dtype=torch.bool)} if what == "all masked" else {}
+    found, metrics = run(linear_ppo_loss, tensors, targets, options, **mask)
+    expected, wanted = run(reference.linear_ppo_loss, tensors, targets, options, **mask)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, torch.zeros_like(b))
+    assert {key: float(x) for key, x in metrics.items()} == {
+        key: float(x) for key, x in wanted.items()
+    }
+
+
+@fused
+@pytest.mark.parametrize("name", ["cispo", "gspo of weighted sequences"])
+def test_vmap_over_the_advantages(name, four_rows_a_chunk):
+    tensors, targets, rows = inputs(torch.float32)
+    options = options_of(name, rows)
+    advantages = options.pop("advantages")
+    draws = torch.stack([advantages, -advantages])
+
+    def loss(one):
+        x, w, b, values = tensors
+        more = {"values": values, "bias": b, "advantages": one, **options}
+        return linear_ppo_loss(x, w, targets, **more).loss
+
+    found = torch.vmap(loss)(draws)
+    torch.testing.assert_close(found, torch.stack([loss(one) for one in draws]))
+
+
+@fused
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_nan_reaches_the_gradient_of_its_row(backend, four_rows_a_chunk):
+    """A NaN must not hide behind the clip of a sequence's ratio."""
+    tensors, targets, rows = inputs(torch.float32)
+    tensors[0][12] = torch.nan
+    options = options_of("gspo", rows) | {"backend": backend}
+    found, _ = run(linear_ppo_loss, tensors, targets, options)
+    assert found[0].isnan() and found[1][12].isnan().all()

@@ -149,7 +149,7 @@ def options(**given):
     return [float(x) for x in (found | {Option[n.upper()]: x for n, x in given.items()}).values()]
 
 
-def rows_of(backend, count=9):
+def rows_of(backend, count=5):
     """(logits, targets), then by name what token_loss reads a row, with three sequences."""
     logits, targets = randn(count, 11, seed=0), randint(11, (count,), 1)
     logprob = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
@@ -159,7 +159,7 @@ def rows_of(backend, count=9):
         "advantages": randn(count, seed=5),
         "sequences": 0.5 + randn(len(Sequence), 3, seed=6).abs(),
     }
-    t["cu_seqlens"] = torch.tensor([0, 4, 4, count], dtype=torch.int32)
+    t["cu_seqlens"] = torch.tensor([0, 2, 2, count], dtype=torch.int32)
     return cases.at(backend, (logits, targets, t))
 
 
@@ -178,11 +178,11 @@ def test_a_nan_stays_in_its_rows(backend, objective):
     given = options(objective=objective, sequence_ratio=0)
     clean = forward(backend, logits, targets, t, given)
     assert all(x.isfinite().all() for x in clean)
-    keep = torch.arange(9, device=logits.device) != 6
+    keep = torch.arange(5, device=logits.device) != 3
     for name in ("old_logprob", "ref_logprob", "rollout", "advantages"):
         bad = t | {name: t[name].masked_fill(~keep, NAN)}
         loss, _, grad = found = forward(backend, logits, targets, bad, given)
-        assert loss[6].isnan() and grad[6].isnan(), name
+        assert loss[3].isnan() and grad[3].isnan(), name
         assert all(torch.equal(x[keep], y[keep]) for x, y in zip(found, clean, strict=True)), name
         masked = forward(backend, logits, targets, bad, given, keep)
         assert all(
@@ -191,7 +191,7 @@ def test_a_nan_stays_in_its_rows(backend, objective):
     bad = t | {"advantages": None, "sequences": t["sequences"].clone()}
     bad["sequences"][Sequence.ADVANTAGE, 0] = NAN
     loss, _, grad = forward(backend, logits, targets, bad, given)
-    assert loss.isnan().tolist() == grad.isnan().tolist() == [True] * 4 + [False] * 5
+    assert loss.isnan().tolist() == grad.isnan().tolist() == [True] * 2 + [False] * 3
 
 
 @cases.each_backend("token_loss", cases.FUSED)
@@ -203,12 +203,10 @@ def test_a_chunk_finds_the_sequences_of_its_rows(backend, ratio):
     for absent in ((), ("advantages", "rollout")):
         t |= dict.fromkeys(absent)
         whole = forward(backend, logits, targets, t, options(sequence_ratio=ratio))
-        for first, last in ((0, 2), (2, 7), (7, 9)):
+        for first, last in ((0, 1), (1, 4), (4, 5)):
             part = {n: x[first:last] if n in rows and x is not None else x for n, x in t.items()}
             given = options(sequence_ratio=ratio, first_row=first)
             found = forward(backend, logits[first:last], targets[first:last], part, given)
             assert all(torch.equal(x, y[first:last]) for x, y in zip(found, whole, strict=True))
     moved = forward(backend, logits, targets, t, options(sequence_ratio=ratio, first_row=1))
-    assert (moved[0] != whole[0]).tolist() == [
-        i == 3 for i in range(9)
-    ]  # the fourth row changes sides
+    assert (moved[0] != whole[0]).tolist() == [i == 1 for i in range(5)]  # it changes sides

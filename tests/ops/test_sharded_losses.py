@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from _support import logit_cases as cases
-from _support import ranks
+from _support import ranks, sequence_cases
 from _support.logit_cases import randint, randn
 from fastrlhf import linear_cross_entropy, linear_ppo_loss, linear_token_loss, nn
 from fastrlhf.ops import _backend, _gemms
@@ -45,7 +45,15 @@ def run(loss, dtype, group=None, rank=0, backend="auto", options="all", more=Non
     if group is not None:
         kwargs["process_group"] = group
     old = rows["o"] - 5
-    if loss == "ppo":
+    if loss == "settings":
+        lengths = kwargs.pop("lengths")
+        flat = {k: v[0] if isinstance(v, torch.Tensor) and v.dim() == 2 and v.shape[0] == 1 else v
+                for k, v in kwargs.items()}  # fmt: skip
+        flat |= {"cu_seqlens": sequence_cases.cu_of(lengths), "ref_logprob": old[0] + 0.1}
+        flat |= {"values": rows["v"][0], "old_values": rows["w"][0], "returns": rows["r"][0]}
+        out = linear_ppo_loss(x[0], w, targets[0], old[0], rows["a"][0], **flat)
+        total, second = out.loss, torch.stack(list(out.metrics.values()))
+    elif loss == "ppo":
         values = {"values": rows["v"], "old_values": rows["w"], "returns": rows["r"]}
         out = linear_ppo_loss(x, w, targets, old, rows["a"], entropy_coef=0.1, **values, **kwargs)
         total, second = out.loss, torch.stack(list(out.metrics.values()))
@@ -76,6 +84,16 @@ LOSSES = {
     "ppo into": {"accumulate_into": True, "scale": 0.7},
     "cross entropy into": {"accumulate_into": True, "scale": 0.7},
     "token into": {"accumulate_into": True, "scale": 0.7},
+    # Five rows a chunk: the second sequence is longer.
+    "settings cispo": {
+        **{"objective": "cispo", "lengths": (3, 12, 0, 8), "kl_coef": 0.1, "entropy_coef": 0.1},
+        "aggregation": "seq-mean-token-mean",
+    },
+    "settings gspo": {
+        **{"objective": "gspo", "lengths": (3, 12, 0, 4, 4), "kl_coef": 0.1, "compact_rows": True},
+        **{"aggregation": "seq-mean-token-sum-norm", "length": 9.0, "scale": 0.7},
+    },
+    "settings into": {"accumulate_into": True, "objective": "sapo", "lengths": (23,)},
     "cross entropy every": EVERY,
     "cross entropy every none": EVERY | {"reduction": "none"},
     "cross entropy every into": EVERY | {"accumulate_into": True, "scale": 0.7},

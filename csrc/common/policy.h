@@ -141,10 +141,12 @@ RL_HD KlInLoss<A> kl_in_loss(A logprob, A ref_logprob, A ratio, A ratio_grad,
     const A x = clamp(-d, -limit, limit);
     const A excess = expm1_excess(x);  // e^x - 1 - x
     const bool within = x == -d;
-    const A slope = (x < A(0) ? -x : x) < A(0.5) ? -(excess + x) : A(1) - exp_accurate(x);
+    // Both forms of 1 - e^x are computed: a loop with a branch around exp would not vectorise.
+    const A near_0 = -(excess + x), elsewhere = A(1) - exp_accurate(x);
+    const A slope = (x < A(0) ? -x : x) < A(0.5) ? near_0 : elsewhere;
     if (s.kl_clamp) {
       value = excess > A(kK3Limit) ? A(kK3Limit) : excess;
-      grad = within && !(excess > A(kK3Limit)) ? slope : (d == d ? A(0) : d);
+      grad = within & !(excess > A(kK3Limit)) ? slope : (d == d ? A(0) : d);
     } else {  // beyond the limit e^-d is 0 or infinite
       value = within ? excess : (d > A(0) ? d - A(1) : (d < A(0) ? A(INFINITY) : d));
       grad = within ? slope : (d > A(0) ? A(1) : (d < A(0) ? A(-INFINITY) : d));
@@ -172,11 +174,16 @@ RL_HD RolloutWeight<A> bounded_weight(A weight, const PolicySettings<A>& s) {
   return {s.rollout == Rollout::mask && outside ? A(0) : limited, outside ? A(1) : A(0)};
 }
 
-// The weight of a token, before its bounds, from its element of `rollout`: a weight or a log-prob.
+// The weight of a token, before its bounds, from its log-prob under the rollout policy.
+template <typename A>
+RL_HD A rollout_ratio(A rollout_logprob, A old_logprob) {
+  return exp_accurate(clamp(old_logprob - rollout_logprob, A(-kLogRatioLimit), A(kLogRatioLimit)));
+}
+
+// The same from its element of `rollout`: a weight or a log-prob.
 template <typename A>
 RL_HD A rollout_of(A given, A old_logprob, const PolicySettings<A>& s) {
-  if (s.rollout == Rollout::weights) return given;
-  return exp_accurate(clamp(old_logprob - given, A(-kLogRatioLimit), A(kLogRatioLimit)));
+  return s.rollout == Rollout::weights ? given : rollout_ratio(given, old_logprob);
 }
 
 // What the policy loss of a token depends on.
@@ -186,6 +193,14 @@ struct PolicyToken {
   A ref_logprob;  // with KL
   A rollout;      // weight before its bounds; 1 without rollout correction
 };
+
+// kl_in_loss of a token whose policy term has this ratio.
+template <typename A>
+RL_HD KlInLoss<A> kl_of(A logprob, A ref_logprob, A log_ratio, A ratio,
+                        const PolicySettings<A>& s) {
+  const A size = log_ratio < A(0) ? -log_ratio : log_ratio;
+  return kl_in_loss(logprob, ref_logprob, ratio, size > A(kLogRatioLimit) ? A(0) : ratio, s);
+}
 
 template <typename A>
 struct PolicyLoss {
@@ -199,16 +214,11 @@ struct PolicyLoss {
 // The policy loss of one token. The branches on the settings are uniform.
 template <Objective kObjective, typename A>
 RL_HD PolicyLoss<A> policy_loss(const PolicyToken<A>& t, const PolicySettings<A>& s) {
-  PolicyLoss<A> out;
-  out.policy = policy_term<kObjective>(t.logprob, t.log_ratio, t.advantage, s);
-  out.rollout = bounded_weight(t.rollout, s);
-  out.loss = out.rollout.weight * out.policy.loss;
-  out.grad = out.rollout.weight * out.policy.grad;
-  out.kl = 0;
+  const PolicyTerm<A> term = policy_term<kObjective>(t.logprob, t.log_ratio, t.advantage, s);
+  const RolloutWeight<A> w = bounded_weight(t.rollout, s);
+  PolicyLoss<A> out{term, A(0), w, w.weight * term.loss, w.weight * term.grad};
   if (s.has_kl) {
-    const A size = t.log_ratio < A(0) ? -t.log_ratio : t.log_ratio;
-    const A ratio_grad = size > A(kLogRatioLimit) ? A(0) : out.policy.ratio;
-    const KlInLoss<A> kl = kl_in_loss(t.logprob, t.ref_logprob, out.policy.ratio, ratio_grad, s);
+    const KlInLoss<A> kl = kl_of(t.logprob, t.ref_logprob, t.log_ratio, term.ratio, s);
     out.kl = kl.value;
     out.grad += s.kl_coef * kl.grad;
   }

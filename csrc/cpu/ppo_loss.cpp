@@ -51,8 +51,8 @@ RL_INLINE void for_each_sequence(const SequenceRows<A>& rows, int64_t start, int
 
 // One row of `sequences` for each token of a block; `absent` without sequences.
 template <typename A>
-RL_INLINE const A* spread(const Call<A>& call, SequenceRow row, A absent, int64_t start,
-                          int64_t count, A* out) {
+RL_INLINE A* spread(const Call<A>& call, SequenceRow row, A absent, int64_t start, int64_t count,
+                    A* out) {
   if (call.sequences.cu_seqlens == nullptr) {
     std::fill(out, out + count, absent);
     return out;
@@ -121,74 +121,36 @@ RL_INLINE void policy_block(const Call<A>& call, int64_t start, int64_t count, c
   out.sum[kRatioMax] = ratio_max;
 }
 
+// The arrays of general_block for the tokens of a block. Masked tokens have log-probs, log-ratio
+// and advantage 0, so that their policy term is 0 and its ratio 1.
 template <typename A>
-RL_INLINE double wide_sum(const A* x, int64_t count) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(x[i]);
-  return sum;
-}
+struct Block {
+  int64_t count;
+  const A *logprob, *log_ratio, *advantages, *ref_logprob, *rollout;
+  const A* live;  // 1 where a token counts, else 0
+  A *loss, *grad, *ratio, *kl, *kl_grad, *weight;
+};
 
-// policy_block with any settings. weight: of each token's sequence. The loss is summed in fp64: the
-// tokens of a sequence may share a ratio and an advantage, whose roundings do not average out.
 template <Objective kObjective, typename A>
-RL_INLINE void general_block(const Call<A>& call, int64_t start, int64_t count, const uint8_t* keep,
-                             const A* weight, Partial& out) {
-  const PolicySettings<A> settings = call.settings;
-  const auto load = [&](const Tokens& tokens, A* scratch)
-                        RL_LAMBDA_INLINE { return tokens.load(start, count, keep, scratch); };
-  A scratch[8][kBlock];
-  A losses[kBlock], kls[kBlock];
-  A grads[kBlock];
-  const A* logprob = load(call.logprob, scratch[0]);
-  const A* old = call.old_logprob.defined() ? load(call.old_logprob, scratch[1]) : logprob;
-  const A* advantages = call.advantages.defined()
-                            ? load(call.advantages, scratch[2])
-                            : spread(call, kAdvantage, A(1), start, count, scratch[2]);
-  A* const log_ratio = scratch[3];
-  if (settings.sequence_ratio) {
-    spread(call, kLogRatio, A(0), start, count, log_ratio);
-  } else {
-    for (int64_t i = 0; i < count; ++i) log_ratio[i] = logprob[i] - old[i];
-  }
-  const A* ref = settings.has_kl ? load(call.ref_logprob, scratch[4]) : logprob;
-  A* const rollout = scratch[5];
-  if (settings.rollout == Rollout::none) {
-    std::fill(rollout, rollout + count, A(1));
-  } else if (call.rollout.defined()) {
-    const A* given = load(call.rollout, scratch[6]);
-    for (int64_t i = 0; i < count; ++i) rollout[i] = rollout_of(given[i], old[i], settings);
-  } else {
-    spread(call, kRolloutWeight, A(1), start, count, rollout);
-  }
-  A* const live = scratch[7];  // 1 where a token counts, else 0
-  for (int64_t i = 0; i < count; ++i) live[i] = keep ? blend(keep[i], A(1), A(0)) : A(1);
-  A* grad = call.grad_logprob ? call.grad_logprob + start : grads;
-  const A factor = call.policy_factor;
+RL_INLINE void term_block(const Block<A>& x, const PolicySettings<A>& given, Partial& out) {
+  const PolicySettings<A> settings = given;
   A kl = 0, clipped = 0, low = 0, dual = 0, outside = 0, ratio = 0, ratio_max = 0;
-  A rollouts = 0, rollout_max = 0, rollout_outside = 0;
-#pragma omp simd reduction(+ : kl, clipped, low, dual, outside, ratio, rollouts, rollout_outside) \
-    reduction(max : ratio_max, rollout_max)
-  for (int64_t i = 0; i < count; ++i) {
-    const PolicyToken<A> token{logprob[i], log_ratio[i], advantages[i], ref[i], rollout[i]};
-    const PolicyLoss<A> x = policy_loss<kObjective>(token, settings);
-    const auto counted = [&](A value) RL_LAMBDA_INLINE { return live[i] != A(0) ? value : A(0); };
-    losses[i] = counted(x.loss * weight[i]);
-    kl += counted(x.policy.kl);
-    clipped += counted(x.policy.clipped);
-    low += counted(x.policy.clipped_low);
-    dual += counted(x.policy.dual);
-    outside += counted(x.policy.outside);
-    const A r = counted(x.policy.ratio), w = counted(x.rollout.weight);
+#pragma omp simd reduction(+ : kl, clipped, low, dual, outside, ratio) reduction(max : ratio_max)
+  for (int64_t i = 0; i < x.count; ++i) {
+    const PolicyTerm<A> term =
+        policy_term<kObjective>(x.logprob[i], x.log_ratio[i], x.advantages[i], settings);
+    x.loss[i] = term.loss;
+    x.grad[i] = term.grad;
+    x.ratio[i] = term.ratio;
+    kl += term.kl;
+    clipped += term.clipped;
+    low += term.clipped_low;
+    dual += term.dual;
+    outside += term.outside * x.live[i];
+    const A r = term.ratio * x.live[i];
     ratio += r;
     ratio_max = r > ratio_max ? r : ratio_max;
-    kls[i] = counted(x.kl * weight[i]);
-    rollouts += w;
-    rollout_max = w > rollout_max ? w : rollout_max;
-    rollout_outside += counted(x.rollout.outside);
-    grad[i] = counted(x.grad * (factor * weight[i]));
   }
-  out.sum[kPolicyLoss] = wide_sum(losses, count);
   out.sum[kApproxKl] = kl;
   out.sum[kClipFraction] = clipped;
   out.sum[kClipFractionLow] = low;
@@ -196,10 +158,159 @@ RL_INLINE void general_block(const Call<A>& call, int64_t start, int64_t count, 
   out.sum[kOutsideFraction] = outside;
   out.sum[kRatioMean] = ratio;
   out.sum[kRatioMax] = ratio_max;
-  out.sum[kKl] = settings.has_kl ? wide_sum(kls, count) : 0;
-  out.sum[kRolloutWeightMean] = rollouts;
-  out.sum[kRolloutWeightMax] = rollout_max;
-  out.sum[kRolloutOutsideFraction] = rollout_outside;
+}
+
+// The settings are constants of the loop, which the compiler could not vectorise otherwise.
+template <KlEstimator kEstimator, bool kClamp, KlGradient kGradient, typename A>
+RL_INLINE void kl_block(const Block<A>& x, PolicySettings<A> settings) {
+  settings.kl_estimator = kEstimator;
+  settings.kl_clamp = kClamp;
+  settings.kl_gradient = kGradient;
+#pragma omp simd
+  for (int64_t i = 0; i < x.count; ++i) {
+    const KlInLoss<A> kl =
+        kl_of(x.logprob[i], x.ref_logprob[i], x.log_ratio[i], x.ratio[i], settings);
+    x.kl[i] = kl.value;
+    x.kl_grad[i] = kl.grad;
+  }
+}
+
+template <KlEstimator kEstimator, bool kClamp, typename A>
+RL_INLINE void kl_block(const Block<A>& x, const PolicySettings<A>& settings) {
+  switch (settings.kl_gradient) {
+    case KlGradient::k2:
+      return kl_block<kEstimator, kClamp, KlGradient::k2>(x, settings);
+    case KlGradient::ratio:
+      return kl_block<kEstimator, kClamp, KlGradient::ratio>(x, settings);
+    default:
+      return kl_block<kEstimator, kClamp, KlGradient::estimator>(x, settings);
+  }
+}
+
+template <typename A>
+RL_INLINE void kl_block(const Block<A>& x, const PolicySettings<A>& settings) {
+  switch (settings.kl_estimator) {
+    case KlEstimator::k1:
+      return kl_block<KlEstimator::k1, true>(x, settings);
+    case KlEstimator::k2:
+      return kl_block<KlEstimator::k2, true>(x, settings);
+    case KlEstimator::abs:
+      return kl_block<KlEstimator::abs, true>(x, settings);
+    default:
+      return settings.kl_clamp ? kl_block<KlEstimator::k3, true>(x, settings)
+                               : kl_block<KlEstimator::k3, false>(x, settings);
+  }
+}
+
+// Multiplies loss and gradient by the rollout weights.
+template <Rollout kMode, typename A>
+RL_INLINE void rollout_block(const Block<A>& x, PolicySettings<A> settings, Partial& out) {
+  settings.rollout = kMode;
+  A sum = 0, largest = 0, outside = 0;
+#pragma omp simd reduction(+ : sum, outside) reduction(max : largest)
+  for (int64_t i = 0; i < x.count; ++i) {
+    const RolloutWeight<A> w = bounded_weight(x.rollout[i], settings);
+    const bool live = x.live[i] != A(0);
+    const A weight = live ? w.weight : A(0);
+    sum += weight;
+    largest = weight > largest ? weight : largest;
+    outside += live ? w.outside : A(0);
+    x.loss[i] *= weight;
+    x.grad[i] *= weight;
+  }
+  out.sum[kRolloutWeightMean] = sum;
+  out.sum[kRolloutWeightMax] = largest;
+  out.sum[kRolloutOutsideFraction] = outside;
+}
+
+// policy_block with any settings: policy_loss in steps, each a loop that vectorises. weight: of
+// each token's sequence. The loss is summed in fp64: the tokens of a sequence may share a ratio and
+// an advantage, whose roundings do not average out.
+template <typename A>
+RL_INLINE void general_block(const Call<A>& call, int64_t start, int64_t count, const uint8_t* keep,
+                             const A* weight, Partial& out) {
+  const PolicySettings<A> settings = call.settings;
+  const auto load = [&](const Tokens& tokens, A* scratch)
+                        RL_LAMBDA_INLINE { return tokens.load(start, count, keep, scratch); };
+  A scratch[7][kBlock], made[6][kBlock];
+  const auto masked = [&](A* x) RL_LAMBDA_INLINE {
+    if (keep)
+      for (int64_t i = 0; i < count; ++i) x[i] = blend(keep[i], x[i], A(0));
+    return x;
+  };
+  const A* logprob = load(call.logprob, scratch[0]);
+  const A* old = call.old_logprob.defined() ? load(call.old_logprob, scratch[1]) : logprob;
+  const A* advantages = call.advantages.defined()
+                            ? load(call.advantages, scratch[2])
+                            : masked(spread(call, kAdvantage, A(1), start, count, scratch[2]));
+  A* const log_ratio = scratch[3];
+  if (settings.sequence_ratio) {
+    masked(spread(call, kLogRatio, A(0), start, count, log_ratio));
+  } else {
+    for (int64_t i = 0; i < count; ++i) log_ratio[i] = logprob[i] - old[i];
+  }
+  A* const live = scratch[4];
+  std::fill(live, live + count, A(1));
+  masked(live);
+  const A* ref = settings.has_kl ? load(call.ref_logprob, scratch[5]) : logprob;
+  A* const rollout = scratch[6];
+  const Block<A> x{count,   logprob, log_ratio, advantages, ref,     rollout, live,
+                   made[0], made[1], made[2],   made[3],    made[4], made[5]};
+  switch (settings.objective) {
+    case Objective::reinforce:
+      term_block<Objective::reinforce>(x, settings, out);
+      break;
+    case Objective::cispo:
+      term_block<Objective::cispo>(x, settings, out);
+      break;
+    case Objective::sapo:
+      term_block<Objective::sapo>(x, settings, out);
+      break;
+    default:
+      term_block<Objective::ppo>(x, settings, out);
+  }
+  if (settings.rollout != Rollout::none) {
+    if (call.rollout.defined()) {
+      const A* given = load(call.rollout, made[5]);
+      if (settings.rollout == Rollout::weights) {
+        std::copy(given, given + count, rollout);
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) rollout[i] = rollout_ratio(given[i], old[i]);
+      }
+    } else {
+      spread(call, kRolloutWeight, A(1), start, count, rollout);
+    }
+    if (settings.rollout == Rollout::mask) {
+      rollout_block<Rollout::mask>(x, settings, out);
+    } else if (settings.rollout == Rollout::truncate) {
+      rollout_block<Rollout::truncate>(x, settings, out);
+    } else {
+      rollout_block<Rollout::weights>(x, settings, out);
+    }
+  }
+  double kl = 0;
+  if (settings.has_kl) {
+    kl_block(x, settings);
+    const A coef = settings.kl_coef;
+#pragma omp simd reduction(+ : kl)
+    for (int64_t i = 0; i < count; ++i) {
+      const bool counts = live[i] != A(0);
+      kl += static_cast<double>(counts ? x.kl[i] * weight[i] : A(0));
+      x.grad[i] += counts ? coef * x.kl_grad[i] : A(0);
+    }
+  }
+  A* grad = call.grad_logprob ? call.grad_logprob + start : made[5];
+  const A factor = call.policy_factor;
+  double loss = 0;
+#pragma omp simd reduction(+ : loss)
+  for (int64_t i = 0; i < count; ++i) {
+    const bool counts = live[i] != A(0);
+    loss += static_cast<double>(counts ? x.loss[i] * weight[i] : A(0));
+    grad[i] = counts ? x.grad[i] * (factor * weight[i]) : A(0);
+  }
+  out.sum[kPolicyLoss] = loss;
+  out.sum[kKl] = kl;
 }
 
 // weight: of each token's sequence; null: 1.
@@ -270,14 +381,6 @@ Partial sum_blocks(const Call<A>& call, const Mask& mask, int64_t tokens, const 
   return all;
 }
 
-template <Objective kObjective, typename A>
-Partial sum_general(const Call<A>& call, const Mask& mask, int64_t tokens) {
-  return sum_blocks<true>(
-      call, mask, tokens,
-      [&](int64_t start, int64_t count, const uint8_t* keep, const A* weight, Partial& out)
-          RL_LAMBDA_INLINE { general_block<kObjective>(call, start, count, keep, weight, out); });
-}
-
 template <typename A>
 Partial sum_all(const Call<A>& call, const Mask& mask, int64_t tokens) {
   if (call.plain()) {
@@ -286,16 +389,10 @@ Partial sum_all(const Call<A>& call, const Mask& mask, int64_t tokens) {
         [&](int64_t start, int64_t count, const uint8_t* keep, const A*, Partial& out)
             RL_LAMBDA_INLINE { policy_block(call, start, count, keep, out); });
   }
-  switch (call.settings.objective) {
-    case Objective::reinforce:
-      return sum_general<Objective::reinforce>(call, mask, tokens);
-    case Objective::cispo:
-      return sum_general<Objective::cispo>(call, mask, tokens);
-    case Objective::sapo:
-      return sum_general<Objective::sapo>(call, mask, tokens);
-    default:
-      return sum_general<Objective::ppo>(call, mask, tokens);
-  }
+  return sum_blocks<true>(
+      call, mask, tokens,
+      [&](int64_t start, int64_t count, const uint8_t* keep, const A* weight, Partial& out)
+          RL_LAMBDA_INLINE { general_block(call, start, count, keep, weight, out); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> ppo_loss_fwd(

@@ -33,7 +33,9 @@ def _linear(case: Case, device: str) -> Problem:
         args["mask"] = torch.arange(n, device=device) * 100 >= case.sizes["masked"] * n
         count = int(args["mask"].sum())
     if case.op == "linear_ppo_loss":
-        args |= {**rows, "clip": 2.0} | _policy(case.sizes.get("policy", 0), rows["old_logprob"], draw(n))
+        args |= {**rows, "clip": 2.0} | _policy(
+            case.sizes.get("policy", 0), rows["old_logprob"], draw(n)
+        )
     if case.op == "linear_token_loss":
         args |= {"loss_fn": _policy_gradient, "per_token": {"advantages": rows["advantages"]}}
     has_loss = case.op != "linear_logprob"

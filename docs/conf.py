@@ -24,7 +24,6 @@ smartquotes = False  # "[...]" and "mean" are code in docstrings
 default_role = "code"  # docstrings write `name` for code
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 80
 napoleon_use_param = False  # keeps entries such as "values, old_values, returns:" together
 napoleon_use_rtype = False

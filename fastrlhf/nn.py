@@ -5,10 +5,13 @@ modules have no parameters and no buffers: the weight of a head belongs to the m
 Shapes: B sequences, T steps, N tokens, H hidden, V vocabulary, M completions, P prompts.
 """
 
+import inspect
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from fastrlhf.ops import _backend, _checks
+from fastrlhf.ops import _backend, _checks, _policy, _settings
 from fastrlhf.ops import linear_cross_entropy as _linear_cross_entropy
 from fastrlhf.ops import linear_ppo_loss as _linear_ppo_loss
 from fastrlhf.ops import ppo_loss as _ppo_loss
@@ -22,26 +25,71 @@ __all__ = ["LinearCrossEntropy", "LinearPPOLoss", "PPOLoss", "RankingLoss"]
 class _Loss(nn.Module):
     """An op with its settings; `forward` takes the tensors."""
 
-    def __init__(self, op: str, **settings):
+    def __init__(self, op: Callable, given: dict):
+        """`given`: the constructor's locals(), its settings among them."""
         super().__init__()
-        _backend.check_name(op, settings["backend"])
-        self._settings = settings
-        for name, value in settings.items():
-            setattr(self, name, value)
+        defaults = {name: p.default for name, p in inspect.signature(op).parameters.items()}
+        self._defaults = {name: defaults[name] for name in given if name in defaults}
+        for name in self._defaults:
+            setattr(self, name, given[name])
+        self._check(type(self).__name__)
 
-    def _current(self) -> dict:
-        """The current settings, because a schedule may change `module.clip` between steps."""
-        return {name: getattr(self, name) for name in self._settings}
+    def _check(self, op: str) -> None:
+        """Refuses a wrong setting; the message begins with `op`."""
+        _backend.check_name(op, self.backend)
+
+    def _current(self, **tensors: Tensor | None) -> dict:
+        """The settings that are not the default, with the `tensors` that a call has in their place.
+
+        They may change: a schedule writes `module.clip` between steps.
+        """
+        given = {name: getattr(self, name) for name in self._defaults}
+        given |= {name: x for name, x in tensors.items() if x is not None}
+        return {name: x for name, x in given.items() if not _same(x, self._defaults[name])}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self._current().items())
 
 
-class PPOLoss(_Loss):
+def _same(value: object, default: object) -> bool:
+    """Compares types first, because 1 == True, and because `array == number` has no single truth value."""
+    return type(value) is type(default) and value == default
+
+
+class _PolicyLoss(_Loss):
+    """A policy loss, with the settings that its op takes as **settings."""
+
+    def _check(self, op: str) -> None:
+        super()._check(op)
+        _checks.ppo_settings(
+            op, self.clip, self.dual_clip, self.value_clip, self.value_coef, self.entropy_coef
+        )
+        names = ("clip", "dual_clip", *_settings.DEFAULTS)
+        given = {name: getattr(self, name) for name in names if name in self._defaults}
+        _policy.check_settings(op, **given)
+        _checks.number(op, "scale", self.scale)
+
+
+class _HeadLoss(_Loss):
+    """A loss from hidden states and the weight of the head."""
+
+    def _check(self, op: str) -> None:
+        super()._check(op)
+        _checks.number(op, "temperature", self.temperature, low=0, strict=True)
+        if self.softcap is not None:
+            _checks.number(op, "softcap", self.softcap, low=0, strict=True)
+        _checks.word(op, "workspace", self.workspace, _checks.WORKSPACES)
+
+
+class PPOLoss(_PolicyLoss):
     """`fastrlhf.ppo_loss`: clipped policy loss, clipped value loss and entropy bonus, with metrics.
 
     Args:
-        clip, dual_clip, value_clip, value_coef, entropy_coef, backend: as in `fastrlhf.ppo_loss`.
+        clip, dual_clip, value_clip, value_coef, entropy_coef, objective, tau_pos, tau_neg, kl_coef, kl_estimator,
+            kl_clamp, kl_gradient, rollout_level, rollout_mode, rollout_bounds, aggregation, value_aggregation,
+            length, backend: as in `fastrlhf.ppo_loss`. The tensors that they are about and the counts of a batch
+            go to `forward`.
+        scale: a number; a tensor of a step goes to `forward`.
 
     Raises:
         TypeError, ValueError: a wrong setting, by name, in the constructor; a wrong tensor in the call.
@@ -53,28 +101,33 @@ class PPOLoss(_Loss):
     def __init__(
         self,
         *,
-        clip: float = 0.2,
+        clip: float | tuple[float | None, float | None] = 0.2,
         dual_clip: float | None = None,
         value_clip: float | None = 0.2,
         value_coef: float = 0.5,
         entropy_coef: float = 0.0,
+        objective: str = "ppo",
+        tau_pos: float = 1.0,
+        tau_neg: float = 1.05,
+        kl_coef: float = 0.0,
+        kl_estimator: str = "k3",
+        kl_clamp: bool = True,
+        kl_gradient: str = "estimator",
+        rollout_level: str = "token",
+        rollout_mode: str = "truncate",
+        rollout_bounds: tuple[float | None, float | None] = (None, None),
+        aggregation: str = "token-mean",
+        value_aggregation: str | None = None,
+        length: float | None = None,
+        scale: float = 1.0,
         backend: str = "auto",
     ):
-        _checks.ppo_settings("PPOLoss", clip, dual_clip, value_clip, value_coef, entropy_coef)
-        super().__init__(
-            "PPOLoss",
-            clip=clip,
-            dual_clip=dual_clip,
-            value_clip=value_clip,
-            value_coef=value_coef,
-            entropy_coef=entropy_coef,
-            backend=backend,
-        )
+        super().__init__(_ppo_loss.ppo_loss, locals())
 
     def forward(
         self,
         logprob: Tensor,
-        old_logprob: Tensor,
+        old_logprob: Tensor | None,
         advantages: Tensor,
         *,
         values: Tensor | None = None,
@@ -82,8 +135,18 @@ class PPOLoss(_Loss):
         returns: Tensor | None = None,
         entropy: Tensor | None = None,
         mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        ref_logprob: Tensor | None = None,
+        rollout_weights: Tensor | None = None,
+        rollout_logprob: Tensor | None = None,
+        num_tokens: float | Tensor | None = None,
+        num_sequences: float | Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> PPOLossOutput:
-        """PPOLossOutput(loss, metrics); all tensors [...], one element per token."""
+        """PPOLossOutput(loss, metrics); all tensors [...], one element per token.
+
+        advantages and rollout_weights may have one a sequence. `scale`: a tensor in place of the module's number.
+        """
         return _ppo_loss.ppo_loss(
             logprob,
             old_logprob,
@@ -93,16 +156,21 @@ class PPOLoss(_Loss):
             returns=returns,
             entropy=entropy,
             mask=mask,
-            **self._current(),
+            cu_seqlens=cu_seqlens,
+            ref_logprob=ref_logprob,
+            rollout_weights=rollout_weights,
+            rollout_logprob=rollout_logprob,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
+            **self._current(scale=scale),
         )
 
 
-class LinearPPOLoss(_Loss):
+class LinearPPOLoss(_PolicyLoss, _HeadLoss):
     """`fastrlhf.linear_ppo_loss`: `PPOLoss` from hidden states and the head's weight, without logits.
 
     Args:
-        softcap, clip, dual_clip, value_clip, value_coef, entropy_coef, compact_rows, workspace, backend:
-            as in `fastrlhf.linear_ppo_loss`.
+        softcap, compact_rows, workspace, backend: as in `fastrlhf.linear_ppo_loss`. The others: as in `PPOLoss`.
         temperature, scale: numbers; tensors of a step go to `forward`.
 
     Raises:
@@ -119,45 +187,41 @@ class LinearPPOLoss(_Loss):
         *,
         temperature: float = 1.0,
         softcap: float | None = None,
-        clip: float = 0.2,
+        clip: float | tuple[float | None, float | None] = 0.2,
         dual_clip: float | None = None,
         value_clip: float | None = 0.2,
         value_coef: float = 0.5,
         entropy_coef: float = 0.0,
+        objective: str = "ppo",
+        tau_pos: float = 1.0,
+        tau_neg: float = 1.05,
+        kl_coef: float = 0.0,
+        kl_estimator: str = "k3",
+        kl_clamp: bool = True,
+        kl_gradient: str = "estimator",
+        rollout_level: str = "token",
+        rollout_mode: str = "truncate",
+        rollout_bounds: tuple[float | None, float | None] = (None, None),
+        aggregation: str = "token-mean",
+        value_aggregation: str | None = None,
+        length: float | None = None,
         scale: float = 1.0,
         compact_rows: bool = False,
         workspace: str = "fast",
         backend: str = "auto",
     ):
-        op = "LinearPPOLoss"
-        _checks.number(op, "temperature", temperature, low=0, strict=True)
-        if softcap is not None:
-            _checks.number(op, "softcap", softcap, low=0, strict=True)
-        _checks.ppo_settings(op, clip, dual_clip, value_clip, value_coef, entropy_coef)
-        _checks.number(op, "scale", scale)
-        _checks.flag(op, "compact_rows", compact_rows)
-        _checks.word(op, "workspace", workspace, _checks.WORKSPACES)
-        super().__init__(
-            op,
-            temperature=temperature,
-            softcap=softcap,
-            clip=clip,
-            dual_clip=dual_clip,
-            value_clip=value_clip,
-            value_coef=value_coef,
-            entropy_coef=entropy_coef,
-            scale=scale,
-            compact_rows=compact_rows,
-            workspace=workspace,
-            backend=backend,
-        )
+        super().__init__(_linear_ppo_loss.linear_ppo_loss, locals())
+
+    def _check(self, op: str) -> None:
+        super()._check(op)
+        _checks.flag(op, "compact_rows", self.compact_rows)
 
     def forward(
         self,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        old_logprob: Tensor,
+        old_logprob: Tensor | None,
         advantages: Tensor,
         *,
         bias: Tensor | None = None,
@@ -166,6 +230,12 @@ class LinearPPOLoss(_Loss):
         old_values: Tensor | None = None,
         returns: Tensor | None = None,
         mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        ref_logprob: Tensor | None = None,
+        rollout_weights: Tensor | None = None,
+        rollout_logprob: Tensor | None = None,
+        num_tokens: float | Tensor | None = None,
+        num_sequences: float | Tensor | None = None,
         scale: Tensor | None = None,
         accumulate_into: Tensor | None = None,
         num_rows: int | None = None,
@@ -173,11 +243,9 @@ class LinearPPOLoss(_Loss):
     ) -> PPOLossOutput:
         """PPOLossOutput(loss, metrics); hidden [..., H], weight [V, H], the others [...], one element per token.
 
-        `temperature` and `scale`: tensors in place of the module's numbers.
+        advantages and rollout_weights may have one a sequence. `temperature` and `scale`: tensors in place of the
+        module's numbers.
         """
-        settings = self._current()
-        given = {"temperature": temperature, "scale": scale}
-        settings |= {name: value for name, value in given.items() if value is not None}
         return _linear_ppo_loss.linear_ppo_loss(
             hidden,
             weight,
@@ -189,14 +257,20 @@ class LinearPPOLoss(_Loss):
             old_values=old_values,
             returns=returns,
             mask=mask,
+            cu_seqlens=cu_seqlens,
+            ref_logprob=ref_logprob,
+            rollout_weights=rollout_weights,
+            rollout_logprob=rollout_logprob,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
             accumulate_into=accumulate_into,
             num_rows=num_rows,
             process_group=process_group,
-            **settings,
+            **self._current(temperature=temperature, scale=scale),
         )
 
 
-class LinearCrossEntropy(_Loss):
+class LinearCrossEntropy(_HeadLoss):
     """`fastrlhf.linear_cross_entropy`: the language-model loss from hidden states, without logits.
 
     Args:
@@ -226,27 +300,15 @@ class LinearCrossEntropy(_Loss):
         workspace: str = "fast",
         backend: str = "auto",
     ):
-        op = "LinearCrossEntropy"
-        settings = (ignore_index, reduction, label_smoothing, z_loss, return_lse)
-        _linear_cross_entropy.check_settings(op, *settings)
-        _checks.number(op, "temperature", temperature, low=0, strict=True)
-        if softcap is not None:
-            _checks.number(op, "softcap", softcap, low=0, strict=True)
-        _checks.number(op, "scale", scale)
-        _checks.word(op, "workspace", workspace, _checks.WORKSPACES)
-        super().__init__(
-            op,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            return_lse=return_lse,
-            temperature=temperature,
-            softcap=softcap,
-            scale=scale,
-            workspace=workspace,
-            backend=backend,
+        super().__init__(_linear_cross_entropy.linear_cross_entropy, locals())
+
+    def _check(self, op: str) -> None:
+        super()._check(op)
+        _linear_cross_entropy.check_settings(
+            *(op, self.ignore_index, self.reduction, self.label_smoothing),
+            *(self.z_loss, self.return_lse),
         )
+        _checks.number(op, "scale", self.scale)
 
     def forward(
         self,
@@ -267,9 +329,6 @@ class LinearCrossEntropy(_Loss):
         With ``return_lse`` a named tuple (loss, lse). class_weight [V].
         `temperature` and `scale`: tensors in place of the module's numbers.
         """
-        settings = self._current()
-        given = {"temperature": temperature, "scale": scale}
-        settings |= {name: value for name, value in given.items() if value is not None}
         return _linear_cross_entropy.linear_cross_entropy(
             hidden,
             weight,
@@ -279,7 +338,7 @@ class LinearCrossEntropy(_Loss):
             accumulate_into=accumulate_into,
             num_rows=num_rows,
             process_group=process_group,
-            **settings,
+            **self._current(temperature=temperature, scale=scale),
         )
 
 
@@ -296,12 +355,14 @@ class RankingLoss(_Loss):
     """
 
     def __init__(self, *, margin: float = 0.0, backend: str = "auto"):
-        _checks.number("RankingLoss", "margin", margin)
-        super().__init__("RankingLoss", margin=margin, backend=backend)
+        super().__init__(_ranking_loss.ranking_loss, locals())
+
+    def _check(self, op: str) -> None:
+        super()._check(op)
+        _checks.number(op, "margin", self.margin)
 
     def forward(
         self, scores: Tensor, ranks: Tensor, cu_groups: Tensor, *, margin: Tensor | None = None
     ) -> Tensor:
         """The loss, 0-d; scores and ranks [M], cu_groups [P+1]. `margin`: [P], in place of the module's number."""
-        settings = self._current() | ({} if margin is None else {"margin": margin})
-        return _ranking_loss.ranking_loss(scores, ranks, cu_groups, **settings)
+        return _ranking_loss.ranking_loss(scores, ranks, cu_groups, **self._current(margin=margin))

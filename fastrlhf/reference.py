@@ -209,7 +209,8 @@ def _policy(
     log_ratio = lp - old
     if objective == "gspo":
         mean = sequences.spread(sequences.mean(log_ratio)).to(lp.dtype)
-        log_ratio = mean + (lp - lp.detach())
+        moving = (lp - lp.detach()).masked_fill(lp.isinf(), 0.0)  # inf - inf is NaN
+        log_ratio = mean + moving
     log_ratio = _clamped(log_ratio)
     a = spread(advantages)
     base = "ppo" if objective == "gspo" else objective
@@ -402,6 +403,7 @@ def _row_numbers(
         entropy = -(torch.exp(logp) * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
     if with_lse:
         lse = torch.logsumexp(z, dim=-1)
+        lse = _nan_where(lse == torch.inf, lse)  # as the log-prob of such a row
     if with_spread:
         spread = (logp if class_weight is None else class_weight.to(logp.dtype) * logp).sum(-1)
     found = (logprob, entropy, lse, spread)

@@ -111,11 +111,16 @@ def kl_in_loss(
     elif ESTIMATOR == 3:
         grad = tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, d))
     elif CLAMP:
-        grad = tl.where(kl < 10.0, 0.0 - expm1(clamp(-d, -20.0, 20.0)), 0.0)
+        grad = tl.where(kl >= 10.0, 0.0, 0.0 - expm1(clamp(-d, -20.0, 20.0)))  # NaN stays NaN
     else:
         grad = 0.0 - expm1(-d)
     if GRADIENT == OF_RATIO:
-        return ratio * kl, moving_ratio * kl + ratio * grad
+        # moving_ratio is ratio, or 0 beyond the clamp, where the KL may be infinite. The e^-d of k3 and of its slope
+        # cancel: their sum would be rounded to the size of e^-d, or inf - inf.
+        total = kl + grad
+        if ESTIMATOR == 2:
+            total = tl.where(kl < 10.0, d, total) if CLAMP else d
+        return ratio * kl, tl.where(moving_ratio == 0.0, ratio * grad, moving_ratio * total)
     return kl, grad
 
 

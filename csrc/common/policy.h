@@ -130,6 +130,7 @@ RL_HD KlInLoss<A> kl_in_loss(A logprob, A ref_logprob, A ratio, A ratio_grad,
                              const PolicySettings<A>& s) {
   const A d = logprob - ref_logprob;
   A value = d, grad = A(1);
+  bool exact = false;  // value + grad is d
   if (s.kl_estimator == KlEstimator::k2) {
     value = A(0.5) * d * d;
     grad = d;
@@ -146,15 +147,20 @@ RL_HD KlInLoss<A> kl_in_loss(A logprob, A ref_logprob, A ratio, A ratio_grad,
     const A slope = (x < A(0) ? -x : x) < A(0.5) ? near_0 : elsewhere;
     if (s.kl_clamp) {
       value = excess > A(kK3Limit) ? A(kK3Limit) : excess;
-      grad = within & !(excess > A(kK3Limit)) ? slope : (d == d ? A(0) : d);
+      exact = within & !(excess > A(kK3Limit));
+      grad = exact ? slope : (d == d ? A(0) : d);
     } else {  // beyond the limit e^-d is 0 or infinite
       value = within ? excess : (d > A(0) ? d - A(1) : (d < A(0) ? A(INFINITY) : d));
       grad = within ? slope : (d > A(0) ? A(1) : (d < A(0) ? A(-INFINITY) : d));
+      exact = true;
     }
   }
   if (s.kl_gradient == KlGradient::k2) return {value, d};
   if (s.kl_gradient == KlGradient::ratio) {
-    return {ratio * value, ratio * grad + ratio_grad * value};
+    // ratio_grad is ratio, or 0 beyond the clamp, where the KL may be infinite. The e^-d of k3 and
+    // of its slope cancel: their sum would be rounded to the size of e^-d, or inf - inf.
+    const A sum = exact ? d : value + grad;
+    return {ratio * value, ratio_grad == A(0) ? ratio * grad : ratio_grad * sum};
   }
   return {value, grad};
 }

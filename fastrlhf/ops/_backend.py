@@ -68,8 +68,6 @@ AUTO = {
     ("ranking_loss", "cpu"): Auto(_CPU, "512 prompts x 9"),
     ("ranking_loss", "cuda"): Auto(_CUDA, "512 prompts x 9"),
 }
-# Ops newer than the file in RESULTS: `order` lists their backends by expectation.
-UNMEASURED = ("group_advantage",)
 
 
 def provide(op: str, backends: Iterable[str], *, gradient: bool) -> None:

@@ -68,23 +68,27 @@ def index_tensor(op: str, name: str, value: object) -> None:
 
 def shape(op: str, name: str, value: Tensor, expected: tuple) -> None:
     if not _same_shape(value.shape, expected):
+        packed = name in ("advantages", "rollout_weights") and len(expected) == 1
+        other = ", or one a sequence with cu_seqlens" if packed else ""
         raise ValueError(
-            f"{op}: {name} must have shape {tuple(expected)}; got {tuple(value.shape)}"
+            f"{op}: {name} must have shape {tuple(expected)}{other}; got {tuple(value.shape)}"
         )
 
 
-def has_shape(value: object, expected: tuple) -> bool:
-    """Whether it is a tensor of this shape. A nested tensor has none."""
-    return isinstance(value, Tensor) and not value.is_nested and _same_shape(value.shape, expected)
+def has_shape(value: object, expected: tuple, *, unknown: bool = True) -> bool:
+    """Whether it is a tensor of this shape. A nested tensor has none. `unknown`: see `_same_shape`."""
+    dense = isinstance(value, Tensor) and not value.is_nested
+    return dense and _same_shape(value.shape, expected, unknown)
 
 
-def _same_shape(a: tuple, b: tuple) -> bool:
-    """Under torch.compile also True for sizes that only the data will tell; the kernels check them again."""
+def _same_shape(a: tuple, b: tuple, unknown: bool = True) -> bool:
+    """Under torch.compile `unknown` for sizes that only the data will tell; the kernels check them again."""
     if not torch.compiler.is_compiling():
         return a == b
-    from torch.fx.experimental.symbolic_shapes import guard_or_true  # slow to import
+    from torch.fx.experimental import symbolic_shapes  # slow to import
 
-    return len(a) == len(b) and all(guard_or_true(x == y) for x, y in zip(a, b, strict=True))
+    guard = symbolic_shapes.guard_or_true if unknown else symbolic_shapes.guard_or_false
+    return len(a) == len(b) and all(guard(x == y) for x, y in zip(a, b, strict=True))
 
 
 def same_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
@@ -132,8 +136,13 @@ def word(op: str, name: str, value: object, words: tuple[str, ...]) -> None:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether a check may read values of `x`: a GPU would be waited for; a tracer and a fake tensor have none."""
-    return x.is_cpu and not torch.compiler.is_compiling() and (type(x) in _PLAIN or not is_fake(x))
+    """Whether a check may read values of `x`: a GPU would be waited for; a tracer and a fake tensor have none.
+
+    Under vmap `x` may stand for many tensors.
+    """
+    if not x.is_cpu or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return type(x) in _PLAIN or not is_fake(x)
 
 
 def valueless(x: Tensor) -> bool:
@@ -181,12 +190,13 @@ def same_tokens(op: str, first: str, like: Tensor, **others: Tensor | None) -> N
 
 def tokens_of(op, first, expected, dtype, device, **others: Tensor | None) -> None:
     """`same_tokens` of `others`, where `first` has this shape, dtype and device."""
-    compiling = torch.compiler.is_compiling()
+    compiling, on_cpu = torch.compiler.is_compiling(), device.type == "cpu"
     for name, value in others.items():
         if value is None:
             continue
-        if type(value) in _PLAIN and value.dtype is dtype and value.device == device:
-            if value.layout is _STRIDED and not value.is_nested:
+        if type(value) in _PLAIN and value.dtype is dtype and value.layout is _STRIDED:
+            # `is_cpu` makes no torch.device.
+            if (value.is_cpu if on_cpu else value.device == device) and not value.is_nested:
                 if compiling or value.shape != expected:
                     shape(op, name, value, expected)
                 continue  # the common case
@@ -271,12 +281,18 @@ def estimator(op: str, value: object) -> int:
     return ESTIMATORS.index(choice(op, "estimator", value, ESTIMATORS))
 
 
-def choice(op: str, name: str, value: object, words: tuple[str, ...]) -> str:
-    """One of some strings; the message names the nearest."""
+def choice(op: str, name: str, value: object, words: tuple[str, ...], *, meant: dict = {}) -> str:  # noqa: B006
+    """One of some strings; the message names the nearest, or what `meant` has for the name of something else."""
     if isinstance(value, str) and value in words:
         return value
-    close = difflib.get_close_matches(str(value), words, n=1, cutoff=0.3)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    hint = ""
+    if isinstance(value, str):
+        lower = value.lower()
+        close = difflib.get_close_matches(lower, words, n=1, cutoff=0.3)
+        if lower in meant:
+            hint = f" (use {meant[lower]})"
+        elif close:
+            hint = f" (did you mean {close[0]!r}?)"
     raise ValueError(f"{op}: {name} must be one of {words}; got {value!r}{hint}")
 
 
@@ -305,11 +321,13 @@ def as_rows(x: Tensor | None) -> Tensor | None:
 # ---- rows of logits -----------------------------------------------------------------------------
 
 
-def logit_rows(op, logits, targets, temperature, softcap, mask, vocab=None, sharded=False):
+def logit_rows(
+    op, logits, targets, temperature, softcap, mask, vocab=None, sharded=False, with_lse=False
+):
     """Checked (row_temperature | None, temperature, softcap or 0.0, bool mask | None) of logits [..., V].
 
     `vocab`: V, where `logits` are hidden states [..., H], which `linear_head` has checked. `sharded`: it is one rank's
-    part of V.
+    part of V. `with_lse`: lse is wanted, and not log-probs and entropies alone.
     """
     if vocab is None:
         float_tensor(op, "logits", logits)
@@ -336,7 +354,7 @@ def logit_rows(op, logits, targets, temperature, softcap, mask, vocab=None, shar
         temperature = number(op, "temperature", temperature, low=0, strict=True)
     if mask is not None:
         mask = row_mask(op, mask, targets.shape, logits.device)
-    if vocab == 1 and not sharded:
+    if vocab == 1 and not sharded and not with_lse:
         # Its probability is 1 at any temperature and soft-cap. At 1 the C++ kernel does not round z, so lse = z.
         row_values(op, targets, vocab, mask, row_temperature)
         return None, 1.0, 1.0 if softcap else 0.0, mask
@@ -394,7 +412,7 @@ def row_values(op: str, targets: Tensor, vocab: int, mask, row_temperature) -> N
 
     For backends whose kernels do not check, and for ops that would find out in a later chunk.
     """
-    if torch._C._are_functorch_transforms_active() or not readable(targets):
+    if not readable(targets):
         return
     counted = targets if mask is None else targets[mask]
     if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= vocab):
@@ -476,7 +494,7 @@ def num_rows(op: str, value: object, mask: Tensor | None, targets: Tensor) -> in
         raise ValueError(f"{op}: num_rows must come with mask; got mask=None")
     if not torch.compiler.is_compiling() and not 0 <= value <= targets.numel():
         raise ValueError(f"{op}: num_rows must be in [0, {targets.numel()}]; got {value}")
-    if readable(mask) and not torch._C._are_functorch_transforms_active():
+    if readable(mask):
         count = int(mask.sum())
         if count != value:
             raise ValueError(f"{op}: num_rows must be {count}, the rows that count; got {value}")
@@ -530,6 +548,10 @@ def ratio_limits(op: str, clip: object, dual_clip: object) -> tuple[float, float
 def clip_limits(op: str, clip: object) -> tuple[float | None, float | None]:
     """(low, high) of a number or a pair: the ratio is clipped to [1 - low, 1 + high]."""
     if not isinstance(clip, (tuple, list)):
+        if clip is None:
+            raise TypeError(
+                f"{op}: clip must be a number or a pair (low, high), (None, None) for no clip; got NoneType"
+            )
         clip = number(op, "clip", clip, low=0, strict=True)
         return clip, clip
     if len(clip) != 2:

@@ -369,8 +369,8 @@ def statistics(
 def add_gradients(head, kernels, grads, upstream, row_stats, class_weights, logits=None) -> None:
     """Adds the gradients that follow from `upstream`, those of logprob, entropy, lse and spread [...] (None: 0).
 
-    row_stats [3, N]. `logits` [R, V]: those that the forward has kept. If num_rows is wrong, the rows that take part
-    get NaN.
+    row_stats [3, N]. `class_weights`: of spread. `logits` [R, V]: those that the forward has kept. If num_rows is
+    wrong, the rows that take part get NaN.
     """
     upstream = [head.take(grad) for grad in upstream]
     if head.wrong is not None:

@@ -64,14 +64,27 @@ def _forward(
     gemms = gemms_for(hidden, weight)
     ppo, parameters = loss == PPO, (hidden, weight, bias)
     one = more = late = share = d_values = None
-    if len(per_token) > PLAIN_TENSORS:
+    # AOTInductor hands None over for an empty list.
+    if per_token and len(per_token) > PLAIN_TENSORS:
         more = _linear_policy.more_of(per_token, settings)
         if more.factors is not None:  # of a row, in place of 1 / R
             share = more.factors[0] if factor is None else more.factors[0] * factor
     if backend == "cpu" and mask is into is group is None and not compact and True in needs[:3]:
         if more is None or more.late == "none":
-            given = (targets, row_temperature, factor, per_token, settings, more, share)
-            one = _one_chunk(gemms, parameters, *given, ppo, needs, workspace)
+            one = _one_chunk(
+                gemms,
+                parameters,
+                targets,
+                row_temperature,
+                factor,
+                per_token,
+                settings,
+                more,
+                share,
+                ppo,
+                needs,
+                workspace,
+            )
     if one is not None:
         logprob, entropy, scale, found = one
         wrong = None
@@ -105,8 +118,8 @@ def _forward(
         total, metrics, stacked = fwd(*tokens, factors, extra, *limits, options, needs[3])
         if factor is not None:
             total = total * factor
-        if needs[3]:  # not a view, which the fake implementation would not know
-            d_values = stacked[1].clone() if factor is None else stacked[1] * factor
+        if needs[3]:
+            d_values = stacked[1] if factor is None else stacked[1] * factor
     else:
         total, metrics = -(logprob.sum() * scale), logprob.new_empty(0)
     if wrong is not None:
@@ -468,9 +481,12 @@ def _extent(x: Tensor) -> tuple[int, int]:
 # ---- the raw op ---------------------------------------------------------------------------------
 
 
-def _fake(hidden, weight, bias, values, targets, *rest):
+def _fake(hidden, weight, bias, values, targets, mask, row_temperature, factor, *rest):
     *_, loss, _, _, needs = rest
     acc = acc_of(hidden, weight)
+    # The second of two stacked gradients, unless it is multiplied by a factor.
+    rows = (2,) if factor is None else ()
+    d_values = hidden.new_empty((*rows, targets.numel()), dtype=acc) if needs[3] else None
     return (
         hidden.new_empty((), dtype=acc),
         hidden.new_empty(
@@ -480,7 +496,7 @@ def _fake(hidden, weight, bias, values, targets, *rest):
             like.new_empty(like.shape, dtype=kept_dtype(like)) if need else None
             for like, need in zip((hidden, weight, bias), needs[:3], strict=True)
         ),
-        hidden.new_empty(targets.numel(), dtype=acc) if needs[3] else None,
+        d_values[1] if needs[3] and rows else d_values,
     )
 
 

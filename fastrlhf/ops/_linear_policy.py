@@ -49,7 +49,11 @@ def arguments(
 ) -> tuple[list[Tensor | None], list[float]]:  # fmt: skip
     """The tensors and the numbers of `More`; none for plain PPO. old_logprob, mask, targets: [N]."""
     if policy.plain:
-        return [], []
+        if _policy.factors(policy, old_logprob, mask) is None:
+            return [], []
+        policy = policy._replace(
+            plain=False
+        )  # for another weight than 1 / R, which is in the longer list
     late, subtracted = "none", None
     if old_logprob is None:
         if _policy.sequence_rollout(policy):
@@ -119,12 +123,13 @@ class LateTerms:
         if sequences.stop - sequences.start < self.sequences.shape[1]:
             ends = ends[sequences.start : sequences.stop + 1] - ends[sequences.start]
         x, y, mask = (head.per_row(t, rows) for t in (logprob, self.subtracted, head.mask))
-        into = self.sequences[:, sequences]
-        given = (into, x, y, mask, ends, self.kernels.backend)
+        given = (x, y, mask, ends, self.kernels.backend)
         if self.late == "log_ratio":
-            _policy.with_log_ratio(*given)
+            row, found = _policy.Sequence.LOG_RATIO, _policy.log_ratio_row(*given)
         else:
-            _policy.with_rollout(*given, mean=self.late == "rollout_mean")
+            mean = self.late == "rollout_mean"
+            row, found = _policy.Sequence.ROLLOUT, _policy.rollout_row(*given, mean=mean)
+        self.sequences[row, sequences] = found
 
 
 def whole_sequences(head: Head, cu_seqlens: Tensor, most: int) -> list[tuple[slice, slice]]:

@@ -91,7 +91,7 @@ class SumOfChunks:
         self.sums[start : self.filled] = weighted_sum(self.kernels, logits, self.c)
 
 
-def backward(kernels, upstream: Upstream, chunk, row_stats, c: ClassWeights, *, keep_logits):
+def backward(kernels, upstream: Upstream, chunk, row_stats, c: ClassWeights | None, *, keep_logits):
     """Writes dL/dlogits of a chunk to chunk.dlogits. `keep_logits`: the logits are not a workspace."""
     g, h, u, v = upstream
     given = (chunk.targets, row_stats, chunk.row_temperature, chunk.mask)

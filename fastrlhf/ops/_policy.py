@@ -7,6 +7,7 @@ numbers in the order of `Option`. Both are empty for plain PPO, which is what mo
 `sequences` [5, S], in the order of `Sequence`, has one number of each kind a sequence; it comes with cu_seqlens.
 """
 
+import math
 import numbers
 from enum import IntEnum
 from typing import NamedTuple
@@ -23,6 +24,16 @@ ROLLOUT_LEVELS = ("token", "sequence", "sequence_mean")
 ROLLOUT_MODES = ("truncate", "mask")
 # Objectives as the kernels take them. gspo is ppo with the ratio of a sequence.
 _KERNEL_OBJECTIVES = ("ppo", "reinforce", "cispo", "sapo")
+CLIPPED = ("ppo", "gspo", "cispo")  # objectives that use `clip`
+# Methods that are an objective with settings: the nearest name is another method's.
+_METHODS = {
+    "vanilla": "'ppo'",
+    **dict.fromkeys(
+        ("grpo", "dapo", "dr_grpo", "bnpo"), "'ppo' with the settings in docs/losses.md"
+    ),
+    "luspo": "'gspo' with the settings in docs/losses.md",
+    "gpg": "'reinforce' with the settings in docs/losses.md",
+}
 
 
 class Option(IntEnum):
@@ -130,8 +141,10 @@ def _denominator(op, name, value, device):
         _checks.shape(op, name, value, ())
         _checks.same_device(op, name, value, device)
         _checks.constants(op, **{name: value})
-        if _checks.readable(value) and not bool(value > 0):
-            raise ValueError(f"{op}: {name} must be above 0; got {value.item()}")
+        if value.is_complex():
+            raise TypeError(f"{op}: {name} must be a real number; got {value.dtype}")
+        if _checks.readable(value) and not 0 < value.item() < math.inf:
+            raise ValueError(f"{op}: {name} must be a finite number above 0; got {value.item()}")
         return value.detach()
     return _checks.number(op, name, value, low=0, strict=True)
 
@@ -142,19 +155,89 @@ def _per_token_or_sequence(op, name, value, first, shape, dtype, device, count):
         return None, None
     _checks.float_tensor(op, name, value)
     _checks.constants(op, **{name: value})
+    # Of sizes that only the data will tell: [S] beside [B, T] can be nothing else, what is not known to be one a
+    # sequence has one a token.
+    only = value.dim() == 1 and len(shape) == 2
     per_sequence = count is not None and any(
-        _checks.has_shape(value, one) for one in ((count,), (count, 1))
+        _checks.has_shape(value, one, unknown=only) for one in ((count,), (count, 1))
     )
-    if _checks.has_shape(value, shape) and not (per_sequence and value.dim() == 2):
+    per_token = _checks.has_shape(value, shape, unknown=not per_sequence)
+    if per_token and not (per_sequence and value.dim() == 2):
         _checks.tokens_of(op, first, shape, dtype, device, **{name: value})
         return value, None
     if not per_sequence:
-        other = "" if count is None else f", or ({count},) or ({count}, 1) for one a sequence"
+        if count is None:
+            _checks.shape(op, name, value, shape)
         raise ValueError(
-            f"{op}: {name} must have shape {tuple(shape)}{other}; got {tuple(value.shape)}"
+            f"{op}: {name} must have shape {tuple(shape)}, or ({count},) or ({count}, 1) for one a sequence; "
+            f"got {tuple(value.shape)}"
         )
     _checks.tokens_of(op, first, value.shape, dtype, device, **{name: value})
     return None, value.reshape(-1)
+
+
+def check_settings(
+    op: str, *, aggregation, value_aggregation=None, length=None, rows=False, **settings
+) -> tuple[dict, float | None]:
+    """The settings that are no tensors, checked: (those of POLICY_DEFAULTS by name, length)."""
+    objective = _checks.choice(op, "objective", settings["objective"], OBJECTIVES, meant=_METHODS)
+    clip, dual_clip = settings["clip"], settings["dual_clip"]
+    taus = {name: settings[name] for name in ("tau_pos", "tau_neg")}
+    if objective not in CLIPPED:
+        _unused(op, objective, clip=clip)
+    if objective not in ("ppo", "gspo"):
+        _unused(op, objective, dual_clip=dual_clip)
+    if objective != "sapo":
+        _unused(op, objective, **taus)
+    clip = _checks.clip_limits(op, clip)
+    if dual_clip is not None:
+        dual_clip = _checks.number(op, "dual_clip", dual_clip, low=1, strict=True)
+    taus = {name: _checks.number(op, name, tau, low=0, strict=True) for name, tau in taus.items()}
+
+    coef = _checks.number(op, "kl_coef", settings["kl_coef"])
+    _checks.choice(op, "kl_estimator", settings["kl_estimator"], _checks.ESTIMATORS)
+    _checks.flag(op, "kl_clamp", settings["kl_clamp"])
+    gradient = _checks.choice(op, "kl_gradient", settings["kl_gradient"], KL_GRADIENTS)
+    if gradient == "ratio" and objective == "reinforce":
+        raise ValueError(
+            f"{op}: kl_gradient must not be 'ratio' with objective='reinforce', which has no ratio; got 'ratio'"
+        )
+    _checks.choice(op, "rollout_level", settings["rollout_level"], ROLLOUT_LEVELS)
+    _checks.choice(op, "rollout_mode", settings["rollout_mode"], ROLLOUT_MODES)
+    bounds = _bounds(op, settings["rollout_bounds"])
+
+    if aggregation is not None or not rows:
+        _checks.choice(op, "aggregation", aggregation, AGGREGATIONS)
+    if value_aggregation is not None:
+        _checks.choice(op, "value_aggregation", value_aggregation, AGGREGATIONS)
+    norm = "seq-mean-token-sum-norm" in (aggregation, value_aggregation)
+    if norm and length is None:
+        raise ValueError(
+            f"{op}: length must be given with aggregation='seq-mean-token-sum-norm'; got None"
+        )
+    if length is not None:
+        if not norm:
+            raise ValueError(
+                f"{op}: length must come with aggregation='seq-mean-token-sum-norm'; got length={length}"
+            )
+        length = _checks.number(op, "length", length, low=0, strict=True)
+    checked = {
+        "clip": clip,
+        "dual_clip": dual_clip,
+        **taus,
+        "kl_coef": coef,
+        "rollout_bounds": bounds,
+    }
+    return {**settings, **checked}, length
+
+
+def _together(op, tensor, value, settings, names):
+    """Refuses settings without the tensor that they are about."""
+    for name in names:
+        if value is None and not _is_default(name, settings[name]):
+            raise ValueError(
+                f"{op}: {name} must come with {tensor}; got {settings[name]!r} and {tensor}=None"
+            )
 
 
 def check(
@@ -167,6 +250,9 @@ def check(
     old_logprob: Tensor | None,
     advantages: Tensor | None,
     cu_seqlens: Tensor | None,
+    ref_logprob: Tensor | None,
+    rollout_weights: Tensor | None,
+    rollout_logprob: Tensor | None,
     aggregation: str | None,
     value_aggregation: str | None = None,
     values: bool = True,
@@ -176,27 +262,16 @@ def check(
     num_sequences: float | Tensor | None,
     **settings,
 ) -> Policy:
-    """The settings of one call, for log-probs of this shape, dtype and device. `settings`: POLICY_DEFAULTS by name.
+    """The settings of one call, for log-probs of this shape, dtype and device. `settings`: the rest of POLICY_DEFAULTS.
 
     `values`: whether there is a value loss. `rows`: the op's rows may stay without the weights of an aggregate.
     """
-    objective = _checks.choice(op, "objective", settings["objective"], OBJECTIVES)
-    clip, dual_clip = settings["clip"], settings["dual_clip"]
-    clips = objective in ("ppo", "gspo", "cispo")
-    if not clips:
-        _unused(op, objective, clip=clip)
-    if objective not in ("ppo", "gspo"):
-        _unused(op, objective, dual_clip=dual_clip)
-    if objective != "sapo":
-        _unused(op, objective, tau_pos=settings["tau_pos"], tau_neg=settings["tau_neg"])
-    low, high = _checks.clip_limits(op, clip)
-    if dual_clip is not None:
-        dual_clip = _checks.number(op, "dual_clip", dual_clip, low=1, strict=True)
-    taus = {
-        name: _checks.number(op, name, settings[name], low=0, strict=True)
-        for name in ("tau_pos", "tau_neg")
-    }
-
+    modes = {"aggregation": aggregation, "value_aggregation": value_aggregation}
+    settings, length = check_settings(op, **modes, length=length, rows=rows, **settings)
+    objective, (low, high), dual_clip = (
+        settings[name] for name in ("objective", "clip", "dual_clip")
+    )
+    clips = objective in CLIPPED
     given_cu_seqlens = cu_seqlens
     if cu_seqlens is not None:
         if len(shape) != 1:
@@ -210,56 +285,42 @@ def check(
     advantages, advantage = _per_token_or_sequence(
         op, "advantages", advantages, first, shape, dtype, device, count
     )
-    for name in ("ref_logprob", "rollout_logprob"):
-        if (value := settings[name]) is not None:
-            _checks.tokens_of(op, first, shape, dtype, device, **{name: value})
-            _checks.constants(op, **{name: value})
+    given = {"ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
+    _checks.tokens_of(op, first, shape, dtype, device, **given)
+    _checks.constants(op, **given)
     if old_logprob is not None:
         _checks.constants(op, old_logprob=old_logprob)
 
-    kl = _checked_kl(op, objective, settings)
-    rollout = _checked_rollout(op, settings)
+    kl = ("kl_coef", "kl_estimator", "kl_clamp", "kl_gradient")
+    _together(op, "ref_logprob", ref_logprob, settings, kl)
+    if rollout_weights is not None and rollout_logprob is not None:
+        raise ValueError(f"{op}: give rollout_weights or rollout_logprob, not both; got both")
+    of_weights = ("rollout_level", "rollout_mode", "rollout_bounds")
+    _together(op, "rollout_logprob", rollout_logprob, settings, of_weights)
     per_token, rollout_weight = _per_token_or_sequence(
-        op, "rollout_weights", settings["rollout_weights"], first, shape, dtype, device, count
+        op, "rollout_weights", rollout_weights, first, shape, dtype, device, count
     )
-    per_sequence = [aggregation, value_aggregation]
-    for name, mode in (("aggregation", aggregation), ("value_aggregation", value_aggregation)):
-        if mode is not None or (name == "aggregation" and not rows):
-            _checks.choice(op, name, mode, AGGREGATIONS)
     if value_aggregation is not None and not values:
         raise ValueError(
             f"{op}: value_aggregation must come with values; got {value_aggregation!r} and values=None"
         )
-    needs = [f"{n}={m!r}" for n, m in (("aggregation", aggregation), ("value_aggregation", value_aggregation))
-             if m is not None and m.startswith("seq-")]  # fmt: skip
+    needs = [f"{name}={mode!r}" for name, mode in modes.items() if _over_sequences(mode)]
     if objective == "gspo":
         needs.append("objective='gspo'")
-    if settings["rollout_logprob"] is not None and settings["rollout_level"] != "token":
+    if rollout_logprob is not None and settings["rollout_level"] != "token":
         needs.append(f"rollout_level={settings['rollout_level']!r}")
     if needs and count is None:
         raise ValueError(
             f"{op}: {needs[0]} needs sequences: {first} must be [B, T], or [N] with cu_seqlens; "
             f"got {tuple(shape)} without cu_seqlens"
         )
-    norm = any(mode == "seq-mean-token-sum-norm" for mode in per_sequence)
-    if norm and length is None:
-        raise ValueError(
-            f"{op}: length must be given with aggregation='seq-mean-token-sum-norm'; got None"
-        )
-    if length is not None:
-        if not norm:
-            raise ValueError(
-                f"{op}: length must come with aggregation='seq-mean-token-sum-norm'; got length={length}"
-            )
-        length = _checks.number(op, "length", length, low=0, strict=True)
     num_tokens = _denominator(op, "num_tokens", num_tokens, device)
     num_sequences = _denominator(op, "num_sequences", num_sequences, device)
-    if num_tokens is not None and "token-mean" not in per_sequence:
+    if num_tokens is not None and "token-mean" not in modes.values():
         raise ValueError(
             f"{op}: num_tokens must come with aggregation='token-mean'; got {aggregation!r}"
         )
-    means = [mode for mode in per_sequence if mode is not None and mode.startswith("seq-")]
-    if num_sequences is not None and not means:
+    if num_sequences is not None and not any(map(_over_sequences, modes.values())):
         raise ValueError(
             f"{op}: num_sequences must come with an aggregation over sequences; got {aggregation!r}"
         )
@@ -268,15 +329,12 @@ def check(
     if sequences and cu_seqlens is None:
         cu_seqlens = torch.arange(count + 1, dtype=torch.int32, device=device) * shape[1]
     plain = (
-        objective == "ppo" and not sequences and old_logprob is not None and settings["ref_logprob"] is None
-        and per_token is None and settings["rollout_logprob"] is None
+        objective == "ppo" and not sequences and old_logprob is not None and ref_logprob is None
+        and per_token is None and rollout_logprob is None
     )  # fmt: skip
     unlimited = _checks.UNLIMITED
     return Policy(
-        options={
-            **settings, "objective": objective, "clip": (low, high), "dual_clip": dual_clip, **taus, **kl,
-            **rollout,
-        },
+        options={**settings, **given, "rollout_weights": rollout_weights},
         low=-unlimited if low is None or not clips else 1 - low,
         high=unlimited if high is None or not clips else 1 + high,
         dual_clip=unlimited if dual_clip is None else dual_clip,
@@ -288,49 +346,12 @@ def check(
         num_sequences=num_sequences,
         given_cu_seqlens=given_cu_seqlens,
         cu_seqlens=cu_seqlens if sequences else None,
-        count=count or 0,
+        count=0 if count is None else count,
         advantages=advantages,
         advantage=advantage,
-        rollout=settings["rollout_logprob"] if per_token is None else per_token,
+        rollout=rollout_logprob if per_token is None else per_token,
         rollout_weight=rollout_weight,
     )  # fmt: skip
-
-
-def _checked_kl(op, objective, settings) -> dict:
-    coef = _checks.number(op, "kl_coef", settings["kl_coef"])
-    _checks.choice(op, "kl_estimator", settings["kl_estimator"], _checks.ESTIMATORS)
-    gradient = _checks.choice(op, "kl_gradient", settings["kl_gradient"], KL_GRADIENTS)
-    _checks.flag(op, "kl_clamp", settings["kl_clamp"])
-    if settings["ref_logprob"] is None:
-        names = ("kl_coef", "kl_estimator", "kl_clamp", "kl_gradient")
-        for name in names:
-            if not _is_default(name, settings[name]):
-                raise ValueError(
-                    f"{op}: {name} must come with ref_logprob; got {settings[name]!r} and ref_logprob=None"
-                )
-    if gradient == "ratio" and objective == "reinforce":
-        raise ValueError(
-            f"{op}: kl_gradient must not be 'ratio' with objective='reinforce', which has no ratio; got 'ratio'"
-        )
-    return {"kl_coef": coef}
-
-
-def _checked_rollout(op, settings) -> dict:
-    weights, logprob = settings["rollout_weights"], settings["rollout_logprob"]
-    if weights is not None and logprob is not None:
-        raise ValueError(f"{op}: give rollout_weights or rollout_logprob, not both; got both")
-    _checks.choice(op, "rollout_level", settings["rollout_level"], ROLLOUT_LEVELS)
-    _checks.choice(op, "rollout_mode", settings["rollout_mode"], ROLLOUT_MODES)
-    bounds = _bounds(op, settings["rollout_bounds"])
-    if logprob is None:
-        for name in ("rollout_level", "rollout_mode", "rollout_bounds"):
-            value = bounds if name == "rollout_bounds" else settings[name]
-            if not _is_default(name, value):
-                raise ValueError(
-                    f"{op}: {name} must come with rollout_logprob; got {settings[name]!r} and "
-                    "rollout_logprob=None"
-                )
-    return {"rollout_bounds": bounds}
 
 
 # ---- what the raw ops take ----------------------------------------------------------------------
@@ -372,65 +393,65 @@ def sequence_rows(
 ) -> Tensor | None:
     """`sequences` [5, S]; None where no sequence matters.
 
-    The log-ratios stay 0 if `logprob` is not known yet: pass `old_logprob` in its place, and call `with_log_ratio`.
+    The log-ratios are 0 if `logprob` is not known yet: pass `old_logprob` in its place, and see `log_ratio_row`.
     """
     if policy.cu_seqlens is None:
         return None
     acc = _checks.acc_dtype(logprob)
-    ones = torch.ones(policy.count, dtype=acc, device=logprob.device)
-    weight = value_weight = ones
-    modes = (policy.aggregation, policy.value_aggregation or policy.aggregation)
-    if any(_over_sequences(mode) for mode in modes):
+    weight = value_weight = ones = logprob.new_ones(policy.count, dtype=acc)
+    mode, value_mode = policy.aggregation, policy.value_aggregation or policy.aggregation
+    if _over_sequences(mode) or _over_sequences(value_mode):
         counts = SUMS[backend](logprob, None, mask, policy.cu_seqlens)[0]
-        weight, value_weight = (_weight(policy, mode, counts).to(acc) for mode in modes)
+        if _over_sequences(mode):
+            weight = _weight(policy, mode, counts).to(acc)
+        if value_mode == mode:
+            value_weight = weight
+        elif _over_sequences(value_mode):
+            value_weight = _weight(policy, value_mode, counts).to(acc)
     advantage = ones if policy.advantage is None else policy.advantage.to(acc)
+    log_ratio = torch.zeros_like(ones) if policy.sequence_ratio else ones
     rollout = ones if policy.rollout_weight is None else policy.rollout_weight.to(acc)
-    rows = torch.stack((weight, value_weight, advantage, torch.zeros_like(ones), rollout))
+    # The rows are stacked and not written to: vmap refuses to write a row that differs between its calls.
     if sequence_rollout(policy):
         old = logprob.detach() if old_logprob is None else old_logprob
         given = (old, policy.rollout, mask, policy.cu_seqlens, backend)
-        with_rollout(rows, *given, mean=policy.options["rollout_level"] == "sequence_mean")
+        mean = policy.options["rollout_level"] == "sequence_mean"
+        rollout = rollout_row(*given, mean=mean).to(acc)
     if policy.sequence_ratio and old_logprob is not None and logprob is not old_logprob:
-        with_log_ratio(rows, logprob, old_logprob, mask, policy.cu_seqlens, backend)
-    return rows
+        log_ratio = log_ratio_row(logprob, old_logprob, mask, policy.cu_seqlens, backend).to(acc)
+    return torch.stack((weight, value_weight, advantage, log_ratio, rollout))
 
 
-def with_log_ratio(
-    rows: Tensor, logprob: Tensor, old_logprob: Tensor, mask: Tensor | None, cu_seqlens: Tensor, backend: str
-) -> Tensor:  # fmt: skip
-    """Writes the mean log-ratio of each sequence of the tokens to `rows` [5, S]."""
+def log_ratio_row(
+    logprob: Tensor, old_logprob: Tensor, mask: Tensor | None, cu_seqlens: Tensor, backend: str
+) -> Tensor:
+    """[S], fp64: the mean log-ratio of each sequence of the tokens."""
     count, total = SUMS[backend](logprob.detach(), old_logprob, mask, cu_seqlens)
-    rows[Sequence.LOG_RATIO] = (total / count.clamp(min=1)).to(rows.dtype)
-    return rows
+    return total / count.clamp(min=1)
 
 
-def with_rollout(
-    rows: Tensor, old_logprob: Tensor, rollout_logprob: Tensor, mask: Tensor | None, cu_seqlens: Tensor, backend: str,
-    *, mean: bool,
+def rollout_row(
+    old_logprob: Tensor, rollout_logprob: Tensor, mask: Tensor | None, cu_seqlens: Tensor, backend: str, *, mean: bool
 ) -> Tensor:  # fmt: skip
-    """Writes the rollout weight of each sequence, before its bounds, to `rows` [5, S]."""
+    """[S], fp64: the rollout weight of each sequence, before its bounds."""
     count, total = SUMS[backend](old_logprob, rollout_logprob, mask, cu_seqlens)
     log_weight = total / count.clamp(min=1) if mean else total
-    weight = log_weight.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    rows[Sequence.ROLLOUT] = weight.to(rows.dtype)
-    return rows
+    return log_weight.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
 def _over_sequences(mode: str | None) -> bool:
     return mode is not None and mode.startswith("seq-")
 
 
-def _weight(policy: Policy, mode: str | None, counts: Tensor) -> Tensor:
-    """[S], fp64: what a token's loss is multiplied by, beside the factor of `factors`."""
-    each = torch.ones_like(counts)
-    if not _over_sequences(mode):
-        return each
-    if mode == "seq-mean-token-mean":
-        each = 1 / counts.clamp(min=1)
-    elif mode == "seq-mean-token-sum-norm":
-        each = each / policy.length
+def _weight(policy: Policy, mode: str, counts: Tensor) -> Tensor:
+    """[S]: what a token's loss is multiplied by, in an aggregation over sequences."""
     number = policy.num_sequences
-    return each / ((counts > 0).sum().clamp(min=1) if number is None else number)
+    if number is None:
+        number = (counts > 0).sum(dtype=counts.dtype).clamp(min=1)
+    if mode == "seq-mean-token-mean":
+        return (counts.clamp(min=1) * number).reciprocal()
+    each = policy.length if mode == "seq-mean-token-sum-norm" else 1.0
+    return (torch.full_like(counts, each) * number).reciprocal()
 
 
 def factors(policy: Policy, logprob: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -439,6 +460,8 @@ def factors(policy: Policy, logprob: Tensor, mask: Tensor | None) -> Tensor | No
     if policy.num_tokens is None and all(mode == "token-mean" for mode in modes):
         return None
     acc = _checks.acc_dtype(logprob)
+    if "token-mean" not in modes:
+        return logprob.new_ones(2, dtype=acc)
     return torch.stack([factor(policy, mode, logprob, mask, acc) for mode in modes])
 
 

@@ -93,6 +93,8 @@ def _define(schema, fake, body, op, autograd, backend=None):
     torch.library.register_fake(f"fastrlhf::{name}", fake)
     raw = getattr(torch.ops.fastrlhf, name).default
     run = raw._op
+    types = [str(x.type) for x in raw._schema.arguments]
+    lists = [i for i, kind in enumerate(types) if "List" in kind and "Tensor" in kind]
 
     def below_cpp(*arguments):
         with _below_autograd():
@@ -101,7 +103,7 @@ def _define(schema, fake, body, op, autograd, backend=None):
     def below_python(*arguments):
         with _below_autograd():
             # The dispatcher's path to a Python op is slow; an unobserved call can skip it.
-            if not _unobserved(arguments):
+            if not _unobserved(arguments, lists):
                 return run(*arguments)
             return (guarded if _autocasts("cpu") or _autocasts("cuda") else body)(*arguments)
 
@@ -112,7 +114,7 @@ def _define(schema, fake, body, op, autograd, backend=None):
         with torch.no_grad():
             return raw(*arguments)
 
-    if "Tensor?[]" in schema and "!" not in schema:
+    if lists and "!" not in schema:
         torch.library.register_vmap(f"fastrlhf::{name}", _over_batch(raw, op))
     below = below_cpp if body is None else below_python
     below.__name__ = name  # of the node, if `op` is a function
@@ -192,12 +194,15 @@ def _tensors_only(body):
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list))
 
 
-def _unobserved(arguments) -> bool:
-    """Whether no mode, subclass or profiler can see an op that is called with these arguments."""
+def _unobserved(arguments, lists) -> bool:
+    """Whether no mode, subclass or profiler can see an op that is called with these arguments.
+
+    lists: the places of the lists of tensors.
+    """
     if _dispatch_modes() or _profiler_enabled():
         return False
-    for x in arguments:
-        if type(x) is list and not _PLAIN.issuperset(map(type, x)):
+    for i in lists:
+        if arguments[i] and not _PLAIN.issuperset(map(type, arguments[i])):
             return False
     if not _PLAIN.issuperset(map(type, arguments)):
         return False

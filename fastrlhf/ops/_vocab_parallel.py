@@ -123,7 +123,9 @@ def _gradients(
     head = Head(gemms, hidden, weight, bias, targets, row_t, mask, workspace, num_rows)
     kernels = ShardKernels(backend, temperature, softcap, group, weight.shape[0])
     grads = Gradients(head, needs, sums=HiddenSums(group))
-    c = _lse.class_weights(kernels, head.vocab, class_weight)
+    c = None
+    if upstream[3] is not None:
+        c = _lse.class_weights(kernels, head.vocab, class_weight)
     add_gradients(head, kernels, grads, upstream, row_stats, c)
     return as_parameters(grads.finish(), (hidden, weight, bias), lambda like: like.dtype)
 

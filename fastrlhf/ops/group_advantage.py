@@ -14,6 +14,8 @@ OP = "group_advantage"
 # In the order of GroupBaseline and GroupScale in csrc/common/groups.h.
 BASELINES = ("mean", "leave_one_out", "none")
 SCALES = ("std", "batch_std", "gpg", "none")
+# Methods and other trainers' words: the nearest name is another scale.
+_METHODS = {"grpo": "'std'", "group": "'std'", "dr_grpo": "'none'", "rloo": "'none'"}
 
 
 def group_advantage(
@@ -31,8 +33,7 @@ def group_advantage(
     the mean of the others; "none" = 0.
 
     ``f`` of `scale`: "std" = ``1 / (std(r) + eps)`` of the group; "batch_std" = the same of all M
-    rewards; "gpg" = ``M / count_nonzero(rewards)`` (1 for a count of 0), which makes up for the
-    completions without a reward; "none" = 1.
+    rewards; "gpg" = ``M / max(1, count_nonzero(rewards))``, verl's; "none" = 1.
 
     A std is the unbiased one of the rewards, ``sqrt(sum((r - mean)^2) / (n - 1))``, and 0 for n = 1.
     A group of one has the advantage 0, with each baseline but "none": its mean is its reward, and it
@@ -66,7 +67,8 @@ def group_advantage(
         verl gives a group of one its reward as advantage (mean 0, std 1) in GRPO, GPG and the loop form of
         RLOO, and 0 in the vectorised RLOO. TRL has eps = 1e-4 and leaves NaN rewards out of mean and std;
         OpenRLHF has eps = 1e-9 and NaN for a group of one. verl's GPG divides by ``f_norm`` as well, which is
-        1 there.
+        1 there. The factor of the GPG paper is another: groups / groups whose rewards differ. For it, take scale
+        "none" here and pass the factor to the loss as its `scale`.
 
     >>> group_advantage(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0, 2, 3]).int(), scale="none")
     tensor([ 0.5000, -0.5000,  0.0000])
@@ -78,7 +80,7 @@ def group_advantage(
         OP, cu_groups, rewards.shape[0], rewards.device, name="cu_groups", axis="P"
     )
     _checks.choice(OP, "baseline", baseline, BASELINES)
-    _checks.choice(OP, "scale", scale, SCALES)
+    _checks.choice(OP, "scale", scale, SCALES, meant=_METHODS)
     eps = _checks.number(OP, "eps", eps, low=0, strict=True)
     chosen = choose(OP, backend, rewards)
     if chosen == "reference":

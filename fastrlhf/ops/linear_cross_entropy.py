@@ -116,9 +116,10 @@ def linear_cross_entropy(
         class_weight = class_weight.to(acc)
     counted = targets != ignore_index
     row_temperature, temperature_number, cap, _ = _checks.logit_rows(
-        *(OP, hidden, targets, temperature, softcap, None),
+        *(OP, hidden, targets, temperature, softcap, counted if vocab == 1 else None),
         vocab=weight.shape[0],
         sharded=process_group is not None,
+        with_lse=return_lse or z_loss != 0,
     )
     if num_rows is not None:
         num_rows = _checks.num_rows(OP, num_rows, counted, targets)
@@ -216,9 +217,12 @@ def check_settings(
     """(ignore_index, label_smoothing, z_loss), checked."""
     checked = _checks.whole_number(op, "ignore_index", ignore_index)
     _checks.reduction(op, reduction)
-    label_smoothing = _checks.fraction(op, "label_smoothing", label_smoothing)
-    z_loss = _checks.number(op, "z_loss", z_loss, low=0)
-    _checks.flag(op, "return_lse", return_lse)
+    floats = type(label_smoothing) is type(z_loss) is float
+    if not (floats and label_smoothing == z_loss == 0):  # the common case
+        label_smoothing = _checks.fraction(op, "label_smoothing", label_smoothing)
+        z_loss = _checks.number(op, "z_loss", z_loss, low=0)
+    if type(return_lse) is not bool:
+        _checks.flag(op, "return_lse", return_lse)
     return checked, label_smoothing, z_loss
 
 

@@ -58,7 +58,7 @@ def linear_logprob(
         bias: [V], or None.
         temperature, softcap, mask, return_entropy: as in `token_logprob`.
         return_lse: also return ``lse = log sum_j e^z_j`` of the scaled logits z, differentiable, at no
-            extra product: ``dlse/dz_j = p_j``. The logit of the target is ``logprob + lse``.
+            extra product: ``dlse/dz_j = p_j``. The logit of the target is ``logprob + lse``. NaN if a logit is +inf.
         num_rows: the number of rows that `mask` counts, if known. Without it the host waits for a GPU to
             count them, once in the forward and once in the backward. (It cannot wait while a CUDA graph
             is captured: then masked rows enter the GEMMs.) A wrong number raises on CPU; on a GPU, where
@@ -88,6 +88,7 @@ def linear_logprob(
         *(OP, hidden, targets, temperature, softcap, mask),
         vocab=weight.shape[0],
         sharded=process_group is not None,
+        with_lse=return_lse,
     )
     if num_rows is not None:
         num_rows = _checks.num_rows(OP, num_rows, mask, targets)
@@ -105,8 +106,8 @@ def linear_logprob(
         _checks.row_values(OP, targets, vocab, mask, row_temperature)
     rows = (targets, bias, row_temperature, temperature, softcap, mask)
     options = (num_rows, workspace, chosen, process_group)
-    wanted = {"with_entropy": return_entropy, "with_lse": return_lse}
-    logprob, entropy, lse, _ = rows_of(OP, hidden, weight, *rows, *options, **wanted)
+    flags = (return_entropy, return_lse)
+    logprob, entropy, lse, _ = rows_of(OP, hidden, weight, *rows, *options, *flags)
     if not (return_entropy or return_lse):
         return logprob
     return logprob, *([entropy] if return_entropy else []), *([lse] if return_lse else [])
@@ -114,7 +115,7 @@ def linear_logprob(
 
 def rows_of(
     op, hidden, weight, targets, bias, row_temperature, temperature, softcap, mask, num_rows, workspace, chosen,
-    group, *, with_entropy=False, with_lse=False, with_spread=False, class_weight=None,
+    group, with_entropy=False, with_lse=False, with_spread=False, class_weight=None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(logprob, entropy, lse, spread) of checked arguments, for the public op `op`, which later errors name.
 
@@ -211,8 +212,10 @@ def _fwd(
         lse = _lse.lse_of(kernels, row_stats, head.of_rows[1], head.mask)
     if with_spread:
         spread = _lse.spread_of(kernels, look.sums, lse, head.of_rows[1], c, head.mask)
-    found = (logprob, entropy, lse if with_lse else None, spread)
-    found = (x if x is None else head.scatter(x).view(targets.shape) for x in found)
+    found = [logprob, entropy, lse if with_lse else None, spread]
+    for i, x in enumerate(found):
+        if x is not None:
+            found[i] = head.scatter(x).view(targets.shape)
     return *found, head.scatter(row_stats), kept
 
 
@@ -248,7 +251,9 @@ def _bwd(
         place = _kept_rows(head, mask) if gemms.skips_idle_rows else None
         logits = kept[: head.rows] if place is None else kept.index_select(0, place)
     kernels = RowKernels(backend, temperature, softcap)
-    c = _lse.class_weights(kernels, head.vocab, class_weight)
+    c = None
+    if grad_spread is not None:
+        c = _lse.class_weights(kernels, head.vocab, class_weight)
     add_gradients(head, kernels, grads, upstream, row_stats, c, logits)
     return tuple(as_parameters(grads.finish(), (hidden, weight, bias), lambda like: like.dtype))
 
@@ -308,8 +313,8 @@ def _backward(ctx, *upstream):
     hidden, weight, targets, bias, row_stats, kept, row_t, class_weight, mask = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     # A tracer gives a gradient of an output that is empty, too.
-    asked = (True, True, ctx.with_lse, ctx.with_spread)
-    upstream = (grad if wanted else None for grad, wanted in zip(upstream, asked, strict=True))
+    g, h, u, v = upstream
+    upstream = (g, h, u if ctx.with_lse else None, v if ctx.with_spread else None)
     settings = (row_t, class_weight, ctx.temperature, ctx.softcap, mask)
     settings += (ctx.num_rows, ctx.workspace, ctx.backend)
     grads = _BWD(*upstream, hidden, weight, targets, bias, row_stats, kept, *settings, *needs)

@@ -104,7 +104,7 @@ def linear_ppo_loss(
     """
     acc = _checks.linear_head(OP, hidden, weight, bias, workspace)
     row_temperature, temperature_number, cap, _ = _checks.logit_rows(
-        *(OP, hidden, targets, temperature, softcap, None),
+        *(OP, hidden, targets, temperature, softcap, mask if weight.shape[0] == 1 else None),
         vocab=weight.shape[0],
         sharded=process_group is not None,
     )
@@ -135,6 +135,7 @@ def linear_ppo_loss(
             hidden.device,
             old_logprob=old_logprob,
             advantages=advantages,
+            values=values is not None,
             clip=clip,
             dual_clip=dual_clip,
             **_settings.filled(OP, settings, _settings.DEFAULTS),
@@ -234,7 +235,7 @@ def linear_ppo_loss(
     if policy is None:
         names = ppo_loss.PLAIN_NAMES[values is not None, True]
     else:
-        names = ppo_loss.names(values is not None, True, policy)
+        names = ppo_loss.names_of(values is not None, True, policy)
     return PPOLossOutput(found[0], _metrics.named(names, found[1]))
 
 

@@ -70,7 +70,7 @@ def ppo_loss(
       where A < 0, at most -A `dual_clip` (arXiv:1912.09729). Gradient in l: -A rho where the unclipped
       branch is taken, as on the edge of a clip; else 0. (OpenRLHF and TRL: the same; verl has a dual
       clip of 3 by default.)
-    - "reinforce": -A l, gradient -A; old_logprob is not used. (verl's gpg.)
+    - "reinforce": -A l, gradient -A; old_logprob only enters rollout weights. (verl's gpg.)
     - "cispo" (MiniMax-M1, arXiv:2506.13585): -A sg(clip(rho)) l, gradient -A clip(rho), also outside of
       the clip. (verl: as here. TRL and Liger clip from above only: ``clip=(None, high)``, with their
       epsilon_high = 1 + high.)
@@ -112,19 +112,20 @@ def ppo_loss(
             `values`, and `old_values` too unless `value_clip` is None.
         entropy: the same shape, in nats.
         mask: the same shape, bool or 0/1. Elsewhere nothing is used, and gradients are 0.
-        clip: above 0, or (low, high), each above 0 or None for no limit on that side.
+        clip: distances from 1: above 0, or (low, high), each above 0 or None for no limit on that side.
         dual_clip: above 1, or None.
         value_clip: above 0, in reward units, or None.
         value_coef, entropy_coef: numbers.
         cu_seqlens: int32 [S + 1], the offsets of packed sequences; needed where sequences matter.
         objective, tau_pos, tau_neg: see above. The taus are above 0.
         ref_logprob: the same shape, under the reference policy. With it the loss has a KL term.
-        kl_coef: its coefficient.
-        kl_estimator: with x = l - ref_logprob: "k1" x; "k2" x^2 / 2; "k3" e^-x - 1 + x; "abs" |x|.
+        kl_coef: its coefficient; at 0, the default, the KL is only a metric.
+        kl_estimator: with x = l - ref_logprob: "k1" x; "k2" x^2 / 2; "k3" e^-x - 1 + x; "abs" abs(x).
         kl_clamp: "k3" with x clamped to +-20 and the value to 10, as `kl_reward` and verl; False as TRL and
             Liger.
         kl_gradient: "estimator", its own derivative; "k2", its value with the gradient x (verl's "k1+",
-            "k3+"; OpenRLHF's unbiased one); "ratio", of rho times the estimator (TRL's bias correction).
+            "k3+"; OpenRLHF's unbiased one); "ratio", of rho (s with "gspo") times the estimator (TRL's bias
+            correction).
         rollout_weights: ready weights, the same shape or one a sequence.
         rollout_logprob: the same shape, from the engine that sampled: the weight of a token is
             exp(clamp(old_logprob - rollout_logprob, -20, 20)). Weights are constants and multiply the
@@ -132,7 +133,7 @@ def ppo_loss(
         rollout_level: "token"; "sequence", from the sum of the differences of a sequence's unmasked tokens;
             "sequence_mean", from their mean.
         rollout_mode: outside `rollout_bounds` a weight is moved to the bound ("truncate") or is 0 ("mask").
-        rollout_bounds: (low, high), each a weight or None. (TRL's four modes are a level and a mode with
+        rollout_bounds: (low, high), each a weight or None: no bound. (TRL's four modes are a level and a mode with
             a cap; verl's and OpenRLHF's gates on other statistics stay with them: pass their mask.)
         aggregation, value_aggregation, length, num_tokens, num_sequences: see above. The counts are above 0,
             numbers or 0-d tensors, which cost no sync; `length` is a number above 0.
@@ -144,7 +145,8 @@ def ppo_loss(
         of 0-d detached float32 tensors, fractions and means over this call's unmasked tokens:
 
         - policy_loss: the aggregated policy term.
-        - approx_kl: mean of rho - 1 - d. ratio_mean, ratio_max: of rho (s with "gspo"). (Not "reinforce".)
+        - approx_kl: mean of rho - 1 - d. ratio_mean, ratio_max: of rho. With "gspo" rho is s, here and below.
+          (Not "reinforce".)
         - clip_fraction: where the clip decides: the clipped term is the larger one ("cispo": rho is outside).
           clip_fraction_low, clip_fraction_high: at 1 - low, at 1 + high. (Not "reinforce", "sapo".)
         - dual_clip_fraction: where the dual clip decides. outside_fraction: where rho is outside the range,
@@ -169,20 +171,30 @@ def ppo_loss(
     if advantages is None:
         _checks.tensor(OP, "advantages", advantages)
     _checks.float_tensor(OP, "logprob", logprob)
-    kind = (logprob.shape, logprob.dtype, logprob.device)
-    given = {"values": values, "old_values": old_values, "returns": returns, "entropy": entropy}
+    shape, dtype, device = logprob.shape, logprob.dtype, logprob.device
     policy = None
-    per_token = len(kind[0]) != 2 or _checks.has_shape(advantages, kind[0])
-    if not settings and per_token and old_logprob is not None:
-        _checks.tokens_of(
-            OP, "logprob", *kind, old_logprob=old_logprob, advantages=advantages, **given
-        )
-    else:
-        _checks.tokens_of(OP, "logprob", *kind, old_logprob=old_logprob, **given)
+    per_token = len(shape) != 2 or _checks.has_shape(advantages, shape)
+    plain = not settings and per_token and old_logprob is not None
+    _checks.tokens_of(
+        OP,
+        "logprob",
+        shape,
+        dtype,
+        device,
+        old_logprob=old_logprob,
+        advantages=advantages if plain else None,
+        values=values,
+        old_values=old_values,
+        returns=returns,
+        entropy=entropy,
+    )
+    if not plain:
         policy = _policy.check(
             OP,
             "logprob",
-            *kind,
+            shape,
+            dtype,
+            device,
             old_logprob=old_logprob,
             advantages=advantages,
             values=values is not None,
@@ -195,7 +207,8 @@ def ppo_loss(
     numbers = _checks.ppo_settings(OP, clip, dual_clip, value_clip, value_coef, entropy_coef)
     if entropy_coef != 0 and entropy is None:
         raise ValueError(f"{OP}: entropy_coef={entropy_coef:g} needs entropy; got None")
-    _checks.ppo_values(OP, values, old_values, returns, value_clip)
+    if values is not None or old_values is not None or returns is not None:
+        _checks.ppo_values(OP, values, old_values, returns, value_clip)
     _checks.ppo_constants(OP, old_logprob, advantages, old_values, returns)
     factor = None
     if type(scale) is not float or scale != 1:
@@ -207,7 +220,10 @@ def ppo_loss(
             logprob,
             old_logprob,
             advantages,
-            **given,
+            values=values,
+            old_values=old_values,
+            returns=returns,
+            entropy=entropy,
             mask=mask,
             value_clip=None if value_clip == _checks.UNLIMITED else value_clip,
             value_coef=value_coef,
@@ -218,19 +234,20 @@ def ppo_loss(
     tokens = (logprob, old_logprob, advantages, values, old_values, returns, entropy, mask)
     if value_clip is None:
         tokens = (*tokens[:4], None, *tokens[5:])
-    if logprob.dim() not in (1, 2):
+    if len(shape) not in (1, 2):
         tokens = map(_checks.as_rows, tokens)
     factors = more = options = None
-    if policy is not None:
+    if policy is None:
+        names = PLAIN_NAMES[values is not None, entropy is not None]
+    else:
         tokens, factors, more, options = _policy.beyond_plain(policy, tokens, chosen)
         numbers = (*policy.limits, *numbers[3:])
+        names = names_of(values is not None, entropy is not None, policy)
     with_grad = trained(logprob, values, entropy)
     loss, metrics, _ = FWD[chosen](*tokens, factors, more, *numbers, options, with_grad)
     if factor is not None:
         loss = loss * factor
-    return PPOLossOutput(
-        loss, _metrics.named(names(values is not None, entropy is not None, policy), metrics)
-    )
+    return PPOLossOutput(loss, _metrics.named(names, metrics))
 
 
 @functools.cache
@@ -252,12 +269,10 @@ PLAIN_NAMES = {
 }
 
 
-def names(has_values: bool, has_entropy: bool, policy=None) -> tuple[str | None, ...]:
+def names_of(has_values: bool, has_entropy: bool, policy) -> tuple[str | None, ...]:
     """The name of each of the raw op's metrics; None for those that the call does not have."""
-    if policy is None:
-        return PLAIN_NAMES[has_values, has_entropy]
     given = policy.options
-    ratio, clip = given["objective"] != "reinforce", given["objective"] in ("ppo", "gspo", "cispo")
+    ratio, clip = given["objective"] != "reinforce", given["objective"] in _policy.CLIPPED
     bounds = given["rollout_logprob"] is not None
     rollout = bounds or given["rollout_weights"] is not None
     has_kl = given["ref_logprob"] is not None

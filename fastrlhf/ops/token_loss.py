@@ -18,6 +18,7 @@ _DEFAULTS = {n: x for n, x in _settings.DEFAULTS.items() if n != "value_aggregat
     "objective": None,
     "aggregation": None,
 }
+_DEFAULT_LIMITS = _checks.ratio_limits(OP, 0.2, None)
 
 
 @_settings.shown(_DEFAULTS)
@@ -71,8 +72,8 @@ def token_loss(
         targets: [...], int32 or int64, in [0, V).
         advantages: [...], or one a sequence, [S] or [S, 1]; float, or None. A constant to autograd.
         old_logprob: [...], float, in nats, from the policy that sampled; or None. A constant.
-        clip: above 0, or (low, high), each above 0 or None. Only used with a ratio.
-        dual_clip: above 1, or None. Only used with a ratio.
+        clip: above 0, or (low, high), each above 0 or None. Needs `old_logprob` or `objective`.
+        dual_clip: above 1, or None. As `clip`.
         temperature: above 0; a number, or a float tensor that broadcasts to ``targets``. A constant.
         softcap: above 0, or None. Applied before the temperature, as Gemma 2 does.
         mask: [...], True (or non-zero) where the row counts. Other rows are not read, nor their
@@ -116,12 +117,16 @@ def token_loss(
         if advantages is not None:
             advantages = _checks.row_constant(OP, "advantages", advantages, logits, targets)
         limits = _checks.ratio_limits(OP, clip, dual_clip)
+        if old_logprob is None and limits != _DEFAULT_LIMITS:
+            _refuse_limits(clip, dual_clip)
     else:
         settings = _settings.filled(OP, settings, _DEFAULTS)
         for name in ("ref_logprob", "rollout_weights", "rollout_logprob"):
             settings[name] = _checks.constant(OP, name, settings[name], logits)
         if settings["objective"] is None:
             settings["objective"] = "reinforce" if old_logprob is None else "ppo"
+            if old_logprob is None and _checks.ratio_limits(OP, clip, dual_clip) != _DEFAULT_LIMITS:
+                _refuse_limits(clip, dual_clip)
         policy = _policy.check(
             OP,
             "targets",
@@ -194,6 +199,15 @@ def token_loss(
         refuse_inference(OP, **given, cu_seqlens=policy.cu_seqlens)
     inplace = inplace_backward and _checks.overwritable(logits) and not kept()
     return _gradient_in_forward(logits, chosen, inplace, *arguments)[:2]
+
+
+def _refuse_limits(clip, dual_clip):
+    """Without a ratio nothing would be clipped, and nobody told."""
+    name, value = ("clip", clip) if dual_clip is None else ("dual_clip", dual_clip)
+    raise ValueError(
+        f"{OP}: {name} must come with old_logprob, or with an objective that uses it; got {value!r} and "
+        "old_logprob=None"
+    )
 
 
 def _more(policy, logits, targets, old_logprob, settings, backend):

@@ -98,7 +98,12 @@ def covering(seed=0):
         found.append(best)
         for done in pairs(best):
             left.pop(done, None)
-    random.Random(16).shuffle(found)  # so that every few of them have each objective
+    plain = {name: values[0] for name, values in FACTORS.items()}  # PPO with another weight
+    found += [
+        plain | {"aggregation": how, "counts": counts, "layout": "padded, masked"}
+        for how, counts in (("token-mean", None), ("token-mean", "tensor"), ("token-sum", None))
+    ]
+    random.Random(3).shuffle(found)  # so that every few of them have each objective
     return found
 
 

@@ -9,7 +9,7 @@ from fastrlhf.ops import ppo_loss
 
 NAMES = ("logprob", "old_logprob", "advantages", "values", "old_values", "returns", "entropy")
 # Of a call without settings beyond plain PPO, with values and entropy.
-METRICS = tuple(name for name in ppo_loss.names(True, True) if name is not None)
+METRICS = tuple(name for name in ppo_loss.PLAIN_NAMES[True, True] if name is not None)
 TRAINED = ("logprob", "values", "entropy")
 
 

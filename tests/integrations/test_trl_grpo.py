@@ -419,6 +419,36 @@ def test_model(built, kind):
         assert values == pytest.approx(their_metrics[name], rel=1e-5), name
 
 
+def kept_for_the_backward(trainer, settings):
+    """Bytes a token of the saved [B, T] tensors that are no inputs."""
+    logprob, entropies, inputs = batch(dtype=torch.float32)
+    given = {x.untyped_storage().data_ptr() for x in inputs.values()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        outcome(configured(trainer, **settings), logprob, entropies, inputs)
+    sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
+    return sum(n for at, n in sizes.items() if n >= B * T and at not in given) // (B * T)
+
+
+@pytest.mark.parametrize(
+    ("level", "beta", "corrected", "theirs", "ours"),
+    [
+        ("token", 0.0, False, 12, 4),
+        ("token", 0.07, False, 16, 4),
+        ("token", 0.07, True, 20, 4),
+        ("sequence", 0.07, False, 4, 4),
+        ("sequence", 0.07, True, 8, 18),
+    ],
+)
+def test_bytes_that_docs_integrations_states(built, level, beta, corrected, theirs, ours):
+    settings = {"importance_sampling_level": level, "beta": beta}
+    settings["use_bias_correction_kl"] = corrected
+    with integration.patch() as patched:
+        with patched.suspended():
+            assert kept_for_the_backward(built, settings) == theirs
+        assert kept_for_the_backward(built, settings) == ours
+
+
 # ---- two processes ----
 
 SETTINGS_OF_RANKS = (

@@ -57,8 +57,9 @@ def test_every_op_has_kernels_to_look_for(op, backend):
     )
     sources = "".join(path.read_text() for path in files)
     for name in names:
-        started = f"{name}<" if backend == "cuda" else f"{name}["
-        assert started in sources, f"nothing starts {name}"
+        # A template is named with its arguments; another kernel is an argument of launch().
+        started = rf"\b{name}<|launch\([^;]*\b{name}," if backend == "cuda" else rf"\b{name}\["
+        assert re.search(started, sources), f"nothing starts {name}"
 
 
 @pytest.fixture
@@ -153,10 +154,14 @@ class TestTheKernelThatClaimsToHaveRunDidRun:
 # auto
 
 
+# Newer than the file in RESULTS: `order` goes by expectation, and doctor says "not measured yet". The benchmark has
+# their cases, so the next file ends this.
+UNMEASURED = {"group_advantage"}
+
+
 def test_table_covers_every_op_and_names_what_exists():
-    measured = fastrlhf.backends().keys() - set(_backend.UNMEASURED)
+    measured = fastrlhf.backends().keys() - UNMEASURED
     assert set(_backend.AUTO) == {(op, d) for op in measured for d in ("cpu", "cuda")}
-    assert set(_backend.UNMEASURED) < fastrlhf.backends().keys()
     for (_, device), entry in _backend.AUTO.items():
         assert set(entry.order) <= set(_backend.BACKENDS) and entry.order[-1] == "reference"
         assert ("cpu" in entry.order) == (device == "cpu")
@@ -170,6 +175,8 @@ def test_every_row_is_a_benchmark_case(monkeypatch):
     }
     for (op, device), entry in _backend.AUTO.items():
         assert (device, op, entry.row) in listed
+    for device in ("cpu", "cuda"):
+        assert {op for on, op, _ in listed if on == device} >= UNMEASURED
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -214,8 +221,8 @@ def test_order_is_that_of_the_committed_measurement(device):
         pytest.skip(f"no whole results file for {device} is committed yet")
     assert file in files
     rows = documents[file]["rows"]
-    measured = {row["op"] for row in rows} & set(_backend.UNMEASURED)
-    assert not measured, f"{measured} belong into AUTO: {file} has them"
+    measured = {row["op"] for row in rows} & UNMEASURED
+    assert not measured, f"{measured} belong in AUTO: {file} has them"
     for (op, on), entry in _backend.AUTO.items():
         if on != device:
             continue

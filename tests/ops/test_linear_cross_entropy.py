@@ -1,5 +1,7 @@
 """linear_cross_entropy on every backend, against torch's own F.cross_entropy."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -295,3 +297,29 @@ def test_a_gradient_of_16_bits_is_rounded_once(backend, softcap, weighted):
     whole = found[torch.float32, False]
     for (dtype, _), dlogits in found.items():
         assert torch.equal(dlogits, whole.to(dtype))
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_vocabulary_of_one(backend, reduction):
+    """Its log-prob is 0 whatever z, but its lse is z; an ignored target may be anything."""
+    x, w = (
+        randn(*s, seed=i, dtype=torch.float64).to(DEVICE[backend])
+        for i, s in enumerate(((N, H), (1, H)))
+    )
+    targets = torch.zeros(N, dtype=torch.long, device=x.device)
+    targets[3] = -100
+    assert_close = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-15)
+    z = 2 * torch.tanh((x @ w.T).squeeze(1) / 2) / 0.7
+    z[3] = 0
+    given = {"temperature": 0.7, "softcap": 2.0, "backend": backend}
+    plain = linear_cross_entropy(x, w, targets, reduction=reduction, **given)
+    assert_close(plain, torch.zeros_like(plain))
+    more = {"z_loss": 0.1, "return_lse": True, "reduction": reduction}
+    loss, lse = linear_cross_entropy(x, w, targets, **more, **given)
+    truth = 0.1 * z.square()
+    assert_close(loss, truth if reduction == "none" else truth.sum() / (N - 1))
+    assert_close(lse, z)
+    logprob, lse = linear_logprob(x[4:], w, targets[4:], return_lse=True, **given)
+    assert_close(lse, z[4:])
+    assert_close(logprob, torch.zeros_like(lse))

@@ -21,23 +21,31 @@ OP = {
     nn.RankingLoss: fastrlhf.ranking_loss,
 }
 each_module = pytest.mark.parametrize("module", OP, ids=lambda m: m.__name__)
+# All but the taus, which only sapo takes.
+POLICY = {
+    "clip": (0.1, None),
+    "dual_clip": 3.0,
+    "value_clip": None,
+    "value_coef": 0.7,
+    "entropy_coef": 0.05,
+    "objective": "gspo",
+    "kl_coef": 0.3,
+    "kl_estimator": "k1",
+    "kl_clamp": False,
+    "kl_gradient": "ratio",
+    "rollout_level": "sequence_mean",
+    "rollout_mode": "mask",
+    "rollout_bounds": (0.5, 2.0),
+    "aggregation": "seq-mean-token-sum-norm",
+    "value_aggregation": "token-mean",
+    "length": 7.0,
+}
 SETTINGS = {
-    nn.PPOLoss: {
-        "clip": 0.1,
-        "dual_clip": 3.0,
-        "value_clip": None,
-        "value_coef": 0.7,
-        "entropy_coef": 0.05,
-        "backend": "reference",
-    },
+    nn.PPOLoss: {**POLICY, "scale": 2.0, "backend": "reference"},
     nn.LinearPPOLoss: {
         "temperature": 0.7,
         "softcap": 5.0,
-        "clip": 0.1,
-        "dual_clip": 3.0,
-        "value_clip": None,
-        "value_coef": 0.7,
-        "entropy_coef": 0.05,
+        **POLICY,
         "scale": 2.0,
         "compact_rows": True,
         "workspace": "compact",
@@ -59,10 +67,20 @@ SETTINGS = {
 }
 
 
+def near(logprob):
+    """ref_logprob and rollout_logprob; one is beyond the clamp of the KL."""
+    ref_logprob = logprob + 0.3 * randn(*logprob.shape, seed=6).to(logprob)
+    ref_logprob[..., 0] += 4
+    rollout = logprob + 0.3 * randn(*logprob.shape, seed=7).to(logprob)
+    return {"ref_logprob": ref_logprob, "rollout_logprob": rollout}
+
+
 def ppo_inputs():
     tensors = batch((3, 20))
     positional = [tensors.pop(name) for name in ("logprob", "old_logprob", "advantages")]
-    return positional, {**tensors, "mask": randint(2, (3, 20), seed=5).bool()}
+    mask = randint(2, (3, 20), seed=5).bool()
+    mask[:, 0] = True
+    return positional, {**tensors, "mask": mask, **near(positional[1])}
 
 
 CLASS_WEIGHT = torch.linspace(0.5, 2.0, 31)
@@ -82,7 +100,10 @@ def linear_ppo_inputs():
     own = fastrlhf.linear_logprob(*positional, temperature=1.0)
     positional += [own + tensors["logprob"] - tensors["old_logprob"], tensors["advantages"]]
     named = {name: tensors[name] for name in ("values", "old_values", "returns")}
-    return positional, {**named, "mask": randint(2, (20,), seed=5).bool()}
+    mask = randint(2, (20,), seed=5).bool()
+    mask[0] = True
+    cu_seqlens = torch.tensor([0, 7, 12, 20], dtype=torch.int32)
+    return positional, {**named, "mask": mask, "cu_seqlens": cu_seqlens, **near(positional[3])}
 
 
 def ranking_inputs():
@@ -102,7 +123,8 @@ def loss_metrics_gradients(function, positional, named, **settings):
     """Every number that comes out, in a fixed order."""
     count = len(positional)
     names = [*range(count), *named]
-    constants = {"old_values", "returns", "class_weight"}
+    constants = {"old_values", "returns", "class_weight", "scale", "num_tokens", "num_sequences"}
+    constants |= {"ref_logprob", "rollout_logprob", "rollout_weights"}
     if "values" in named:  # a PPO loss
         constants |= {count - 2, count - 1}  # old_logprob, advantages
     tensors = [
@@ -131,30 +153,71 @@ def test_equals_the_op_bitwise(module, given):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+policy_modules = pytest.mark.parametrize(
+    "module", [nn.PPOLoss, nn.LinearPPOLoss], ids=lambda m: m.__name__
+)
+
+
+@policy_modules
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_tensors_and_counts_of_a_batch_reach_the_op(module, level):
+    positional, named = INPUTS[module]()
+    if module is nn.PPOLoss and level == "token":  # packed
+        positional = [x.flatten() for x in positional]
+        named = {name: x.flatten() for name, x in named.items()}
+        named["cu_seqlens"] = torch.tensor([0, 20, 40, 60], dtype=torch.int32)
+    settings = {"aggregation": "seq-mean-token-mean", "value_aggregation": "token-mean"}
+    counts = {"num_tokens": 50.0, "num_sequences": 5.0, "scale": 0.5}
+    named |= {name: torch.tensor(count, dtype=torch.float64) for name, count in counts.items()}
+    if level == "sequence":
+        settings |= {"objective": "sapo", "tau_pos": 0.7, "tau_neg": 1.3}
+        del named["rollout_logprob"]
+        named["rollout_weights"] = torch.tensor([0.5, 1.0, 2.0]).to(positional[-1])
+        positional[-1] = torch.tensor([1.0, -2.0, 0.5]).to(positional[-1])
+    ours, names = loss_metrics_gradients(module(**settings), positional, named)
+    theirs, expected = loss_metrics_gradients(OP[module], positional, named, **settings)
+    assert names == expected
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+# What must be set for a setting to matter.
+KL, NORM = {"kl_coef": 0.3}, {"aggregation": "seq-mean-token-sum-norm", "length": 5.0}
+WITH = {
+    "tau_pos": {"objective": "sapo"},
+    "tau_neg": {"objective": "sapo"},
+    "kl_estimator": KL,
+    "kl_clamp": KL,
+    "kl_gradient": KL,
+    "rollout_mode": {"rollout_bounds": (0.9, 1.1)},
+    "length": NORM,
+    "value_aggregation": {"aggregation": "token-sum"},
+    "aggregation": {"length": 7.0, "value_aggregation": NORM["aggregation"]},
+}
+
+
 @each_module
 def test_settings_change_the_result(module):
     """Each setting reaches the op: without this, a module that dropped one would pass above."""
     positional, named = INPUTS[module]()
-    if module is nn.LinearCrossEntropy:
-        positional[2] = positional[2].clamp(min=0)
-    plain, _ = loss_metrics_gradients(module(), positional, named)
     values = {
         n: v
         for n, v in SETTINGS[module].items()
         if n not in ("backend", "workspace", "compact_rows", "return_lse")
     }
+    extra = {}
     if module is nn.LinearCrossEntropy:
-        values["ignore_index"] = -5
+        positional[2] = positional[2].clamp(min=0)
+        extra["ignore_index"] = -5
         positional[2][0] = -5
         with pytest.raises(ValueError, match="targets must be in"):
             module()(*positional, **named)
-        plain, _ = loss_metrics_gradients(module(ignore_index=-5), positional, named)
         del values["ignore_index"]
+    if "objective" in values:
+        values |= {"tau_pos": 0.7, "tau_neg": 1.3, "dual_clip": 1.01, "rollout_bounds": (0.9, 1.1)}
     for name, value in values.items():
-        extra = {"ignore_index": -5} if module is nn.LinearCrossEntropy else {}
-        if name == "dual_clip":
-            value = 1.01
-        found, _ = loss_metrics_gradients(module(**extra, **{name: value}), positional, named)
+        given = {**extra, **WITH.get(name, {})}
+        plain, _ = loss_metrics_gradients(module(**given), positional, named)
+        found, _ = loss_metrics_gradients(module(**{**given, name: value}), positional, named)
         assert not torch.equal(found[0], plain[0]), name
 
 
@@ -167,6 +230,7 @@ def test_names_and_defaults_are_the_ops(module):
     tensors = {n: p for n, p in tensors.items() if n != "self"}
     # A temperature may be either: a number of the module's, or a tensor of the call's.
     both = {
+        nn.PPOLoss: {"scale"},
         nn.LinearCrossEntropy: {"temperature", "scale"},
         nn.LinearPPOLoss: {"temperature", "scale"},
         nn.RankingLoss: {"margin"},
@@ -185,10 +249,26 @@ def test_names_and_defaults_are_the_ops(module):
 
 
 @each_module
-def test_repr_shows_every_setting(module):
+def test_repr_shows_what_is_not_the_default(module):
     shown = repr(module(**SETTINGS[module]))
     expected = ", ".join(f"{n}={v!r}" for n, v in SETTINGS[module].items())
     assert shown == f"{module.__name__}({expected})"
+    assert repr(module()) == f"{module.__name__}()"
+
+
+def test_repr_compares_types_first():
+    """An array has no truth, and 1 is not True."""
+    loss = nn.PPOLoss()
+    loss.scale, loss.kl_clamp = torch.ones(2), 1
+    assert repr(loss) == "PPOLoss(kl_clamp=1, scale=tensor([1., 1.]))"
+
+
+def test_a_subclass_keeps_the_settings():
+    class Halved(nn.PPOLoss):
+        def __init__(self, clip):
+            super().__init__(clip=clip / 2)
+
+    assert repr(Halved(0.2)) == "Halved(clip=0.1)"
 
 
 @each_module
@@ -259,6 +339,24 @@ def test_margins_of_prompts_go_to_forward():
         (nn.PPOLoss, {"value_clip": -1}, ValueError, "PPOLoss: value_clip must be"),
         (nn.PPOLoss, {"value_coef": float("nan")}, ValueError, "PPOLoss: value_coef must be"),
         (nn.PPOLoss, {"entropy_coef": True}, TypeError, "PPOLoss: entropy_coef must be a number"),
+        (nn.PPOLoss, {"objective": "gsop"}, ValueError, "PPOLoss: objective must be .* mean 'gspo'"),
+        (nn.PPOLoss, {"clip": (0.2, -1)}, ValueError, r"PPOLoss: clip \(high\) must be"),
+        (nn.PPOLoss, {"objective": "reinforce", "clip": 0.1}, ValueError, "PPOLoss: clip must not be given"),
+        (nn.PPOLoss, {"tau_pos": 2.0}, ValueError, "PPOLoss: tau_pos must not be given with objective='ppo'"),
+        (nn.PPOLoss, {"kl_estimator": "k4"}, ValueError, "PPOLoss: kl_estimator must be one of"),
+        (nn.PPOLoss, {"kl_clamp": 1}, TypeError, "PPOLoss: kl_clamp must be a bool"),
+        (nn.PPOLoss, {"kl_gradient": "k3"}, ValueError, "PPOLoss: kl_gradient must be one of"),
+        (nn.PPOLoss, {"rollout_level": "batch"}, ValueError, "PPOLoss: rollout_level must be one of"),
+        (nn.PPOLoss, {"rollout_mode": "clip"}, ValueError, "PPOLoss: rollout_mode must be one of"),
+        (nn.PPOLoss, {"rollout_bounds": (2, 1)}, ValueError, "PPOLoss: rollout_bounds must rise"),
+        (nn.PPOLoss, {"aggregation": "mean"}, ValueError, "PPOLoss: aggregation must be .* mean 'token-mean'"),
+        (nn.PPOLoss, {"value_aggregation": 3}, ValueError, "PPOLoss: value_aggregation must be one of"),
+        (nn.PPOLoss, {"length": 8}, ValueError, "PPOLoss: length must come with aggregation="),
+        (nn.PPOLoss, {"scale": torch.ones(())}, TypeError, "PPOLoss: scale must be a number; got Tensor"),
+        (nn.LinearPPOLoss, {"aggregation": "seq-mean-token-sum-norm"}, ValueError, "LinearPPOLoss: length must be"),
+        (nn.LinearPPOLoss, {"kl_coef": "1"}, TypeError, "LinearPPOLoss: kl_coef must be a number"),
+        (nn.LinearPPOLoss, {"temperature": 0}, ValueError, "LinearPPOLoss: temperature must be"),
+        (nn.LinearPPOLoss, {"compact_rows": 1}, TypeError, "LinearPPOLoss: compact_rows must be a bool"),
         (nn.PPOLoss, {"backend": "gpu"}, ValueError, "PPOLoss: backend must be one of"),
         (nn.LinearCrossEntropy, {"ignore_index": 1.0}, TypeError, "ignore_index must be an int; got float"),
         (nn.LinearCrossEntropy, {"reduction": "avg"}, ValueError, "reduction must be 'mean', .*; got 'avg'"),

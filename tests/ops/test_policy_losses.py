@@ -470,6 +470,26 @@ def test_kl_at_its_limits(backend, op, estimator, gradient, clamp):
         assert grad.tolist() == pytest.approx(answer.grads["logprob"], **bar), ds
 
 
+@each(("ppo_loss",), ("cpu", "triton", "cuda"))
+def test_the_gradient_of_a_ratio_times_k3_does_not_cancel(backend, op):
+    """It is rho d: the e^-d of k3 and of its slope, which may overflow, are not in it. (Autograd rounds both.)"""
+    ds = torch.tensor([-1.0, -12.0, -18.0, -25.0, -100.0, 5.0, 100.0])
+    leaf = torch.zeros_like(ds).requires_grad_()
+    rest = {"old_logprob": torch.full_like(ds, -0.1), "advantages": torch.zeros_like(ds)}
+    given = {"ref_logprob": -ds, "kl_coef": 1.0, "kl_clamp": False, "kl_gradient": "ratio"}
+    out = on(backend, op)(leaf, **rest, **given, aggregation="token-sum")
+    (grad,) = torch.autograd.grad(out.loss, leaf)
+    assert grad.tolist() == pytest.approx((math.exp(0.1) * ds.double()).tolist(), rel=1e-6)
+
+
+@each(("ppo_loss",))
+def test_an_infinite_kl_beyond_the_clamp(backend, op):
+    """The ratio has no gradient there, and 0 times the KL is 0."""
+    given = {"logprob": -math.inf, "old_logprob": 0.0, "ref_logprob": 0.0, "advantages": 0.5}
+    out, grad, _ = single(backend, given, kl_coef=1.0, kl_estimator="k1", kl_gradient="ratio")
+    assert out.loss == -math.inf and grad.item() == pytest.approx(math.exp(-20), rel=1e-12)
+
+
 @each(("ppo_loss",))
 def test_rollout_weights_at_their_limits(backend, op):
     """A sum of log-ratios beyond +-20 is clamped; a weight on a bound is inside it."""

@@ -210,3 +210,39 @@ def test_a_chunk_finds_the_sequences_of_its_rows(backend, ratio):
             assert all(torch.equal(x, y[first:last]) for x, y in zip(found, whole, strict=True))
     moved = forward(backend, logits, targets, t, options(sequence_ratio=ratio, first_row=1))
     assert (moved[0] != whole[0]).tolist() == [i == 1 for i in range(5)]  # it changes sides
+
+
+@each_backend
+@pytest.mark.parametrize("clamp", [True, False])
+def test_a_nan_of_the_reference_policy_reaches_the_gradient(backend, clamp):
+    """The clamp of k3 is a branch whose gradient is 0."""
+    leaf, ref_logprob = torch.zeros(2).requires_grad_(), torch.tensor([0.0, NAN])
+    given = {"ref_logprob": ref_logprob, "kl_coef": 1.0, "kl_clamp": clamp}
+    out = cases.anywhere(ppo_loss)(leaf, leaf.detach(), torch.ones(2), **given, backend=backend)
+    (grad,) = torch.autograd.grad(out.loss, leaf)
+    assert grad[0] == -0.5 and grad[1].isnan()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_mean"])
+def test_vmap_over_what_sequences_depend_on(level):
+    """Offsets, counts and log-probs of each call: no check reads them, and no row of sequences is written to."""
+    count, calls = 12, 2
+    logits, targets = randn(count, 5, seed=0), randint(5, (count,), 1)
+    advantages, rollout = randn(3, seed=2), randn(count, seed=3, scale=0.1) - 1.5
+    old_logprobs = randn(calls, count, seed=4, scale=0.1) - 1.5
+    offsets = torch.tensor([[0, 3, 3, count], [0, 5, 7, count]], dtype=torch.int32)
+    counts = torch.tensor([2.0, 5.0])
+    given = {"rollout_logprob": rollout, "rollout_level": level}
+
+    def losses(old_logprob, cu_seqlens, num_sequences):
+        more = {"cu_seqlens": cu_seqlens, "num_sequences": num_sequences, **given}
+        more |= {"aggregation": "seq-mean-token-mean"}
+        rows, logprob = token_loss.token_loss(
+            logits, targets, advantages, old_logprob=old_logprob, objective="gspo", **more
+        )
+        return rows.sum(), ppo_loss(logprob, old_logprob, advantages, objective="gspo", **more).loss
+
+    found = torch.vmap(losses)(old_logprobs, offsets, counts)
+    each = [losses(*x) for x in zip(old_logprobs, offsets, counts, strict=True)]
+    for many, one in zip(found, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(many, torch.stack(one))

@@ -37,7 +37,7 @@ few = pytest.mark.parametrize(
     "spec", [SPECS[op] if op in FEW else pytest.param(SPECS[op], marks=pytest.mark.nightly) for op in SPECS], ids=SPECS
 )  # fmt: skip
 # Not per row: what stays when rows are picked.
-WHOLE = ("weight", "bias", "scale")
+WHOLE = ("weight", "bias", "scale", "class_weight")
 
 
 def given(spec, situation=SMALL):
@@ -155,13 +155,15 @@ def test_under_compiled_autograd(spec):
 
 
 def rows_of(names, tensors, rows, groups, packed):
-    """The chosen rows of each tensor. Of sequences that are packed, `groups` chooses those of one number each."""
-    per_group = ("score", "bootstrap", "cu_seqlens") if packed else ()
+    """The chosen rows of each tensor. `groups` chooses among the ends of sequences and groups, and so among these."""
+    of_group = ("score", "bootstrap", "advantages", "rollout_weights") if packed else ()
     for name, x in zip(names, tensors, strict=True):
         if name in WHOLE or not x.dim():
             yield x
+        elif name in (*of_group, "margin"):
+            yield x[groups.narrow(0, 1, len(groups) - 1) - 1]
         else:
-            yield x[groups if name in (*per_group, "cu_groups") else rows]
+            yield x[groups if name in ("cu_seqlens", "cu_groups") else rows]
 
 
 @few

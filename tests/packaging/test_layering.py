@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,8 @@ MAY_IMPORT = {
         "errors",
     },
 }
+# Modules that torch itself needs: they are there wherever it is. `Unpack` is in typing from Python 3.11 on.
+OF_TORCH = {"typing_extensions"}
 # Room -> the extras whose packages it may import beside torch and triton; other rooms have none.
 EXTRAS_OF = {
     "integrations": ("train", "flash", "trl", "verl", "openrlhf", "peft"),
@@ -101,7 +104,7 @@ def installed_for(room: str) -> set[str]:
     """The third-party modules that an install has which is just large enough for `room`."""
     lists = [PROJECT["dependencies"]]
     lists += [PROJECT["optional-dependencies"][extra] for extra in EXTRAS_OF.get(room, ())]
-    return set().union(*map(third_party, lists))
+    return OF_TORCH.union(*map(third_party, lists))
 
 
 def module_of(path: Path) -> str:
@@ -220,6 +223,7 @@ def test_the_rule_catches(file, source):
         ("fastrlhf/_compiled.py", "from fastrlhf import _C"),
         ("fastrlhf/train/packing.py", "from fastrlhf import _compiled"),
         ("kernels/gae.py", "import os, torch, triton\nfrom . import _launch"),
+        ("fastrlhf/ops/gae.py", "from typing_extensions import Unpack"),
         ("fastrlhf/train/config.py", "import jsonargparse, yaml"),
         ("fastrlhf/report/plots.py", "import matplotlib, numpy"),
         ("fastrlhf/demo/run.py", "import matplotlib, transformers"),
@@ -228,6 +232,11 @@ def test_the_rule_catches(file, source):
 )
 def test_the_rule_allows(file, source):
     assert violations(ROOT / file, source) == []
+
+
+def test_torch_needs_what_is_taken_from_it():
+    required = {re.match(r"[\w.-]+", line)[0] for line in requires("torch")}
+    assert {name.replace("-", "_") for name in required} >= OF_TORCH
 
 
 def test_kernels_is_no_top_level_package():

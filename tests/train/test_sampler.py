@@ -134,7 +134,7 @@ def test_a_temperature_near_zero_is_refused(policy, tokenizer, temperature, tmp_
         HFSampler(policy, tokenizer).generate(PROMPTS, max_new_tokens=1, **options)
     with pytest.raises(UserError, match=message):
         evals.main(evals.EvalConfig(model=tiny.base(), prompts="x", device="cpu", **options))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message.replace(r"0 \(greedy\) or ", "")):
         ppo.main(tiny.ppo_config("x", out=str(tmp_path / "out"), **options))
     assert not (tmp_path / "out").exists()
     smallest = HFSampler(policy, tokenizer).generate(PROMPTS, max_new_tokens=4, temperature=1e-6)

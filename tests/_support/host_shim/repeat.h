@@ -23,6 +23,9 @@ using torch::stable::Tensor;
 
 using Bits = std::vector<char>;
 
+template <typename T>
+concept Plain = std::is_arithmetic_v<T> || std::is_same_v<T, std::string>;
+
 // f(pointer, bytes) for the runs of memory that make up a tensor, in the order of its elements.
 // Plain C++: a profile shows no copy.
 template <typename F>
@@ -51,17 +54,18 @@ inline void keep(std::vector<Bits>& all, const Tensor& t) {
     to += bytes;
   });
 }
-inline void keep(std::vector<Bits>& all, const std::optional<Tensor>& t) {
-  if (t) keep(all, *t);
+template <Plain T>
+void keep(std::vector<Bits>&, const T&) {}
+template <typename T>
+void keep(std::vector<Bits>& all, const std::vector<T>& each);
+template <typename T>
+void keep(std::vector<Bits>& all, const std::optional<T>& x) {
+  if (x) keep(all, *x);
 }
 template <typename... T>
 void keep(std::vector<Bits>& all, const std::tuple<T...>& ts) {
   std::apply([&](const auto&... t) { (keep(all, t), ...); }, ts);
 }
-template <typename T>
-concept Plain = std::is_arithmetic_v<T> || std::is_same_v<T, std::string>;
-template <Plain T>
-void keep(std::vector<Bits>&, const T&) {}
 template <typename T>
 void keep(std::vector<Bits>& all, const std::vector<T>& each) {
   for (const T& x : each) keep(all, x);
@@ -74,11 +78,14 @@ inline void give_back(const Bits*& bits, const Tensor& t) {
     from += bytes;
   });
 }
-inline void give_back(const Bits*& bits, const std::optional<Tensor>& t) {
-  if (t) give_back(bits, *t);
-}
 template <Plain T>
 void give_back(const Bits*&, const T&) {}
+template <typename T>
+void give_back(const Bits*& bits, const std::vector<T>& each);
+template <typename T>
+void give_back(const Bits*& bits, const std::optional<T>& x) {
+  if (x) give_back(bits, *x);
+}
 template <typename T>
 void give_back(const Bits*& bits, const std::vector<T>& each) {
   for (const T& x : each) give_back(bits, x);

@@ -5,7 +5,6 @@ import gc
 import importlib.util
 import math
 import os
-import signal
 import sys
 import time
 
@@ -29,14 +28,6 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(share))  # of the processes that tests start
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def interrupts():
-    """A module that leaves another handler of Ctrl-C fails itself, not a later one that relies on it."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import operator
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.compiler import is_compiling
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -83,7 +84,7 @@ def has_shape(value: object, expected: tuple, *, unknown: bool = True) -> bool:
 
 def _same_shape(a: tuple, b: tuple, unknown: bool = True) -> bool:
     """Under torch.compile `unknown` for sizes that only the data will tell; the kernels check them again."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         return a == b
     from torch.fx.experimental import symbolic_shapes  # slow to import
 
@@ -140,7 +141,7 @@ def readable(x: Tensor) -> bool:
 
     Under vmap `x` may stand for many tensors.
     """
-    if not x.is_cpu or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not x.is_cpu or is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return type(x) in _PLAIN or not is_fake(x)
 
@@ -152,7 +153,7 @@ def valueless(x: Tensor) -> bool:
 
 def has_values(op: str, name: str, x: Tensor | None) -> None:
     """For a backend whose shapes depend on the values of `x`."""
-    if x is not None and not torch.compiler.is_compiling() and valueless(x):
+    if x is not None and not is_compiling() and valueless(x):
         raise NotImplementedError(
             f"{op}: the reference needs the values of {name}, which meta and fake tensors do not have; "
             "use backend='auto'"
@@ -190,7 +191,7 @@ def same_tokens(op: str, first: str, like: Tensor, **others: Tensor | None) -> N
 
 def tokens_of(op, first, expected, dtype, device, **others: Tensor | None) -> None:
     """`same_tokens` of `others`, where `first` has this shape, dtype and device."""
-    compiling, on_cpu = torch.compiler.is_compiling(), device.type == "cpu"
+    compiling, on_cpu = is_compiling(), device.type == "cpu"
     for name, value in others.items():
         if value is None:
             continue
@@ -241,7 +242,7 @@ def offsets(
     tensor(op, name, value)
     if value.dtype != torch.int32:
         raise TypeError(f"{op}: {name} must be int32; got {value.dtype}")
-    if value.dim() != 1 or (not torch.compiler.is_compiling() and value.numel() < 1):
+    if value.dim() != 1 or (not is_compiling() and value.numel() < 1):
         raise ValueError(
             f"{op}: {name} must have shape ({axis} + 1,) with {axis} >= 0; got {tuple(value.shape)}"
         )
@@ -337,7 +338,7 @@ def logit_rows(
     if logits.dim() < 1:
         name = "logits" if vocab is None else "hidden"
         raise ValueError(f"{op}: {name} must have a last axis; got a 0-d tensor")
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     if compiling or targets.shape != logits.shape[:-1]:
         shape(op, "targets", targets, logits.shape[:-1])
     if targets.device != logits.device:
@@ -492,7 +493,7 @@ def num_rows(op: str, value: object, mask: Tensor | None, targets: Tensor) -> in
     value = whole_number(op, "num_rows", value)
     if mask is None:
         raise ValueError(f"{op}: num_rows must come with mask; got mask=None")
-    if not torch.compiler.is_compiling() and not 0 <= value <= targets.numel():
+    if not is_compiling() and not 0 <= value <= targets.numel():
         raise ValueError(f"{op}: num_rows must be in [0, {targets.numel()}]; got {value}")
     if readable(mask):
         count = int(mask.sum())

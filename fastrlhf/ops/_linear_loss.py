@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastrlhf.ops import _checks, _gemms, _linear_policy, ppo_loss, token_loss
@@ -177,7 +178,9 @@ def _one_chunk(
     logits_bytes, vocab = gemms.logits_bytes[workspace], parameters[1].shape[0]
     if not 0 < targets.numel() <= _gemms.chunk_rows(logits_bytes, vocab, gemms.acc):
         return None
-    hidden, weight, bias = map(gemms.operand, parameters)
+    acc, (hidden, weight, bias) = gemms.acc, parameters
+    if hidden.dtype is not acc or weight.dtype is not acc or bias is not None:
+        hidden, weight, bias = map(gemms.operand, parameters)
     if hidden.dim() != 2:
         hidden = hidden.reshape(-1, hidden.shape[-1])
     if targets.dim() != 1:
@@ -199,7 +202,11 @@ def _one_chunk(
         options = more.options
     if ppo:
         entropy, mean = logits.new_empty(rows), 1
-        old_logprob, advantages = gemms.operand(per_token[0]), gemms.operand(per_token[1])
+        old_logprob, advantages = per_token[0], per_token[1]
+        if old_logprob is None or old_logprob.dtype is not acc:
+            old_logprob = gemms.operand(old_logprob)
+        if advantages is None or advantages.dtype is not acc:
+            advantages = gemms.operand(advantages)
     scale = share
     if scale is None:
         scale = _cpu_scalar(1 / rows if mean else 1.0, gemms.acc)
@@ -270,7 +277,7 @@ def scaled(ctx, grad_loss: Tensor, wanted) -> list[Tensor | None]:
     In place, unless autograd retains the graph. (A tracer passes a subclass of Tensor.) An upstream gradient of 1 costs
     nothing: on CPU it is compared here, on a GPU by the kernel that multiplies.
     """
-    keep = torch.compiler.is_compiling() or type(grad_loss) is not Tensor or _keeps_graph()
+    keep = is_compiling() or type(grad_loss) is not Tensor or _keeps_graph()
     one = not keep and grad_loss.is_cpu and grad_loss.item() == 1
     by_kernel = not (keep or grad_loss.is_cpu or ctx.backend == "reference")
     out = []
@@ -424,7 +431,7 @@ def whole_vocab(op: str, group, hidden: Tensor, weight: Tensor) -> int:
     """V. With a group, `weight` holds this rank's rows of it."""
     if group is None:
         return weight.shape[0]
-    if torch.compiler.is_compiling():
+    if is_compiling():
         raise ValueError(
             f"{op}: process_group must be None under torch.compile, which cannot trace its collectives: "
             "put the call into a function with @torch.compiler.disable"
@@ -439,7 +446,7 @@ def check_accumulate(
 ) -> None:
     """Checks that dW can be added to `accumulate_into`, before anything is written."""
     name = "accumulate_into"
-    if torch.compiler.is_compiling():
+    if is_compiling():
         raise ValueError(f"{op}: {name} must be None under torch.compile, where dW is planned")
     _checks.tensor(op, name, into)
     if into.dtype not in (weight.dtype, dtype):

@@ -6,6 +6,7 @@ from collections import OrderedDict
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.compiler import is_compiling
 
 
 class _Metrics(dict):
@@ -71,7 +72,7 @@ def named(names: tuple[str | None, ...], stacked: Tensor) -> dict[str, Tensor]:
 
     In eager mode the views are made when the dict is first read.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_compiling() or torch._C._are_functorch_transforms_active():
         return _by_name(names, stacked)
     metrics = _Metrics(_empty(names))
     metrics._names, metrics._stacked = names, stacked

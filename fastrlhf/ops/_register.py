@@ -21,6 +21,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
 from torch.utils import _python_dispatch
 
 from fastrlhf import _namespace
@@ -282,7 +283,7 @@ def on_all_ranks(op: Callable) -> Callable:
     @functools.wraps(op)
     def call(*arguments, **options):
         group = options.get("process_group")
-        if group is None or torch.compiler.is_compiling():
+        if group is None or is_compiling():
             return op(*arguments, **options)
         return _agreement.agreed(op, group, arguments, options)
 
@@ -327,7 +328,7 @@ def differentiable(
         pick = operator.itemgetter(*wrt) if len(wrt) > 1 else operator.itemgetter(one)
 
     def call(*arguments):
-        if traced is not None and torch.compiler.is_compiling():
+        if traced is not None and is_compiling():
             return traced(*arguments)
         try:
             if traced is not None and _transforms_active():
@@ -469,7 +470,7 @@ def choose(op: str, backend: str, tensor: Tensor, *others: Tensor | None) -> str
     `others`: the op's other differentiable tensors, checked for tangents that a fused backend would lose.
     """
     device = "cpu" if tensor.is_cpu else tensor.device.type
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     chosen = None
     if not compiling and type(backend) is str:
         chosen = _backend._chosen.get((op, backend, device))

@@ -186,6 +186,15 @@ def test_fingerprints_of_large_files_read_blocks(tmp_path, monkeypatch):
     assert files.fingerprints({"text": [str(tmp_path / "pipe")]}) == {"text": {}}
 
 
+@pytest.fixture
+def interruptible():
+    """A process that a shell started in the background inherits SIG_IGN."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_inside_a_save_is_an_interruption(tmp_path, monkeypatch):
     """The checkpoint is completed first; a second interrupt ends the run at once."""
     save = torch.save

@@ -128,7 +128,7 @@ struct Block {
   int64_t count;
   const A *logprob, *log_ratio, *advantages, *ref_logprob, *rollout;
   const A* live;  // 1 where a token counts, else 0
-  A *loss, *grad, *ratio, *kl, *kl_grad, *weight;
+  A *loss, *grad, *ratio, *kl, *kl_grad;
 };
 
 template <Objective kObjective, typename A>
@@ -232,7 +232,7 @@ RL_INLINE void general_block(const Call<A>& call, int64_t start, int64_t count, 
   const PolicySettings<A> settings = call.settings;
   const auto load = [&](const Tokens& tokens, A* scratch)
                         RL_LAMBDA_INLINE { return tokens.load(start, count, keep, scratch); };
-  A scratch[7][kBlock], made[6][kBlock];
+  A scratch[7][kBlock], made[5][kBlock];
   const auto masked = [&](A* x) RL_LAMBDA_INLINE {
     if (keep)
       for (int64_t i = 0; i < count; ++i) x[i] = blend(keep[i], x[i], A(0));
@@ -253,9 +253,20 @@ RL_INLINE void general_block(const Call<A>& call, int64_t start, int64_t count, 
   std::fill(live, live + count, A(1));
   masked(live);
   const A* ref = settings.has_kl ? load(call.ref_logprob, scratch[5]) : logprob;
-  A* const rollout = scratch[6];
-  const Block<A> x{count,   logprob, log_ratio, advantages, ref,     rollout, live,
-                   made[0], made[1], made[2],   made[3],    made[4], made[5]};
+  const A* rollout = nullptr;  // weights before their bounds
+  const bool corrected = settings.rollout != Rollout::none;
+  if (corrected && call.rollout.defined()) {
+    rollout = load(call.rollout, scratch[6]);
+    if (settings.rollout != Rollout::weights) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) scratch[6][i] = rollout_ratio(rollout[i], old[i]);
+      rollout = scratch[6];
+    }
+  } else if (corrected) {
+    rollout = spread(call, kRolloutWeight, A(1), start, count, scratch[6]);
+  }
+  const Block<A> x{count, logprob, log_ratio, advantages, ref,     rollout,
+                   live,  made[0], made[1],   made[2],    made[3], made[4]};
   switch (settings.objective) {
     case Objective::reinforce:
       term_block<Objective::reinforce>(x, settings, out);
@@ -269,25 +280,17 @@ RL_INLINE void general_block(const Call<A>& call, int64_t start, int64_t count, 
     default:
       term_block<Objective::ppo>(x, settings, out);
   }
-  if (settings.rollout != Rollout::none) {
-    if (call.rollout.defined()) {
-      const A* given = load(call.rollout, made[5]);
-      if (settings.rollout == Rollout::weights) {
-        std::copy(given, given + count, rollout);
-      } else {
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) rollout[i] = rollout_ratio(given[i], old[i]);
-      }
-    } else {
-      spread(call, kRolloutWeight, A(1), start, count, rollout);
-    }
-    if (settings.rollout == Rollout::mask) {
-      rollout_block<Rollout::mask>(x, settings, out);
-    } else if (settings.rollout == Rollout::truncate) {
-      rollout_block<Rollout::truncate>(x, settings, out);
-    } else {
+  switch (settings.rollout) {
+    case Rollout::none:
+      break;
+    case Rollout::weights:
       rollout_block<Rollout::weights>(x, settings, out);
-    }
+      break;
+    case Rollout::truncate:
+      rollout_block<Rollout::truncate>(x, settings, out);
+      break;
+    case Rollout::mask:
+      rollout_block<Rollout::mask>(x, settings, out);
   }
   double kl = 0;
   if (settings.has_kl) {
@@ -300,7 +303,7 @@ RL_INLINE void general_block(const Call<A>& call, int64_t start, int64_t count, 
       x.grad[i] += counts ? coef * x.kl_grad[i] : A(0);
     }
   }
-  A* grad = call.grad_logprob ? call.grad_logprob + start : made[5];
+  A* grad = call.grad_logprob ? call.grad_logprob + start : x.grad;
   const A factor = call.policy_factor;
   double loss = 0;
 #pragma omp simd reduction(+ : loss)

@@ -282,7 +282,14 @@ def estimator(op: str, value: object) -> int:
     return ESTIMATORS.index(choice(op, "estimator", value, ESTIMATORS))
 
 
-def choice(op: str, name: str, value: object, words: tuple[str, ...], *, meant: dict = {}) -> str:  # noqa: B006
+def choice(
+    op: str,
+    name: str,
+    value: object,
+    words: tuple[str, ...],
+    *,
+    meant: dict[str, str] | None = None,
+) -> str:
     """One of some strings; the message names the nearest, or what `meant` has for the name of something else."""
     if isinstance(value, str) and value in words:
         return value
@@ -290,7 +297,7 @@ def choice(op: str, name: str, value: object, words: tuple[str, ...], *, meant: 
     if isinstance(value, str):
         lower = value.lower()
         close = difflib.get_close_matches(lower, words, n=1, cutoff=0.3)
-        if lower in meant:
+        if meant and lower in meant:
             hint = f" (use {meant[lower]})"
         elif close:
             hint = f" (did you mean {close[0]!r}?)"

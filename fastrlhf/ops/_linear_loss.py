@@ -203,10 +203,10 @@ def _one_chunk(
     if ppo:
         entropy, mean = logits.new_empty(rows), 1
         old_logprob, advantages = per_token[0], per_token[1]
-        if old_logprob is None or old_logprob.dtype is not acc:
-            old_logprob = gemms.operand(old_logprob)
-        if advantages is None or advantages.dtype is not acc:
-            advantages = gemms.operand(advantages)
+        if old_logprob is not None and old_logprob.dtype is not acc:
+            old_logprob = old_logprob.to(acc)
+        if advantages is not None and advantages.dtype is not acc:
+            advantages = advantages.to(acc)
     scale = share
     if scale is None:
         scale = _cpu_scalar(1 / rows if mean else 1.0, gemms.acc)

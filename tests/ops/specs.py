@@ -383,16 +383,21 @@ def ppo_loss(situation, dtype):
     return found
 
 
-def ranking_loss(situation, dtype):
-    if situation == MASKED:
-        return None
+def group_sizes(situation, many):
+    """Completions of each prompt; `many` prompts for several threads."""
     groups = {
         SMALL: (3, 2),
         PACKED: (4, 9, 1, 0, 2, 6, 3, 2),
         RAGGED: (75, 33),
-        THREADS: (9,) * 600,
+        THREADS: (9,) * many,
     }
-    sizes = groups.get(situation, situation[1:])
+    return groups.get(situation, situation[1:])
+
+
+def ranking_loss(situation, dtype):
+    if situation == MASKED:
+        return None
+    sizes = group_sizes(situation, 600)
     arguments = {
         "scores": randn(sum(sizes), seed=1, dtype=dtype, scale=2),
         "ranks": 1 + randint(4, (sum(sizes),), 2),
@@ -406,13 +411,7 @@ def ranking_loss(situation, dtype):
 def group_advantage(situation, dtype):
     if situation == MASKED:
         return None
-    groups = {
-        SMALL: (3, 2),
-        PACKED: (4, 9, 1, 0, 2, 6, 3, 2),
-        RAGGED: (75, 33),
-        THREADS: (9,) * 4000,
-    }
-    sizes = groups.get(situation, situation[1:])
+    sizes = group_sizes(situation, 4000)
     return {
         "rewards": randn(sum(sizes), seed=1, dtype=dtype, scale=2),
         "cu_groups": sequence_cases.cu_of(sizes),
